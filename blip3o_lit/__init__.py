@@ -1,0 +1,20 @@
+"""Flow-matching diffusion transformers that translate EVA-CLIP image tokens into CLIP image tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["BLIP3oInference", "__version__"]
+
+if TYPE_CHECKING:
+    from blip3o_lit.inference import BLIP3oInference
+
+
+def __getattr__(name: str) -> Any:
+    """Import the inference class on first use, so that the command line stays fast."""
+    if name == "BLIP3oInference":
+        from blip3o_lit.inference import BLIP3oInference
+
+        return BLIP3oInference
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

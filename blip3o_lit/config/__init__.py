@@ -1,0 +1,1 @@
+"""Typed, torch-free configuration: one dataclass a Hydra group."""

@@ -1,0 +1,51 @@
+"""The one error that a user can cause, and the helpers that make its message useful."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in the configuration, the data or the environment that the user can mend.
+
+    The message is one line: it names the file, sample or override, and the fix. Commands print it
+    without a traceback and exit with 2.
+    """
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """Return the option most like `word`, or an empty string when none is close."""
+    found = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
+    return found[0] if found else ""
+
+
+def one_of(key: str, value: str, options: Iterable[str]) -> None:
+    """Raise unless `value` is one of `options`; the message names the nearest one.
+
+    Args:
+        key: The override's full name, for example `flow.prediction`.
+        value: What the user gave.
+        options: The words that are allowed.
+
+    Raises:
+        UserError: If `value` is not among `options`.
+    """
+    choices = list(options)
+    if value in choices:
+        return
+    guess = nearest(str(value), choices)
+    hint = f"did you mean {key}={guess}? " if guess else ""
+    raise UserError(f"{key}={value} is not an option: {hint}choose from {', '.join(choices)}")
+
+
+def positive(key: str, value: float | int | None) -> None:
+    """Raise unless `value` is above zero (None, an unset option, passes)."""
+    if value is not None and not value > 0:
+        raise UserError(f"{key}={value} must be above 0")
+
+
+def within(key: str, value: float, low: float, high: float) -> None:
+    """Raise unless low <= value <= high."""
+    if not low <= value <= high:
+        raise UserError(f"{key}={value} must be between {low:g} and {high:g}")

@@ -1,0 +1,67 @@
+"""The schema of the train command: one field a group, and the keys that belong to no group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from blip3o_lit.config.checkpoint import CheckpointConfig
+from blip3o_lit.config.data import DataConfig
+from blip3o_lit.config.errors import UserError, positive
+from blip3o_lit.config.evaluation import EvaluationConfig
+from blip3o_lit.config.flow import FlowConfig
+from blip3o_lit.config.logger import LoggerConfig
+from blip3o_lit.config.mode import ModeConfig
+from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.optimizer import OptimizerConfig
+from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.config.trainer import PrecisionConfig, StrategyConfig, TrainerConfig
+
+
+@dataclass
+class TrainConfig:
+    """Everything that defines a training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Size and switches of the network."""
+    mode: ModeConfig = field(default_factory=ModeConfig)
+    """View of the stored tokens."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Token store and reader."""
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    """Path, network output, times, loss."""
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    """Estimator that validation generates with."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer, schedule, clipping, weight average."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Number format."""
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    """Single process, DDP or FSDP2."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """Length of the run and devices."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Validation during training."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    """Loggers beside metrics.csv."""
+    seed: int = 0
+    """Seed of weights, data order, noise and times."""
+    batch_size: int = 32
+    """Images of one optimizer step, over all processes."""
+    micro_batch_size: int | None = None
+    """Images of one forward pass of one process; accumulation is derived. null: chosen to fit."""
+    resume: str | None = None
+    """auto, or a checkpoint file, to go on with."""
+    dry_run: bool = False
+    """Build everything and print the plan, but take no step."""
+
+    def __post_init__(self) -> None:
+        """Check the keys of this level and the rules that join groups."""
+        positive("batch_size", self.batch_size)
+        positive("micro_batch_size", self.micro_batch_size)
+        if self.flow.prediction == "noise" and self.solver.name == "mean":
+            raise UserError(
+                "solver=mean has no value with flow.prediction=noise (alpha(0) = 0): "
+                "use solver=heun or flow.prediction=sample"
+            )

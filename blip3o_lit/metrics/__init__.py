@@ -1,0 +1,1 @@
+"""Metrics with sum states, float64 and safe under several processes."""

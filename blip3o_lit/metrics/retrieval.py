@@ -1,0 +1,99 @@
+"""Recall at k between image embeddings and caption embeddings.
+
+Shape suffixes: B images, P embedding width, Q queries, G gallery, U distinct captions.
+Equal captions are one caption: it is one entry of the gallery, and every image that carries it is a
+hit for it. Ties are resolved by expectation over random order, so that a constant image embedding
+scores what chance scores and not what the sort happens to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+DEPTHS = (1, 5, 10, 20)
+_CHUNK = 1024
+
+
+def caption_ids(captions: Sequence[str]) -> Tensor:
+    """Return a 63-bit fingerprint of each caption; equal captions get equal ids `[B]`."""
+    digests = (hashlib.sha256(caption.encode()).digest()[:8] for caption in captions)
+    return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests])
+
+
+def recall(scores_QG: Tensor, relevant_QG: Tensor, depths: Sequence[int] = DEPTHS) -> list[float]:
+    """Return the expected share of queries with a relevant entry among the first k, for each k.
+
+    With g entries above a query's best relevant one and t level with it, r of them relevant, the
+    k - g places left are filled at random: P(hit) = 1 - C(t - r, k - g) / C(t, k - g).
+    """
+    best_Q1 = scores_QG.masked_fill(~relevant_QG, -torch.inf).amax(1, keepdim=True)
+    above = (scores_QG > best_Q1).sum(1).double()
+    level_QG = scores_QG == best_Q1
+    ties = level_QG.sum(1).double()
+    misses = ties - (level_QG & relevant_QG).sum(1)
+
+    def log_choose(n: Tensor, k: Tensor) -> Tensor:
+        return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+
+    shares = []
+    for depth in depths:
+        places = (depth - above).clamp(min=0).minimum(ties)
+        fits = places.minimum(misses)
+        missed = torch.exp(log_choose(misses, fits) - log_choose(ties, fits))
+        missed = torch.where(places > misses, 0.0, missed)
+        shares.append(float((1 - missed).mean()))
+    return shares
+
+
+class Retrieval(Metric):
+    """Recall at 1, 5, 10 and 20, image to text and text to image."""
+
+    full_state_update = False
+    image: list[Tensor]
+    text: list[Tensor]
+    caption: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("image", "text", "caption"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, image_BP: Tensor, text_BP: Tensor, caption_B: Tensor) -> None:
+        """Add images, the embeddings of their captions, and the captions' ids."""
+        self.image.append(F.normalize(image_BP.double(), dim=-1))
+        self.text.append(F.normalize(text_BP.double(), dim=-1))
+        self.caption.append(caption_B)
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        """Return `{"image_to_text": {"R@1": ...}, "text_to_image": {...}}`."""
+        image_BP, text_BP = dim_zero_cat(self.image), dim_zero_cat(self.text)
+        caption_B = dim_zero_cat(self.caption)
+        distinct_U, member_B = torch.unique(caption_B, return_inverse=True)
+        first_U = torch.full_like(distinct_U, len(caption_B))
+        order = torch.arange(len(caption_B), device=caption_B.device)
+        first_U = first_U.scatter_reduce(0, member_B, order, "amin")
+        entry_U = torch.arange(len(distinct_U), device=caption_B.device)
+        text_UP = text_BP[first_U]
+        return {
+            "image_to_text": _recalls(image_BP, text_UP, member_B, entry_U),
+            "text_to_image": _recalls(text_UP, image_BP, entry_U, member_B),
+        }
+
+
+def _recalls(query_QP: Tensor, entry_GP: Tensor, query_Q: Tensor, entry_G: Tensor) -> dict:
+    """Rank the gallery for each query, some queries at a time; equal ids are relevant."""
+    totals = [0.0] * len(DEPTHS)
+    for start in range(0, len(query_Q), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        # Equal embeddings may differ in the last bits of a blocked product: round them level.
+        scores = (query_QP[rows] @ entry_GP.T).round(decimals=9)
+        found = recall(scores, query_Q[rows, None] == entry_G)
+        totals = [total + share * len(scores) for total, share in zip(totals, found)]
+    return {f"R@{k}": total / len(query_Q) for k, total in zip(DEPTHS, totals)}

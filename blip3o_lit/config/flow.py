@@ -55,7 +55,19 @@ class FlowConfig:
             raise UserError(
                 f"flow.sigma_max={self.sigma_max} must be above flow.sigma_min={self.sigma_min}"
             )
-        if self.prediction == "noise" and self.time_zero_share > 0:
+        if self.time_zero_share > 0 and not self.has_mean:
             raise UserError(
-                "flow.prediction=noise says nothing about x1 at t = 0: set flow.time_zero_share=0"
+                f"flow.path={self.path} flow.prediction={self.prediction} says nothing about x1 at "
+                "t = 0: set flow.time_zero_share=0 or flow.prediction=sample"
             )
+
+    @property
+    def has_mean(self) -> bool:
+        """Whether one evaluation at t = 0 gives E[x1|c].
+
+        The noise output does not on any path (alpha(0) = 0); the velocity does not on seed_cosine,
+        where alpha'(0) = 0 as well.
+        """
+        if self.prediction == "velocity":
+            return self.path != "seed_cosine"
+        return self.prediction == "sample"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blip3o_lit.config.errors import one_of, positive
+from blip3o_lit.config.errors import UserError, one_of, positive
+from blip3o_lit.config.flow import FlowConfig
 
 SOLVERS = ("mean", "euler", "midpoint", "heun", "rk4", "dopri5")
 GRIDS = ("uniform", "cosine", "shift")
@@ -22,6 +23,8 @@ class SolverConfig:
     """Spacing of the steps: uniform, cosine (dense at both ends) or shift (dense near noise)."""
     shift: float = 1.0
     """Shift of grid=shift; 1 is uniform."""
+    start: float = 0.0
+    """Time at which an ODE solver starts; the noise output has no velocity at 0 and needs more."""
     rtol: float = 1e-3
     """Relative tolerance of dopri5."""
     atol: float = 1e-4
@@ -33,8 +36,31 @@ class SolverConfig:
         one_of("solver.grid", self.grid, GRIDS)
         for key in ("steps", "shift", "rtol", "atol"):
             positive(f"solver.{key}", getattr(self, key))
+        if not 0 <= self.start < 1:
+            raise UserError(f"solver.start={self.start} must be between 0 and 1, 1 excluded")
+        if self.name == "mean" and self.start > 0:
+            raise UserError(f"solver=mean evaluates at t = 0: drop solver.start={self.start}")
 
     @property
     def label(self) -> str:
         """Name of the estimator in reports, for example `heun-10`."""
         return self.name if self.name in ("mean", "dopri5") else f"{self.name}-{self.steps}"
+
+
+def check_solver(flow: FlowConfig, solver: SolverConfig) -> None:
+    """Raise where this flow has no value at the solver's first time.
+
+    Raises:
+        UserError: Naming the overrides that mend it.
+    """
+    outputs = f"flow.path={flow.path} flow.prediction={flow.prediction}"
+    if solver.name == "mean" and not flow.has_mean:
+        raise UserError(
+            f"solver=mean {outputs}: at t = 0 this output says nothing about x1: use "
+            "flow.prediction=sample, or an ODE solver (solver=heun solver.start=0.02)"
+        )
+    if solver.name != "mean" and flow.prediction == "noise" and solver.start == 0:
+        raise UserError(
+            f"solver={solver.name} {outputs}: the velocity has no value at t = 0 (alpha = 0): "
+            "set solver.start=0.02"
+        )

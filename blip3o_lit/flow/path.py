@@ -1,0 +1,247 @@
+"""Gaussian probability paths x_t = alpha(t) x1 + sigma(t) z and the exact conversions on them.
+
+t = 0 is noise and t = 1 is data. Every path gives its two coefficients and their derivatives, so
+that the velocity of a pair is alpha' x1 + sigma' z and any of velocity, sample (x1) and noise (z)
+follows from any other and (x_t, t). Where a conversion divides by zero the answer does not exist:
+it is refused with the reason and never clamped.
+
+Shapes: x_BND, any leading batch; t_B. B batch, N tokens, D target width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blip3o_lit.config.errors import UserError, one_of
+from blip3o_lit.config.flow import PATHS
+
+Curve = Callable[[Tensor], Tensor]
+
+
+def over(t_B: Tensor, x: Tensor) -> Tensor:
+    """Reshape one number a sample so that it broadcasts over the other axes of `x`."""
+    return t_B.reshape(-1, *[1] * (x.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Path:
+    """One Gaussian path: its coefficients, their exact derivatives, and the conversions.
+
+    All arithmetic is in the precision of the arguments; give float32 or wider.
+    """
+
+    name: str
+    """The option's name, for messages."""
+    alpha: Curve
+    """Coefficient of the data."""
+    sigma: Curve
+    """Coefficient of the noise."""
+    d_alpha: Curve
+    """Derivative of alpha by t."""
+    d_sigma: Curve
+    """Derivative of sigma by t."""
+
+    def interpolate(self, x1_BND: Tensor, z_BND: Tensor, t_B: Tensor) -> Tensor:
+        """Return x_t = alpha x1 + sigma z."""
+        t = over(t_B, x1_BND)
+        return self.alpha(t) * x1_BND + self.sigma(t) * z_BND
+
+    def velocity(self, x1_BND: Tensor, z_BND: Tensor, t_B: Tensor) -> Tensor:
+        """Return dx_t/dt = alpha' x1 + sigma' z of a pair."""
+        t = over(t_B, x1_BND)
+        return self.d_alpha(t) * x1_BND + self.d_sigma(t) * z_BND
+
+    def output(self, prediction: str, x1_BND: Tensor, z_BND: Tensor, t_B: Tensor) -> Tensor:
+        """Return what a network with this `prediction` is trained to put out for a pair."""
+        if prediction == "velocity":
+            return self.velocity(x1_BND, z_BND, t_B)
+        return x1_BND if prediction == "sample" else z_BND
+
+    def has_x1(self, prediction: str, t_B: Tensor) -> Tensor:
+        """Tell for each time whether x1 follows from (x_t, output).
+
+        A velocity needs alpha' sigma - alpha sigma' != 0, the noise needs alpha != 0.
+        """
+        if prediction == "velocity":
+            return self._wronskian(t_B) != 0
+        return self.alpha(t_B) != 0 if prediction == "noise" else torch.ones_like(t_B).bool()
+
+    def has_velocity(self, prediction: str, t_B: Tensor) -> Tensor:
+        """Tell for each time whether the velocity follows from (x_t, output).
+
+        The sample needs sigma != 0, the noise needs alpha != 0.
+        """
+        if prediction == "velocity":
+            return torch.ones_like(t_B).bool()
+        return (self.sigma if prediction == "sample" else self.alpha)(t_B) != 0
+
+    def x1_from(
+        self, prediction: str, out_BND: Tensor, x_BND: Tensor, t_B: Tensor, check: bool = True
+    ) -> Tensor:
+        """Return the data x1 that the output implies.
+
+        Args:
+            prediction: velocity, sample or noise: what `out_BND` is.
+            out_BND: The output.
+            x_BND: The point x_t at which it was given.
+            t_B: Its time.
+            check: Look for times without an answer. On an accelerator this waits for it; pass
+                False where the times are known to lie inside the usable interval.
+
+        Raises:
+            UserError: If x1 has no value at one of the times.
+        """
+        if check and not bool(self.has_x1(prediction, t_B).all()):
+            raise self._refusal(prediction, "x1")
+        t = over(t_B, x_BND)
+        if prediction == "velocity":
+            return (self.sigma(t) * out_BND - self.d_sigma(t) * x_BND) / self._wronskian(t)
+        if prediction == "noise":
+            return (x_BND - self.sigma(t) * out_BND) / self.alpha(t)
+        return out_BND
+
+    def velocity_from(
+        self, prediction: str, out_BND: Tensor, x_BND: Tensor, t_B: Tensor, check: bool = True
+    ) -> Tensor:
+        """Return the velocity that the output implies; arguments and errors as in `x1_from`."""
+        if check and not bool(self.has_velocity(prediction, t_B).all()):
+            raise self._refusal(prediction, "velocity")
+        if prediction == "velocity":
+            return out_BND
+        t = over(t_B, x_BND)
+        if prediction == "sample":
+            noise_BND = (x_BND - self.alpha(t) * out_BND) / self.sigma(t)
+            return self.d_alpha(t) * out_BND + self.d_sigma(t) * noise_BND
+        x1_BND = (x_BND - self.sigma(t) * out_BND) / self.alpha(t)
+        return self.d_alpha(t) * x1_BND + self.d_sigma(t) * out_BND
+
+    def noise_from(
+        self, prediction: str, out_BND: Tensor, x_BND: Tensor, t_B: Tensor, check: bool = True
+    ) -> Tensor:
+        """Return the noise z that the output implies; arguments and errors as in `x1_from`.
+
+        It follows from a velocity or a sample wherever the other of the two does.
+        """
+        t = over(t_B, x_BND)
+        if prediction == "noise":
+            return out_BND
+        if prediction == "velocity":
+            if check and not bool(self.has_x1("velocity", t_B).all()):
+                raise self._refusal(prediction, "noise")
+            return (self.d_alpha(t) * x_BND - self.alpha(t) * out_BND) / self._wronskian(t)
+        if check and not bool(self.has_velocity("sample", t_B).all()):
+            raise self._refusal(prediction, "noise")
+        return (x_BND - self.alpha(t) * out_BND) / self.sigma(t)
+
+    def _wronskian(self, t: Tensor) -> Tensor:
+        """Return alpha' sigma - alpha sigma', zero where a velocity does not determine x1."""
+        return self.d_alpha(t) * self.sigma(t) - self.alpha(t) * self.d_sigma(t)
+
+    def _refusal(self, prediction: str, wanted: str) -> UserError:
+        """Say why `wanted` has no value from this output at the time that was asked for."""
+        if prediction == "sample":
+            why, fix = "at sigma = 0 (t = 1)", "flow.sigma_min above 0 or a time below 1"
+        elif prediction == "noise":
+            why, fix = "at alpha = 0 (t = 0)", "flow.prediction=sample or a time above 0"
+        else:
+            why, fix = "where alpha' = 0 (t = 0)", "flow.prediction=sample or a time above 0"
+        return UserError(
+            f"flow.path={self.name} flow.prediction={prediction}: {wanted} has no value {why}: "
+            f"use {fix}"
+        )
+
+
+def _linear(sigma_min: float, sigma_max: float) -> Path:
+    """Lipman et al. 2022 (arXiv:2210.02747): alpha = t, sigma = 1 - (1 - sigma_min) t."""
+    slope = sigma_min - 1.0
+    return Path(
+        "linear",
+        alpha=lambda t: t,
+        sigma=lambda t: (1 - t) + sigma_min * t,
+        d_alpha=torch.ones_like,
+        d_sigma=lambda t: torch.full_like(t, slope),
+    )
+
+
+def _trigonometric(sigma_min: float, sigma_max: float) -> Path:
+    """Albergo and Vanden-Eijnden 2022 (arXiv:2209.15571): sin(pi t/2), cos(pi t/2).
+
+    The cosine is written as a sine of 1 - t, so that it is exactly 0 at t = 1.
+    """
+    half = math.pi / 2
+    return Path(
+        "trigonometric",
+        alpha=lambda t: torch.sin(half * t),
+        sigma=lambda t: torch.sin(half * (1 - t)),
+        d_alpha=lambda t: half * torch.sin(half * (1 - t)),
+        d_sigma=lambda t: -half * torch.sin(half * t),
+    )
+
+
+def _with_extra_noise(
+    name: str, alpha: Curve, d_alpha: Curve, rest: Curve, extra: Curve, d_extra: Curve
+) -> Path:
+    """Build the path (1 - alpha) z0 + alpha x1 + extra z', its two Gaussians folded into one.
+
+    sigma = sqrt(rest^2 + extra^2), rest = 1 - alpha; sigma' = (rest rest' + extra extra') / sigma,
+    with the limit -sqrt(rest'^2 + extra'^2) where both reach zero together.
+    """
+
+    def sigma(t: Tensor) -> Tensor:
+        return torch.hypot(rest(t), extra(t))
+
+    def d_sigma(t: Tensor) -> Tensor:
+        level, d_rest = sigma(t), -d_alpha(t)
+        slope = (rest(t) * d_rest + extra(t) * d_extra(t)) / level
+        return torch.where(level > 0, slope, -torch.hypot(d_rest, d_extra(t)))
+
+    return Path(name, alpha, sigma, d_alpha, d_sigma)
+
+
+def _seed_linear(sigma_min: float, sigma_max: float) -> Path:
+    """alpha = t with extra noise sigma_min + (sigma_max - sigma_min)(1 - t)."""
+    span = sigma_max - sigma_min
+    return _with_extra_noise(
+        "seed_linear",
+        alpha=lambda t: t,
+        d_alpha=torch.ones_like,
+        rest=lambda t: 1 - t,
+        extra=lambda t: sigma_min + span * (1 - t),
+        d_extra=lambda t: torch.full_like(t, -span),
+    )
+
+
+def _seed_cosine(sigma_min: float, sigma_max: float) -> Path:
+    """alpha = (1 - cos pi t)/2 with extra noise sigma_min + (sigma_max - sigma_min) cos(pi t/2)."""
+    half, span = math.pi / 2, sigma_max - sigma_min
+    return _with_extra_noise(
+        "seed_cosine",
+        alpha=lambda t: torch.sin(half * t).square(),
+        d_alpha=lambda t: math.pi * torch.sin(half * t) * torch.sin(half * (1 - t)),
+        rest=lambda t: torch.sin(half * (1 - t)).square(),
+        extra=lambda t: sigma_min + span * torch.sin(half * (1 - t)),
+        d_extra=lambda t: -half * span * torch.sin(half * t),
+    )
+
+
+_BUILDERS = dict(zip(PATHS, (_linear, _trigonometric, _seed_linear, _seed_cosine)))
+
+
+def path_named(name: str, sigma_min: float = 0.0, sigma_max: float = 1.0) -> Path:
+    """Return a path by its option name.
+
+    Args:
+        name: linear, trigonometric, seed_linear or seed_cosine.
+        sigma_min: Noise left at t = 1 (linear and the seeds' paths).
+        sigma_max: Extra noise at t = 0 (the seeds' paths).
+
+    Raises:
+        UserError: If no path has this name.
+    """
+    one_of("flow.path", name, PATHS)
+    return _BUILDERS[name](sigma_min, sigma_max)

@@ -1,0 +1,190 @@
+"""From noise to tokens: the posterior mean in one evaluation, or an ODE solver that draws a sample.
+
+Integration runs from t = 0 (noise) to t = 1 (data) and starts at sigma(0) z, which is not unit on
+every path. Shapes: x_BND, grid_S; B batch, N tokens, D target width, S grid points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+from blip3o_lit.config.errors import one_of
+from blip3o_lit.config.solver import SolverConfig, check_solver
+from blip3o_lit.flow.objective import FlowObjective, Network
+from blip3o_lit.flow.times import shifted
+
+Field = Callable[[Tensor, float], Tensor]
+Step = Callable[[Field, Tensor, float, float], Tensor]
+
+# dopri5 stops this far before a t = 1 that has no velocity; the last stretch returns x1_hat.
+LAST_STRETCH = 0.01
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a solver returns."""
+
+    x1_BND: Tensor
+    """Generated tokens, standardised."""
+    nfe: int
+    """Network evaluations that each sample took, counted."""
+    intermediates: list[Tensor]
+    """The state after each step, the last one equal to `x1_BND`; empty unless asked for."""
+
+
+def time_grid(config: SolverConfig) -> list[float]:
+    """Return the steps + 1 times of a fixed-step solver, from config.start to 1.
+
+    uniform: u; cosine: (1 - cos pi u)/2; shift: the noise-level shift of times.py.
+    """
+    u = torch.linspace(0, 1, config.steps + 1, dtype=torch.float64)
+    if config.grid == "cosine":
+        u = (1 - torch.cos(math.pi * u)) / 2
+    elif config.grid == "shift":
+        u = shifted(u, config.shift)
+    return (config.start + (1 - config.start) * u).tolist()
+
+
+def _euler(field: Field, x: Tensor, t: float, h: float) -> Tensor:
+    return x + h * field(x, t)
+
+
+def _midpoint(field: Field, x: Tensor, t: float, h: float) -> Tensor:
+    return x + h * field(x + h / 2 * field(x, t), t + h / 2)
+
+
+def _heun(field: Field, x: Tensor, t: float, h: float) -> Tensor:
+    first = field(x, t)
+    return x + h / 2 * (first + field(x + h * first, t + h))
+
+
+def _rk4(field: Field, x: Tensor, t: float, h: float) -> Tensor:
+    k1 = field(x, t)
+    k2 = field(x + h / 2 * k1, t + h / 2)
+    k3 = field(x + h / 2 * k2, t + h / 2)
+    k4 = field(x + h * k3, t + h)
+    return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
+STEPS: dict[str, Step] = {"euler": _euler, "midpoint": _midpoint, "heun": _heun, "rk4": _rk4}
+
+
+def integrate(
+    field: Field,
+    x0_BND: Tensor,
+    grid_S: list[float],
+    method: str,
+    rtol: float = 1e-3,
+    atol: float = 1e-4,
+) -> list[Tensor]:
+    """Integrate dx/dt = field(x, t) over a grid of times.
+
+    Args:
+        field: The velocity at a state and a time.
+        x0_BND: The state at the grid's first time.
+        grid_S: Times, increasing or decreasing.
+        method: euler, midpoint, heun (one step an interval, orders 1, 2, 2), rk4 (order 4), or
+            dopri5, whose step sizes adapt to the error of the whole batch.
+        rtol: Relative tolerance of dopri5.
+        atol: Absolute tolerance of dopri5.
+
+    Returns:
+        The state at each time after the first.
+
+    Raises:
+        UserError: If the method is not known.
+    """
+    one_of("solver.name", method, (*STEPS, "dopri5"))
+    if method == "dopri5":
+        times = torch.tensor(grid_S, dtype=torch.float64, device=x0_BND.device)
+        states = odeint(
+            lambda t, x: field(x, float(t)), x0_BND, times, rtol=rtol, atol=atol, method="dopri5"
+        )
+        return list(states[1:])  # pyright: ignore[reportIndexIssue]
+    states, x_BND = [], x0_BND
+    for start, end in zip(grid_S, grid_S[1:]):
+        x_BND = STEPS[method](field, x_BND, start, end - start)
+        states.append(x_BND)
+    return states
+
+
+@torch.no_grad()
+def sample(
+    objective: FlowObjective,
+    network: Network,
+    condition: Any,
+    noise_BND: Tensor,
+    solver: SolverConfig,
+    intermediates: bool = False,
+) -> Sample:
+    """Generate tokens from noise.
+
+    `mean` evaluates once at t = 0 and returns the posterior mean E[x1|c]; every other solver
+    returns a draw from p(x1|c). A network with an `encode` method encodes its condition once.
+
+    A sample output has no velocity at sigma = 0, and a useless one where sigma is below the change
+    of one step (the network's error is divided by sigma). A stage that falls on such a t = 1 is
+    replaced: the last step returns x1_hat itself, one evaluation instead of the method's.
+
+    Args:
+        objective: Reads the network's output.
+        network: The network, (x_BND, t_B, condition) -> out_BND.
+        condition: Its condition, as the network takes it.
+        noise_BND: Standard normal noise; sets the shape, device and the sample drawn.
+        solver: Which estimator.
+        intermediates: Keep the state after each step.
+
+    Raises:
+        UserError: If the flow has no value at the solver's first time.
+    """
+    check_solver(objective.config, solver)
+    if hasattr(network, "encode"):
+        condition = network.encode(condition)  # pyright: ignore[reportFunctionMemberAccess]
+    evaluations = 0
+
+    def counted(x_BND: Tensor, t_B: Tensor, given: Any) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        return network(x_BND, t_B, given)
+
+    def times(t: float) -> Tensor:
+        return torch.full((len(noise_BND),), t, device=noise_BND.device)
+
+    def field(x_BND: Tensor, t: float) -> Tensor:
+        return objective.velocity(counted, condition, x_BND, times(t), check=False)
+
+    def estimate(x_BND: Tensor, t: float) -> Tensor:
+        return objective.estimate(counted, condition, x_BND, times(t), check=False)
+
+    first = objective.path.sigma(torch.tensor(solver.start, dtype=torch.float64)).item()
+    x_BND = first * noise_BND.float()
+    if solver.name == "mean":
+        states = [estimate(x_BND, 0.0)]
+    else:
+        grid_S = time_grid(solver)
+        singular = _singular_end(objective, solver, grid_S)
+        if singular and solver.name == "dopri5":
+            grid_S = [t for t in grid_S if t < 1 - LAST_STRETCH] + [1 - LAST_STRETCH, 1.0]
+        if solver.name == "dopri5" and not intermediates:
+            grid_S = [grid_S[0], *grid_S[-2 if singular else -1 :]]
+        covered = grid_S[:-1] if singular else grid_S
+        states = integrate(field, x_BND, covered, solver.name, solver.rtol, solver.atol)
+        if singular:
+            states.append(estimate(states[-1] if states else x_BND, covered[-1]))
+    return Sample(states[-1], evaluations, states if intermediates else [])
+
+
+def _singular_end(objective: FlowObjective, solver: SolverConfig, grid_S: list[float]) -> bool:
+    """Tell whether a stage would fall on a t = 1 where the sample output gives no velocity."""
+    if objective.config.prediction != "sample" or solver.name in ("euler", "midpoint"):
+        return False
+    end = torch.ones((), dtype=torch.float64)
+    last_step = LAST_STRETCH if solver.name == "dopri5" else grid_S[-1] - grid_S[-2]
+    return bool(objective.path.sigma(end) < last_step * objective.path.d_sigma(end).abs())

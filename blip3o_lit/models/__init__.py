@@ -1,0 +1,1 @@
+"""Networks: the diffusion transformers and the baselines they are measured against."""

@@ -1,0 +1,203 @@
+"""Building blocks of the transformers: norms, rotary embedding, attention, feed-forward, time.
+
+Shape suffixes: B batch, N target tokens, M keys' tokens, W network width, H query heads,
+G key and value heads, K head width, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip3o_lit.config.shape import TokenShape
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis (Zhang and Sennrich, 2019), no bias.
+
+    The weight is cast to the input's dtype: with unequal dtypes, which bf16 autocast produces,
+    `F.rms_norm` leaves its fused kernel.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        """Make a weight of ones, [width]."""
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., width] to mean square 1, times the weight."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def modulate(x_BNW: Tensor, shift_B1W: Tensor, scale_B1W: Tensor, eps: float = 1e-6) -> Tensor:
+    """Adaptive norm: RMS-normalise without a weight, then scale by 1 + scale and add shift."""
+    normed = F.rms_norm(x_BNW, x_BNW.shape[-1:], None, eps)
+    return torch.addcmul(shift_B1W, normed, 1 + scale_B1W)
+
+
+def rope_table(
+    shape: TokenShape, head_width: int, extent: tuple[int, int] | None = None, base: float = 100.0
+) -> Tensor:
+    """Tables of the 2-D rotary embedding: cosines and signed sines, [2, N, 1, K], fp32.
+
+    Channel i is paired with channel i + K/2. Of the K/2 pairs the first half rotates with the row
+    and the second half with the column, at frequencies base^(-j / (K/4)); base 100 suits grids of
+    tens of patches. The CLS token, if any, gets the identity.
+
+    Args:
+        shape: The grid, with or without CLS.
+        head_width: K, a multiple of 4.
+        extent: Rows and columns that the positions span, when this grid shall lie over another
+            grid of that size (cells keep their centres); the grid's own size by default.
+        base: Ratio between the fastest and (nearly) the slowest frequency.
+    """
+    extent = extent or shape.grid
+    quarter = head_width // 4
+    frequency = base ** -(torch.arange(quarter, dtype=torch.float32) / quarter)
+    rows, columns = (
+        (torch.arange(cells, dtype=torch.float32) + 0.5) * (span / cells) - 0.5
+        for cells, span in zip(shape.grid, extent)
+    )
+    by_row = (rows[:, None] * frequency)[:, None].expand(-1, shape.grid[1], -1)
+    by_column = (columns[:, None] * frequency)[None].expand(shape.grid[0], -1, -1)
+    angle = torch.cat((by_row, by_column), -1).reshape(shape.patches, head_width // 2)
+    if shape.cls:
+        angle = torch.cat((angle.new_zeros(1, head_width // 2), angle))
+    cosine, sine = angle.cos(), angle.sin()
+    table = torch.stack((torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)))
+    return table[:, :, None]
+
+
+def rotate(x_BNHK: Tensor, rope: Tensor | None) -> Tensor:
+    """Rotate queries or keys by a table of `rope_table`; None leaves them as they are."""
+    if rope is None:
+        return x_BNHK
+    cosine, signed_sine = rope.to(x_BNHK.dtype)
+    half = x_BNHK.shape[-1] // 2
+    return torch.addcmul(x_BNHK * cosine, x_BNHK.roll(half, -1), signed_sine)
+
+
+def attend(q_BNHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor) -> Tensor:
+    """Softmax attention without a mask; query head h reads key head h // (H / G).
+
+    Measured on 2 CPU cores (B 8, N 256, H 6, G 2, K 64), forward and backward: bf16 explicit
+    softmax 6.9 ms, SDPA 16.0 ms; fp32 14.1 and 13.6 ms. Forward alone SDPA wins in both dtypes
+    (bf16 1.8 against 2.8 ms). Elsewhere SDPA has the flash kernels.
+
+    Returns:
+        [B, N, H * K].
+    """
+    if q_BNHK.device.type == "cpu" and q_BNHK.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        return _attend_explicitly(q_BNHK, k_BMGK, v_BMGK)
+    mixed = F.scaled_dot_product_attention(
+        q_BNHK.transpose(1, 2), k_BMGK.transpose(1, 2), v_BMGK.transpose(1, 2), enable_gqa=True
+    )
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def _attend_explicitly(q_BNHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor) -> Tensor:
+    """Attend through two batched products, the query heads of a key head stacked as rows."""
+    batch, tokens, heads, width = q_BNHK.shape
+    groups = k_BMGK.shape[2]
+    queries = (q_BNHK * width**-0.5).unflatten(2, (groups, heads // groups))
+    queries = queries.permute(0, 2, 3, 1, 4).reshape(batch * groups, -1, width)
+    keys = k_BMGK.transpose(1, 2).reshape(batch * groups, -1, width)
+    values = v_BMGK.transpose(1, 2).reshape(batch * groups, -1, width)
+    mixed = torch.bmm(torch.bmm(queries, keys.transpose(1, 2)).softmax(-1), values)
+    mixed = mixed.view(batch, groups, heads // groups, tokens, width)
+    return mixed.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads * width)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query self-attention with per-head query and key norms and one fused projection."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int) -> None:
+        """Make the projections; rows of `qkv` are queries, keys, values, head by head."""
+        super().__init__()
+        head_width = width // heads
+        self.heads, self.kv_heads = heads, kv_heads
+        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_width, bias=False)
+        self.query_norm = RMSNorm(head_width)
+        self.key_norm = RMSNorm(head_width)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x_BNW: Tensor, rope: Tensor | None) -> Tensor:
+        """Mix the tokens of [B, N, W]."""
+        joint = self.qkv(x_BNW).unflatten(-1, (self.heads + 2 * self.kv_heads, -1))
+        q_BNHK, k_BNGK, v_BNGK = joint.split((self.heads, self.kv_heads, self.kv_heads), 2)
+        q_BNHK = rotate(self.query_norm(q_BNHK), rope)
+        k_BNGK = rotate(self.key_norm(k_BNGK), rope)
+        return self.out(attend(q_BNHK, k_BNGK, v_BNGK))
+
+
+class CrossAttention(nn.Module):
+    """Grouped-query attention to condition tokens, whose keys and values can be kept."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int) -> None:
+        """Make the projections; rows of `key_value` are keys, then values, head by head."""
+        super().__init__()
+        head_width = width // heads
+        self.heads, self.kv_heads = heads, kv_heads
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * kv_heads * head_width, bias=False)
+        self.query_norm = RMSNorm(head_width)
+        self.key_norm = RMSNorm(head_width)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def keys_values(self, condition_BMW: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Project condition tokens to normed, rotated keys and to values, each [B, M, G, K]."""
+        joint = self.key_value(condition_BMW).unflatten(-1, (2 * self.kv_heads, -1))
+        k_BMGK, v_BMGK = joint.chunk(2, 2)
+        return rotate(self.key_norm(k_BMGK), rope), v_BMGK
+
+    def forward(
+        self, x_BNW: Tensor, keys_values: tuple[Tensor, Tensor], rope: Tensor | None
+    ) -> Tensor:
+        """Let each token of [B, N, W] read the condition."""
+        q_BNHK = self.query(x_BNW).unflatten(-1, (self.heads, -1))
+        q_BNHK = rotate(self.query_norm(q_BNHK), rope)
+        return self.out(attend(q_BNHK, *keys_values))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward (Shazeer, 2020): down(silu(gate x) * up x), gate and up in one matrix."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        """Make the two matrices; rows of `gate_up` are gate, then up."""
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x_BNW: Tensor) -> Tensor:
+        """Transform each token of [B, N, W]."""
+        gate_BNF, up_BNF = self.gate_up(x_BNW).chunk(2, -1)
+        return self.down(F.silu(gate_BNF) * up_BNF)
+
+
+def sinusoid(t_B: Tensor, channels: int, period: float = 10_000.0) -> Tensor:
+    """Cosines and sines of 1000 t, fp32 [B, channels]; frequencies fall from 1 to 1 / period."""
+    half = channels // 2
+    rate = -math.log(period) / half
+    frequency = torch.exp(rate * torch.arange(half, dtype=torch.float32, device=t_B.device))
+    angle = 1000.0 * t_B.float()[:, None] * frequency
+    return torch.cat((angle.cos(), angle.sin()), -1)
+
+
+class TimeEmbedding(nn.Module):
+    """Embedding of the flow time t in [0, 1]: sinusoid, then a two-layer MLP."""
+
+    def __init__(self, width: int, channels: int = 256) -> None:
+        """Make the MLP from `channels` sinusoids to `width`."""
+        super().__init__()
+        self.channels = channels
+        self.first = nn.Linear(channels, width)
+        self.second = nn.Linear(width, width)
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        """Embed [B] to [B, W]; the sinusoids are fp32, then cast to the weights' dtype."""
+        features = sinusoid(t_B, self.channels).to(self.first.weight.dtype)
+        return self.second(F.silu(self.first(features)))

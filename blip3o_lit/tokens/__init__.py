@@ -1,0 +1,1 @@
+"""Token stores: shards, reading, order, statistics and the LightningDataModule over them."""

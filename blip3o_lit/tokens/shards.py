@@ -1,0 +1,248 @@
+"""Token shards: the writer that makes a store, and the format of its tars and offset files.
+
+A store is a folder with `index.json`, tars `<split>-NNNNNN.tar`, their offsets `.idx`, and
+optionally `heads.safetensors`. A tar belongs to one split and holds, for each sample,
+KEY.<array>.npy in the index's order, then KEY.json. Any WebDataset tool can read it; `reader.py`
+reads it by offset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.tokens import tar
+from blip3o_lit.tokens.index import (
+    ArraySpec,
+    ShardEntry,
+    TokenIndex,
+    check_array_name,
+    sync_folder,
+    write_synced,
+)
+
+__all__ = ["ArraySpec", "ShardEntry", "ShardWriter", "TokenIndex", "TokenWriter"]
+
+LARGEST = 6e4
+"""Magnitudes from here on are refused: fp16 ends at 65504."""
+OFFSETS_MAGIC = b"tokidx01"
+
+
+def pack_offsets(offsets: np.ndarray, tar_bytes: int) -> bytes:
+    """Return the content of an .idx file.
+
+    Four u64 words (magic, samples, columns, bytes of the tar), then `[samples, columns]` u64: first
+    byte of each array's numbers, first byte of KEY.json, its size; then 8 bytes of a sha256 of all.
+    """
+    samples, columns = offsets.shape
+    words = np.array([samples, columns, tar_bytes], "<u8").tobytes()
+    body = OFFSETS_MAGIC + words + offsets.astype("<u8").tobytes()
+    return body + hashlib.sha256(body).digest()[:8]
+
+
+def unpack_offsets(content: bytes, samples: int, columns: int, tar_bytes: int) -> np.ndarray | None:
+    """Return the `[samples, columns]` offsets, or None when the file is not this shard's."""
+    body = content[:-8]
+    expected = OFFSETS_MAGIC + np.array([samples, columns, tar_bytes], "<u8").tobytes()
+    size = len(expected) + 8 * samples * columns
+    if len(body) != size or not body.startswith(expected):
+        return None
+    if hashlib.sha256(body).digest()[:8] != content[-8:]:
+        return None
+    return np.frombuffer(body, "<u8", offset=len(expected)).reshape(samples, columns)
+
+
+def encode(value: np.ndarray, spec: ArraySpec, key: str, name: str) -> np.ndarray:
+    """Convert one array to its stored type, refusing what would not survive.
+
+    Raises:
+        UserError: On another shape, NaN, infinity, or a magnitude of 6e4 and more.
+    """
+    if value.shape != spec.shape:
+        raise UserError(
+            f"sample {key}: {name} has shape {list(value.shape)}, "
+            f"the store holds {list(spec.shape)}"
+        )
+    largest = float(np.max(np.abs(value), initial=0))
+    if not largest < LARGEST:
+        raise UserError(
+            f"sample {key}: {name} holds {'NaN' if np.isnan(largest) else f'{largest:g}'}; "
+            f"finite values below {LARGEST:g} fit, so store normed tokens or drop the image"
+        )
+    if spec.dtype == "bfloat16":
+        bits = np.ascontiguousarray(value, "<f4").view("<u4")
+        rounded = bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))
+        return (rounded >> 16).astype("<u2").view("<i2")
+    return np.ascontiguousarray(value, spec.stored)
+
+
+class ShardWriter:
+    """Writes one tar and its offsets through temporary names; `close` makes both appear."""
+
+    def __init__(self, folder: Path, name: str, split: str, arrays: dict[str, ArraySpec]) -> None:
+        """Start `<name>.tar` in `folder`."""
+        self.folder, self.name, self.split, self.arrays = folder, name, split, arrays
+        self._temporary = folder / f".{name}.tar.{os.getpid()}.tmp"
+        self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 (closed in close/abort)
+        self._hash = hashlib.sha256()
+        self._position = 0
+        self._rows: list[list[int]] = []
+        self._keys: set[str] = set()
+
+    def __len__(self) -> int:
+        """Samples so far."""
+        return len(self._rows)
+
+    def _put(self, *parts: bytes | memoryview) -> None:
+        for part in parts:
+            self._file.write(part)
+            self._hash.update(part)
+            self._position += len(part)
+
+    def add(self, key: str, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+        """Append one sample.
+
+        Raises:
+            UserError: On a bad or repeated key, missing arrays, or numbers that don't fit.
+        """
+        if not key or len(key) > 60 or not tar.KEY_CHARACTERS.issuperset(key):
+            raise UserError(f"sample key {key!r}: use 1 to 60 letters, digits, - and _")
+        if key in self._keys:
+            raise UserError(f"sample key {key} appears twice in {self.name}.tar")
+        if arrays.keys() != self.arrays.keys():
+            raise UserError(f"sample {key} has {sorted(arrays)}, the store {sorted(self.arrays)}")
+        stored = {n: encode(arrays[n], spec, key, n) for n, spec in self.arrays.items()}
+        text = json.dumps(metadata, sort_keys=True, ensure_ascii=False).encode()
+        if len(text) > tar.JSON_LIMIT:
+            raise UserError(f"sample {key}: its caption and metadata exceed 1 MiB")
+        self._keys.add(key)
+        row = []
+        for name, value in stored.items():
+            start = tar.npy_header(value.dtype.str, value.shape)
+            size = len(start) + value.nbytes
+            self._put(tar.header(f"{key}.{name}.npy", size), start)
+            row.append(self._position)
+            self._put(memoryview(value).cast("B"), tar.padding(size))
+        self._put(tar.header(f"{key}.json", len(text)))
+        row += [self._position, len(text)]
+        self._put(text, tar.padding(len(text)))
+        self._rows.append(row)
+
+    def close(self) -> ShardEntry:
+        """Finish, sync and rename; return the shard's entry for the index."""
+        self._put(tar.END)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        offsets = pack_offsets(np.array(self._rows, np.uint64), self._position)
+        write_synced(self.folder / f"{self.name}.idx", offsets)
+        self._temporary.replace(self.folder / f"{self.name}.tar")
+        sync_folder(self.folder)
+        return ShardEntry(
+            f"{self.name}.tar",
+            f"{self.name}.idx",
+            self.split,
+            len(self._rows),
+            self._position,
+            self._hash.hexdigest(),
+        )
+
+    def abort(self) -> None:
+        """Drop what was written."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class TokenWriter:
+    """Writes a store: samples in, shards and, last of all, index.json out.
+
+    Example:
+        with TokenWriter(folder, {"eva": spec, "clip": spec}) as writer:
+            writer.add("train", "000017", {"eva": eva, "clip": clip}, caption="a red seven")
+    """
+
+    def __init__(
+        self,
+        out: Path | str,
+        arrays: dict[str, ArraySpec],
+        shard_samples: int = 256,
+        reduced: str | None = None,
+        split_rule: str = "",
+    ) -> None:
+        """Start a store in the folder `out`, which is made if need be.
+
+        Raises:
+            UserError: If `out` holds a finished store already, or an array can't be stored.
+        """
+        self.out = Path(out)
+        if (self.out / "index.json").exists():
+            raise UserError(f"{out} holds a finished token store: choose another folder")
+        for name, spec in arrays.items():
+            check_array_name(name)
+            ArraySpec.from_dict(name, spec.to_dict())
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.arrays, self.shard_samples = dict(arrays), shard_samples
+        self.reduced, self.split_rule = reduced, split_rule
+        self.rejects = 0
+        self._open: dict[str, ShardWriter] = {}
+        self._done: dict[str, list[ShardEntry]] = {}
+
+    def add(
+        self,
+        split: str,
+        key: str,
+        arrays: dict[str, np.ndarray],
+        caption: str = "",
+        source: str = "",
+        **extra: Any,
+    ) -> None:
+        """Append one sample to a split; `extra` goes into KEY.json.
+
+        Raises:
+            UserError: On a bad split, key or array; nothing of the sample is written then.
+        """
+        if not split or not tar.KEY_CHARACTERS.issuperset(split):
+            raise UserError(f"split name {split!r} may hold letters, digits, - and _ alone")
+        done = self._done.setdefault(split, [])
+        if split not in self._open:
+            name = f"{split}-{len(done):06d}"
+            self._open[split] = ShardWriter(self.out, name, split, self.arrays)
+        shard = self._open[split]
+        shard.add(key, arrays, {"caption": caption, "source": source, **extra})
+        if len(shard) == self.shard_samples:
+            done.append(self._open.pop(split).close())
+
+    def close(self) -> TokenIndex:
+        """Finish open shards and write index.json."""
+        for split in list(self._open):
+            self._done[split].append(self._open.pop(split).close())
+        shards = [entry for entries in self._done.values() for entry in entries]
+        if not shards:
+            raise UserError(f"{self.out}: no samples were added, so there is no store to write")
+        index = TokenIndex(self.arrays, shards, self.reduced, self.split_rule, self.rejects)
+        index.write(self.out)
+        return index
+
+    def __enter__(self) -> TokenWriter:
+        """Return the writer."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close, or after an error drop open shards and leave no index."""
+        if kind is None:
+            self.close()
+            return
+        for shard in self._open.values():
+            shard.abort()

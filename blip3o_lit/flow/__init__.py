@@ -1,0 +1,1 @@
+"""Flow matching: paths, training times, reproducible draws, the objective and the solvers."""

@@ -204,7 +204,7 @@ def _with_extra_noise(
 
 
 def _seed_linear(sigma_min: float, sigma_max: float) -> Path:
-    """alpha = t with extra noise sigma_min + (sigma_max - sigma_min)(1 - t)."""
+    """Alpha = t with extra noise sigma_min + (sigma_max - sigma_min)(1 - t)."""
     span = sigma_max - sigma_min
     return _with_extra_noise(
         "seed_linear",
@@ -217,7 +217,7 @@ def _seed_linear(sigma_min: float, sigma_max: float) -> Path:
 
 
 def _seed_cosine(sigma_min: float, sigma_max: float) -> Path:
-    """alpha = (1 - cos pi t)/2 with extra noise sigma_min + (sigma_max - sigma_min) cos(pi t/2)."""
+    """Alpha = (1 - cos pi t)/2 with extra noise sigma_min + (sigma_max - sigma_min) cos(pi t/2)."""
     half, span = math.pi / 2, sigma_max - sigma_min
     return _with_extra_noise(
         "seed_cosine",

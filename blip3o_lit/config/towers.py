@@ -1,0 +1,62 @@
+"""Towers group: the pair of frozen image encoders that turn images into tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from blip3o_lit.config.errors import UserError, one_of, positive
+
+KINDS = ("open_clip", "timm", "huggingface", "eva_clip", "demo")
+TOWER_PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass
+class TowerConfig:
+    """One tower: an architecture, its weights and which of its tokens to take."""
+
+    kind: str = "demo"
+    """Who builds it: open_clip, timm, huggingface (CLIP folders), eva_clip (ours) or demo."""
+    model: str | None = None
+    """Architecture, for example ViT-L-14-quickgelu; local-dir:FOLDER for an open_clip folder."""
+    pretrained: str | None = None
+    """Weights: a pretrained tag, a local file or folder, or a hub id; null: random, fixed seed."""
+    like: str | None = None
+    """Pretrained tag whose preprocessing and activation a local open_clip file shares."""
+    layer: int = -1
+    """Block whose output the tokens are; -1 is the last, 0 the first."""
+    norm: bool = False
+    """Apply the tower's final norm to the tokens."""
+    image_size: int | None = None
+    """Side of the input in pixels where it differs from the model's own (open_clip and timm)."""
+    precision: str = "fp32"
+    """Number format of the weights and the forward pass: fp32, bf16 or fp16."""
+
+    def __post_init__(self) -> None:
+        """Check each value and the rules that join them."""
+        one_of("towers.*.kind", self.kind, KINDS)
+        one_of("towers.*.precision", self.precision, TOWER_PRECISIONS)
+        positive("towers.*.image_size", self.image_size)
+        if self.image_size and self.kind not in ("open_clip", "timm"):
+            raise UserError(
+                f"towers.*.image_size={self.image_size}: a tower of kind={self.kind} has one size only"
+            )
+        if self.like and self.kind != "open_clip":
+            raise UserError(f"towers.*.like={self.like} is for kind=open_clip, not {self.kind}")
+        if self.kind == "demo" and (self.layer != -1 or self.norm or self.precision != "fp32"):
+            raise UserError("the demo towers have layer=-1, norm=false and precision=fp32 only")
+
+
+def _demo(name: str) -> TowerConfig:
+    return TowerConfig(kind="demo", model=name, pretrained="demo")
+
+
+@dataclass
+class TowersConfig:
+    """The pair: the condition tower is translated into the target tower."""
+
+    condition: TowerConfig = field(default_factory=lambda: _demo("eva"))
+    """Tower of the condition tokens."""
+    target: TowerConfig = field(default_factory=lambda: _demo("clip"))
+    """Tower of the target tokens."""
+    pretrained: bool = True
+    """false: random weights with a fixed seed for both towers, for tests and dry runs."""

@@ -1,0 +1,60 @@
+"""From a tower's configuration to the tower: one function for every kind.
+
+Each kind's module is imported when it is first used, so the demo needs neither open_clip's model
+list nor the hub.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.towers import TowerConfig
+from blip3o_lit.towers.tower import Tower
+
+RANDOM_SEED = 0
+"""Seed of random weights (`towers.pretrained=false`)."""
+
+
+def load_tower(config: TowerConfig, pretrained: bool = True, device: str = "cpu") -> Tower:
+    """Build a tower: frozen, in evaluation mode, in the configured precision, on a device.
+
+    Args:
+        config: The tower.
+        pretrained: False for random weights with a fixed seed; nothing is downloaded then, unless
+            only the hub knows the architecture.
+        device: Where its weights go. `meta` builds the shapes alone, reads no weights and costs no
+            memory: enough for `tower.info` and the number of parameters.
+
+    Raises:
+        UserError: If the model or its weights do not exist, cannot be reached or do not fit.
+    """
+    if config.kind == "demo":
+        from blip3o_lit.towers import demo
+
+        return demo.load(config.model or "", pretrained=pretrained and device != "meta").to(device)
+    if config.model is None and config.kind != "huggingface":
+        raise UserError(f"a tower of kind={config.kind} needs a model: set towers.*.model")
+    pretrained = pretrained and config.pretrained is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        tower = _load(config, pretrained, device)
+    return tower.eval().requires_grad_(False)
+
+
+def _load(config: TowerConfig, pretrained: bool, device: str) -> Tower:
+    if config.kind == "open_clip":
+        from blip3o_lit.towers.open_clip_tower import load_open_clip
+
+        return load_open_clip(config, pretrained, device)
+    if config.kind == "timm":
+        from blip3o_lit.towers.timm_tower import load_timm
+
+        return load_timm(config, pretrained, device)
+    if config.kind == "huggingface":
+        from blip3o_lit.towers.huggingface_tower import load_huggingface
+
+        return load_huggingface(config, pretrained, device)
+    from blip3o_lit.towers.eva_clip import load_eva_clip
+
+    return load_eva_clip(config, pretrained, device)

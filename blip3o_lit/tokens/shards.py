@@ -129,7 +129,7 @@ class ShardWriter:
             size = len(start) + value.nbytes
             self._put(tar.header(f"{key}.{name}.npy", size), start)
             row.append(self._position)
-            self._put(memoryview(value).cast("B"), tar.padding(size))
+            self._put(value.data.cast("B"), tar.padding(size))
         self._put(tar.header(f"{key}.json", len(text)))
         row += [self._position, len(text)]
         self._put(text, tar.padding(len(text)))

@@ -1,0 +1,102 @@
+"""A tower's own final norm and projection, applied to stored tokens.
+
+Shape suffixes: B samples, N tokens, C stored width, P width of the shared image-text space.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from blip3o_lit.config.errors import UserError
+
+NORMS = ("layer", "rms", "none")
+
+
+class Head(nn.Module):
+    """Final norm, then projection: tokens into the space that a tower shares with its captions."""
+
+    weight_C: Tensor | None
+    bias_C: Tensor | None
+    projection_CP: Tensor
+
+    def __init__(
+        self,
+        norm: str,
+        eps: float,
+        weight_C: Tensor | None,
+        bias_C: Tensor | None,
+        projection_CP: Tensor,
+        logit_scale: float | None = None,
+    ) -> None:
+        """Keep the weights in fp32; `norm` is layer, rms or none."""
+        super().__init__()
+        self.norm, self.eps, self.logit_scale = norm, eps, logit_scale
+        self.register_buffer("weight_C", None if weight_C is None else weight_C.float())
+        self.register_buffer("bias_C", None if bias_C is None else bias_C.float())
+        self.register_buffer("projection_CP", projection_CP.float())
+
+    @property
+    def width(self) -> int:
+        """Channels P of a projected token."""
+        return self.projection_CP.shape[1]
+
+    def forward(self, tokens_BNC: Tensor) -> Tensor:
+        """Return the projected tokens `[B, N, P]` in fp32."""
+        tokens_BNC = tokens_BNC.float()
+        width = (tokens_BNC.shape[-1],)
+        if self.norm == "layer":
+            tokens_BNC = nn.functional.layer_norm(
+                tokens_BNC, width, self.weight_C, self.bias_C, self.eps
+            )
+        elif self.norm == "rms":
+            tokens_BNC = nn.functional.rms_norm(tokens_BNC, width, self.weight_C, self.eps)
+        return tokens_BNC @ self.projection_CP
+
+    @classmethod
+    def load(cls, path: Path | str, array: str, normed: bool = False) -> Head:
+        """Read the head of one array from a store or a heads.safetensors file.
+
+        Args:
+            path: The store's folder, or the file itself.
+            array: The array's name in the index, for example `clip`.
+            normed: Whether stored tokens have the final norm already, so that only the
+                projection is left to do.
+
+        Raises:
+            UserError: If there is no such file, or no projection for this array in it.
+        """
+        file = Path(path)
+        file = file / "heads.safetensors" if file.is_dir() else file
+        if not file.is_file():
+            raise UserError(
+                f"{file} is missing, so {array} tokens can't be projected: "
+                "set mode.projected=false or extract again"
+            )
+        try:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                prefix = f"{array}."
+                tensors = {
+                    name.removeprefix(prefix): opened.get_tensor(name)
+                    for name in opened.keys()  # noqa: SIM118 (safe_open is no mapping)
+                    if name.startswith(prefix)
+                }
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged: extract the tokens again") from error
+        if "projection" not in tensors:
+            raise UserError(f"{file} has no projection for {array}: set mode.projected=false")
+        norm = "none" if normed else metadata.get(f"{array}.norm", "none")
+        if norm not in NORMS:
+            raise UserError(f"{file}: {array}.norm={norm} is unknown: update blip3o_lit")
+        scale = tensors.get("logit_scale")
+        return cls(
+            norm,
+            float(metadata.get(f"{array}.eps", "1e-05")),
+            tensors.get("norm.weight"),
+            tensors.get("norm.bias"),
+            tensors["projection"],
+            None if scale is None else float(scale),
+        ).requires_grad_(False)

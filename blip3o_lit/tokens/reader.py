@@ -1,0 +1,357 @@
+"""Random access to local token shards: a memory map and an offset table a shard.
+
+Nothing is decoded: a batch is one tensor, and each sample's bytes are copied once, from the page
+cache into their place in it. Offsets are read when a shard is first used.
+
+Shape suffixes: B samples, N tokens, C condition width, D target width, P text width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip3o_lit.config.errors import UserError, one_of
+from blip3o_lit.config.mode import ModeConfig
+from blip3o_lit.config.shape import PairShape
+from blip3o_lit.tokens import tar
+from blip3o_lit.tokens.heads import Head
+from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex, write_synced
+from blip3o_lit.tokens.mode import View, view_of
+from blip3o_lit.tokens.shards import pack_offsets, unpack_offsets
+
+OPEN_SHARDS = 64
+"""Shards kept mapped; the default shuffle window is 16."""
+TORCH_TYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+
+class Shard:
+    """One mapped tar and its offsets."""
+
+    def __init__(self, folder: Path, entry: ShardEntry, index: TokenIndex, verify: str) -> None:
+        """Map the tar, check it, and read or rebuild its offsets.
+
+        Raises:
+            UserError: If it is missing, cut off, altered or malformed.
+        """
+        self.entry, self.arrays = entry, index.arrays
+        self.repair = f"python -m blip3o_lit.doctor tokens={folder} --repair"
+        path = folder / entry.file
+        try:
+            with open(path, "rb") as file:
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise UserError(f"shard {path} is missing: restore it or {self.repair}") from None
+        except ValueError:
+            raise UserError(f"shard {path} is empty: restore it or {self.repair}") from None
+        offsets = path.with_name(entry.offsets)
+        columns = len(self.arrays) + 2
+        content = offsets.read_bytes() if offsets.is_file() else b""
+        known = unpack_offsets(content, entry.samples, columns, entry.bytes)
+        if len(self.map) != entry.bytes:
+            raise UserError(self._size_message(path, known))
+        if verify == "full" and hashlib.sha256(self.map).hexdigest() != entry.sha256:
+            raise UserError(
+                f"shard {path} has another sha256 than index.json says: "
+                f"its content changed; restore it or {self.repair}"
+            )
+        if known is None:
+            known = scan(memoryview(self.map), entry, self.arrays, str(path))
+            # A read-only store is fine: the offsets then live in memory alone.
+            if os.access(folder, os.W_OK):
+                write_synced(offsets, pack_offsets(known, entry.bytes))
+        self.offsets = known
+
+    def _size_message(self, path: Path, offsets: np.ndarray | None) -> str:
+        found, promised = len(self.map), self.entry.bytes
+        first = ""
+        if offsets is not None and found < promised:
+            whole = int(np.searchsorted(offsets[:, -2] + offsets[:, -1], found, "right"))
+            first = f", so samples {whole} to {self.entry.samples - 1} of it are lost"
+        return (
+            f"shard {path} has {found} bytes, index.json promises {promised}{first}: "
+            f"restore it or {self.repair}"
+        )
+
+    def rows(self, array: str, column: int, sample: int) -> np.ndarray:
+        """Return a read-only `[N, C]` (or `[P]`) view of one sample's stored numbers."""
+        spec = self.arrays[array]
+        offset = int(self.offsets[sample, column])
+        count = spec.nbytes // np.dtype(spec.stored).itemsize
+        return np.frombuffer(self.map, spec.stored, count, offset).reshape(spec.shape)
+
+    def json_name(self, sample: int) -> str:
+        """Return the name of a sample's KEY.json, from its tar header."""
+        offset = int(self.offsets[sample, -2])
+        return self.map[offset - tar.BLOCK : offset - tar.BLOCK + 100].rstrip(b"\0").decode()
+
+    def metadata(self, sample: int) -> dict[str, Any]:
+        """Return the content of a sample's KEY.json."""
+        offset, size = (int(x) for x in self.offsets[sample, -2:])
+        try:
+            return json.loads(self.map[offset : offset + size])
+        except ValueError as error:
+            raise UserError(
+                f"{self.entry.file}: {self.json_name(sample)} is no JSON: {self.repair}"
+            ) from error
+
+
+def scan(
+    data: memoryview, entry: ShardEntry, arrays: dict[str, ArraySpec], where: str
+) -> np.ndarray:
+    """Find the offsets of every sample by walking a tar's headers.
+
+    Raises:
+        UserError: If a member is foreign, unsafe or not what the index promises.
+    """
+    columns = {f"{name}.npy": column for column, name in enumerate(arrays)}
+    specs = list(arrays.values())
+    rows: list[list[int]] = []
+    row = [0] * (len(specs) + 2)
+    key, left = "", 0
+    for member in tar.members(data, where):
+        if left == 0:
+            key, left, row = member.key, len(specs) + 1, [0] * (len(specs) + 2)
+        column = len(specs) if member.suffix == "json" else columns.get(member.suffix, -1)
+        if member.key != key or column < 0 or row[column]:
+            raise UserError(
+                f"{where}: sample {key} is incomplete before member {member.name}: "
+                "the shard is not the one that index.json describes"
+            )
+        row[column] = member.offset
+        if member.suffix == "json":
+            row[-1] = member.size
+        else:
+            spec = specs[column]
+            start = bytes(data[member.offset : member.offset + tar.NPY_HEADER_LIMIT])
+            skip = tar.npy_start(start, spec.stored, spec.shape, f"{where}: {member.name}")
+            if member.size != skip + spec.nbytes:
+                raise UserError(f"{where}: {member.name} has a wrong size: extract it again")
+            row[column] += skip
+        left -= 1
+        if left == 0:
+            rows.append(row)
+    if left or len(rows) != entry.samples:
+        raise UserError(
+            f"{where} holds {len(rows)} whole samples, index.json promises {entry.samples}"
+        )
+    return np.array(rows, np.uint64)
+
+
+class TokenStore:
+    """A local token store: its index, its shards as they are needed, and its heads."""
+
+    def __init__(self, path: Path, index: TokenIndex, verify: str = "size") -> None:
+        """Wrap a loaded index; `TokenStore.open` is the usual way in."""
+        self.path, self.index, self.verify = path, index, verify
+        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._verified: set[int] = set()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: Path | str, verify: str = "size") -> TokenStore:
+        """Load the index of a folder.
+
+        Args:
+            path: The folder with index.json.
+            verify: `size` checks each shard's size when it is first used, `full` its sha256 too.
+
+        Raises:
+            UserError: If there is no readable store.
+        """
+        return cls(Path(path), TokenIndex.load(path), verify)
+
+    def shard(self, number: int) -> Shard:
+        """Return a shard, mapping it if need be; safe to call from several threads."""
+        with self._lock:
+            shard = self._shards.get(number)
+            if shard is None:
+                verify = "size" if number in self._verified else self.verify
+                shard = Shard(self.path, self.index.shards[number], self.index, verify)
+                self._verified.add(number)
+                self._shards[number] = shard
+                if len(self._shards) > OPEN_SHARDS:
+                    self._shards.popitem(last=False)
+            else:
+                self._shards.move_to_end(number)
+            return shard
+
+    def head(self, array: str, normed: bool | None = None) -> Head:
+        """Return the norm and projection of an array's tower."""
+        applied = self.index.arrays[array].normed if normed is None else normed
+        return Head.load(self.path, array, applied)
+
+
+class TokenReader:
+    """One split of a store, seen through one mode; sample ids count from 0 in shard order."""
+
+    def __init__(
+        self,
+        store: TokenStore,
+        split: str,
+        condition: str = "eva",
+        target: str = "clip",
+        mode: ModeConfig | None = None,
+        max_shards: int | None = None,
+        limit: int | None = None,
+    ) -> None:
+        """Choose the split's shards and the view of both arrays; opens no shard.
+
+        Args:
+            store: The open store.
+            split: For example `train`.
+            condition: Name of the array that conditions the flow.
+            target: Name of the array that the flow generates.
+            mode: The view; patch_only when left out.
+            max_shards: Read only so many shards.
+            limit: Read only so many samples.
+
+        Raises:
+            UserError: If the store has no such split or array, or can't give the view.
+        """
+        mode = mode or ModeConfig()
+        index = store.index
+        one_of("split", split, index.splits)
+        one_of("data.condition", condition, index.arrays)
+        one_of("data.target", target, index.arrays)
+        self.store, self.split, self.mode = store, split, mode
+        self.condition, self.target = condition, target
+        self._views: dict[str, View] = {
+            side: view_of(name, index.arrays[name], mode, index.reduced, store.head)
+            for side, name in (("condition", condition), ("target", target))
+        }
+        self._columns = {name: column for column, name in enumerate(index.arrays)}
+        self._text = next((n for n, s in index.arrays.items() if s.kind == "text"), None)
+        numbers = [i for i, shard in enumerate(index.shards) if shard.split == split][:max_shards]
+        ends = np.cumsum([index.shards[i].samples for i in numbers])
+        total = int(ends[-1]) if limit is None else min(limit, int(ends[-1]))
+        kept = int(np.searchsorted(ends, total)) + 1
+        self._numbers = np.array(numbers[:kept])
+        self._starts = np.concatenate([[0], ends[: kept - 1]])
+        self.shard_sizes = np.diff(np.append(self._starts, total))
+        self._total, self._limits = total, (max_shards, limit)
+        self._finite: dict[tuple[int, str], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        """Samples in reach."""
+        return self._total
+
+    @property
+    def shape(self) -> PairShape:
+        """Token shapes of both sides, as the mode gives them."""
+        return PairShape(self._views["condition"].shape, self._views["target"].shape)
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of all that decides what `read` returns."""
+        parts = [self.store.index.hash, self.split, self.condition, self.target]
+        parts += [self.mode.name, self.mode.projected, *self._limits]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _locate(self, ids: np.ndarray) -> list[tuple[Shard, int, int]]:
+        """Return shard, shard number and place in the shard of each id."""
+        ids = np.asarray(ids, np.int64)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self._total:
+            raise IndexError(f"sample ids must be in 0..{self._total - 1}")
+        places = np.searchsorted(self._starts, ids, "right") - 1
+        opened = {int(p): self.store.shard(int(self._numbers[p])) for p in np.unique(places)}
+        local = ids - self._starts[places]
+        return [
+            (opened[p], int(self._numbers[p]), i) for p, i in zip(places.tolist(), local.tolist())
+        ]
+
+    def _gather(
+        self, located: list[tuple[Shard, int, int]], array: str, first: int, pin: bool
+    ) -> Tensor:
+        """Copy one array of the located samples, from row `first` on, into one tensor."""
+        spec = self.store.index.arrays[array]
+        dtype, column = TORCH_TYPES[spec.dtype], self._columns[array]
+        shape = (len(located), spec.shape[0] - first, *spec.shape[1:])
+        out = torch.empty(shape, dtype=dtype, pin_memory=pin)
+        flat = (out.view(torch.int16) if dtype == torch.bfloat16 else out).numpy()
+        for i, (shard, number, sample) in enumerate(located):
+            rows = shard.rows(array, column, sample)
+            np.copyto(flat[i], rows[first:] if first else rows)
+            known = self._finite.get((number, array))
+            if known is None:
+                known = np.zeros(shard.entry.samples, bool)
+                self._finite[number, array] = known
+            if not known[sample]:
+                if not finite(flat[i], spec.dtype):
+                    key = shard.json_name(sample).removesuffix(".json")
+                    raise UserError(
+                        f"sample {key} in {self.store.path / shard.entry.file}: {array} holds NaN "
+                        "or infinity; extract it again or drop it (doctor lists all)"
+                    )
+                known[sample] = True
+        return out
+
+    def read(self, ids: np.ndarray, pin: bool = False) -> dict[str, Tensor]:
+        """Read a batch.
+
+        Args:
+            ids: `[B]` int64 sample ids, in any order, repeats allowed.
+            pin: Put the result into page-locked memory, for copies to a GPU.
+
+        Returns:
+            `condition` `[B, N, C]` and `target` `[B, N, D]`: as stored, fp32 when the mode
+            averages or projects.
+
+        Raises:
+            UserError: If a shard is damaged, or a token is not finite.
+        """
+        located = self._locate(ids)
+        out: dict[str, Tensor] = {}
+        for side, array in (("condition", self.condition), ("target", self.target)):
+            view = self._views[side]
+            if view.computes:
+                tokens = view.compute(self._gather(located, array, view.first, pin=False))
+                out[side] = tokens.pin_memory() if pin else tokens
+            else:
+                out[side] = self._gather(located, array, view.first, pin)
+        return out
+
+    def text(self, ids: np.ndarray) -> Tensor | None:
+        """Return caption embeddings `[B, P]` in fp32, or None when the store has none."""
+        if self._text is None:
+            return None
+        return self._gather(self._locate(ids), self._text, 0, pin=False).float()
+
+    def metadata(self, ids: np.ndarray) -> list[dict[str, Any]]:
+        """Return each sample's KEY.json."""
+        return [shard.metadata(sample) for shard, _, sample in self._locate(ids)]
+
+    def captions(self, ids: np.ndarray) -> list[str]:
+        """Return each sample's caption."""
+        return [str(item.get("caption", "")) for item in self.metadata(ids)]
+
+    def keys(self, ids: np.ndarray) -> list[str]:
+        """Return each sample's key."""
+        return [shard.json_name(i).removesuffix(".json") for shard, _, i in self._locate(ids)]
+
+
+def finite(stored: np.ndarray, dtype: str) -> bool:
+    """Return whether all stored numbers are finite.
+
+    The two 16-bit types are read as integers: NaN and infinity are the largest of either sign, so
+    two SIMD maxima decide, 10 times faster than a float test.
+    """
+    if dtype == "float32":
+        return bool(np.isfinite(stored).all())
+    limit = 0x7C00 if dtype == "float16" else 0x7F80
+    top, bottom = stored.view(np.int16).max(), stored.view(np.uint16).max()
+    return bool(top < limit and bottom < limit + 0x8000)

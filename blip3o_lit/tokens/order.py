@@ -1,0 +1,75 @@
+"""The order of training samples: a pure function of (seed, epoch, shard sizes, position).
+
+Positions count samples since the run's start, over all ranks and epochs: position p lies in epoch
+p // n at place p % n. Epochs follow one another without a gap, so a batch may straddle the end of
+one, no sample is ever dropped, and a batch may be larger than the data set. Shards are shuffled,
+then samples within windows of a few shards, so that reads stay local. Only the windows that are
+asked for are computed: starting or resuming a run of ten million samples costs milliseconds.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+WINDOWS_KEPT = 8
+
+
+def random_permutation(seed: int, epoch: int, stream: int, count: int) -> np.ndarray:
+    """Return a permutation of 0..count-1 that depends on the arguments alone.
+
+    Raw words of Philox, whose output numpy keeps stable across versions, are sorted with the index
+    in their low bits: a sort is 5 times faster than an argsort, and ties have one outcome.
+    """
+    words = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, stream]).random_raw(count)
+    mask = np.uint64((1 << max(count - 1, 1).bit_length()) - 1)
+    words = np.sort((words & ~mask) | np.arange(count, dtype=np.uint64))
+    return (words & mask).astype(np.int64)
+
+
+class SampleOrder:
+    """Sample ids by global position, for one data set and seed."""
+
+    def __init__(self, seed: int, shard_sizes: np.ndarray, window: int) -> None:
+        """Shuffle with `seed` over shards of these sizes, within `window` shards at a time."""
+        self.seed = seed % 2**63
+        self.sizes = np.asarray(shard_sizes, np.int64)
+        self.starts = np.cumsum(self.sizes) - self.sizes
+        self.samples, self.window = int(self.sizes.sum()), window
+        self._epoch = lru_cache(maxsize=2)(self._compute_epoch)
+        self._window = lru_cache(maxsize=WINDOWS_KEPT)(self._compute_window)
+
+    def _compute_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the epoch's shard order and the place where each window starts (and the end)."""
+        shards = random_permutation(self.seed, epoch, 0, len(self.sizes))
+        ends = np.cumsum(self.sizes[shards])
+        bounds = np.append(0, ends)[:: self.window]
+        return shards, bounds if bounds[-1] == self.samples else np.append(bounds, self.samples)
+
+    def _compute_window(self, epoch: int, number: int) -> np.ndarray:
+        """Return the ids of one window in order."""
+        shards = self._epoch(epoch)[0][number * self.window : (number + 1) * self.window]
+        sizes = self.sizes[shards]
+        total = int(sizes.sum())
+        base = np.repeat(self.starts[shards] - (np.cumsum(sizes) - sizes), sizes)
+        return (base + np.arange(total))[random_permutation(self.seed, epoch, number + 1, total)]
+
+    def at(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids and epochs at `count` positions from `position` on.
+
+        Returns:
+            Sample ids and epochs, both `[count]` int64.
+        """
+        ids, epochs = np.empty(count, np.int64), np.empty(count, np.int64)
+        done = 0
+        while done < count:
+            epoch, place = divmod(position + done, self.samples)
+            bounds = self._epoch(epoch)[1]
+            number = int(np.searchsorted(bounds, place, "right")) - 1
+            inside = place - int(bounds[number])
+            piece = self._window(epoch, number)[inside : inside + count - done]
+            ids[done : done + len(piece)] = piece
+            epochs[done : done + len(piece)] = epoch
+            done += len(piece)
+        return ids, epochs

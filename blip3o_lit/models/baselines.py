@@ -1,0 +1,324 @@
+"""Baselines without a flow: what a score must beat before it means anything.
+
+All work in standardised space, are fitted on the training split alone, and keep what they learned
+in their state dict. Where grids differ the condition is resampled to the target's grid.
+
+Shape suffixes: B images, N target tokens, D target width, M condition tokens, C condition width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.shape import PairShape
+from blip3o_lit.models.dit import DiT
+
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+"""Each call starts one pass over the training split: standardised (condition, target) batches."""
+
+Progress = Callable[[int, Tensor], None]
+"""Called after each training step with the steps done and the loss (a tensor: no forced sync)."""
+
+
+def condition_at_targets(condition_BMC: Tensor, shape: PairShape) -> Tensor:
+    """Return one condition token for each target token, [B, N, C].
+
+    Unequal grids are resampled bilinearly; a target CLS without a condition CLS gets the mean.
+    """
+    source, target = shape.condition, shape.target
+    patches = condition_BMC[:, int(source.cls) :]
+    if source.grid != target.grid:
+        image = patches.transpose(1, 2).unflatten(2, source.grid)
+        image = F.interpolate(image, target.grid, mode="bilinear", antialias=True)
+        patches = image.flatten(2).transpose(1, 2)
+    if not target.cls:
+        return patches
+    cls = condition_BMC[:, :1] if source.cls else condition_BMC.mean(1, keepdim=True)
+    return torch.cat((cls, patches), 1)
+
+
+class MeanToken(nn.Module):
+    """The training split's mean token at each position, whatever the condition."""
+
+    mean: Tensor
+
+    def __init__(self, shape: PairShape) -> None:
+        """Make the buffer [N, D]."""
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape.target.tokens, shape.target.width))
+
+    @torch.no_grad()
+    def fit(self, batches: Batches) -> None:
+        """Average the targets of one pass in fp64."""
+        total, images = torch.zeros_like(self.mean, dtype=torch.float64), 0
+        for _, target_BND in batches():
+            total += target_BND.to(total).sum(0)
+            images += len(target_BND)
+        self.mean.copy_(total / images)
+
+    def predict(self, condition_BMC: Tensor) -> Tensor:
+        """Return the mean tokens, [B, N, D]."""
+        return self.mean.expand(len(condition_BMC), -1, -1)
+
+
+class _Moments:
+    """Running fp64 sums of the products of inputs x [B, T, C] and outputs y [B, T, D]."""
+
+    def __init__(self, tokens: int, inputs: int, outputs: int, device: torch.device) -> None:
+        kind = {"dtype": torch.float64, "device": device}
+        self.images = 0
+        self.x_TC, self.y_TD = (
+            torch.zeros(tokens, inputs, **kind),
+            torch.zeros(tokens, outputs, **kind),
+        )
+        self.xx, self.xy = torch.zeros(inputs, inputs, **kind), torch.zeros(inputs, outputs, **kind)
+        self.yy = torch.zeros((), **kind)
+
+    def add(self, x_BTC: Tensor, y_BTD: Tensor) -> None:
+        """Count a batch in."""
+        self.images += len(x_BTC)
+        self.x_TC += x_BTC.sum(0)
+        self.y_TD += y_BTD.sum(0)
+        x, y = x_BTC.flatten(0, 1), y_BTD.flatten(0, 1)
+        self.xx.addmm_(x.T, x)
+        self.xy.addmm_(x.T, y)
+        self.yy += y.square().sum()
+
+    def merge(self, other: _Moments) -> None:
+        """Count another's images in."""
+        self.images += other.images
+        for key in ("x_TC", "y_TD", "xx", "xy", "yy"):
+            getattr(self, key).add_(getattr(other, key))
+
+    def about(self, x_TC: Tensor, y_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sums of products of deviations from given position means."""
+        n = self.images
+        cross = x_TC.T @ self.x_TC
+        xx = self.xx - cross - cross.T + n * x_TC.T @ x_TC
+        xy = self.xy - x_TC.T @ self.y_TD - self.x_TC.T @ y_TD + n * x_TC.T @ y_TD
+        yy = self.yy - 2 * (y_TD * self.y_TD).sum() + n * y_TD.square().sum()
+        return xx, xy, yy
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Return the position means of x and y."""
+        return self.x_TC / self.images, self.y_TD / self.images
+
+
+class Ridge(nn.Module):
+    """Ridge regression from the condition token at a position to the target token there.
+
+    The weights are shared over patch positions (CLS has its own), the unpenalised bias is a
+    position's own, so MeanToken is the limit of a large penalty. Exact: fp64 normal equations,
+    streamed. The penalty, as a share of the mean input variance, is the best of `penalties` on
+    every eighth image of the training split; then all images are fitted.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    penalty: Tensor
+
+    penalties = tuple(10.0**power for power in range(-6, 3))
+
+    def __init__(self, shape: PairShape) -> None:
+        """Make the buffers: weight [1 or 2, C, D] (CLS first), bias [N, D]."""
+        super().__init__()
+        self.shape = shape
+        target, inputs = shape.target, shape.condition.width
+        self.parts = [slice(0, 1), slice(1, None)] if target.cls else [slice(None)]
+        self.register_buffer("weight", torch.zeros(len(self.parts), inputs, target.width))
+        self.register_buffer("bias", torch.zeros(target.tokens, target.width))
+        self.register_buffer("penalty", torch.zeros(len(self.parts)))
+
+    @torch.no_grad()
+    def fit(self, batches: Batches) -> None:
+        """Fit in one pass.
+
+        Raises:
+            UserError: If the training split has fewer than 2 images.
+        """
+        fitted, held = self._moments(), self._moments()
+        seen = 0
+        for condition_BMC, target_BND in batches():
+            x = condition_at_targets(condition_BMC.to(self.bias), self.shape).double()
+            y = target_BND.to(x)
+            rest = torch.arange(seen, seen + len(x), device=x.device) % 8 != 0
+            seen += len(x)
+            for index, part in enumerate(self.parts):
+                fitted[index].add(x[rest, part], y[rest, part])
+                held[index].add(x[~rest, part], y[~rest, part])
+        if seen < 2:
+            raise UserError(f"baselines: ridge needs 2 training images, got {seen}; add data")
+        for index, part in enumerate(self.parts):
+            self._solve(index, part, fitted[index], held[index])
+
+    def _moments(self) -> list[_Moments]:
+        """Return empty sums for each part."""
+        _, inputs, outputs = self.weight.shape
+        sizes = [len(self.bias[part]) for part in self.parts]
+        return [_Moments(size, inputs, outputs, self.bias.device) for size in sizes]
+
+    def _solve(self, index: int, part: slice, fitted: _Moments, held: _Moments) -> None:
+        """Choose the penalty of one part on `held`, then fit `fitted` and `held` together."""
+        means = fitted.means()
+        xx, xy, _ = fitted.about(*means)
+        held_xx, held_xy, held_yy = held.about(*means)
+        errors = []
+        for penalty in self.penalties:
+            weight = _ridge(xx, xy, penalty)
+            errors.append(
+                held_yy - 2 * (weight * held_xy).sum() + (weight * (held_xx @ weight)).sum()
+            )
+        best = self.penalties[int(torch.stack(errors).argmin())]
+        fitted.merge(held)
+        x_TC, y_TD = fitted.means()
+        xx, xy, _ = fitted.about(x_TC, y_TD)
+        weight = _ridge(xx, xy, best)
+        self.weight[index], self.bias[part] = weight.float(), (y_TD - x_TC @ weight).float()
+        self.penalty[index] = best
+
+    def predict(self, condition_BMC: Tensor) -> Tensor:
+        """Predict the target tokens, [B, N, D]."""
+        x_BNC = condition_at_targets(condition_BMC.to(self.bias), self.shape)
+        parts = [x_BNC[:, part] @ self.weight[index] for index, part in enumerate(self.parts)]
+        return torch.cat(parts, 1) + self.bias
+
+
+def _ridge(xx: Tensor, xy: Tensor, penalty: float) -> Tensor:
+    """Solve (xx + penalty * mean diagonal * I) w = xy by Cholesky."""
+    shift = penalty * xx.diagonal().mean().clamp_min(1e-12)
+    factor = torch.linalg.cholesky(
+        xx + shift * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+    )
+    return torch.cholesky_solve(xy, factor)
+
+
+class PatchMLP(nn.Module):
+    """Two-layer network on the condition token at each position, with a bias a position."""
+
+    def __init__(self, shape: PairShape, hidden: int = 1024) -> None:
+        """Make the layers."""
+        super().__init__()
+        self.shape = shape
+        self.first = nn.Linear(shape.condition.width, hidden)
+        self.position = nn.Parameter(torch.zeros(shape.target.tokens, hidden))
+        self.second = nn.Linear(hidden, shape.target.width)
+
+    def forward(self, condition_BMC: Tensor) -> Tensor:
+        """Predict the target tokens, [B, N, D]."""
+        x_BNC = condition_at_targets(condition_BMC, self.shape)
+        return self.second(F.gelu(self.first(x_BNC) + self.position))
+
+    def fit(
+        self,
+        batches: Batches,
+        steps: int,
+        lr: float = 1e-3,
+        bf16: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        """Train for `steps` batches; see `train_regression`."""
+        train_regression(self, batches, steps, lr, bf16, progress)
+
+    @torch.no_grad()
+    def predict(self, condition_BMC: Tensor) -> Tensor:
+        """Predict the target tokens, [B, N, D] fp32."""
+        return self(condition_BMC.to(self.first.weight)).float()
+
+
+class Regression(nn.Module):
+    """The same transformer trained without noise (x_t = 0, t = 0) to output the target."""
+
+    def __init__(self, config: ModelConfig, shape: PairShape) -> None:
+        """Make the transformer."""
+        super().__init__()
+        self.shape = shape
+        self.network = DiT(config, shape)
+
+    def forward(self, condition_BMC: Tensor) -> Tensor:
+        """Predict the target tokens, [B, N, D]."""
+        batch, target = len(condition_BMC), self.shape.target
+        x_BND = condition_BMC.new_zeros(batch, target.tokens, target.width)
+        return self.network(x_BND, condition_BMC.new_zeros(batch), condition_BMC)
+
+    def fit(
+        self,
+        batches: Batches,
+        steps: int,
+        lr: float = 1e-3,
+        bf16: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        """Train for `steps` batches; see `train_regression`."""
+        train_regression(self, batches, steps, lr, bf16, progress)
+
+    @torch.no_grad()
+    def predict(self, condition_BMC: Tensor) -> Tensor:
+        """Predict the target tokens, [B, N, D] fp32."""
+        return self(condition_BMC.to(self.network.input.weight)).float()
+
+
+def train_regression(
+    network: nn.Module,
+    batches: Batches,
+    steps: int,
+    lr: float,
+    bf16: bool,
+    progress: Progress | None,
+) -> None:
+    """Train condition -> target by mean squared error, in place, on the network's device.
+
+    AdamW (0.9, 0.95; weight decay 0.01 on matrices), warm-up over a twentieth of the steps, cosine
+    decay to a hundredth, gradients clipped to norm 1; passes over the data follow one another.
+
+    Args:
+        network: Maps [B, M, C] to [B, N, D].
+        batches: The training split.
+        steps: Optimizer steps.
+        lr: Peak learning rate.
+        bf16: Run the network under bf16 autocast; the loss is fp32.
+        progress: Told of each step.
+    """
+    device = next(network.parameters()).device
+    matrices = [p for p in network.parameters() if p.ndim >= 2]
+    rest = [p for p in network.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    network.train()
+    for step, (condition_BMC, target_BND) in zip(range(1, steps + 1), _forever(batches)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            guess_BND = network(condition_BMC.to(device, torch.float32))
+        loss = F.mse_loss(guess_BND.float(), target_BND.to(device, torch.float32))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step, loss.detach())
+    network.eval()
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate: a rising line, then a half cosine down to 0.01."""
+    warm_up = max(1, steps // 20)
+    decay = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / max(1, steps)))
+    return min(1.0, (step + 1) / warm_up) * (0.01 + 0.99 * decay)
+
+
+def _forever(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield pass after pass."""
+    while True:
+        empty = True
+        for batch in batches():
+            empty = False
+            yield batch
+        if empty:
+            raise UserError("baselines: the training split has no batch; add data")

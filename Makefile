@@ -1,0 +1,54 @@
+# `make demo` and `make test` work from a bare checkout: they need Python 3.11+ and make, no more.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv
+PY := $(VENV)/bin/python
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+# uv where it is installed, else in the environment itself.
+UV := $(or $(shell command -v uv 2>/dev/null),$(VENV)/bin/uv)
+export HF_HUB_OFFLINE ?= 1
+DEMO := outputs/demo
+MINUTES ?= 60
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/installed ## the environment, in .venv; the other targets call it
+
+$(VENV)/installed: requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found: install one or give PYTHON=..."; exit 2; }
+	@test -x $(PY) || { echo "creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@command -v uv >/dev/null 2>&1 || test -x $(VENV)/bin/uv || $(PY) -m pip install --quiet uv
+	@echo "installing the locked packages"
+	@$(UV) pip install --quiet --python $(PY) --require-hashes --requirement requirements.lock
+	@$(UV) pip install --quiet --python $(PY) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+lock: ## resolve the dependencies anew (hashes, no addresses)
+	$(UV) pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 --extra dev --output-file requirements.lock pyproject.toml
+
+demo: setup ## real pixels -> tokens -> training -> held-out evaluation and report
+	$(PY) -m blip3o_lit.train experiment=demo hydra.run.dir=$(DEMO)
+	$(PY) -m blip3o_lit.evaluate ckpt=$(DEMO)/checkpoints/last.ckpt baselines=all
+	@echo "report: $(DEMO)/report.html"
+
+test: setup ## the whole suite
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright blip3o_lit
+	$(PY) -m pytest -m "not soak"
+
+soak: setup ## the long loops: kills, all resume pairs, fuzzing (MINUTES=60)
+	BLIP3O_SOAK_MINUTES=$(MINUTES) $(PY) -m pytest -m soak
+
+bench: setup ## benchmarks, each beside its ceiling and its peers (ONLY=name for one)
+	$(PY) -m benchmarks $(if $(ONLY),ONLY=$(ONLY))
+
+format: setup ## format and sort imports
+	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+
+clean: ## remove the environment and what was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+
+.PHONY: help setup lock demo test soak bench format clean

@@ -1,0 +1,92 @@
+"""Which checkpoints a run keeps: every N steps, the best by held-out cosine, and the last."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+STEP_NAME = "step-{:08d}.ckpt"
+
+
+class Checkpoints(Callback):
+    """Keeps `step-*.ckpt` (the newest few), `best.ckpt` and `last.ckpt` under one folder.
+
+    `last.ckpt` is a second name of the newest step file, not a second write.
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int, monitor: str) -> None:
+        """Plan the files.
+
+        Args:
+            folder: Where they go.
+            every: Steps between two of them.
+            keep: Step files kept beside best and last; -1 keeps all.
+            monitor: The logged metric that decides the best; higher is better.
+        """
+        self.folder = folder
+        self.every = every
+        self.keep = keep
+        self.monitor = monitor
+        self.best_score: float | None = None
+        self.best_step: int | None = None
+        self._saved_step = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best score and its step, for resuming."""
+        return {"best_score": self.best_score, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best score and its step."""
+        self.best_score = state_dict["best_score"]
+        self.best_step = state_dict["best_step"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the step that training starts from as saved."""
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save every N steps, at the last step, and when the run is asked to stop."""
+        step = trainer.global_step
+        if step == trainer.max_steps:
+            trainer.val_check_batch = 1  # The last step is always validated.
+        if step == self._saved_step:
+            return
+        if step % self.every == 0 or step == trainer.max_steps or trainer.should_stop:
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the best by the monitored metric."""
+        value = trainer.callback_metrics.get(self.monitor)
+        if trainer.sanity_checking or value is None or not torch.isfinite(value):
+            return
+        score = float(value)
+        if self.best_score is None or score > self.best_score:
+            self.best_score = score
+            self.best_step = trainer.global_step
+            trainer.save_checkpoint(self.folder / "best.ckpt")
+
+    def save(self, trainer: Trainer) -> None:
+        """Save the present step and make it the last."""
+        step = trainer.global_step
+        self._saved_step = step
+        path = self.folder / STEP_NAME.format(step)
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            _second_name(path, self.folder / "last.ckpt")
+            if self.keep >= 0:
+                for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep or None]:
+                    old.unlink()
+
+
+def _second_name(path: Path, name: Path) -> None:
+    """Give a file a second name, replacing whatever had it, without a moment in between."""
+    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    os.link(path, temporary)
+    temporary.replace(name)

@@ -1,0 +1,94 @@
+"""What a run records of the machine and the packages, and which library noise it keeps off."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import blip3o_lit
+
+PACKAGES = (
+    "torch",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "torchmetrics",
+    "open_clip_torch",
+    "timm",
+    "webdataset",
+    "numpy",
+    "safetensors",
+)
+# Warnings that a user of this project cannot act on, by the start of their message.
+KNOWN_NOISE = (
+    "The 'train_dataloader' does not have many workers",
+    "The 'val_dataloader' does not have many workers",
+    "`isinstance(treespec, LeafSpec)` is deprecated",
+    "The number of training batches",
+    "Trying to infer the `batch_size` from an ambiguous collection",
+    "You defined a `validation_step` but have no `val_dataloader`",
+    "`torch.jit.script` is deprecated",
+    "Starting from v1.9.0, `tensorboardX` has been removed",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, devices and the commit, without names of users or secrets."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "blip3o_lit": blip3o_lit.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "gpus": devices,
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _commit() -> str | None:
+    """Return the checkout's commit, with a mark when it has changes; None outside one."""
+    folder = Path(__file__).resolve().parent
+    try:
+        said = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return said.stdout.strip() or None if said.returncode == 0 else None
+
+
+def quiet_libraries() -> None:
+    """Keep off the console what libraries say about themselves; warnings that matter still pass."""
+    for message in KNOWN_NOISE:
+        warnings.filterwarnings("ignore", message=".*" + _escaped(message))
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+def _escaped(message: str) -> str:
+    import re
+
+    return re.escape(message)

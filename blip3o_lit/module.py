@@ -1,0 +1,207 @@
+"""The LightningModule: a network, its weight average, the flow objective and the token scales.
+
+Shape suffixes: B images, N target tokens, D target width.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from blip3o_lit import __version__
+from blip3o_lit.checkpointing import FORMAT
+from blip3o_lit.config.optimizer import OptimizerConfig
+from blip3o_lit.config.shape import PairShape
+from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.flow import draws
+from blip3o_lit.flow.draws import Stream
+from blip3o_lit.flow.objective import FlowObjective
+from blip3o_lit.flow.times import training_times
+from blip3o_lit.metrics.cosine import TokenScores
+from blip3o_lit.models.dit import DiT
+from blip3o_lit.tokens.statistics import Standardizer
+from blip3o_lit.translator import Translator
+
+
+def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Return the learning rate of a step as a fraction of the peak: warm-up, then decay.
+
+    Args:
+        config: The optimizer group.
+        step: Optimizer steps done so far.
+        steps: Optimizer steps of the whole run.
+    """
+    warmup = min(config.warmup_steps, max(1, steps // 10))
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    if config.schedule == "linear":
+        remaining = 1.0 - progress
+    else:
+        remaining = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.final_lr_fraction + (1.0 - config.final_lr_fraction) * remaining
+
+
+class TranslationModule(LightningModule):
+    """Trains a translator; `ema` is the fp32 weight average that validation and inference use."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        plain_config: dict[str, Any],
+        shape: PairShape,
+        condition_standardizer: Standardizer,
+        target_standardizer: Standardizer,
+        tokens: dict[str, Any],
+        steps: int,
+    ) -> None:
+        """Build the network from the run's seed.
+
+        Args:
+            config: The run's typed configuration.
+            plain_config: The same as plain dicts, for the checkpoint.
+            shape: Shapes of condition and target tokens, from the token index.
+            condition_standardizer: Scale of the condition tokens.
+            target_standardizer: Scale of the target tokens.
+            tokens: Path and hash of the token store, for the checkpoint.
+            steps: Optimizer steps of the whole run.
+        """
+        super().__init__()
+        self.config = config
+        self.plain_config = plain_config
+        self.shape = shape
+        self.tokens = tokens
+        self.steps = steps
+        torch.manual_seed(config.seed)
+        self.network = DiT(config.model, shape)
+        self.ema = copy.deepcopy(self.network).requires_grad_(False)
+        self.objective = FlowObjective(config.flow)
+        self.condition_standardizer = condition_standardizer
+        self.target_standardizer = target_standardizer
+        self.scores = TokenScores(target_standardizer.mean_NC, shape.target)
+        self.gradient_norm: Tensor | None = None
+        self.sums: dict[str, Tensor] = {}
+
+    @property
+    def translator(self) -> Translator:
+        """The averaged network with its flow and scales."""
+        return Translator(
+            self.ema, self.objective, self.condition_standardizer, self.target_standardizer
+        )
+
+    def transfer_batch_to_device(
+        self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Tensor]:
+        """Move tokens; sample ids and epochs stay on the CPU, where seeds are mixed from them."""
+        stays = ("sample", "epoch")
+        return {
+            key: value if key in stays else value.to(device, non_blocking=True)
+            for key, value in batch.items()
+        }
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the flow-matching loss of one micro-batch."""
+        who = (batch["sample"], batch["epoch"])
+        condition = self.condition_standardizer.standardise(batch["condition"])
+        x1_BND = self.target_standardizer.standardise(batch["target"])
+        seed = self.config.seed
+        shape = tuple(x1_BND.shape[1:])
+        z_BND = draws.noise(seed, Stream.TRAINING_NOISE, *who, shape, device=x1_BND.device)
+        uniforms_B2 = draws.uniforms(seed, Stream.TRAINING_TIMES, *who, count=2)
+        t_B = training_times(uniforms_B2, self.config.flow).to(x1_BND.device, non_blocking=True)
+        restore = self.target_standardizer.restore
+        terms = self.objective.loss(self.network, condition, x1_BND, z_BND, t_B, restore)
+        self._remember("train/loss", terms.total)
+        if (self.global_step + 1) % self.config.trainer.log_every == 0:
+            estimate, true = restore(terms.x1_hat_BND), batch["target"].float()
+            self._remember("train/cosine", F.cosine_similarity(estimate, true, dim=-1).mean())
+        return terms.total
+
+    def _remember(self, name: str, value: Tensor) -> None:
+        """Add a value to the sums that the next logged row averages, without a device sync."""
+        total, count = self.sums.get(name), f"{name}/count"
+        one = torch.ones((), device=value.device)
+        self.sums[name] = value.detach() if total is None else total + value.detach()
+        self.sums[count] = self.sums.get(count, torch.zeros_like(one)) + one
+
+    def drain(self) -> dict[str, float]:
+        """Return the means of what was remembered since the last call, over all processes."""
+        names = [name for name in self.sums if not name.endswith("/count")]
+        sums = torch.stack([self.sums[key] for name in names for key in (name, f"{name}/count")])
+        sums = self.trainer.strategy.reduce(sums.double(), reduce_op="sum")
+        values = sums.tolist()
+        self.sums = {}
+        return {name: values[2 * i] / values[2 * i + 1] for i, name in enumerate(names)}
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting afresh."""
+        self.scores.reset()
+        self.ema.eval()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Generate the target tokens of held-out images and score them in the raw space."""
+        solver = self.config.solver
+        made = self.translator.generate(batch["condition"], batch["sample"], 0, solver)
+        self.scores.update(made.x1, batch["target"], batch["valid"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the held-out scores."""
+        scores = self.scores.compute()
+        names = ("cosine", "cosine_centred", "mse", "r2", "norm_ratio")
+        for name in names:
+            if scores[name] is not None:
+                self.log(f"val/{name}", float(scores[name]), rank_zero_only=True)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm and keep the norm for the log.
+
+        Lightning's own clipping refuses fused optimizers under mixed precision (2.6.6), though
+        bf16 has no loss scale to undo.
+        """
+        limit = self.config.optimizer.clip_norm
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+        full = getattr(norm, "full_tensor", None)
+        self.gradient_norm = norm.detach() if full is None else full().detach()
+
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
+        """Return AdamW with weight decay on matrices, and the schedule by step."""
+        config = self.config.optimizer
+        matrices, rest = self.network.parameter_groups()
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        # Fused AdamW unscales fp16 gradients itself, after they were clipped: keep it apart.
+        fused = self.config.precision.name != "fp16"
+        optimizer = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=fused)
+        schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step, self.steps))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what it takes to rebuild the translator: plain data only."""
+        checkpoint["blip3o"] = {
+            "format": FORMAT,
+            "version": __version__,
+            "config": self.plain_config,
+            "shape": self.shape.to_dict(),
+            "tokens": self.tokens,
+            "step": self.global_step,
+        }

@@ -1,0 +1,347 @@
+"""One training run from its typed config to its result: data, plan, fit, checkpoints, summary."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from rich.console import Console
+from rich.table import Table
+
+from blip3o_lit import plan as planning
+from blip3o_lit.callbacks.checkpoints import Checkpoints
+from blip3o_lit.callbacks.ema import EmaUpdate
+from blip3o_lit.callbacks.metrics_csv import MetricsCsv
+from blip3o_lit.callbacks.run_log import RunLog, human_time
+from blip3o_lit.callbacks.stop import StopAtStep
+from blip3o_lit.checkpointing import AtomicCheckpointIO
+from blip3o_lit.command import command_line_overrides, in_multirun, run_directory
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.environment import environment, quiet_libraries
+from blip3o_lit.module import TranslationModule
+from blip3o_lit.resume import config_hash, resolve_resume
+from blip3o_lit.token_source import token_store
+from blip3o_lit.tokens.datamodule import TokenDataModule
+
+log = logging.getLogger("blip3o_lit")
+console = Console()
+# EX_TEMPFAIL of sysexits.h: the run was preempted and goes on when it is started again.
+PREEMPTED_CODE = 75
+INTERRUPTED_CODE = 130
+
+
+def is_rank_zero() -> bool:
+    """Whether this process speaks for the run, before any process group exists."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(rank) == 0 and int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def run_training(config: TrainConfig) -> float | None:
+    """Train by `config` in Hydra's run directory.
+
+    Returns:
+        The best held-out cosine, or None when the store has no validation split or the run stopped.
+
+    Raises:
+        UserError: For anything in the configuration, data or machine that the user can mend.
+    """
+    quiet_libraries()
+    run_dir = run_directory().resolve()
+    device = choose_device(config)
+    lightning_precision = planning.set_precision(config.precision.name, device.type)
+    _refuse_unsafe_multirun(config)
+    data, steps = open_data(config)
+    if config.micro_batch_size is None:
+        config.micro_batch_size = planning.fitting_micro_batch(config, data.shape, device)
+    trainer = build_trainer(config, data, steps, lightning_precision, run_dir)
+    accumulation = data.accumulation(trainer.world_size, config.micro_batch_size)
+    trainer.accumulate_grad_batches = accumulation
+    trainer.val_check_interval = accumulation * config.evaluation.every
+    the_plan = make_plan(config, data, steps, trainer, run_dir, device)
+    resumed = resolve_resume(config, run_dir)
+    if is_rank_zero():
+        write_run_files(config, run_dir, data)
+        show_plan(the_plan, resumed)
+    if config.dry_run:
+        console.print("dry run: everything was built, no step was taken")
+        return None
+    module = TranslationModule(
+        config,
+        asdict(config),
+        data.shape,
+        data.condition_standardizer,
+        data.target_standardizer,
+        {"path": str(data.store_path), "hash": data.train.content_hash},
+        steps,
+    )
+    if config.model.compile:
+        module.network.compile_blocks()
+    return fit(config, trainer, module, data, the_plan, resumed, run_dir)
+
+
+def choose_device(config: TrainConfig) -> torch.device:
+    """Return the kind of device that the trainer will use, or refuse one that is not there."""
+    wanted = config.trainer.accelerator
+    if wanted in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"trainer.accelerator={wanted}: this machine has no CUDA GPU: use cpu")
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise UserError("trainer.accelerator=mps: this machine has no Apple GPU: use cpu")
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def open_data(config: TrainConfig) -> tuple[TokenDataModule, int]:
+    """Open the token store and return it with the number of optimizer steps."""
+    data = TokenDataModule(
+        config.data,
+        config.mode,
+        token_store(config.data),
+        seed=config.seed,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        validation_images=config.evaluation.images,
+    )
+    data.open()
+    return data, data.steps_for(config.trainer.max_steps, config.trainer.max_epochs)
+
+
+def _refuse_unsafe_multirun(config: TrainConfig) -> None:
+    """Refuse several devices inside a sweep: ranks would re-run the sweep with other configs."""
+    many = config.trainer.devices not in ("auto", "1") or config.trainer.num_nodes > 1
+    if in_multirun() and many:
+        raise UserError(
+            "-m with several devices would train different configs on different ranks: "
+            "use trainer.devices=1 in a sweep, or start one run a command"
+        )
+
+
+def build_trainer(
+    config: TrainConfig, data: TokenDataModule, steps: int, precision: str, run_dir: Path
+) -> Trainer:
+    """Build the Trainer without callbacks and loggers; they come when the run is sure to start."""
+    name = config.strategy.name
+    devices: Any = config.trainer.devices
+    devices = int(devices) if devices.isdigit() else "auto"
+    single = config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    if name == "single" or (devices == "auto" and single):
+        devices = 1
+    strategy: Any = "auto"
+    if name == "fsdp2":
+        raise UserError("strategy=fsdp2 is not there yet: use strategy=ddp")
+    if name == "ddp" or (name == "auto" and devices not in (1, "auto")):
+        strategy = DDPStrategy(process_group_backend="gloo" if single else "nccl")
+    return Trainer(
+        accelerator=config.trainer.accelerator,
+        devices=devices,
+        num_nodes=config.trainer.num_nodes,
+        strategy=strategy,
+        precision=precision,  # type: ignore[arg-type]
+        plugins=[AtomicCheckpointIO()],
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        limit_val_batches=None if data.validation else 0,
+        use_distributed_sampler=False,
+        default_root_dir=run_dir,
+    )
+
+
+def make_plan(
+    config: TrainConfig,
+    data: TokenDataModule,
+    steps: int,
+    trainer: Trainer,
+    run_dir: Path,
+    device: torch.device,
+) -> planning.Plan:
+    """Work out the figures of the run."""
+    parameters, flops = planning.count_parameters(config.model, data.shape)
+    micro = config.micro_batch_size or 1
+    low = 4 if config.precision.name in ("fp32", "tf32") else 2
+    image = planning.activation_bytes(config.model, data.shape.target.tokens, low)
+    return planning.Plan(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        precision=config.precision.name,
+        strategy=config.strategy.name,
+        world=trainer.world_size,
+        parameters=parameters,
+        forward_flops=flops,
+        batch=config.batch_size,
+        micro_batch=micro,
+        accumulation=trainer.accumulate_grad_batches,
+        steps=steps,
+        train_images=len(data.train),
+        validation_images=len(data.validation) if data.validation else 0,
+        tokens=f"{data.store_path} ({config.mode.name})",
+        run_dir=run_dir,
+        shape=data.shape,
+        state_gib=parameters * 20 / 2**30,
+        activation_gib=micro * image / 2**30,
+    )
+
+
+def show_plan(the_plan: planning.Plan, resumed: Path | None) -> None:
+    """Print the plan, one labelled line each."""
+    for label, value in the_plan.rows():
+        console.print(f"[bold]{label:>14}[/bold]  {value}", highlight=False, soft_wrap=True)
+        log.info("%s: %s", label, value)
+    if resumed:
+        console.print(f"[bold]{'resumes from':>14}[/bold]  {resumed}", highlight=False)
+        log.info("resumes from: %s", resumed)
+
+
+def write_run_files(config: TrainConfig, run_dir: Path, data: TokenDataModule) -> None:
+    """Write config.yaml, overrides.txt and environment.json."""
+    from omegaconf import OmegaConf
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot write ({error}): set hydra.run.dir") from error
+    (run_dir / "overrides.txt").write_text("".join(f"{o}\n" for o in command_line_overrides()))
+    facts = environment() | {"tokens": data.train.content_hash, "config_hash": config_hash(config)}
+    (run_dir / "environment.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+
+
+def loggers(config: TrainConfig, run_dir: Path, resumed: Path | None, step: int) -> list[Any]:
+    """Return metrics.csv and the loggers that were asked for."""
+    earlier = resumed.parent.parent if resumed else None
+    made: list[Any] = [MetricsCsv(run_dir, earlier, step)]
+    if config.logger.tensorboard:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        made.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+    if config.logger.wandb:
+        from lightning.pytorch.loggers import WandbLogger
+
+        offline = config.logger.wandb_offline or os.environ.get("WANDB_MODE") == "offline"
+        made.append(
+            WandbLogger(
+                save_dir=run_dir,
+                project=config.logger.wandb_project,
+                name=config.logger.wandb_name,
+                offline=offline,
+                config=asdict(config),
+            )
+        )
+    return made
+
+
+def fit(
+    config: TrainConfig,
+    trainer: Trainer,
+    module: TranslationModule,
+    data: TokenDataModule,
+    the_plan: planning.Plan,
+    resumed: Path | None,
+    run_dir: Path,
+) -> float | None:
+    """Train, then write result.json and say what comes next."""
+    stop = StopAtStep()
+    peak = planning.peak_flops(choose_device(config), config.precision.name) * the_plan.world
+    tokens = config.batch_size * data.shape.target.tokens
+    run_log = RunLog(config.trainer.log_every, tokens, the_plan.step_flops, peak)
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints", config.checkpoint.every, config.checkpoint.keep, "val/cosine"
+    )
+    trainer.callbacks.extend([EmaUpdate(config.optimizer.ema_decay), run_log, stop])  # type: ignore[attr-defined]
+    if config.evaluation.patience and data.validation:
+        from lightning.pytorch.callbacks import EarlyStopping
+
+        patience = config.evaluation.patience
+        trainer.callbacks.append(EarlyStopping("val/cosine", mode="max", patience=patience))  # type: ignore[attr-defined]
+    trainer.callbacks.append(checkpoints)  # type: ignore[attr-defined]
+    start = 0
+    if resumed:
+        start = int(torch.load(resumed, map_location="cpu", weights_only=True)["global_step"])
+    if is_rank_zero():
+        trainer.loggers = loggers(config, run_dir, resumed, start)
+    started = time.perf_counter()
+    with stop.listening():
+        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+    seconds = time.perf_counter() - started
+    finished = trainer.global_step >= the_plan.steps
+    if trainer.is_global_zero:
+        write_result(trainer, run_log, checkpoints, run_dir, seconds, finished)
+    if stop.received is not None and not finished:
+        say_how_to_resume(run_dir, trainer.global_step)
+        sys.exit(INTERRUPTED_CODE if stop.received == signal.SIGINT else PREEMPTED_CODE)
+    if trainer.is_global_zero:
+        closing_table(trainer, run_log, checkpoints, run_dir, seconds)
+    return checkpoints.best_score
+
+
+def write_result(
+    trainer: Trainer,
+    run_log: RunLog,
+    checkpoints: Checkpoints,
+    run_dir: Path,
+    seconds: float,
+    finished: bool,
+) -> None:
+    """Write result.json: what the run reached, for scripts and sweeps."""
+    result = {
+        "finished": finished,
+        "step": trainer.global_step,
+        "seconds": round(seconds, 2),
+        "first_step_seconds": run_log.first_step_seconds,
+        "best": {"step": checkpoints.best_step, "cosine": checkpoints.best_score},
+        "validation": {
+            name.removeprefix("val/"): float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("val/")
+        },
+        "train": {name.removeprefix("train/"): value for name, value in run_log.last.items()},
+        "estimator": "mean" if checkpoints.best_score is not None else None,
+        "split": "validation",
+    }
+    (run_dir / "result.json").write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
+
+
+def say_how_to_resume(run_dir: Path, step: int) -> None:
+    """Tell an interrupted user where the run stands and how it goes on."""
+    last = run_dir / "checkpoints" / "last.ckpt"
+    print(f"stopped at step {step}; saved {last}\nto go on, add to the same command: resume={last}")
+
+
+def closing_table(
+    trainer: Trainer,
+    run_log: RunLog,
+    checkpoints: Checkpoints,
+    run_dir: Path,
+    seconds: float,
+) -> None:
+    """Print what the run reached and the next command to type."""
+    table = Table(title=f"{trainer.global_step} steps in {human_time(seconds)}", show_header=False)
+    table.add_row("training loss (last row)", f"{run_log.last.get('train/loss', float('nan')):.4f}")
+    solver = getattr(trainer.lightning_module, "config").solver.label
+    if checkpoints.best_score is not None:
+        table.add_row(
+            f"held-out cosine, EMA, {solver}, best",
+            f"{checkpoints.best_score:.4f} at step {checkpoints.best_step}",
+        )
+        last = float(trainer.callback_metrics["val/cosine"])
+        table.add_row(f"held-out cosine, EMA, {solver}, last", f"{last:.4f}")
+    console.print(table)
+    best = run_dir / "checkpoints" / ("best.ckpt" if checkpoints.best_step else "last.ckpt")
+    print(f"run directory: {run_dir}\nnext: python -m blip3o_lit.evaluate ckpt={best}")

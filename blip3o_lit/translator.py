@@ -1,0 +1,73 @@
+"""A trained translator: network, flow and token scales together, from raw tokens to raw tokens.
+
+Shape suffixes: B images, M condition tokens, C condition width, N target tokens, D target width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.flow import draws
+from blip3o_lit.flow.draws import Stream
+from blip3o_lit.flow.objective import FlowObjective
+from blip3o_lit.flow.solvers import Sample, sample
+from blip3o_lit.tokens.statistics import Standardizer
+
+
+class Translator(nn.Module):
+    """Generates target tokens from condition tokens, both in the towers' own scale."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: FlowObjective,
+        condition_standardizer: Standardizer,
+        target_standardizer: Standardizer,
+    ) -> None:
+        """Join the parts; none is copied."""
+        super().__init__()
+        self.network = network
+        self.objective = objective
+        self.condition_standardizer = condition_standardizer
+        self.target_standardizer = target_standardizer
+
+    @torch.no_grad()
+    def generate(
+        self,
+        condition_BMC: Tensor,
+        sample_B: Tensor,
+        seed: int,
+        solver: SolverConfig,
+        noise_BND: Tensor | None = None,
+        intermediates: bool = False,
+    ) -> Sample:
+        """Generate target tokens.
+
+        Args:
+            condition_BMC: Raw condition tokens.
+            sample_B: Sample ids; with `seed` they determine the noise, whatever the batch.
+            seed: Seed of the noise.
+            solver: The estimator: `mean`, or an ODE solver.
+            noise_BND: Standard normal noise to use in place of the reproducible draw.
+            intermediates: Whether to keep the states after each step.
+
+        Returns:
+            The raw target tokens `x1` (fp32), the number of network evaluations, and the states.
+        """
+        condition = self.condition_standardizer.standardise(condition_BMC)
+        if noise_BND is None:
+            shape = tuple(self.target_standardizer.mean_NC.shape)
+            epoch_B = torch.zeros_like(sample_B)
+            stream = Stream.EVALUATION_NOISE
+            noise_BND = draws.noise(seed, stream, sample_B, epoch_B, shape, condition.device)
+        result = sample(self.objective, self.network, condition, noise_BND, solver, intermediates)
+        states = result.intermediates
+        return replace(
+            result,
+            x1=self.target_standardizer.restore(result.x1.float()),
+            intermediates=[self.target_standardizer.restore(x.float()) for x in states or []],
+        )

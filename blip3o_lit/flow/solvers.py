@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ def integrate(
         states = odeint(
             lambda t, x: field(x, float(t)), x0_BND, times, rtol=rtol, atol=atol, method="dopri5"
         )
-        return list(states[1:])  # pyright: ignore[reportIndexIssue]
+        return list(torch.unbind(cast(Tensor, states))[1:])
     states, x_BND = [], x0_BND
     for start, end in zip(grid_S, grid_S[1:]):
         x_BND = STEPS[method](field, x_BND, start, end - start)

@@ -1,0 +1,142 @@
+"""The LightningDataModule over a token store: both splits, their scales and their loaders."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from blip3o_lit.config.data import DataConfig
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.mode import ModeConfig
+from blip3o_lit.config.shape import PairShape
+from blip3o_lit.tokens.loader import TokenLoader, ValidationLoader
+from blip3o_lit.tokens.order import SampleOrder
+from blip3o_lit.tokens.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.statistics import Standardizer, cached_standardizers, reader_batches
+from blip3o_lit.tokens.world import batch_plan
+
+TRAIN, VALIDATION = "train", "validation"
+
+
+class TokenDataModule(pl.LightningDataModule):
+    """Token pairs of one store, seen through one mode.
+
+    `open()` needs no Trainer; after it `shape`, `train`, `validation` and the standardizers are
+    there. The run is one Lightning epoch of `steps * accumulation` micro-batches.
+    """
+
+    shape: PairShape
+    train: TokenReader
+    validation: TokenReader | None
+    condition_standardizer: Standardizer
+    target_standardizer: Standardizer
+
+    def __init__(
+        self,
+        data: DataConfig,
+        mode: ModeConfig,
+        store: Path | str,
+        seed: int,
+        batch_size: int,
+        micro_batch_size: int | None = None,
+        steps: int | None = None,
+        validation_images: int | None = None,
+    ) -> None:
+        """Keep the settings; nothing is read before `open`.
+
+        Args:
+            data: Which arrays are read, how many samples, by how many threads.
+            mode: The view of the stored tokens.
+            store: Folder or URL of the token store.
+            seed: Seed of the sample order.
+            batch_size: Samples of an optimizer step, over all processes.
+            micro_batch_size: Samples of a forward pass; None: a process's whole share.
+            steps: Optimizer steps of the run; `steps_for` sets it too.
+            validation_images: Upper limit on validation images, beside data.validation_subset.
+        """
+        super().__init__()
+        self.data, self.mode, self.store_path = data, mode, store
+        self.seed, self.batch_size, self.micro_batch_size = seed, batch_size, micro_batch_size
+        self.steps = steps
+        limits = [n for n in (data.validation_subset, validation_images) if n]
+        self._validation_limit = min(limits) if limits else None
+
+    def open(self) -> None:
+        """Open the store, choose both splits and compute or load their statistics.
+
+        Raises:
+            UserError: If the store, a split, an array or the mode is not there.
+        """
+        data = self.data
+        store = TokenStore.open(self.store_path, data.verify)
+        sides = (data.condition, data.target, self.mode)
+        self.train = TokenReader(store, TRAIN, *sides, data.max_shards, data.subset)
+        self.validation = None
+        if VALIDATION in store.index.splits:
+            limit = self._validation_limit
+            self.validation = TokenReader(store, VALIDATION, *sides, limit=limit)
+        self.shape = self.train.shape
+        images = min(data.statistics_images, len(self.train))
+        self.condition_standardizer, self.target_standardizer = cached_standardizers(
+            self.train.content_hash,
+            self.shape,
+            images,
+            lambda: reader_batches(self.train, images, data.threads),
+        )
+
+    def steps_for(self, max_steps: int, max_epochs: int | None) -> int:
+        """Set and return the run's optimizer steps; `max_epochs`, where given, wins.
+
+        An epoch's last batch may reach into the next one: steps are rounded up.
+        """
+        if max_epochs is None:
+            self.steps = max_steps
+        else:
+            self.steps = math.ceil(max_epochs * len(self.train) / self.batch_size)
+        return self.steps
+
+    def accumulation(self, world_size: int, micro_batch_size: int | None) -> int:
+        """Set the micro-batch size and return the forward passes of a process per step.
+
+        Raises:
+            UserError: If the sizes don't divide.
+        """
+        self.micro_batch_size = micro_batch_size
+        return batch_plan(self.batch_size, micro_batch_size, world_size).accumulation
+
+    def setup(self, stage: str) -> None:
+        """Open the store where nobody has yet; called by Lightning on every process."""
+        if not hasattr(self, "shape"):
+            self.open()
+
+    def _place(self) -> tuple[int, int, bool]:
+        """Return rank, world size and whether batches go to a CUDA device."""
+        if self.trainer is None:
+            return 0, 1, False
+        cuda = self.trainer.strategy.root_device.type == "cuda"
+        return self.trainer.global_rank, self.trainer.world_size, cuda
+
+    def train_dataloader(self) -> TokenLoader:
+        """Return this rank's loader for the whole run.
+
+        Raises:
+            UserError: If the batch does not divide over processes and micro-batches.
+        """
+        if self.steps is None:
+            raise UserError("the number of steps is unknown: give steps= or call steps_for")
+        rank, world_size, pin = self._place()
+        plan = batch_plan(self.batch_size, self.micro_batch_size, world_size)
+        order = SampleOrder(self.seed, self.train.shard_sizes, self.data.shuffle_window)
+        return TokenLoader(self.train, order, plan, self.steps, rank, self.data.threads, pin)
+
+    def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:
+        """Return this rank's part of the validation split; an empty list without one."""
+        if self.validation is None:
+            return []
+        rank, world_size, pin = self._place()
+        plan = batch_plan(self.batch_size, self.micro_batch_size, world_size)
+        return ValidationLoader(
+            self.validation, plan.micro_batch_size, rank, world_size, self.data.threads, pin
+        )

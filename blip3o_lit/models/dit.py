@@ -184,10 +184,10 @@ class DiT(nn.Module):
         shift, scale = last.unbind(2)
         return self.output(modulate(x_BNW, shift, scale)).to(x_BND.dtype)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile each block in place; names in the state dict stay as they are."""
         for block in self.blocks:
-            block.compile()
+            block.compile(backend=backend, fullgraph=True)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return the parameters for weight decay (matrices) and those without (the rest)."""

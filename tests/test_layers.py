@@ -1,0 +1,151 @@
+"""Layers: rotary geometry, grouped queries, norms and the time embedding against closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from blip3o_lit.config.shape import TokenShape
+from blip3o_lit.models import layers
+from blip3o_lit.models.layers import (
+    RMSNorm,
+    SelfAttention,
+    SwiGLU,
+    TimeEmbedding,
+    attend,
+    modulate,
+    rope_table,
+    rotate,
+    sinusoid,
+)
+
+
+def scores(shape, head_width=16, **options):
+    """Return q . k for one query and one key vector put at every pair of positions, [N, N]."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, head_width, dtype=torch.float64)
+    table = rope_table(shape, head_width, **options).double()
+    q, k = (rotate(x.expand(1, shape.tokens, 1, -1), table)[0, :, 0] for x in (q, k))
+    return q @ k.T
+
+
+def test_rope_scores_depend_on_the_grid_offset_alone():
+    rows, columns = 5, 4
+    by_cell = scores(TokenShape((rows, columns), False, 1)).view(rows, columns, rows, columns)
+    moved = by_cell[1:, 1:, 1:, 1:]
+    torch.testing.assert_close(moved, by_cell[:-1, :-1, :-1, :-1], atol=1e-5, rtol=1e-5)
+    right, down = by_cell[0, 0, 0, 1], by_cell[0, 0, 1, 0]
+    assert (right - by_cell[0, 0, 0, 0]).abs() > 1e-2
+    assert (right - down).abs() > 1e-2
+
+
+def test_rope_keeps_lengths_and_leaves_cls_alone():
+    shape = TokenShape((3, 3), True, 1)
+    x = torch.randn(2, shape.tokens, 3, 8)
+    rotated = rotate(x, rope_table(shape, 8))
+    torch.testing.assert_close(rotated[:, 0], x[:, 0])
+    torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))
+    assert not torch.allclose(rotated[:, 2:], x[:, 2:])
+
+
+def test_rope_turns_half_the_pairs_with_the_row_and_half_with_the_column():
+    table = rope_table(TokenShape((3, 2), False, 1), 8)[:, :, 0].view(2, 3, 2, 8)
+    for pair in (0, 4), (1, 5):
+        assert torch.equal(table[:, :, 0, pair], table[:, :, 1, pair])
+    for pair in (2, 6), (3, 7):
+        assert torch.equal(table[:, 0, :, pair], table[:, 2, :, pair])
+
+
+def test_rope_lays_a_coarse_grid_over_a_fine_one():
+    fine, coarse = TokenShape((4, 4), False, 1), TokenShape((2, 2), False, 1)
+    angles = rope_table(coarse, 8, extent=(4, 4))[:, :, 0]
+    assert torch.equal(rope_table(fine, 8), rope_table(fine, 8, extent=(4, 4)))
+    # Fastest row pair, frequency 1: the centres of the coarse cells are at rows 0.5 and 2.5.
+    torch.testing.assert_close(angles[0, :, 0], torch.tensor([0.5, 0.5, 2.5, 2.5]).cos())
+
+
+def test_rotation_commutes_with_dtype():
+    x = torch.randn(1, 6, 2, 8)
+    table = rope_table(TokenShape((2, 3), False, 1), 8)
+    assert rotate(x.bfloat16(), table).dtype == torch.bfloat16
+    torch.testing.assert_close(
+        rotate(x.bfloat16(), table).float(), rotate(x, table), atol=4e-2, rtol=0
+    )
+
+
+@pytest.mark.parametrize("backend", [attend, layers._attend_explicitly])
+def test_grouped_queries_equal_repeated_keys_and_values(backend):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 5, 6, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
+    keys, values = (x.repeat_interleave(3, 2).transpose(1, 2) for x in (k, v))
+    weights = (q.transpose(1, 2) @ keys.transpose(-1, -2) / 8**0.5).softmax(-1)
+    expected = (weights @ values).transpose(1, 2).reshape(2, 5, 48)
+    torch.testing.assert_close(backend(q, k, v), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_training_attention_agrees_with_sdpa():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 9, heads, 8).bfloat16() for heads in (4, 2, 2))
+    with torch.no_grad():
+        sdpa = attend(q, k, v)
+    torch.testing.assert_close(attend(q, k, v), sdpa, atol=2e-2, rtol=2e-2)
+
+
+def test_self_attention_without_positions_ignores_the_order():
+    torch.manual_seed(0)
+    layer, x, order = SelfAttention(32, 4, 2), torch.randn(2, 6, 32), torch.randperm(6)
+    torch.testing.assert_close(layer(x[:, order], None), layer(x, None)[:, order])
+    rope = rope_table(TokenShape((2, 3), False, 1), 8)
+    assert not torch.allclose(layer(x[:, order], rope), layer(x, rope)[:, order], atol=1e-3)
+
+
+def test_query_key_norm_makes_attention_blind_to_their_scale():
+    torch.manual_seed(0)
+    layer, x = SelfAttention(32, 4, 2), torch.randn(2, 6, 32)
+    before = layer(x, None)
+    layer.qkv.weight.data[:48] *= 100
+    torch.testing.assert_close(layer(x, None), before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_its_formula_and_keeps_the_dtype(dtype):
+    torch.manual_seed(0)
+    norm, x = RMSNorm(8), 5 * torch.randn(3, 8)
+    norm.weight.data.uniform_(0.5, 2)
+    y = norm(x.to(dtype))
+    assert y.dtype == dtype
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+    torch.testing.assert_close(
+        y.float(), expected, atol=3e-2 if dtype != x.dtype else 1e-5, rtol=2e-2
+    )
+
+
+def test_modulate_is_its_formula():
+    x, shift, scale = torch.randn(2, 3, 8), torch.randn(2, 1, 8), torch.randn(2, 1, 8)
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(modulate(x, shift, scale), normed * (1 + scale) + shift)
+
+
+def test_swiglu_is_its_formula():
+    layer, x = SwiGLU(4, 6), torch.randn(2, 3, 4)
+    gate, up = layer.gate_up.weight.split(6)
+    expected = (F.silu(x @ gate.T) * (x @ up.T)) @ layer.down.weight.T
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_sinusoids_of_a_thousand_times_t():
+    features = sinusoid(torch.tensor([0.0, 0.25, 1.0]), 6)
+    angles = 1000 * torch.tensor([[0.0], [0.25], [1.0]]) * 10_000.0 ** -(torch.arange(3) / 3)
+    torch.testing.assert_close(
+        features, torch.cat((angles.cos(), angles.sin()), 1), atol=1e-4, rtol=0
+    )
+
+
+def test_time_embedding_takes_the_dtype_of_its_weights_and_keeps_times_apart():
+    embed = TimeEmbedding(16)
+    # bf16 holds 0.5 and 0.501 as one number: the sinusoids must be fp32 before the cast.
+    t = torch.tensor([0.5, 0.501])
+    assert embed.bfloat16()(t).dtype == torch.bfloat16
+    near = embed(t)
+    assert (near[0] - near[1]).abs().max() > 1e-2

@@ -1,0 +1,70 @@
+"""The schema of the evaluate command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from blip3o_lit.config.errors import UserError, one_of, positive
+
+BASELINE_SETS = {
+    "none": (),
+    "cheap": ("mean_token", "ridge"),
+    "all": ("mean_token", "ridge", "mlp", "regression"),
+}
+
+
+@dataclass
+class EvaluateDataConfig:
+    """Where the held-out tokens come from."""
+
+    tokens: str | None = None
+    """A token store; null: the one that the run was trained on."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Everything that decides what `evaluation.json` says about a checkpoint."""
+
+    ckpt: str = ""
+    """A checkpoint file, a run directory, an exported folder or a hub id."""
+    data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
+    """Token store."""
+    split: str = "validation"
+    """Split of the store to score on."""
+    same_data: bool = False
+    """Score on training images instead; every number is then labelled so."""
+    out: str | None = None
+    """Folder for evaluation.json and report.html; null: the run directory of the checkpoint."""
+    baselines: str = "cheap"
+    """none, cheap (mean token, ridge) or all (a patch MLP and a noise-free transformer too)."""
+    baseline_steps: int = 2000
+    """Training steps of MLP and noise-free transformer: the run's own number, but at most these."""
+    baseline_images: int = 20000
+    """Training images that mean token and ridge are fitted on; all of them if fewer exist."""
+    solvers: list[str] = field(default_factory=lambda: ["heun-10", "euler-4"])
+    """Estimators beside the posterior mean, as solver-steps."""
+    curve: list[str] = field(
+        default_factory=lambda: [
+            *("euler-1", "euler-2", "euler-4", "euler-8", "euler-16"),
+            *("heun-1", "heun-2", "heun-4", "heun-8"),
+        ]
+    )
+    """Points of the curve over network evaluations, as solver-steps; [] leaves it out."""
+    curve_images: int = 64
+    """Images of that curve."""
+    images: int | None = None
+    """Images to score; null: the whole split."""
+    batch_size: int = 32
+    """Images a forward pass."""
+    seed: int = 0
+    """Seed of the sampling noise; each image has the same noise for every estimator."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        if not self.ckpt:
+            raise UserError("ckpt=PATH is missing: name a checkpoint or a run directory")
+        one_of("baselines", self.baselines, BASELINE_SETS)
+        for key in ("baseline_steps", "baseline_images", "curve_images", "images", "batch_size"):
+            positive(key, getattr(self, key))

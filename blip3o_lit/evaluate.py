@@ -1,0 +1,132 @@
+"""Held-out evaluation with baselines: `python -m blip3o_lit.evaluate ckpt=outputs/train/RUN`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blip3o_lit.command import run_command
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.evaluate import EvaluateConfig
+from blip3o_lit.config.home import home
+
+if TYPE_CHECKING:
+    from blip3o_lit.baseline_cache import Report
+    from blip3o_lit.inference import Loaded
+    from blip3o_lit.tokens.reader import TokenReader
+
+COLUMNS = ("cosine", "cosine_centred", "cosine_pooled", "mse", "r2", "norm_ratio", "frechet")
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Score one checkpoint; write evaluation.json and report.html; return the former's content."""
+    from blip3o_lit.inference import best_device, load
+    from blip3o_lit.report.page import write_report
+    from blip3o_lit.scoring import Scorer
+
+    loaded = load(config.ckpt, best_device() if config.device == "auto" else config.device)
+    folder = Path(config.out) if config.out else loaded.folder
+    held, train = open_readers(loaded, config)
+    with progress() as report:
+        scorer = Scorer(loaded, held, train, config, home() / "baselines", report)
+        result = scorer.run()
+    write_json(folder / "evaluation.json", result)
+    page = write_report(folder)
+    show(result)
+    print(f"evaluation: {folder / 'evaluation.json'}\nreport: {page}")
+    target = shlex.quote(f"out={folder / 'export'}")
+    print(f"next: python -m blip3o_lit.export {shlex.quote(f'ckpt={loaded.file}')} {target}")
+    return result
+
+
+def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, TokenReader | None]:
+    """Return the images to score on, and the training split where the store has one.
+
+    Raises:
+        UserError: If the store lacks the split, or its tokens are not those of the checkpoint.
+    """
+    from blip3o_lit.token_source import token_store
+    from blip3o_lit.tokens.reader import TokenReader, TokenStore
+
+    run = loaded.config
+    data = replace(run.data, tokens=config.data.tokens) if config.data.tokens else run.data
+    store = TokenStore.open(token_store(data), data.verify)
+    sides = (data.condition, data.target, run.mode)
+
+    def reader(split: str, shards: int | None, limit: int | None) -> TokenReader:
+        return TokenReader(store, split, *sides, max_shards=shards, limit=limit)
+
+    train = None
+    if "train" in store.index.splits:
+        train = reader("train", data.max_shards, data.subset)
+    if config.same_data:
+        if train is None:
+            raise UserError(f"same_data=true: {store.path} has no train split")
+        held = train
+    else:
+        held = reader(config.split, None, data.validation_subset)
+    if held.shape != loaded.shape:
+        raise UserError(
+            f"{store.path} has tokens {held.shape.to_dict()}, but {config.ckpt} was trained on "
+            f"{loaded.shape.to_dict()}: set data.tokens to a matching store"
+        )
+    return held, train
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """Show a bar for each long part."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn()) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield report
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write sorted, finite JSON through a temporary name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+    temporary.write_text(text + "\n", "utf-8")
+    temporary.replace(path)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print estimators and baselines, best cosine first, and the verdict."""
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{result['images']} {result['split']} images, mode {result['mode']}"
+    table = Table("", "nfe", *COLUMNS, title=title)
+    rows = {**result["estimators"], **result["baselines"]}
+    rows |= {f"closed form {name}": scores for name, scores in result.get("optimum", {}).items()}
+    for name, scores in sorted(rows.items(), key=lambda item: -item[1]["cosine"]):
+        cells = [scores.get(column) for column in COLUMNS]
+        numbers = ["" if cell is None else f"{cell:.4g}" for cell in cells]
+        table.add_row(name, str(scores.get("nfe", "")), *numbers)
+    console = Console()
+    console.print(table)
+    console.print(f"{result['verdict']}: {result['verdict_note']}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of `blip3o-evaluate`."""
+    run_command("evaluate", EvaluateConfig, evaluate)
+
+
+if __name__ == "__main__":
+    main()

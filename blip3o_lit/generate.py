@@ -1,0 +1,174 @@
+"""Generated tokens as shards: `python -m blip3o_lit.generate ckpt=RUN tokens=DIR out=DIR`.
+
+The generated store has the keys, captions and shard boundaries of its source. A shard appears whole
+or not at all, so a stopped command goes on with the first missing shard.
+
+Shape suffixes: B images, N target tokens, D target width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blip3o_lit.command import run_command
+from blip3o_lit.config.errors import UserError, one_of
+from blip3o_lit.config.generate import GenerateConfig
+
+if TYPE_CHECKING:
+    from blip3o_lit.inference import Loaded
+    from blip3o_lit.tokens.index import ArraySpec, ShardEntry
+    from blip3o_lit.tokens.reader import TokenReader, TokenStore
+
+SETTINGS_FILE = "generate.json"
+
+
+def generate(config: GenerateConfig) -> Path:
+    """Translate a store's condition tokens; return the folder of the generated store."""
+    from blip3o_lit.evaluate import progress, write_json
+    from blip3o_lit.inference import best_device, load
+    from blip3o_lit.tokens.index import TokenIndex
+    from blip3o_lit.tokens.reader import TokenReader, TokenStore
+
+    loaded = load(config.ckpt, best_device() if config.device == "auto" else config.device)
+    store = TokenStore.open(config.tokens)
+    out = Path(config.out)
+    splits = [config.split] if config.split else list(store.index.splits)
+    for split in splits:
+        one_of("split", split, store.index.splits)
+    data, mode = loaded.config.data, loaded.config.mode
+    # A store of condition tokens alone serves: the reader then sees them on both sides.
+    target = data.target if data.target in store.index.arrays else data.condition
+    readers = {split: TokenReader(store, split, data.condition, target, mode) for split in splits}
+    found = readers[splits[0]].shape.condition
+    if found != loaded.shape.condition:
+        raise UserError(
+            f"{config.tokens}: {data.condition} has {found}, but {config.ckpt} was trained on "
+            f"{loaded.shape.condition}: give a matching store"
+        )
+    settings = _settings(config, loaded, store)
+    _claim(out, settings)
+    spec = _spec(loaded, store, settings)
+    entries: list[ShardEntry] = []
+    write_json(out / SETTINGS_FILE, settings)
+    with progress() as report:
+        for split, reader in readers.items():
+            first = 0
+            for number, samples in enumerate(reader.shard_sizes.tolist()):
+                name = f"{split}-{number:06d}"
+                entry = _finished(out, name, split, samples)
+                if entry is None:
+                    ids = (first, first + samples)
+                    entry = _write_shard(out, name, reader, ids, loaded, config, spec)
+                entries.append(entry)
+                first += samples
+                report(split, first, len(reader))
+    reduced = mode.name if mode.name == "grid_64" else None
+    index = TokenIndex({data.target: spec}, entries, reduced, store.index.split_rule)
+    index.write(out)
+    print(f"{index.samples} generated samples in {len(entries)} shards: {out}")
+    return out
+
+
+def _settings(config: GenerateConfig, loaded: Loaded, store: TokenStore) -> dict[str, Any]:
+    """Return what the generated tokens are a function of."""
+    from blip3o_lit.scoring import file_hash
+
+    return {
+        "checkpoint": file_hash(loaded.file),
+        "step": loaded.facts["step"],
+        "tokens": store.index.hash,
+        "solver": asdict(config.solver),
+        "seed": config.seed,
+        "split": config.split,
+    }
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder that holds anything but the start of this very generation."""
+    file = out / SETTINGS_FILE
+    if not file.is_file():
+        if (out / "index.json").exists():
+            raise UserError(f"{out} holds another token store: choose another out=")
+        return
+    if json.loads(file.read_text("utf-8")) != settings:
+        raise UserError(
+            f"{out} holds tokens of another checkpoint, store, solver or seed: choose another out="
+        )
+
+
+def _spec(loaded: Loaded, store: TokenStore, settings: dict[str, Any]) -> ArraySpec:
+    """Return the index entry of the generated array: the target's, marked as generated."""
+    from blip3o_lit.tokens.index import ArraySpec
+
+    shape, data = loaded.shape.target, loaded.config.data
+    source = store.index.arrays.get(data.target)
+    marked = {"generated": settings}
+    if source is None:
+        source = ArraySpec("tokens", "float16", (1, 1), tower="unknown")
+    return replace(
+        source,
+        dtype="float16",
+        shape=(shape.tokens, shape.width),
+        cls=shape.cls,
+        grid=shape.grid,
+        projected=loaded.config.mode.projected,
+        preprocessing={**source.preprocessing, **marked},
+    )
+
+
+def _finished(out: Path, name: str, split: str, samples: int) -> ShardEntry | None:
+    """Return the entry of a shard that an earlier call finished, or None."""
+    from blip3o_lit.tokens.index import ShardEntry
+
+    tar, offsets = out / f"{name}.tar", out / f"{name}.idx"
+    if not tar.is_file() or not offsets.is_file():
+        return None
+    with tar.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return ShardEntry(tar.name, offsets.name, split, samples, tar.stat().st_size, digest)
+
+
+def _write_shard(
+    out: Path,
+    name: str,
+    reader: TokenReader,
+    ids: tuple[int, int],
+    loaded: Loaded,
+    config: GenerateConfig,
+    spec: ArraySpec,
+) -> ShardEntry:
+    """Generate and write the samples of one source shard."""
+    import numpy as np
+    import torch
+
+    from blip3o_lit.tokens.shards import ShardWriter
+
+    data = loaded.config.data
+    device = next(loaded.translator.network.parameters()).device
+    writer = ShardWriter(out, name, reader.split, {data.target: spec})
+    try:
+        for start in range(ids[0], ids[1], config.batch_size):
+            batch = np.arange(start, min(start + config.batch_size, ids[1]))
+            condition = reader.read(batch)["condition"].to(device)
+            sample_B = torch.from_numpy(batch)
+            made = loaded.translator.generate(condition, sample_B, config.seed, config.solver)
+            tokens = made.x1_BND.cpu().numpy()
+            for key, metadata, value in zip(reader.keys(batch), reader.metadata(batch), tokens):
+                writer.add(key, {data.target: value}, metadata)
+        return writer.close()
+    except BaseException:
+        writer.abort()
+        raise
+
+
+def main() -> None:
+    """Entry point of `blip3o-generate`."""
+    run_command("generate", GenerateConfig, generate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""Load a trained translator from wherever it lies, and generate target tokens with it.
+
+    model = BLIP3oInference("outputs/train/2025-01-31_12-00-00-17")
+    clip_tokens = model.generate(eva_tokens)
+
+Shape suffixes: B images, M condition tokens, C condition width, N target tokens, D target width.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.shape import PairShape
+from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.flow.objective import FlowObjective
+from blip3o_lit.models.dit import DiT
+from blip3o_lit.tokens.statistics import Standardizer
+from blip3o_lit.translator import Translator
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+PARTS = ("network", "objective", "condition_standardizer", "target_standardizer")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A translator and what is known about it."""
+
+    translator: Translator
+    config: TrainConfig
+    shape: PairShape
+    facts: dict[str, Any]
+    """Plain data of the checkpoint: format, version, config, shape, tokens, step."""
+    file: Path
+    """The file that the weights came from."""
+
+    @property
+    def folder(self) -> Path:
+        """The run directory or exported folder that the weights belong to."""
+        parent = self.file.parent
+        return parent.parent if parent.name == "checkpoints" else parent
+
+
+def find_weights(source: str | Path) -> Path:
+    """Return the weight file that a path or hub id stands for.
+
+    Args:
+        source: A .ckpt file, a run directory (best, else last), an exported folder, or the id of a
+            repository on the Hugging Face Hub that holds one.
+
+    Raises:
+        UserError: If there is none.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        names = (WEIGHTS_FILE, "checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt")
+        for name in (*names, "last.ckpt"):
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"{path} holds neither checkpoints/best.ckpt nor {WEIGHTS_FILE}")
+    if _HUB_ID.fullmatch(str(source)):
+        return _from_hub(str(source))
+    raise UserError(f"no checkpoint at {source}: give a .ckpt file, a run directory or an export")
+
+
+def _from_hub(repository: str) -> Path:
+    """Download an exported folder into the hub cache, or find it there."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(repository, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
+    except Exception as error:  # the hub client raises some twenty classes; all mean the same here
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{repository} is neither a path nor a model that the hub gives: {reason}"
+        ) from error
+    return find_weights(folder)
+
+
+def load(source: str | Path, device: str | torch.device = "cpu") -> Loaded:
+    """Rebuild a translator from a checkpoint, a run directory, an export or a hub id.
+
+    Raises:
+        UserError: If the weights are missing, damaged, foreign or of a newer version.
+    """
+    file = find_weights(source)
+    facts, state = _read_export(file) if file.suffix == ".safetensors" else _read_checkpoint(file)
+    try:
+        config = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(TrainConfig), facts["config"])
+        )
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file}: its config is of another version ({reason})") from error
+    assert isinstance(config, TrainConfig)
+    shape = PairShape.from_dict(facts["shape"])
+    parts: list[nn.Module] = [DiT(config.model, shape), FlowObjective(config.flow)]
+    parts += [Standardizer.like(shape.condition), Standardizer.like(shape.target)]
+    translator = Translator(*parts)  # type: ignore[arg-type]
+    try:
+        translator.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: its weights do not fit its config: {reason}") from error
+    translator.to(device).eval().requires_grad_(False)
+    return Loaded(translator, config, shape, facts, file)
+
+
+def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the facts and the translator's state dict; the weight average is its network."""
+    from blip3o_lit import checkpointing
+
+    checkpoint = checkpointing.load(file)
+    state = {}
+    for name, tensor in checkpoint["state_dict"].items():
+        part, _, rest = name.partition(".")
+        part = {"ema": "network", "network": "trained"}.get(part, part)
+        if part in PARTS:
+            state[f"{part}.{rest}"] = tensor
+    return checkpoint["blip3o"], state
+
+
+def _read_export(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the facts and state dict of an exported folder."""
+    config = file.with_name(CONFIG_FILE)
+    try:
+        facts = json.loads(config.read_text("utf-8"))
+        state = load_file(file)
+        known = {"config", "shape", "tokens", "step"} <= set(facts)
+    except FileNotFoundError as error:
+        raise UserError(f"{config} is missing: export again") from error
+    except (ValueError, SafetensorError, TypeError) as error:
+        raise UserError(f"{file.parent}: the export is damaged: export again") from error
+    if not known:
+        raise UserError(f"{config} was not written by blip3o_lit's export")
+    return facts, state
+
+
+def best_device() -> str:
+    """Return cuda, mps or cpu, the first that is there."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def solver_from_label(label: str) -> SolverConfig:
+    """Return the solver that a label of the reports stands for: `mean`, `heun-10`, `dopri5`.
+
+    Raises:
+        UserError: If it names no solver or no number of steps.
+    """
+    name, dash, steps = label.partition("-")
+    if dash and not (steps.isdigit() and int(steps)):
+        raise UserError(f"solver {label!r}: write a name and its steps, for example heun-10")
+    return SolverConfig(name=name, steps=int(steps)) if dash else SolverConfig(name=name)
+
+
+class BLIP3oInference:
+    """A trained translator behind one call: condition tokens in, target tokens out.
+
+    Args:
+        path_or_hub_id: Checkpoint, run directory, exported folder or hub id.
+        device: `auto` (cuda, mps or cpu), or a torch device.
+    """
+
+    def __init__(self, path_or_hub_id: str | Path, device: str | torch.device = "auto") -> None:
+        self.device = torch.device(best_device() if device == "auto" else device)
+        loaded = load(path_or_hub_id, self.device)
+        self.translator, self.config, self.shape = loaded.translator, loaded.config, loaded.shape
+        self.facts = loaded.facts
+
+    def generate(
+        self,
+        eva_embeddings: Tensor | np.ndarray,
+        num_inference_steps: int | None = None,
+        solver: str | SolverConfig | None = None,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+        return_intermediate: bool = False,
+        normalize: bool = False,
+        seed: int = 0,
+        batch_size: int = 64,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Generate target tokens from condition tokens, both in the towers' own scale.
+
+        Args:
+            eva_embeddings: Condition tokens `[B, M, C]`, or `[M, C]` of one image; any float type.
+            num_inference_steps: Steps of the ODE solver (heun, unless `solver` says otherwise).
+            solver: A name (`mean`, `heun`), a label (`heun-10`) or a SolverConfig; by default
+                the run's own.
+            guidance_scale: 1 only: the model has no unconditional branch.
+            generator: Draws the noise; without it, image i gets the i-th noise of `seed`.
+            return_intermediate: Return the states after each step too.
+            normalize: Scale each token to unit length.
+            seed: Seed of the noise where no generator is given.
+            batch_size: Images a forward pass.
+
+        Returns:
+            `[B, N, D]` (or `[N, D]`) fp32 on the model's device; with `return_intermediate` a pair
+            of it and the list of states.
+
+        Raises:
+            UserError: If the tokens' shape or type is not what the model was trained on.
+        """
+        tokens, single = self._checked(eva_embeddings)
+        if guidance_scale != 1.0:
+            raise UserError(
+                f"guidance_scale={guidance_scale}: the model was trained without condition "
+                "dropout, so there is nothing to guide away from: leave it at 1"
+            )
+        choice = self._solver(solver, num_inference_steps)
+        size = (self.shape.target.tokens, self.shape.target.width)
+        made, states = [], []
+        for start in range(0, len(tokens), batch_size):
+            part = tokens[start : start + batch_size].to(self.device)
+            noise = None
+            if generator is not None:
+                draw = torch.randn((len(part), *size), generator=generator, device=generator.device)
+                noise = draw.to(self.device)
+            ids = torch.arange(start, start + len(part))
+            result = self.translator.generate(part, ids, seed, choice, noise, return_intermediate)
+            made.append(result.x1_BND)
+            states.append(result.intermediates)
+
+        def finish(parts: list[Tensor]) -> Tensor:
+            whole = torch.cat(parts)
+            whole = F.normalize(whole, dim=-1) if normalize else whole
+            return whole[0] if single else whole
+
+        if return_intermediate:
+            return finish(made), [finish(list(step)) for step in zip(*states)]
+        return finish(made)
+
+    def _solver(self, solver: str | SolverConfig | None, steps: int | None) -> SolverConfig:
+        """Return the solver that the arguments ask for."""
+        if isinstance(solver, SolverConfig):
+            return solver
+        if solver is None and steps is None:
+            return self.config.solver
+        if steps is not None and solver == "mean":
+            raise UserError("solver=mean takes one evaluation: leave num_inference_steps out")
+        default = self.config.solver.name if self.config.solver.name != "mean" else "heun"
+        label = solver or default
+        if steps is not None and "-" not in label:
+            return SolverConfig(name=label, steps=steps, start=self.config.solver.start)
+        return solver_from_label(label)
+
+    def _checked(self, given: Tensor | np.ndarray) -> tuple[Tensor, bool]:
+        """Return the tokens as a batch, and whether it was one image without a batch axis."""
+        tokens = torch.as_tensor(given)
+        want = self.shape.condition
+        expected = f"[B, {want.tokens}, {want.width}]"
+        if not tokens.is_floating_point():
+            raise UserError(f"condition tokens are {tokens.dtype}, expected a float type")
+        single = tokens.ndim == 2
+        tokens = tokens[None] if single else tokens
+        if tokens.ndim != 3 or tokens.shape[1:] != (want.tokens, want.width) or not len(tokens):
+            hint = ""
+            if tokens.ndim == 3 and tokens.shape[2] == want.width:
+                extra = tokens.shape[1] - want.tokens
+                hint = {1: ": drop the CLS token", -1: ": the CLS token is missing"}.get(extra, "")
+            shape = list(torch.as_tensor(given).shape)
+            raise UserError(f"condition tokens are {shape}, expected {expected}{hint}")
+        if not torch.isfinite(tokens).all():
+            raise UserError("condition tokens hold NaN or infinity")
+        return tokens, single

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickletools
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -47,23 +48,6 @@ BYTES = {b"C": "<B", b"B": "<I", b"\x8e": "<Q", b"\x96": "<Q"}
 GETS = {b"h": "<B", b"j": "<I"}
 PUTS = {b"q": "<B", b"r": "<I"}
 TUPLES = {b"\x85": 1, b"\x86": 2, b"\x87": 3}
-NAMED = {
-    b"i": "INST",
-    b"o": "OBJ",
-    b"\x81": "NEWOBJ",
-    b"\x92": "NEWOBJ_EX",
-    b"P": "PERSID",
-    b"Q": "BINPERSID",
-    b"\x82": "EXT1",
-    b"\x83": "EXT2",
-    b"\x84": "EXT4",
-    b"\x97": "NEXT_BUFFER",
-    b"\x8f": "EMPTY_SET",
-    b"S": "STRING",
-    b"U": "SHORT_BINSTRING",
-    b"T": "BINSTRING",
-}
-"""Opcodes that pickles know and this reader refuses, for the message."""
 
 
 class Global:
@@ -178,7 +162,8 @@ class PickleReader:
 
     def refused(self, code: bytes) -> UserError:
         """Return the error for an opcode that plain data never needs."""
-        name = NAMED.get(code, f"0x{code[0]:02x}")
+        names = {op.code: op.name for op in pickletools.opcodes}
+        name = names.get(code.decode("latin1"), f"0x{code[0]:02x}")
         if code == b"i":
             return self.forbidden(f"{self.line()}.{self.line()}")
         if code in (b"\x82", b"\x83", b"\x84"):

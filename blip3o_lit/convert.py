@@ -1,0 +1,41 @@
+"""The seeds' pickles -> token shards: `python -m blip3o_lit.convert source=PATH out=DIR`."""
+
+from __future__ import annotations
+
+from blip3o_lit.command import run_command
+from blip3o_lit.config.convert import ConvertConfig
+
+
+def convert(config: ConvertConfig) -> None:
+    """Convert, then say what the store holds and how to train on it."""
+    from blip3o_lit.conversion import convert as run
+
+    index = run(config)
+    size = sum(shard.bytes for shard in index.shards) / 1e9
+    splits = ", ".join(f"{count:,} {name}" for name, count in sorted(index.splits.items()))
+    print(f"{config.out}: {splits}; {len(index.shards)} shards, {size:.2f} GB")
+    if index.rejects:
+        print(f"{index.rejects} rejected, each with its reason in {config.out}/rejects.jsonl")
+    if len(index.splits) < 2:
+        print("one split is empty: a store this small needs another validation_fraction or seed")
+    print(f"next: python -m blip3o_lit.train data=tokens data.tokens={config.out} {_view(index)}")
+
+
+def _view(index: object) -> str:
+    """Return the mode overrides under which training reads the store as it is."""
+    from blip3o_lit.tokens.index import TokenIndex
+
+    assert isinstance(index, TokenIndex)
+    specs = index.arrays.values()
+    if index.reduced:
+        return "mode=grid_64 mode.projected=" + str(all(s.projected for s in specs)).lower()
+    return "mode=cls_patch" if all(spec.cls for spec in specs) else "mode=patch_only"
+
+
+def main() -> None:
+    """Entry point of `blip3o-convert`."""
+    run_command("convert", ConvertConfig, convert)
+
+
+if __name__ == "__main__":
+    main()

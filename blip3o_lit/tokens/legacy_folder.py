@@ -1,0 +1,81 @@
+"""Which files of a folder are the seeds' embeddings, and what its manifest misses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from blip3o_lit.config.errors import UserError
+
+UNFINISHED = ("extraction_checkpoint.pkl", "emergency_checkpoint.pkl")
+PATTERNS = {
+    "auto": ("embeddings_shard_*.pkl", "*.pkl", "*.pt", "*.pth"),
+    "patch_only": ("embeddings_shard_*_patch_only.pkl", "*_patch_only.pkl"),
+    "cls_patch": ("embeddings_shard_*_cls_patch.pkl", "*_cls_patch.pkl"),
+}
+
+
+def legacy_files(source: Path, mode: str) -> list[Path]:
+    """Return the embedding files of a folder in the seeds' order, or the one file named.
+
+    The order is that of the first number in each name; unfinished checkpoints count only where
+    there is nothing else.
+
+    Raises:
+        UserError: If there are none, or shards of both modes and no mode is asked for.
+    """
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise UserError(f"source={source} does not exist: name the seeds' .pkl file or its folder")
+    for pattern in dict.fromkeys((*PATTERNS.get(mode, ()), *PATTERNS["auto"])):
+        found = [path for path in source.glob(pattern) if path.is_file()]
+        finished = [path for path in found if path.name not in UNFINISHED]
+        if found:
+            return _in_order(finished or found[:1], source, mode)
+    raise UserError(f"source={source} holds no .pkl file of the seeds")
+
+
+def _in_order(files: list[Path], source: Path, mode: str) -> list[Path]:
+    kinds = {re.sub(r"\d+", "", path.stem) for path in files}
+    if len(kinds) > 1:
+        both = all(any(kind.endswith(end) for kind in kinds) for end in ("cls_patch", "patch_only"))
+        fix = "mode=patch_only or mode=cls_patch" if both else "source=FILE"
+        raise UserError(f"source={source} holds several kinds of files: choose with {fix}")
+
+    def number(path: Path) -> tuple[int, str]:
+        digits = re.search(r"\d+", path.stem)
+        return (int(digits[0]) if digits else 0, path.name)
+
+    return sorted(files, key=number)
+
+
+def manifest_problems(source: Path, files: list[Path], samples: list[int]) -> list[str]:
+    """Compare a folder with its `embeddings_manifest.json` and name what is not there.
+
+    Args:
+        source: The folder.
+        files: The shards found.
+        samples: Samples of each.
+    """
+    path = source / "embeddings_manifest.json"
+    if not path.is_file():
+        return []
+    try:
+        manifest = json.loads(path.read_bytes())
+        promised = {Path(str(s["output_path"])).name: s for s in manifest["shards"]}
+        failed = [str(item) for item in manifest.get("failed_shards") or []]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is no manifest of the seeds: remove it or copy it again"
+        ) from error
+    found = {file.name: count for file, count in zip(files, samples)}
+    problems = [
+        f"{name} is in the manifest, not in the folder" for name in promised if name not in found
+    ]
+    for name, count in found.items():
+        due = promised.get(name, {}).get("total_samples", count)
+        if due != count:
+            problems.append(f"{name} holds {count} samples, the manifest says {due}")
+    return problems + [f"the manifest counts a failed shard: {item[:80]}" for item in failed]

@@ -1,4 +1,4 @@
-"""Flow-matching diffusion transformers that translate EVA-CLIP image tokens into CLIP image tokens."""
+"""Diffusion transformers that translate EVA-CLIP image tokens into CLIP tokens by flow matching."""
 
 from __future__ import annotations
 

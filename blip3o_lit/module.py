@@ -28,6 +28,7 @@ from blip3o_lit.flow.times import training_times
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.models.dit import DiT
 from blip3o_lit.tokens.statistics import Standardizer
+from blip3o_lit.tokens.world import align_checkpoint
 from blip3o_lit.translator import Translator
 
 
@@ -152,7 +153,7 @@ class TranslationModule(LightningModule):
         """Generate the target tokens of held-out images and score them in the raw space."""
         solver = self.config.solver
         made = self.translator.generate(batch["condition"], batch["sample"], 0, solver)
-        self.scores.update(made.x1, batch["target"], batch["valid"])
+        self.scores.update(made.x1_BND, batch["target"], batch["valid"])
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out scores."""
@@ -194,6 +195,10 @@ class TranslationModule(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make Lightning's counters of micro-batches agree with the optimizer steps done."""
+        align_checkpoint(checkpoint, self.trainer.accumulate_grad_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what it takes to rebuild the translator: plain data only."""

@@ -16,7 +16,7 @@ from blip3o_lit.config.shape import PairShape
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.models.dit import DiT
 
-# Dense peaks of matrix products, in FLOP/s: (bf16/fp16, fp32 or TF32), from the makers' data sheets.
+# Dense peaks of matrix products in FLOP/s (bf16/fp16, fp32 or TF32), from the data sheets.
 GPU_PEAKS = {
     "H200": (989e12, 494e12),
     "H100": (989e12, 494e12),

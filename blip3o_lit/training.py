@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import signal
 import sys
@@ -15,36 +13,35 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from rich.console import Console
-from rich.table import Table
 
 from blip3o_lit import plan as planning
 from blip3o_lit.callbacks.checkpoints import Checkpoints
 from blip3o_lit.callbacks.ema import EmaUpdate
 from blip3o_lit.callbacks.metrics_csv import MetricsCsv
-from blip3o_lit.callbacks.run_log import RunLog, human_time
+from blip3o_lit.callbacks.run_log import RunLog
 from blip3o_lit.callbacks.stop import StopAtStep
 from blip3o_lit.checkpointing import AtomicCheckpointIO
-from blip3o_lit.command import command_line_overrides, in_multirun, run_directory
+from blip3o_lit.command import in_multirun, run_directory
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.environment import environment, quiet_libraries
+from blip3o_lit.environment import quiet_libraries
 from blip3o_lit.module import TranslationModule
-from blip3o_lit.resume import config_hash, resolve_resume
+from blip3o_lit.resume import resolve_resume
+from blip3o_lit.run_files import (
+    closing_table,
+    console,
+    is_rank_zero,
+    say_how_to_resume,
+    show_plan,
+    write_result,
+    write_run_files,
+)
 from blip3o_lit.token_source import token_store
 from blip3o_lit.tokens.datamodule import TokenDataModule
 
-log = logging.getLogger("blip3o_lit")
-console = Console()
 # EX_TEMPFAIL of sysexits.h: the run was preempted and goes on when it is started again.
 PREEMPTED_CODE = 75
 INTERRUPTED_CODE = 130
-
-
-def is_rank_zero() -> bool:
-    """Whether this process speaks for the run, before any process group exists."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    return int(rank) == 0 and int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def run_training(config: TrainConfig) -> float | None:
@@ -199,30 +196,6 @@ def make_plan(
     )
 
 
-def show_plan(the_plan: planning.Plan, resumed: Path | None) -> None:
-    """Print the plan, one labelled line each."""
-    for label, value in the_plan.rows():
-        console.print(f"[bold]{label:>14}[/bold]  {value}", highlight=False, soft_wrap=True)
-        log.info("%s: %s", label, value)
-    if resumed:
-        console.print(f"[bold]{'resumes from':>14}[/bold]  {resumed}", highlight=False)
-        log.info("resumes from: %s", resumed)
-
-
-def write_run_files(config: TrainConfig, run_dir: Path, data: TokenDataModule) -> None:
-    """Write config.yaml, overrides.txt and environment.json."""
-    from omegaconf import OmegaConf
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-    except OSError as error:
-        raise UserError(f"{run_dir}: cannot write ({error}): set hydra.run.dir") from error
-    (run_dir / "overrides.txt").write_text("".join(f"{o}\n" for o in command_line_overrides()))
-    facts = environment() | {"tokens": data.train.content_hash, "config_hash": config_hash(config)}
-    (run_dir / "environment.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
-
-
 def loggers(config: TrainConfig, run_dir: Path, resumed: Path | None, step: int) -> list[Any]:
     """Return metrics.csv and the loggers that were asked for."""
     earlier = resumed.parent.parent if resumed else None
@@ -281,67 +254,12 @@ def fit(
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     seconds = time.perf_counter() - started
     finished = trainer.global_step >= the_plan.steps
+    solver = config.solver.label
     if trainer.is_global_zero:
-        write_result(trainer, run_log, checkpoints, run_dir, seconds, finished)
+        write_result(trainer, run_log, checkpoints, run_dir, seconds, finished, solver)
     if stop.received is not None and not finished:
         say_how_to_resume(run_dir, trainer.global_step)
         sys.exit(INTERRUPTED_CODE if stop.received == signal.SIGINT else PREEMPTED_CODE)
     if trainer.is_global_zero:
-        closing_table(trainer, run_log, checkpoints, run_dir, seconds)
+        closing_table(trainer, run_log, checkpoints, solver, run_dir, seconds)
     return checkpoints.best_score
-
-
-def write_result(
-    trainer: Trainer,
-    run_log: RunLog,
-    checkpoints: Checkpoints,
-    run_dir: Path,
-    seconds: float,
-    finished: bool,
-) -> None:
-    """Write result.json: what the run reached, for scripts and sweeps."""
-    result = {
-        "finished": finished,
-        "step": trainer.global_step,
-        "seconds": round(seconds, 2),
-        "first_step_seconds": run_log.first_step_seconds,
-        "best": {"step": checkpoints.best_step, "cosine": checkpoints.best_score},
-        "validation": {
-            name.removeprefix("val/"): float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("val/")
-        },
-        "train": {name.removeprefix("train/"): value for name, value in run_log.last.items()},
-        "estimator": "mean" if checkpoints.best_score is not None else None,
-        "split": "validation",
-    }
-    (run_dir / "result.json").write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
-
-
-def say_how_to_resume(run_dir: Path, step: int) -> None:
-    """Tell an interrupted user where the run stands and how it goes on."""
-    last = run_dir / "checkpoints" / "last.ckpt"
-    print(f"stopped at step {step}; saved {last}\nto go on, add to the same command: resume={last}")
-
-
-def closing_table(
-    trainer: Trainer,
-    run_log: RunLog,
-    checkpoints: Checkpoints,
-    run_dir: Path,
-    seconds: float,
-) -> None:
-    """Print what the run reached and the next command to type."""
-    table = Table(title=f"{trainer.global_step} steps in {human_time(seconds)}", show_header=False)
-    table.add_row("training loss (last row)", f"{run_log.last.get('train/loss', float('nan')):.4f}")
-    solver = getattr(trainer.lightning_module, "config").solver.label
-    if checkpoints.best_score is not None:
-        table.add_row(
-            f"held-out cosine, EMA, {solver}, best",
-            f"{checkpoints.best_score:.4f} at step {checkpoints.best_step}",
-        )
-        last = float(trainer.callback_metrics["val/cosine"])
-        table.add_row(f"held-out cosine, EMA, {solver}, last", f"{last:.4f}")
-    console.print(table)
-    best = run_dir / "checkpoints" / ("best.ckpt" if checkpoints.best_step else "last.ckpt")
-    print(f"run directory: {run_dir}\nnext: python -m blip3o_lit.evaluate ckpt={best}")

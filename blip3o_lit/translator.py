@@ -56,7 +56,7 @@ class Translator(nn.Module):
             intermediates: Whether to keep the states after each step.
 
         Returns:
-            The raw target tokens `x1` (fp32), the number of network evaluations, and the states.
+            Raw target tokens `x1_BND` (fp32), the number of network evaluations, and the states.
         """
         condition = self.condition_standardizer.standardise(condition_BMC)
         if noise_BND is None:
@@ -65,9 +65,9 @@ class Translator(nn.Module):
             stream = Stream.EVALUATION_NOISE
             noise_BND = draws.noise(seed, stream, sample_B, epoch_B, shape, condition.device)
         result = sample(self.objective, self.network, condition, noise_BND, solver, intermediates)
-        states = result.intermediates
+        restore = self.target_standardizer.restore
         return replace(
             result,
-            x1=self.target_standardizer.restore(result.x1.float()),
-            intermediates=[self.target_standardizer.restore(x.float()) for x in states or []],
+            x1_BND=restore(result.x1_BND),
+            intermediates=[restore(x_BND) for x_BND in result.intermediates],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,5 +89,8 @@ def _second_name(path: Path, name: Path) -> None:
     """Give a file a second name, replacing whatever had it, without a moment in between."""
     temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
-    os.link(path, temporary)
+    try:
+        os.link(path, temporary)
+    except OSError:  # Some network file systems have no hard links.
+        shutil.copyfile(path, temporary)
     temporary.replace(name)

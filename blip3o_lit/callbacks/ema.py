@@ -24,7 +24,7 @@ def update_average(average: nn.Module, network: nn.Module, decay: float) -> None
     """
     targets = [_local(parameter) for parameter in average.parameters()]
     sources = [_local(parameter).float() for parameter in network.parameters()]
-    torch._foreach_lerp_(targets, sources, 1.0 - decay)
+    torch._foreach_lerp_(targets, sources, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class LinearGaussianConfig:
             positive(f"data.linear_gaussian.{key}", getattr(self, key))
         if not 0 < self.explained < 1:
             raise UserError(
-                f"data.linear_gaussian.explained={self.explained} must be between 0 and 1, both excluded"
+                f"data.linear_gaussian.explained={self.explained} must lie between 0 and 1"
             )
 
 

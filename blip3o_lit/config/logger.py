@@ -1,4 +1,4 @@
-"""Logger group: where metrics go beside the run directory's metrics.csv, which is always written."""
+"""Logger group: where metrics go beside metrics.csv, which is always written."""
 
 from __future__ import annotations
 

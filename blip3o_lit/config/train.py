@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 from blip3o_lit.config.checkpoint import CheckpointConfig
 from blip3o_lit.config.data import DataConfig
-from blip3o_lit.config.errors import UserError, positive
+from blip3o_lit.config.errors import positive
 from blip3o_lit.config.evaluation import EvaluationConfig
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.logger import LoggerConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.config.solver import SolverConfig, check_solver
 from blip3o_lit.config.trainer import PrecisionConfig, StrategyConfig, TrainerConfig
 
 
@@ -60,8 +60,4 @@ class TrainConfig:
         """Check the keys of this level and the rules that join groups."""
         positive("batch_size", self.batch_size)
         positive("micro_batch_size", self.micro_batch_size)
-        if self.flow.prediction == "noise" and self.solver.name == "mean":
-            raise UserError(
-                "solver=mean has no value with flow.prediction=noise (alpha(0) = 0): "
-                "use solver=heun or flow.prediction=sample"
-            )
+        check_solver(self.flow, self.solver)

@@ -42,7 +42,7 @@ class PrecisionConfig:
     """Number format of the forward and backward pass."""
 
     name: str = "bf16"
-    """fp32, tf32, bf16 (mixed, fp32 weights), bf16_true (bf16 weights) or fp16 (mixed, GPU only)."""
+    """fp32, tf32 (GPU), bf16 (mixed, fp32 weights), bf16_true (bf16 weights) or fp16 (GPU)."""
 
     def __post_init__(self) -> None:
         """Check the name."""

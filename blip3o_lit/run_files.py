@@ -1,0 +1,112 @@
+"""What a run writes and says around its training: files, plan, result, the next command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+from lightning import Trainer
+from rich.console import Console
+from rich.table import Table
+
+from blip3o_lit.callbacks.checkpoints import Checkpoints
+from blip3o_lit.callbacks.run_log import RunLog, human_time
+from blip3o_lit.command import command_line_overrides
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.environment import environment
+from blip3o_lit.plan import Plan
+from blip3o_lit.resume import config_hash
+from blip3o_lit.tokens.datamodule import TokenDataModule
+
+log = logging.getLogger("blip3o_lit")
+console = Console()
+
+
+def is_rank_zero() -> bool:
+    """Whether this process speaks for the run, before any process group exists."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(rank) == 0 and int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def show_plan(the_plan: Plan, resumed: Path | None) -> None:
+    """Print the plan, one labelled line each."""
+    for label, value in the_plan.rows():
+        console.print(f"[bold]{label:>14}[/bold]  {value}", highlight=False, soft_wrap=True)
+        log.info("%s: %s", label, value)
+    if resumed:
+        console.print(f"[bold]{'resumes from':>14}[/bold]  {resumed}", highlight=False)
+        log.info("resumes from: %s", resumed)
+
+
+def write_run_files(config: TrainConfig, run_dir: Path, data: TokenDataModule) -> None:
+    """Write config.yaml, overrides.txt and environment.json."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot write ({error}): set hydra.run.dir") from error
+    (run_dir / "overrides.txt").write_text("".join(f"{o}\n" for o in command_line_overrides()))
+    facts = environment() | {"tokens": data.train.content_hash, "config_hash": config_hash(config)}
+    (run_dir / "environment.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+
+
+def write_result(
+    trainer: Trainer,
+    run_log: RunLog,
+    checkpoints: Checkpoints,
+    run_dir: Path,
+    seconds: float,
+    finished: bool,
+    solver: str,
+) -> None:
+    """Write result.json: what the run reached, for scripts and sweeps."""
+    result = {
+        "finished": finished,
+        "step": trainer.global_step,
+        "seconds": round(seconds, 2),
+        "first_step_seconds": run_log.first_step_seconds,
+        "best": {"step": checkpoints.best_step, "cosine": checkpoints.best_score},
+        "validation": {
+            name.removeprefix("val/"): float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("val/")
+        },
+        "train": {name.removeprefix("train/"): value for name, value in run_log.last.items()},
+        "estimator": solver,
+        "split": "validation",
+    }
+    (run_dir / "result.json").write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
+
+
+def say_how_to_resume(run_dir: Path, step: int) -> None:
+    """Tell an interrupted user where the run stands and how it goes on."""
+    last = run_dir / "checkpoints" / "last.ckpt"
+    print(f"stopped at step {step}; saved {last}\nto go on, add to the same command: resume={last}")
+
+
+def closing_table(
+    trainer: Trainer,
+    run_log: RunLog,
+    checkpoints: Checkpoints,
+    solver: str,
+    run_dir: Path,
+    seconds: float,
+) -> None:
+    """Print what the run reached and the next command to type."""
+    table = Table(title=f"{trainer.global_step} steps in {human_time(seconds)}", show_header=False)
+    table.add_row("training loss (last row)", f"{run_log.last.get('train/loss', float('nan')):.4f}")
+    if checkpoints.best_score is not None:
+        table.add_row(
+            f"held-out cosine, EMA, {solver}, best",
+            f"{checkpoints.best_score:.4f} at step {checkpoints.best_step}",
+        )
+        last = float(trainer.callback_metrics["val/cosine"])
+        table.add_row(f"held-out cosine, EMA, {solver}, last", f"{last:.4f}")
+    console.print(table)
+    best = run_dir / "checkpoints" / ("best.ckpt" if checkpoints.best_step else "last.ckpt")
+    print(f"run directory: {run_dir}\nnext: python -m blip3o_lit.evaluate ckpt={best}")

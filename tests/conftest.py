@@ -1,0 +1,26 @@
+"""Shared set-up: no network, a cache folder of the tests' own, small stores and runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder that all tests of a session share, so that demo tokens are built once."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def _own_home(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep tests away from the user's cache."""
+    monkeypatch.setenv("BLIP3O_HOME", str(shared_home))

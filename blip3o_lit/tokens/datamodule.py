@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -11,10 +13,11 @@ from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.shape import PairShape
-from blip3o_lit.tokens.loader import TokenLoader, ValidationLoader
+from blip3o_lit.tokens.loader import Batch, TokenLoader, ValidationLoader
 from blip3o_lit.tokens.order import SampleOrder
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.statistics import Standardizer, cached_standardizers, reader_batches
+from blip3o_lit.tokens.stream import RemoteStore, StreamLoader, StreamReader, is_url
 from blip3o_lit.tokens.world import batch_plan
 
 TRAIN, VALIDATION = "train", "validation"
@@ -28,7 +31,7 @@ class TokenDataModule(pl.LightningDataModule):
     """
 
     shape: PairShape
-    train: TokenReader
+    train: TokenReader | StreamReader
     validation: TokenReader | None
     condition_standardizer: Standardizer
     target_standardizer: Standardizer
@@ -69,21 +72,27 @@ class TokenDataModule(pl.LightningDataModule):
         Raises:
             UserError: If the store, a split, an array or the mode is not there.
         """
-        data = self.data
-        store = TokenStore.open(self.store_path, data.verify)
+        data, limit = self.data, self._validation_limit
         sides = (data.condition, data.target, self.mode)
-        self.train = TokenReader(store, TRAIN, *sides, data.max_shards, data.subset)
+        batches: Callable[[int], Iterable[Batch]]
+        if is_url(self.store_path):
+            remote = RemoteStore(str(self.store_path), data.verify)
+            index = remote.index
+            self.train = streamed = StreamReader(remote, TRAIN, data, self.mode)
+            batches = streamed.statistics_batches
+        else:
+            remote, store = None, TokenStore.open(self.store_path, data.verify)
+            index = store.index
+            self.train = local = TokenReader(store, TRAIN, *sides, data.max_shards, data.subset)
+            batches = partial(reader_batches, local, threads=data.threads)
         self.validation = None
-        if VALIDATION in store.index.splits:
-            limit = self._validation_limit
-            self.validation = TokenReader(store, VALIDATION, *sides, limit=limit)
+        if VALIDATION in index.splits:
+            held_out = remote.local_split(VALIDATION, limit) if remote else store
+            self.validation = TokenReader(held_out, VALIDATION, *sides, limit=limit)
         self.shape = self.train.shape
         images = min(data.statistics_images, len(self.train))
         self.condition_standardizer, self.target_standardizer = cached_standardizers(
-            self.train.content_hash,
-            self.shape,
-            images,
-            lambda: reader_batches(self.train, images, data.threads),
+            self.train.content_hash, self.shape, images, partial(batches, images)
         )
 
     def steps_for(self, max_steps: int, max_epochs: int | None) -> int:
@@ -118,7 +127,7 @@ class TokenDataModule(pl.LightningDataModule):
         cuda = self.trainer.strategy.root_device.type == "cuda"
         return self.trainer.global_rank, self.trainer.world_size, cuda
 
-    def train_dataloader(self) -> TokenLoader:
+    def train_dataloader(self) -> TokenLoader | StreamLoader:
         """Return this rank's loader for the whole run.
 
         Raises:
@@ -128,6 +137,8 @@ class TokenDataModule(pl.LightningDataModule):
             raise UserError("the number of steps is unknown: give steps= or call steps_for")
         rank, world_size, pin = self._place()
         plan = batch_plan(self.batch_size, self.micro_batch_size, world_size)
+        if isinstance(self.train, StreamReader):
+            return StreamLoader(self.train, self.seed, plan, self.steps, rank)
         order = SampleOrder(self.seed, self.train.shard_sizes, self.data.shuffle_window)
         return TokenLoader(self.train, order, plan, self.steps, rank, self.data.threads, pin)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -237,11 +238,16 @@ def check_array_name(name: str) -> None:
         raise UserError(f"array name {name!r} may hold letters, digits, - and _ alone")
 
 
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file through a temporary name: complete and on disk, or not there at all."""
+def write_synced(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a file through a temporary name: complete and on disk, or not there at all.
+
+    Args:
+        path: The file.
+        content: All of it, or its pieces in order.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        file.write(content)
+        file.writelines([content] if isinstance(content, bytes) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.shape import TokenShape
 from blip3o_lit.tokens.heads import Head
-from blip3o_lit.tokens.index import ArraySpec
+from blip3o_lit.tokens.index import ArraySpec, TokenIndex
 
 GRID_64 = (8, 8)
 """The seeds' reduced grid."""
@@ -68,7 +68,7 @@ def view_of(
     spec: ArraySpec,
     mode: ModeConfig,
     reduced: str | None,
-    load_head: Callable[[str, bool], Head],
+    load_head: Callable[[str], Head],
 ) -> View:
     """Return the view that `mode` has of an array.
 
@@ -77,7 +77,7 @@ def view_of(
         spec: Its entry in the index.
         mode: The mode in use.
         reduced: `reduced` of the index.
-        load_head: Called with array and `spec.normed` when a projection is needed.
+        load_head: Called with the array's name when a projection is needed.
 
     Raises:
         UserError: If the store can't give this view; the message names a mode that it can.
@@ -108,12 +108,34 @@ def view_of(
     return View(TokenShape(grid, keeps_cls, width), int(spec.cls and not keeps_cls), pool, head)
 
 
+def pair_of_views(
+    index: TokenIndex,
+    split: str,
+    condition: str,
+    target: str,
+    mode: ModeConfig,
+    load_head: Callable[[str], Head],
+) -> dict[str, View]:
+    """Return the views of both sides, `condition` and `target`.
+
+    Raises:
+        UserError: If the store has no such split or array, or can't give the mode.
+    """
+    one_of("split", split, index.splits)
+    one_of("data.condition", condition, index.arrays)
+    one_of("data.target", target, index.arrays)
+    return {
+        side: view_of(array, index.arrays[array], mode, index.reduced, load_head)
+        for side, array in (("condition", condition), ("target", target))
+    }
+
+
 def _head(
     array: str,
     spec: ArraySpec,
     mode: ModeConfig,
     reduced: str | None,
-    load_head: Callable[[str, bool], Head],
+    load_head: Callable[[str], Head],
 ) -> Head | None:
     """Return the head to apply, or None where tokens are taken as stored."""
     if mode.projected == spec.projected:
@@ -128,4 +150,4 @@ def _head(
             f"{array} tokens were averaged before their projection and can't be projected now: "
             "set mode.projected=false"
         )
-    return load_head(array, spec.normed)
+    return load_head(array)

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_lit.config.errors import UserError, one_of
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.heads import Head
 from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex, write_synced
-from blip3o_lit.tokens.mode import View, view_of
+from blip3o_lit.tokens.mode import pair_of_views
 from blip3o_lit.tokens.shards import pack_offsets, unpack_offsets
 
 OPEN_SHARDS = 64
@@ -190,10 +190,21 @@ class TokenStore:
                 self._shards.move_to_end(number)
             return shard
 
-    def head(self, array: str, normed: bool | None = None) -> Head:
+    def head(self, array: str) -> Head:
         """Return the norm and projection of an array's tower."""
-        applied = self.index.arrays[array].normed if normed is None else normed
-        return Head.load(self.path, array, applied)
+        return Head.load(self.path, array, self.index.arrays[array].normed)
+
+
+def view_hash(
+    index: TokenIndex,
+    split: str,
+    sides: tuple[str, str],
+    mode: ModeConfig,
+    limits: tuple[int | None, int | None],
+) -> str:
+    """Hash all that decides which numbers a reader gives for an id."""
+    parts = [index.hash, split, *sides, mode.name, mode.projected, *limits]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class TokenReader:
@@ -225,15 +236,9 @@ class TokenReader:
         """
         mode = mode or ModeConfig()
         index = store.index
-        one_of("split", split, index.splits)
-        one_of("data.condition", condition, index.arrays)
-        one_of("data.target", target, index.arrays)
         self.store, self.split, self.mode = store, split, mode
         self.condition, self.target = condition, target
-        self._views: dict[str, View] = {
-            side: view_of(name, index.arrays[name], mode, index.reduced, store.head)
-            for side, name in (("condition", condition), ("target", target))
-        }
+        self._views = pair_of_views(index, split, condition, target, mode, store.head)
         self._columns = {name: column for column, name in enumerate(index.arrays)}
         self._text = next((n for n, s in index.arrays.items() if s.kind == "text"), None)
         numbers = [i for i, shard in enumerate(index.shards) if shard.split == split][:max_shards]
@@ -258,9 +263,8 @@ class TokenReader:
     @property
     def content_hash(self) -> str:
         """Hash of all that decides what `read` returns."""
-        parts = [self.store.index.hash, self.split, self.condition, self.target]
-        parts += [self.mode.name, self.mode.projected, *self._limits]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        sides = (self.condition, self.target)
+        return view_hash(self.store.index, self.split, sides, self.mode, self._limits)
 
     def _locate(self, ids: np.ndarray) -> list[tuple[Shard, int, int]]:
         """Return shard, shard number and place in the shard of each id."""

@@ -131,6 +131,30 @@ def _number(field: bytes) -> int:
     return int(text, 8) if text and all(48 <= c <= 55 for c in text) else -1
 
 
+def parse_header(block: bytes, where: str) -> tuple[str, int] | None:
+    """Check one 512-byte header and return the file's name and size; None at the archive's end.
+
+    Raises:
+        UserError: On a damaged header, a link, folder or device, or a foreign name.
+    """
+    if not any(block):
+        return None
+    total = sum(block) - sum(block[148:156]) + 8 * 32
+    if len(block) != BLOCK or _number(block[148:156]) != total:
+        raise UserError(f"{where}: broken tar header: the shard is damaged, restore it")
+    name = block[0:100].rstrip(b"\0").decode("ascii", errors="backslashreplace")
+    if block[156:157] not in (b"0", b"\0") or block[345:500].strip(b"\0"):
+        raise UserError(
+            f"{where}: member {name!r} is a link, folder, device or long path; "
+            "a shard holds plain files alone"
+        )
+    check_name(name, where)
+    size = _number(block[124:136])
+    if size < 0 or (name.endswith(".json") and size > JSON_LIMIT):
+        raise UserError(f"{where}: member {name} claims an absurd size")
+    return name, size
+
+
 def members(data: memoryview, where: str) -> Iterator[Member]:
     """Walk the headers of a tar, checking each.
 
@@ -146,22 +170,12 @@ def members(data: memoryview, where: str) -> Iterator[Member]:
     """
     position = 0
     while position + BLOCK <= len(data):
-        block = bytes(data[position : position + BLOCK])
-        if not any(block):
+        parsed = parse_header(bytes(data[position : position + BLOCK]), where)
+        if parsed is None:
             return
-        total = sum(block) - sum(block[148:156]) + 8 * 32
-        if _number(block[148:156]) != total:
-            raise UserError(f"{where}: broken tar header at byte {position}: the shard is damaged")
-        name = block[0:100].rstrip(b"\0").decode("ascii", errors="backslashreplace")
-        if block[156:157] not in (b"0", b"\0") or block[345:500].strip(b"\0"):
-            raise UserError(
-                f"{where}: member {name!r} is a link, folder, device or long path; "
-                "a shard holds plain files alone"
-            )
-        check_name(name, where)
-        size = _number(block[124:136])
+        name, size = parsed
         start = position + BLOCK
-        if size < 0 or start + size > len(data):
+        if start + size > len(data):
             raise UserError(
                 f"{where}: sample {name.partition('.')[0]} is cut off or claims an absurd size"
             )

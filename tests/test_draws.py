@@ -78,14 +78,18 @@ def test_uniforms_are_uniform_independent_and_inside_the_open_interval():
     assert abs(torch.corrcoef(u.T)[0, 1]) < 4 / 20000**0.5
 
 
-def test_a_batch_of_noise_is_fast():
+def test_a_batch_costs_about_as_much_as_one_plain_draw():
+    """Measured on an idle core: 0.035 s for 32 x [256, 1024]. CPU time, side by side."""
     ids = torch.arange(32)
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
+    plain, ours = [], []
+    for _ in range(4):
+        start = time.process_time()
+        torch.randn(32, 256, 1024)
+        middle = time.process_time()
         noise(0, Stream.TRAINING_NOISE, ids, ids, (256, 1024))
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.3  # 0.035 s on an idle core; the rest is room for a busy machine
+        plain.append(middle - start)
+        ours.append(time.process_time() - middle)
+    assert min(ours) < 2 * min(plain)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

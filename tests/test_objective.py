@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.flow import PATHS, PREDICTIONS, FlowConfig
 from blip3o_lit.flow.objective import FlowObjective
 
@@ -80,9 +81,9 @@ def test_the_cosine_term_is_taken_on_restored_tokens(batch):
     objective = FlowObjective(config(cosine_weight=0.5))
     terms = objective.loss(constant(guess), None, x1, z, t, restore)
     expected = 1 - F.cosine_similarity(restore(guess), restore(x1), dim=-1).mean()
-    torch.testing.assert_close(terms.cosine_loss, expected)
+    torch.testing.assert_close(terms.extra["cosine"], expected)
     torch.testing.assert_close(terms.total, plain.total + 0.5 * expected)
-    assert plain.cosine_loss is None
+    assert plain.extra == {}
 
 
 def test_the_gradient_reaches_the_network_and_logged_terms_hold_none(batch):
@@ -93,7 +94,7 @@ def test_the_gradient_reaches_the_network_and_logged_terms_hold_none(batch):
     assert guess.grad is not None
     assert guess.grad.abs().sum() > 0
     logged = (terms.mse, terms.mse_B, terms.x1_hat_BND, terms.norm_ratio, terms.velocity_cosine)
-    assert not any(value.requires_grad for value in (*logged, terms.cosine_loss))
+    assert not any(value.requires_grad for value in (*logged, *terms.extra.values()))
 
 
 def test_a_half_precision_network_is_read_in_float32(batch):
@@ -114,6 +115,163 @@ def test_norm_ratio_and_velocity_cosine(batch):
     terms = objective.loss(constant(guess), None, x1, z, t)
     expected = F.cosine_similarity(guess.flatten(1), target.flatten(1)).mean()
     torch.testing.assert_close(terms.velocity_cosine, expected)
+
+
+def test_consistency_is_the_cosine_of_token_means(batch):
+    x1, z, guess, t = batch
+    terms = FlowObjective(config(consistency_weight=0.3)).loss(constant(guess), None, x1, z, t)
+    expected = 1 - F.cosine_similarity(guess.mean(1), x1.mean(1), dim=-1).mean()
+    torch.testing.assert_close(terms.extra["consistency"], expected)
+    torch.testing.assert_close(terms.total, terms.mse + 0.3 * expected)
+
+
+def test_semantic_is_the_squared_error_of_the_estimate(batch):
+    x1, z, guess, t = batch
+    objective = FlowObjective(config(prediction="velocity", semantic_weight=0.5))
+    terms = objective.loss(constant(guess), None, x1, z, t)
+    torch.testing.assert_close(terms.extra["semantic"], F.mse_loss(terms.x1_hat_BND, x1))
+    torch.testing.assert_close(terms.total, terms.mse + 0.5 * terms.extra["semantic"])
+
+
+@pytest.mark.parametrize("term", ["cosine", "consistency", "semantic"])
+def test_auxiliary_terms_start_at_their_time(batch, term):
+    x1, z, guess, t = batch
+    options = {f"{term}_weight": 1.0}
+    whole = [
+        FlowObjective(config(**options)).loss(constant(guess[i : i + 1]), None, *rows)
+        for i in range(4)
+        for rows in [(x1[i : i + 1], z[i : i + 1], t[i : i + 1])]
+    ]
+    late = FlowObjective(config(auxiliary_from=0.5, **options)).loss(
+        constant(guess), None, x1, z, t
+    )
+    expected = sum(one.extra[term] for one in whole[2:]) / 4  # t = 0.6 and 0.9 of four samples
+    torch.testing.assert_close(late.extra[term], expected)
+
+
+def test_regularization_is_the_mean_norm_of_the_trained_output(batch):
+    x1, z, guess, t = batch
+    objective = FlowObjective(config(regularization_weight=0.2, velocity_scale=0.1))
+    terms = objective.loss(constant(guess), None, x1, z, t)
+    norm = guess.norm(dim=-1).mean()
+    torch.testing.assert_close(terms.extra["regularization"], norm)
+    torch.testing.assert_close(terms.total, F.mse_loss(guess, 0.1 * x1) + 0.2 * norm)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "wanted"),
+    [("sample", "velocity"), ("noise", "velocity"), ("velocity", "sample"), ("noise", "sample")],
+)
+@pytest.mark.parametrize("path", PATHS)
+def test_weighting_measures_the_error_of_another_quantity(batch, path, prediction, wanted):
+    x1, z, guess, _ = batch
+    t = torch.tensor([0.3, 0.4, 0.6, 0.8])  # no weight reaches its limit here
+    options = {"path": path, "prediction": prediction}
+    objective = FlowObjective(config(weighting=wanted, **options))
+    terms = objective.loss(constant(guess), None, x1, z, t)
+    flow = objective.path
+    x = flow.interpolate(x1, z, t)
+    read = flow.velocity_from if wanted == "velocity" else flow.x1_from
+    target = flow.output(wanted, x1, z, t)
+    expected = F.mse_loss(read(prediction, guess, x, t), target)
+    torch.testing.assert_close(terms.total, expected, rtol=1e-4, atol=1e-5)
+    unweighted = FlowObjective(config(**options)).loss(constant(guess), None, x1, z, t)
+    torch.testing.assert_close(terms.mse, unweighted.total)
+
+
+def test_weights_stop_at_their_limit(batch):
+    x1, z, guess, _ = batch
+    t = torch.full((4,), 0.999)
+    terms = FlowObjective(config(weighting="velocity")).loss(constant(guess), None, x1, z, t)
+    torch.testing.assert_close(terms.total, 400 * F.mse_loss(guess, x1))
+
+
+def test_normalised_targets_have_unit_norm_and_outputs_too(batch):
+    x1, z, guess, t = batch
+    objective = FlowObjective(config(normalise="l2"))
+    terms = objective.loss(constant(guess), None, x1, z, t)
+    unit = x1 / x1.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(terms.total, F.mse_loss(guess, unit))
+    made = objective.to_tokens(guess)
+    torch.testing.assert_close(made.norm(dim=-1), torch.ones(4, 5))
+    torch.testing.assert_close(F.cosine_similarity(made, guess, dim=-1), torch.ones(4, 5))
+    assert not objective.config.standardised_target
+    assert config().standardised_target
+
+
+def test_target_norm_scale_multiplies_the_target_and_is_undone(batch):
+    x1, z, guess, t = batch
+    objective = FlowObjective(config(target_norm_scale=3.0))
+    seen = {}
+
+    def network(x, times, condition):
+        seen["x"] = x
+        return guess
+
+    terms = objective.loss(network, None, x1, z, t)
+    torch.testing.assert_close(terms.total, F.mse_loss(guess, 3 * x1))
+    torch.testing.assert_close(seen["x"], objective.path.interpolate(3 * x1, z, t))
+    torch.testing.assert_close(terms.x1_hat_BND, guess / 3)
+    torch.testing.assert_close(objective.to_tokens(objective.to_flow(x1)), x1)
+
+
+def test_the_adaptive_scale_follows_its_formula_and_is_saved(batch):
+    x1, z, guess, t = batch
+    objective = FlowObjective(config(adaptive_scale=True, velocity_scale=0.5))
+    expected = 1.0
+    for _ in range(3):
+        ratio = x1.norm(dim=-1).mean() / (guess / 0.5).norm(dim=-1).mean()
+        expected = 0.99 * expected + 0.01 * ratio.clamp(0.1, 10)
+        terms = objective.loss(constant(guess), None, x1, z, t)
+        torch.testing.assert_close(terms.total, F.mse_loss(expected * guess, 0.5 * x1))
+    torch.testing.assert_close(objective.state_dict()["adaptive"], expected)
+    restored = FlowObjective(objective.config)
+    restored.load_state_dict(objective.state_dict())
+    restored.eval()
+    read = restored.predict(constant(guess), None, x1, t)
+    torch.testing.assert_close(read, expected * guess / 0.5)
+    restored.loss(constant(guess), None, x1, z, t)
+    torch.testing.assert_close(restored.state_dict()["adaptive"], expected)
+    assert FlowObjective(config()).state_dict() == {}
+
+
+def test_a_vanishing_output_moves_the_adaptive_scale_to_its_bound_only(batch):
+    x1, z, guess, t = batch
+    objective = FlowObjective(config(adaptive_scale=True))
+    for _ in range(2000):
+        objective.loss(constant(1e-6 * guess), None, x1, z, t)
+    assert objective.state_dict()["adaptive"].item() == pytest.approx(10.0, rel=1e-3)
+
+
+def test_dropped_samples_lose_their_condition_and_no_other_does(batch):
+    x1, z, guess, t = batch
+    condition = torch.ones(4, 3, 2)
+    seen = {}
+
+    def network(x, times, given):
+        seen["condition"] = given
+        return guess
+
+    drop = torch.tensor([False, True, False, True])
+    FlowObjective(config()).loss(network, condition, x1, z, t, drop_B=drop)
+    assert seen["condition"].sum((1, 2)).tolist() == [6.0, 0.0, 6.0, 0.0]
+    assert condition.sum() == 24
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("target_norm_scale", 0.0),
+        ("semantic_weight", -1.0),
+        ("auxiliary_from", 1.5),
+        ("condition_dropout", -0.1),
+        ("normalise", "l3"),
+        ("weighting", "velocities"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(option, value):
+    with pytest.raises(UserError, match=f"flow.{option}={value}"):
+        FlowConfig(**{option: value})
 
 
 @pytest.mark.parametrize("prediction", ["sample", "velocity"])

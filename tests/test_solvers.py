@@ -39,7 +39,7 @@ class ExactNetwork:
         z = sigma * whitened
         velocity = self.path.d_alpha(t) * x1 + self.path.d_sigma(t) * z
         out = {"velocity": velocity, "sample": x1, "noise": z}[self.config.prediction]
-        return (self.sign * out * self.config.velocity_scale / self.config.output_scale).float()
+        return (self.sign * out).float()
 
 
 def moments(config: FlowConfig, solver: SolverConfig, **mistakes):
@@ -129,16 +129,86 @@ def test_samples_of_a_seed_path_started_at_unit_noise_are_wrong():
     torch.testing.assert_close(columns.T @ columns, COVARIANCE / 2, rtol=0, atol=6e-3)
 
 
+@pytest.mark.parametrize("name", ["mean", "heun"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize(("velocity_scale", "output_scale"), [(0.1, 1.0), (1.0, 0.1), (0.1, 3.0)])
-def test_scales_are_undone(prediction, velocity_scale, output_scale):
-    """The exact network trained with scales puts out velocity_scale/output_scale of the target."""
-    solver = SolverConfig(name="heun", steps=8, start=0.1 if prediction == "noise" else 0.0)
-    plain = moments(flow("linear", prediction), solver)
-    scales = {"velocity_scale": velocity_scale, "output_scale": output_scale}
-    scaled = moments(flow("linear", prediction, **scales), solver)
-    for one, other in zip(plain, scaled):
-        torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
+@pytest.mark.parametrize(
+    "scales",
+    [
+        {"velocity_scale": 0.1},
+        {"output_scale": 0.1},
+        {"velocity_scale": 0.1, "output_scale": 3.0},
+        {"adaptive_scale": True},
+        {"adaptive_scale": True, "velocity_scale": 0.1},
+    ],
+)
+def test_scales_are_undone(prediction, scales, name):
+    """A network that learned the scaled target exactly gives the samples of the unscaled one."""
+    if (name, prediction) == ("mean", "noise"):
+        return
+    start = 0.1 if prediction == "noise" else 0.0
+    solver = SolverConfig(name=name, steps=8, start=start)
+    config = flow("linear", prediction, **scales)
+    objective, noise = FlowObjective(config), torch.eye(3).unsqueeze(1)
+    if config.adaptive_scale:
+        objective.get_buffer("adaptive").fill_(2.5)
+    plain_network = ExactNetwork(flow("linear", prediction))
+    factor = config.velocity_scale / config.output_scale / (2.5 if config.adaptive_scale else 1)
+
+    def network(x, t, condition):
+        return factor * plain_network(x, t, condition)
+
+    many = CONDITION.expand(3, 2)
+    scaled = sample(objective, network, many, noise, solver).x1_BND
+    plain_objective = FlowObjective(flow("linear", prediction))
+    plain = sample(plain_objective, plain_network, many, noise, solver).x1_BND
+    torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-6)
+
+
+def test_samples_come_back_in_the_scale_of_the_tokens():
+    """target_norm_scale: the flow runs on 4 x1, its samples are x1; l2: they have unit norm."""
+    noise = torch.eye(3).unsqueeze(1)
+    for options, expected in (
+        ({"target_norm_scale": 4.0}, lambda y: y / 4),
+        ({"normalise": "l2"}, lambda y: y / y.norm(dim=-1, keepdim=True)),
+    ):
+        config = flow("linear", "velocity")
+        network, solver = ExactNetwork(config), SolverConfig(name="euler", steps=3)
+        many = CONDITION.expand(3, 2)
+        plain = sample(FlowObjective(config), network, many, noise, solver, True)
+        scaled_objective = FlowObjective(flow("linear", "velocity", **options))
+        scaled = sample(scaled_objective, network, many, noise, solver, True)
+        for y, x in zip(plain.intermediates, scaled.intermediates, strict=True):
+            torch.testing.assert_close(x, expected(y))
+
+
+class Guided(ExactNetwork):
+    """Encodes its condition; zero condition tokens stand for no condition."""
+
+    def encode(self, condition):
+        return condition[:, 0]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("prediction", ["velocity", "sample"])
+def test_guidance_extrapolates_from_no_condition_at_two_evaluations(prediction, scale):
+    """At t = 0 the guided estimate is m0 + w (m(c) - m0), here with m0 = m(0) = 0."""
+    config = flow("linear", prediction, condition_dropout=0.1)
+    solver = SolverConfig(name="mean", guidance_scale=scale)
+    condition = CONDITION.unsqueeze(1)
+    result = sample(FlowObjective(config), Guided(config), condition, torch.ones(1, 1, 3), solver)
+    expected = scale * CONDITION @ MEAN_C
+    torch.testing.assert_close(result.x1_BND[0], expected, rtol=0, atol=1e-6)
+    assert result.nfe == (1 if scale == 1 else 2)
+
+
+def test_guided_evaluations_are_counted_and_untrained_guidance_is_refused():
+    config = flow("linear", "velocity", condition_dropout=0.1)
+    solver = SolverConfig(name="heun", steps=3, guidance_scale=2.0)
+    condition = CONDITION.unsqueeze(1)
+    network, noise = Guided(config), torch.ones(1, 1, 3)
+    assert sample(FlowObjective(config), network, condition, noise, solver).nfe == 12
+    with pytest.raises(UserError, match="flow.condition_dropout above 0"):
+        check_solver(flow("linear", "velocity"), solver)
 
 
 @pytest.mark.parametrize(

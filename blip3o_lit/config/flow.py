@@ -9,6 +9,8 @@ from blip3o_lit.config.errors import UserError, one_of, positive, within
 PATHS = ("linear", "trigonometric", "seed_linear", "seed_cosine")
 PREDICTIONS = ("velocity", "sample", "noise")
 TIMES = ("uniform", "logit_normal", "u_shaped")
+NORMALISE = ("none", "l2")
+WEIGHTINGS = ("none", "velocity", "sample")
 
 
 @dataclass
@@ -37,20 +39,49 @@ class FlowConfig:
     """Noise-level shift s: sigma' = s sigma / (1 + (s - 1) sigma); above 1 favours noise."""
     time_zero_share: float = 0.25
     """Share of training draws at exactly t = 0, where one evaluation is the posterior mean."""
+    weighting: str = "none"
+    """Quantity whose squared error is minimised: none (the output itself), velocity or sample."""
     cosine_weight: float = 0.0
     """Weight of 1 - cosine between the restored estimate of x1 and x1; it moves the minimiser."""
+    consistency_weight: float = 0.0
+    """Weight of 1 - cosine of the token means of the same two: an image-level term."""
+    semantic_weight: float = 0.0
+    """Weight of the squared error of the estimate of x1."""
+    auxiliary_from: float = 0.0
+    """Cosine, consistency and semantic terms count only times from here on (the seeds: 0.5)."""
+    regularization_weight: float = 0.0
+    """Weight of the mean norm of an output token."""
+    normalise: str = "none"
+    """l2: unit-norm raw targets, as the seeds had. It can't be undone: outputs are unit-norm."""
+    target_norm_scale: float = 1.0
+    """Factor on the target tokens before noise is added; undone in sampling."""
+    adaptive_scale: bool = False
+    """Scale the output by the running ratio of target to output norm; undone in sampling."""
+    condition_dropout: float = 0.0
+    """Share of samples trained without their condition, which solver.guidance_scale needs."""
 
     def __post_init__(self) -> None:
         """Check each value and the rules that join them."""
         one_of("flow.path", self.path, PATHS)
         one_of("flow.prediction", self.prediction, PREDICTIONS)
         one_of("flow.time", self.time, TIMES)
+        one_of("flow.normalise", self.normalise, NORMALISE)
+        one_of("flow.weighting", self.weighting, WEIGHTINGS)
         within("flow.sigma_min", self.sigma_min, 0.0, 0.5)
         within("flow.time_zero_share", self.time_zero_share, 0.0, 1.0)
-        for key in ("velocity_scale", "output_scale", "time_std", "time_shift"):
+        within("flow.auxiliary_from", self.auxiliary_from, 0.0, 1.0)
+        within("flow.condition_dropout", self.condition_dropout, 0.0, 1.0)
+        for key in (
+            "velocity_scale",
+            "output_scale",
+            "target_norm_scale",
+            "time_std",
+            "time_shift",
+        ):
             positive(f"flow.{key}", getattr(self, key))
-        if self.cosine_weight < 0:
-            raise UserError(f"flow.cosine_weight={self.cosine_weight} must not be negative")
+        for key in ("cosine", "consistency", "semantic", "regularization"):
+            if (weight := getattr(self, f"{key}_weight")) < 0:
+                raise UserError(f"flow.{key}_weight={weight} must not be negative")
         if self.path.startswith("seed_") and not self.sigma_min < self.sigma_max:
             raise UserError(
                 f"flow.sigma_max={self.sigma_max} must be above flow.sigma_min={self.sigma_min}"
@@ -60,6 +91,11 @@ class FlowConfig:
                 f"flow.path={self.path} flow.prediction={self.prediction} says nothing about x1 at "
                 "t = 0: set flow.time_zero_share=0 or flow.prediction=sample"
             )
+
+    @property
+    def standardised_target(self) -> bool:
+        """Whether target tokens are standardised; unit-norm raw tokens are not."""
+        return self.normalise == "none"
 
     @property
     def has_mean(self) -> bool:

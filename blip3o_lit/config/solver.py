@@ -25,6 +25,8 @@ class SolverConfig:
     """Shift of grid=shift; 1 is uniform."""
     start: float = 0.0
     """Time at which an ODE solver starts; the noise output has no velocity at 0 and needs more."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 is none, anything else costs two evaluations a stage."""
     rtol: float = 1e-3
     """Relative tolerance of dopri5."""
     atol: float = 1e-4
@@ -36,6 +38,8 @@ class SolverConfig:
         one_of("solver.grid", self.grid, GRIDS)
         for key in ("steps", "shift", "rtol", "atol"):
             positive(f"solver.{key}", getattr(self, key))
+        if self.guidance_scale < 0:
+            raise UserError(f"solver.guidance_scale={self.guidance_scale} must not be negative")
         if not 0 <= self.start < 1:
             raise UserError(f"solver.start={self.start} must be between 0 and 1, 1 excluded")
         if self.name == "mean" and self.start > 0:
@@ -48,7 +52,7 @@ class SolverConfig:
 
 
 def check_solver(flow: FlowConfig, solver: SolverConfig) -> None:
-    """Raise where this flow has no value at the solver's first time.
+    """Raise where this flow has no value at the solver's first time, or knows no guidance.
 
     Raises:
         UserError: Naming the overrides that mend it.
@@ -63,4 +67,9 @@ def check_solver(flow: FlowConfig, solver: SolverConfig) -> None:
         raise UserError(
             f"solver={solver.name} {outputs}: the velocity has no value at t = 0 (alpha = 0): "
             "set solver.start=0.02"
+        )
+    if solver.guidance_scale != 1 and flow.condition_dropout == 0:
+        raise UserError(
+            f"solver.guidance_scale={solver.guidance_scale} needs a network that was trained with "
+            "flow.condition_dropout above 0; drop it"
         )

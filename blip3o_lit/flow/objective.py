@@ -1,7 +1,11 @@
 """The flow-matching objective: what the network is trained to put out, and how it is read back.
 
 Training and sampling share one class, so that every scale put on in the loss is taken off in the
-estimate by construction. Everything here is in standardised tokens and float32.
+estimate by construction. Everything here is float32 and in the tokens that the caller gives:
+standardised ones, or raw ones where flow.normalise=l2.
+
+Tokens x1 become flow points y1 (`to_flow`: unit norm where asked for, times target_norm_scale), the
+path runs from noise to y1, and `to_tokens` goes back. With default options both are the identity.
 
 Shapes: x_BND, z_BND, t_B; B batch, N tokens, D target width. A network is any callable
 (x_BND, t_B, condition) -> out_BND.
@@ -18,10 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_lit.config.flow import FlowConfig
-from blip3o_lit.flow.path import path_named
+from blip3o_lit.flow.path import over, path_named
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]
 Restore = Callable[[Tensor], Tensor]
+
+# Largest weight of flow.weighting: 1 / 0.05^2, JiT's clamp of the noise level (arXiv:2511.13720).
+LARGEST_WEIGHT = 400.0
+# Decay and bounds of the adaptive scale, as in seed 000.
+ADAPTIVE_DECAY, ADAPTIVE_LOW, ADAPTIVE_HIGH = 0.99, 0.1, 10.0
 
 
 @dataclass(frozen=True)
@@ -31,17 +40,17 @@ class LossTerms:
     total: Tensor
     """The number to differentiate."""
     mse: Tensor
-    """Mean squared error of the output, in units of the unscaled target."""
+    """Mean squared error of the output, in units of the unscaled target, unweighted."""
     mse_B: Tensor
     """The same for each sample."""
     x1_hat_BND: Tensor
-    """The estimate of x1, standardised."""
+    """The estimate of x1, in the tokens that the caller gave."""
     norm_ratio: Tensor
     """Mean token norm of the output over that of its target; 1 when neither shrinks nor grows."""
     velocity_cosine: Tensor
     """Cosine of implied and true velocity, all tokens of a sample as one vector, mean over B."""
-    cosine_loss: Tensor | None = None
-    """1 - cosine between the restored estimate and the restored x1, where it is trained."""
+    extra: dict[str, Tensor]
+    """Further terms of the loss by name (cosine, consistency, ...), before their weights."""
 
 
 class FlowObjective(nn.Module):
@@ -51,15 +60,29 @@ class FlowObjective(nn.Module):
         super().__init__()
         self.config = config
         self.path = path_named(config.path, config.sigma_min, config.sigma_max)
+        if config.adaptive_scale:
+            self.register_buffer("adaptive", torch.ones(()))
+
+    def to_flow(self, x1_BND: Tensor) -> Tensor:
+        """Turn tokens into the points y1 at which the path ends."""
+        if self.config.normalise == "l2":
+            x1_BND = F.normalize(x1_BND, dim=-1)
+        return x1_BND * self.config.target_norm_scale
+
+    def to_tokens(self, y1_BND: Tensor) -> Tensor:
+        """Undo `to_flow`, but for the norms that flow.normalise=l2 threw away: unit norm then."""
+        if self.config.normalise == "l2":
+            return F.normalize(y1_BND, dim=-1)
+        return y1_BND / self.config.target_norm_scale
 
     def predict(self, network: Network, condition: Any, x_BND: Tensor, t_B: Tensor) -> Tensor:
         """Return the output in units of its unscaled target, float32.
 
-        The only place where scales are applied: output_scale is part of the model, velocity_scale
-        was on the training target and is divided out.
+        The only place where scales are applied: output_scale and the adaptive scale are part of
+        the model, velocity_scale was on the training target and is divided out.
         """
-        scale = self.config.output_scale / self.config.velocity_scale
-        return network(x_BND, t_B, condition).float() * scale
+        out_BND = self._unadapted(network, condition, x_BND, t_B)
+        return out_BND * self.get_buffer("adaptive") if self.config.adaptive_scale else out_BND
 
     def estimate(
         self,
@@ -69,7 +92,7 @@ class FlowObjective(nn.Module):
         t_B: Tensor,
         check: bool = True,
     ) -> Tensor:
-        """Return the estimate of x1 at (x_t, t): at t = 0 the posterior mean E[x1|c].
+        """Return the estimate of y1 at (x_t, t): at t = 0 the posterior mean E[y1|c].
 
         Args:
             network: The network.
@@ -79,7 +102,7 @@ class FlowObjective(nn.Module):
             check: Refuse times without a value (waits for an accelerator); see Path.x1_from.
 
         Raises:
-            UserError: If x1 has no value at one of the times.
+            UserError: If y1 has no value at one of the times.
         """
         out_BND = self.predict(network, condition, x_BND, t_B)
         return self.path.x1_from(self.config.prediction, out_BND, x_BND.float(), t_B, check)
@@ -104,46 +127,97 @@ class FlowObjective(nn.Module):
         z_BND: Tensor,
         t_B: Tensor,
         restore: Restore | None = None,
+        drop_B: Tensor | None = None,
     ) -> LossTerms:
         """Return the training loss of a batch.
 
-        The squared error is taken between the scaled output and velocity_scale times the target,
-        hence total = velocity_scale^2 mse + cosine_weight cosine_loss.
+        The squared error is taken between the scaled output and velocity_scale times the target:
+
+            total = velocity_scale^2 mean_B(weight(t) mse_B)
+                    + regularization_weight velocity_scale mean |output token|
+                    + sum of the terms on the estimate of x1, each with its weight.
 
         Args:
             network: The network.
-            condition: Its condition.
-            x1_BND: Standardised target tokens.
+            condition: Its condition; a tensor where `drop_B` is given.
+            x1_BND: Target tokens.
             z_BND: Standard normal noise.
             t_B: Training times, inside the output's usable interval (times.py keeps them there).
-            restore: Standardised tokens to raw tokens; None where they are the same.
+            restore: The caller's tokens to raw tokens; None where they are the same.
+            drop_B: Samples trained without their condition: it is set to zero, in standardised
+                space the mean token.
         """
         config, path = self.config, self.path
+        if drop_B is not None:
+            condition = condition.masked_fill(over(drop_B, condition), 0)
         x1_BND, z_BND = x1_BND.float(), z_BND.float()
-        x_BND = path.interpolate(x1_BND, z_BND, t_B)
-        target_BND = path.output(config.prediction, x1_BND, z_BND, t_B)
-        out_BND = self.predict(network, condition, x_BND, t_B)
+        y1_BND = self.to_flow(x1_BND)
+        x_BND = path.interpolate(y1_BND, z_BND, t_B)
+        target_BND = path.output(config.prediction, y1_BND, z_BND, t_B)
+        out_BND = self._unadapted(network, condition, x_BND, t_B)
+        if config.adaptive_scale:
+            out_BND = out_BND * self._adapted(out_BND, target_BND)
         mse_B = (out_BND - target_BND).square().flatten(1).mean(1)
-        mse = mse_B.mean()
-        total = config.velocity_scale**2 * mse
-        x1_hat_BND = path.x1_from(config.prediction, out_BND, x_BND, t_B, check=False)
-        cosine_loss = None
-        if config.cosine_weight > 0:
-            restore = restore or nn.Identity()
-            cosine_BN = F.cosine_similarity(restore(x1_hat_BND), restore(x1_BND), dim=-1)
-            cosine_loss = 1 - cosine_BN.mean()
-            total = total + config.cosine_weight * cosine_loss
+        total = config.velocity_scale**2 * (self._weight(t_B) * mse_B).mean()
+        y1_hat_BND = path.x1_from(config.prediction, out_BND, x_BND, t_B, check=False)
+        x1_hat_BND = self.to_tokens(y1_hat_BND)
+        extra: dict[str, Tensor] = {}
+        if config.regularization_weight > 0:
+            extra["regularization"] = config.velocity_scale * out_BND.norm(dim=-1).mean()
+        if config.semantic_weight > 0:
+            error_B = (y1_hat_BND - y1_BND).square().flatten(1).mean(1)
+            extra["semantic"] = self._late(error_B, t_B)
+        if config.cosine_weight > 0 or config.consistency_weight > 0:
+            read = restore or nn.Identity()
+            pair = read(x1_hat_BND), read(x1_BND)
+            if config.cosine_weight > 0:
+                far_B = 1 - F.cosine_similarity(*pair, dim=-1).mean(1)
+                extra["cosine"] = self._late(far_B, t_B)
+            if config.consistency_weight > 0:
+                far_B = 1 - F.cosine_similarity(pair[0].mean(1), pair[1].mean(1), dim=-1)
+                extra["consistency"] = self._late(far_B, t_B)
+        for name, term in extra.items():
+            total = total + getattr(config, f"{name}_weight") * term
         with torch.no_grad():
-            velocity_BND = path.velocity(x1_BND, z_BND, t_B)
+            velocity_BND = path.velocity(y1_BND, z_BND, t_B)
             implied_BND = path.velocity_from(config.prediction, out_BND, x_BND, t_B, check=False)
             cosine_B = F.cosine_similarity(implied_BND.flatten(1), velocity_BND.flatten(1))
             ratio = out_BND.norm(dim=-1).mean() / target_BND.norm(dim=-1).mean()
         return LossTerms(
             total=total,
-            mse=mse.detach(),
+            mse=mse_B.detach().mean(),
             mse_B=mse_B.detach(),
             x1_hat_BND=x1_hat_BND.detach(),
             norm_ratio=ratio,
             velocity_cosine=cosine_B.mean(),
-            cosine_loss=None if cosine_loss is None else cosine_loss.detach(),
+            extra={name: term.detach() for name, term in extra.items()},
         )
+
+    def _unadapted(self, network: Network, condition: Any, x_BND: Tensor, t_B: Tensor) -> Tensor:
+        """Return the output in units of its target, before the adaptive scale."""
+        scale = self.config.output_scale / self.config.velocity_scale
+        return network(x_BND, t_B, condition).float() * scale
+
+    def _adapted(self, out_BND: Tensor, target_BND: Tensor) -> Tensor:
+        """Return the adaptive scale, moved by this batch when training.
+
+        s <- 0.99 s + 0.01 clamp(mean |target| / mean |output|, 0.1, 10). No gradient goes through.
+        """
+        adaptive = self.get_buffer("adaptive")
+        if self.training:
+            with torch.no_grad():
+                norms = [tokens.norm(dim=-1).mean() for tokens in (target_BND, out_BND)]
+                ratio = (norms[0] / norms[1]).clamp(ADAPTIVE_LOW, ADAPTIVE_HIGH)
+                adaptive.lerp_(ratio, 1 - ADAPTIVE_DECAY)
+        return adaptive.clone()
+
+    def _weight(self, t_B: Tensor) -> Tensor:
+        """Return the weight of each sample's squared error: the squared gain of `weighting`."""
+        if self.config.weighting == "none":
+            return torch.ones_like(t_B)
+        gain_B = self.path.gain(self.config.prediction, self.config.weighting, t_B)
+        return gain_B.square().clamp(max=LARGEST_WEIGHT)
+
+    def _late(self, term_B: Tensor, t_B: Tensor) -> Tensor:
+        """Average a term over the batch, counting zero before flow.auxiliary_from."""
+        return torch.where(t_B >= self.config.auxiliary_from, term_B, 0.0).mean()

@@ -138,6 +138,18 @@ class Path:
             raise self._refusal(prediction, "noise")
         return (x_BND - self.alpha(t) * out_BND) / self.sigma(t)
 
+    def gain(self, prediction: str, wanted: str, t_B: Tensor) -> Tensor:
+        """Return by how much an error of the output is enlarged in `wanted` (velocity or sample).
+
+        It is the absolute derivative of the conversion; infinite where that has no value.
+        """
+        if prediction == wanted:
+            return torch.ones_like(t_B)
+        alpha, sigma, wronskian = self.alpha(t_B), self.sigma(t_B), self._wronskian(t_B)
+        if wanted == "velocity":
+            return (wronskian / (sigma if prediction == "sample" else alpha)).abs()
+        return (sigma / (wronskian if prediction == "velocity" else alpha)).abs()
+
     def _wronskian(self, t: Tensor) -> Tensor:
         """Return alpha' sigma - alpha sigma', zero where a velocity does not determine x1."""
         return self.d_alpha(t) * self.sigma(t) - self.alpha(t) * self.d_sigma(t)

@@ -133,6 +133,10 @@ def sample(
     of one step (the network's error is divided by sigma). A stage that falls on such a t = 1 is
     replaced: the last step returns x1_hat itself, one evaluation instead of the method's.
 
+    Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598) extrapolates from the output
+    without condition to the one with it. All conversions are affine, so this guides the velocity
+    and the estimate alike.
+
     Args:
         objective: Reads the network's output.
         network: The network, (x_BND, t_B, condition) -> out_BND.
@@ -145,23 +149,33 @@ def sample(
         UserError: If the flow has no value at the solver's first time.
     """
     check_solver(objective.config, solver)
-    if hasattr(network, "encode"):
-        condition = network.encode(condition)  # pyright: ignore[reportFunctionMemberAccess]
+    guided = solver.guidance_scale != 1
+    null = torch.zeros_like(condition) if guided else None
+    encode = getattr(network, "encode", None)
+    if encode is not None:
+        condition = encode(condition)
+        null = encode(null) if guided else None
     evaluations = 0
 
     def counted(x_BND: Tensor, t_B: Tensor, given: Any) -> Tensor:
         nonlocal evaluations
         evaluations += 1
-        return network(x_BND, t_B, given)
+        return network(x_BND, t_B, given).float()
+
+    def evaluated(x_BND: Tensor, t_B: Tensor, given: Any) -> Tensor:
+        out_BND = counted(x_BND, t_B, given)
+        if not guided:
+            return out_BND
+        return torch.lerp(counted(x_BND, t_B, null), out_BND, solver.guidance_scale)
 
     def times(t: float) -> Tensor:
         return torch.full((len(noise_BND),), t, device=noise_BND.device)
 
     def field(x_BND: Tensor, t: float) -> Tensor:
-        return objective.velocity(counted, condition, x_BND, times(t), check=False)
+        return objective.velocity(evaluated, condition, x_BND, times(t), check=False)
 
     def estimate(x_BND: Tensor, t: float) -> Tensor:
-        return objective.estimate(counted, condition, x_BND, times(t), check=False)
+        return objective.estimate(evaluated, condition, x_BND, times(t), check=False)
 
     first = objective.path.sigma(torch.tensor(solver.start, dtype=torch.float64)).item()
     x_BND = first * noise_BND.float()
@@ -178,7 +192,8 @@ def sample(
         states = integrate(field, x_BND, covered, solver.name, solver.rtol, solver.atol)
         if singular:
             states.append(estimate(states[-1] if states else x_BND, covered[-1]))
-    return Sample(states[-1], evaluations, states if intermediates else [])
+    tokens = [objective.to_tokens(state) for state in (states if intermediates else states[-1:])]
+    return Sample(tokens[-1], evaluations, tokens if intermediates else [])
 
 
 def _singular_end(objective: FlowObjective, solver: SolverConfig, grid_S: list[float]) -> bool:

@@ -1,4 +1,4 @@
-"""What the seeds' files hold together: counts, shapes and repeated keys, before anything is written."""
+"""What the seeds' files hold together: counts, shapes and repeated keys; nothing is written."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ class PickleReader:
             raise self.fail("a global without a name: refused, nothing was run")
         full = f"{module}.{name}"
         allowed = STORAGES.keys() | {ORDERED_DICT} if self.inside_tensor else ALLOWED
-        if full not in allowed:
+        if full not in allowed or "." in name:
             raise self.forbidden(full)
         self.stack.append(Global(full))
 

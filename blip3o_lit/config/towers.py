@@ -38,7 +38,7 @@ class TowerConfig:
         positive("towers.*.image_size", self.image_size)
         if self.image_size and self.kind not in ("open_clip", "timm"):
             raise UserError(
-                f"towers.*.image_size={self.image_size}: a tower of kind={self.kind} has one size only"
+                f"towers.*.image_size={self.image_size}: kind={self.kind} has one size only"
             )
         if self.like and self.kind != "open_clip":
             raise UserError(f"towers.*.like={self.like} is for kind=open_clip, not {self.kind}")

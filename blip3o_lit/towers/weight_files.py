@@ -1,0 +1,137 @@
+"""Reading published weights: one tensor at a time, from local files or the hub, never unpickling.
+
+Sources: a file (`.safetensors`, or a PyTorch `.pt`/`.pth`/`.bin`), a folder as transformers saves
+it (one file, or shards with an index), a hub repository `org/name`, or one file of it,
+`org/name/file.pt`. Only the shards that hold wanted tensors are read or downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from blip3o_lit.config.errors import UserError
+
+Wanted = Callable[[str], bool]
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin")
+WRAPPERS = ("state_dict", "model", "module")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def find(source: str, name: str) -> Path | None:
+    """Return the local path of a folder's or hub repository's file, or None where it has no such.
+
+    Raises:
+        UserError: If the source is neither a folder nor a repository that can be reached.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    if not HUB_ID.fullmatch(source) or source.startswith("."):
+        raise UserError(f"no such file or folder: {source}")
+    try:
+        return Path(hf_hub_download(source, name))
+    except EntryNotFoundError:  # also a file that is not cached, when the hub is out of reach
+        return None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"{source} is no local folder, and the hub did not give {name}: {_line(error)}"
+        ) from error
+
+
+def weight_files(source: str, wanted: Wanted) -> list[Path]:
+    """Return the files of a source that hold wanted tensors.
+
+    Args:
+        source: A file, a folder, a hub repository, or `org/name/file` on the hub.
+        wanted: Says of a published tensor name whether it is needed.
+
+    Raises:
+        UserError: If there are no weights, or an index names files outside its folder.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if path.suffix in SUFFIXES and not path.is_dir():
+        repository, _, name = source.rpartition("/")
+        hub_file = find(repository, name) if HUB_ID.fullmatch(repository) else None
+        if hub_file is None:
+            raise UserError(f"no such weights file: {source}")
+        return [hub_file]
+    for index_name in INDEXES:
+        index = find(source, index_name)
+        if index is not None:
+            places = json.loads(index.read_text())["weight_map"]
+            names = sorted({file for tensor, file in places.items() if wanted(tensor)})
+            if any(Path(name).name != name for name in names):
+                raise UserError(f"{index}: names files outside its folder; not read")
+            found = [find(source, name) for name in names]
+            if None in found:
+                raise UserError(f"{source}: {names[found.index(None)]} of {index_name} is missing")
+            return [file for file in found if file is not None]
+    for name in SINGLES:
+        single = find(source, name)
+        if single is not None:
+            return [single]
+    raise UserError(
+        f"{source} holds no weights ({' or '.join(SINGLES)}), or the hub cannot be reached"
+    )
+
+
+def read(files: list[Path], wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
+    """Yield published name and tensor, one at a time, by memory map.
+
+    Raises:
+        UserError: If a file is no weights file that can be read without unpickling objects.
+    """
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 (no dict)
+                        if wanted(name):
+                            yield name, opened.get_tensor(name)
+                continue
+            state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise UserError(f"{file}: not readable as plain tensors: {_line(error)}") from error
+        for wrapper in WRAPPERS:
+            if isinstance(state.get(wrapper), dict):
+                state = state[wrapper]
+        for key, tensor in state.items():
+            name = key.removeprefix("module.")
+            if isinstance(tensor, Tensor) and wanted(name):
+                yield name, tensor
+
+
+def assign(module: nn.Module, tensors: dict[str, Tensor], source: str, model: str) -> None:
+    """Give a module (on the meta device) its weights, without a copy.
+
+    Raises:
+        UserError: If names or shapes are those of another architecture.
+    """
+    try:
+        module.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{source}: not the weights of {model}: {mismatch(error)}") from error
+
+
+def mismatch(error: Exception) -> str:
+    """Return the first difference that a failed load_state_dict names, shortened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[1:2] or lines[:1])[:200]
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -100,16 +100,6 @@ class TranslationModule(LightningModule):
             self.ema, self.objective, self.condition_standardizer, self.target_standardizer
         )
 
-    def transfer_batch_to_device(
-        self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
-    ) -> dict[str, Tensor]:
-        """Move tokens; sample ids and epochs stay on the CPU, where seeds are mixed from them."""
-        stays = ("sample", "epoch")
-        return {
-            key: value if key in stays else value.to(device, non_blocking=True)
-            for key, value in batch.items()
-        }
-
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the flow-matching loss of one micro-batch."""
         who = (batch["sample"], batch["epoch"])
@@ -161,7 +151,7 @@ class TranslationModule(LightningModule):
         names = ("cosine", "cosine_centred", "mse", "r2", "norm_ratio")
         for name in names:
             if scores[name] is not None:
-                self.log(f"val/{name}", float(scores[name]), rank_zero_only=True)
+                self.log(f"val/{name}", float(scores[name]), logger=False)
 
     def configure_gradient_clipping(
         self,

@@ -15,13 +15,11 @@ from rich.table import Table
 
 from blip3o_lit.callbacks.checkpoints import Checkpoints
 from blip3o_lit.callbacks.run_log import RunLog, human_time
-from blip3o_lit.command import command_line_overrides
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.environment import environment
 from blip3o_lit.plan import Plan
 from blip3o_lit.resume import config_hash
-from blip3o_lit.tokens.datamodule import TokenDataModule
 
 log = logging.getLogger("blip3o_lit")
 console = Console()
@@ -43,15 +41,17 @@ def show_plan(the_plan: Plan, resumed: Path | None) -> None:
         log.info("resumes from: %s", resumed)
 
 
-def write_run_files(config: TrainConfig, run_dir: Path, data: TokenDataModule) -> None:
+def write_run_files(
+    config: TrainConfig, run_dir: Path, overrides: list[str], tokens_hash: str
+) -> None:
     """Write config.yaml, overrides.txt and environment.json."""
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     except OSError as error:
         raise UserError(f"{run_dir}: cannot write ({error}): set hydra.run.dir") from error
-    (run_dir / "overrides.txt").write_text("".join(f"{o}\n" for o in command_line_overrides()))
-    facts = environment() | {"tokens": data.train.content_hash, "config_hash": config_hash(config)}
+    (run_dir / "overrides.txt").write_text("".join(f"{o}\n" for o in overrides))
+    facts = environment() | {"tokens": tokens_hash, "config_hash": config_hash(config)}
     (run_dir / "environment.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
 
 

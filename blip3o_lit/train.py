@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from blip3o_lit.command import run_command
+from blip3o_lit.command import (
+    command_line_overrides,
+    in_multirun,
+    run_command,
+    run_directory,
+)
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
 
 
@@ -10,7 +16,18 @@ def train(config: TrainConfig) -> float | None:
     """Run one training job and return its best held-out cosine."""
     from blip3o_lit.training import run_training
 
-    return run_training(config)
+    _refuse_unsafe_multirun(config)
+    return run_training(config, run_directory(), command_line_overrides())
+
+
+def _refuse_unsafe_multirun(config: TrainConfig) -> None:
+    """Refuse several devices inside a sweep: ranks would re-run the sweep with other configs."""
+    many = config.trainer.devices not in ("auto", "1") or config.trainer.num_nodes > 1
+    if in_multirun() and many:
+        raise UserError(
+            "-m with several devices would train different configs on different ranks: "
+            "use trainer.devices=1 in a sweep, or start one run a command"
+        )
 
 
 def main() -> None:

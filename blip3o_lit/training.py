@@ -21,7 +21,6 @@ from blip3o_lit.callbacks.metrics_csv import MetricsCsv
 from blip3o_lit.callbacks.run_log import RunLog
 from blip3o_lit.callbacks.stop import StopAtStep
 from blip3o_lit.checkpointing import AtomicCheckpointIO
-from blip3o_lit.command import in_multirun, run_directory
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.environment import quiet_libraries
@@ -44,8 +43,13 @@ PREEMPTED_CODE = 75
 INTERRUPTED_CODE = 130
 
 
-def run_training(config: TrainConfig) -> float | None:
-    """Train by `config` in Hydra's run directory.
+def run_training(config: TrainConfig, run_dir: Path, overrides: list[str]) -> float | None:
+    """Train by `config`.
+
+    Args:
+        config: The run's configuration.
+        run_dir: Where everything that the run writes goes.
+        overrides: The command line's overrides, for the record.
 
     Returns:
         The best held-out cosine, or None when the store has no validation split or the run stopped.
@@ -54,10 +58,9 @@ def run_training(config: TrainConfig) -> float | None:
         UserError: For anything in the configuration, data or machine that the user can mend.
     """
     quiet_libraries()
-    run_dir = run_directory().resolve()
+    run_dir = run_dir.resolve()
     device = choose_device(config)
     lightning_precision = planning.set_precision(config.precision.name, device.type)
-    _refuse_unsafe_multirun(config)
     data, steps = open_data(config)
     if config.micro_batch_size is None:
         config.micro_batch_size = planning.fitting_micro_batch(config, data.shape, device)
@@ -68,7 +71,7 @@ def run_training(config: TrainConfig) -> float | None:
     the_plan = make_plan(config, data, steps, trainer, run_dir, device)
     resumed = resolve_resume(config, run_dir)
     if is_rank_zero():
-        write_run_files(config, run_dir, data)
+        write_run_files(config, run_dir, overrides, data.train.content_hash)
         show_plan(the_plan, resumed)
     if config.dry_run:
         console.print("dry run: everything was built, no step was taken")
@@ -114,16 +117,6 @@ def open_data(config: TrainConfig) -> tuple[TokenDataModule, int]:
     )
     data.open()
     return data, data.steps_for(config.trainer.max_steps, config.trainer.max_epochs)
-
-
-def _refuse_unsafe_multirun(config: TrainConfig) -> None:
-    """Refuse several devices inside a sweep: ranks would re-run the sweep with other configs."""
-    many = config.trainer.devices not in ("auto", "1") or config.trainer.num_nodes > 1
-    if in_multirun() and many:
-        raise UserError(
-            "-m with several devices would train different configs on different ranks: "
-            "use trainer.devices=1 in a sweep, or start one run a command"
-        )
 
 
 def build_trainer(

@@ -159,10 +159,14 @@ class RunLog(Callback):
         took = time.perf_counter() - self._validation_started
         self._paused += took
         self._waiting_since = time.perf_counter()
-        cosine = trainer.callback_metrics.get("val/cosine")
+        metrics = trainer.callback_metrics
+        values = {key: float(value) for key, value in metrics.items() if key.startswith("val/")}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        cosine = values.get("val/cosine")
         if cosine is None or not trainer.is_global_zero:
             return
-        label = f"step {trainer.global_step} validation cosine {float(cosine):.4f}"
+        label = f"step {trainer.global_step} validation cosine {cosine:.4f}"
         line = f"{label} ({human_time(took)})"
         log.info(line)
         self._console.print(line, highlight=False)

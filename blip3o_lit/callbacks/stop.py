@@ -27,8 +27,8 @@ class StopAtStep(Callback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Install the handlers for the time of a fit; the second Ctrl-C interrupts at once."""
-        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        """Keep the handlers that were there and put them back after a fit."""
+        before = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             yield
         finally:
@@ -43,7 +43,9 @@ class StopAtStep(Callback):
             print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the step that training starts from."""
+        """Install the handlers, now that Lightning has installed its own."""
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
         self._step = trainer.global_step
 
     def on_train_batch_end(

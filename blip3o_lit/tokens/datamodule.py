@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
@@ -126,6 +128,16 @@ class TokenDataModule(pl.LightningDataModule):
             return 0, 1, False
         cuda = self.trainer.strategy.root_device.type == "cuda"
         return self.trainer.global_rank, self.trainer.world_size, cuda
+
+    def transfer_batch_to_device(
+        self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Tensor]:
+        """Move tokens; sample ids and epochs stay on the CPU, where seeds are mixed from them."""
+        stays = ("sample", "epoch")
+        return {
+            key: value if key in stays else value.to(device, non_blocking=True)
+            for key, value in batch.items()
+        }
 
     def train_dataloader(self) -> TokenLoader | StreamLoader:
         """Return this rank's loader for the whole run.

@@ -1,0 +1,217 @@
+"""Whole training runs on the linear-Gaussian testbed: resume, stop, files, refusals, equality."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from blip3o_lit import checkpointing
+from blip3o_lit.callbacks.metrics_csv import read_rows
+from blip3o_lit.config.checkpoint import CheckpointConfig
+from blip3o_lit.config.data import DataConfig, LinearGaussianConfig
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.evaluation import EvaluationConfig
+from blip3o_lit.config.logger import LoggerConfig
+from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.config.trainer import PrecisionConfig, TrainerConfig
+from blip3o_lit.training import run_training
+
+PROBLEM = LinearGaussianConfig(images=72, validation_images=20, condition_width=6, target_width=4)
+
+
+def config(**changes: Any) -> TrainConfig:
+    """A run of 12 steps of 16 images over 72: epochs end in the middle of steps 5 and 9."""
+    base = TrainConfig(
+        model=ModelConfig(width=16, depth=2, heads=2, kv_heads=1, mlp_width=16),
+        data=DataConfig(name="linear_gaussian", linear_gaussian=PROBLEM),
+        precision=PrecisionConfig("fp32"),
+        trainer=TrainerConfig(max_steps=12, log_every=1, accelerator="cpu"),
+        evaluation=EvaluationConfig(every=4, images=20),
+        checkpoint=CheckpointConfig(every=3, keep=-1),
+        logger=LoggerConfig(tensorboard=False),
+        batch_size=16,
+        seed=7,
+    )
+    return replace(base, **changes)
+
+
+def differences(a: Any, b: Any, place: str = "") -> list[str]:
+    """Name the leaves in which two nested checkpoints differ."""
+    if torch.is_tensor(a):
+        return [] if torch.is_tensor(b) and torch.equal(a, b) else [place]
+    if isinstance(a, dict):
+        found = [f"{place}.{key}" for key in a.keys() ^ b.keys()]
+        return found + [
+            d for k in a.keys() & b.keys() for d in differences(a[k], b[k], f"{place}.{k}")
+        ]
+    if isinstance(a, list | tuple):
+        if len(a) != len(b):
+            return [place]
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{place}[{i}]")]
+    return [] if a == b else [place]
+
+
+def state(path: Path) -> dict[str, Any]:
+    loaded = checkpointing.load(path)
+    keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "callbacks")
+    kept = {key: loaded[key] for key in keys}
+    kept["data"] = loaded["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    return kept
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
+    """An undisturbed run."""
+    os.environ["BLIP3O_HOME"] = str(shared_home)
+    folder = tmp_path_factory.mktemp("straight")
+    run_training(config(), folder, ["seed=7"])
+    return folder
+
+
+def test_run_directory_holds_the_contracted_files(straight: Path) -> None:
+    names = {path.name for path in straight.iterdir()}
+    assert {"config.yaml", "overrides.txt", "environment.json", "metrics.csv"} <= names
+    assert {"result.json", "checkpoints"} <= names
+    files = {path.name for path in (straight / "checkpoints").iterdir()}
+    steps = {f"step-{step:08d}.ckpt" for step in (3, 6, 9, 12)}
+    assert files == steps | {"best.ckpt", "last.ckpt"}
+    result = json.loads((straight / "result.json").read_text())
+    assert result["finished"]
+    assert result["step"] == 12
+    assert result["best"]["cosine"] == pytest.approx(result["best"]["cosine"])
+    rows = read_rows(straight / "metrics.csv")
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(1, 13))
+    assert [int(row["step"]) for row in rows if row["val/cosine"]] == [4, 8, 12]
+
+
+@pytest.mark.parametrize("step", [3, 6, 9])
+def test_resumed_run_equals_the_straight_one_bit_for_bit(
+    straight: Path, tmp_path: Path, step: int
+) -> None:
+    half = straight / "checkpoints" / f"step-{step:08d}.ckpt"
+    run_training(config(resume=str(half)), tmp_path, [])
+    for name in ("step-00000012.ckpt", "last.ckpt", "best.ckpt"):
+        a, b = (state(folder / "checkpoints" / name) for folder in (straight, tmp_path))
+        assert not differences(a, b)
+    then, now = (read_rows(folder / "metrics.csv") for folder in (straight, tmp_path))
+    assert [row["train/loss"] for row in now] == [row["train/loss"] for row in then]
+
+
+def test_accumulated_run_takes_the_same_steps(straight: Path, tmp_path: Path) -> None:
+    run_training(config(micro_batch_size=4), tmp_path, [])
+    a, b = (read_rows(folder / "metrics.csv") for folder in (straight, tmp_path))
+    losses = [[float(row["train/loss"]) for row in rows if row["train/loss"]] for rows in (a, b)]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=0)
+
+
+def test_resume_with_another_micro_batch_goes_on_with_the_same_samples(
+    straight: Path, tmp_path: Path
+) -> None:
+    half = straight / "checkpoints" / "step-00000006.ckpt"
+    run_training(config(resume=str(half), micro_batch_size=8), tmp_path, [])
+    then, now = (state(folder / "checkpoints" / "last.ckpt") for folder in (straight, tmp_path))
+    assert then["global_step"] == now["global_step"] == 12
+    for key, value in then["state_dict"].items():
+        torch.testing.assert_close(value, now["state_dict"][key], rtol=1e-4, atol=1e-5)
+
+
+def test_signal_saves_the_step_and_auto_goes_on_bit_equal(straight: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "metrics.csv"
+
+    def interrupt() -> None:
+        while not marker.exists() or len(read_rows(marker)) < 2:
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(SystemExit) as stopped:
+        run_training(config(), tmp_path, [])
+    thread.join()
+    assert stopped.value.code == 75
+    assert not json.loads((tmp_path / "result.json").read_text())["finished"]
+    run_training(config(resume="auto"), tmp_path, [])
+    a, b = (state(folder / "checkpoints" / "last.ckpt") for folder in (straight, tmp_path))
+    assert not differences(a["state_dict"], b["state_dict"])
+    assert not differences(a["optimizer_states"], b["optimizer_states"])
+
+
+def test_auto_passes_over_a_damaged_checkpoint(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for step in (3, 6):
+        source = straight / "checkpoints" / f"step-{step:08d}.ckpt"
+        content = bytearray(source.read_bytes())
+        if step == 6:
+            content[len(content) // 2] ^= 0xFF
+        (folder / source.name).write_bytes(content)
+        time.sleep(0.01)
+    run_training(config(resume="auto", dry_run=True), tmp_path, [])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "damaged checkpoint" in said
+    assert "goes on from" in said
+    assert "step-00000003.ckpt" in said
+
+
+def test_resume_into_another_network_is_refused(straight: Path, tmp_path: Path) -> None:
+    last = straight / "checkpoints" / "last.ckpt"
+    other = ModelConfig(width=24, depth=2, heads=2, kv_heads=1, mlp_width=16)
+    with pytest.raises(UserError, match=r"model.width was 16 there and is 24"):
+        run_training(config(resume=str(last), model=other), tmp_path, [])
+    with pytest.raises(UserError, match="no such checkpoint"):
+        run_training(config(resume=str(tmp_path / "x.ckpt")), tmp_path, [])
+
+
+def test_dry_run_takes_no_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_training(config(dry_run=True), tmp_path, []) is None
+    assert not (tmp_path / "checkpoints").exists()
+    assert "parameters" in capsys.readouterr().out
+
+
+def test_ema_is_the_average_of_the_weights_by_its_formula(straight: Path, tmp_path: Path) -> None:
+    every = CheckpointConfig(every=1, keep=-1)
+    run_training(config(checkpoint=every), tmp_path, [])
+    average = None
+    for step in range(1, 13):
+        weights = checkpointing.load(tmp_path / "checkpoints" / f"step-{step:08d}.ckpt")[
+            "state_dict"
+        ]
+        name = "network.output.weight"
+        decay = min(0.999, (1 + step) / (10 + step))
+        before = torch.zeros_like(weights[name]) if average is None else average
+        average = before + (1 - decay) * (weights[name] - before)
+        torch.testing.assert_close(weights["ema.output.weight"], average, rtol=1e-5, atol=1e-7)
+
+
+def test_training_learns_the_posterior_mean_direction(straight: Path) -> None:
+    rows = [row for row in read_rows(straight / "metrics.csv") if row["train/loss"]]
+    assert float(rows[-1]["train/loss"]) < float(rows[0]["train/loss"])
+
+
+def test_impossible_hardware_is_refused(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        gpu = TrainerConfig(max_steps=1, accelerator="gpu")
+        with pytest.raises(UserError, match="no CUDA GPU"):
+            run_training(config(trainer=gpu), tmp_path, [])
+        with pytest.raises(UserError, match="precision=fp16 needs a CUDA GPU"):
+            run_training(config(precision=PrecisionConfig("fp16")), tmp_path, [])
+    with pytest.raises(UserError, match="batch_size=16"):
+        run_training(config(micro_batch_size=5), tmp_path, [])
+
+
+def test_keep_prunes_old_step_files(tmp_path: Path) -> None:
+    run_training(config(checkpoint=CheckpointConfig(every=2, keep=1)), tmp_path, [])
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*"))
+    assert names == ["best.ckpt", "last.ckpt", "step-00000012.ckpt"]

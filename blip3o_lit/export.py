@@ -36,9 +36,7 @@ def export(config: ExportConfig) -> Path:
     write_json(out / CONFIG_FILE, facts)
     (out / "README.md").write_text(model_card(loaded, facts), "utf-8")
     print(f"exported: {out}")
-    print(
-        f'next: python -c "from blip3o_lit import BLIP3oInference; BLIP3oInference({str(out)!r})"'
-    )
+    print(f"next: python -m blip3o_lit.generate {shlex.quote(f'ckpt={out}')} tokens=DIR out=DIR")
     return out
 
 

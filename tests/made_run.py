@@ -1,0 +1,59 @@
+"""A run directory with an untrained but lively network, made by the training code itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from blip3o_lit.config.data import DataConfig, LinearGaussianConfig
+from blip3o_lit.config.mode import ModeConfig
+from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.config.trainer import PrecisionConfig, TrainerConfig
+from blip3o_lit.module import TranslationModule
+from blip3o_lit.tokens.linear_gaussian import linear_gaussian_store
+from blip3o_lit.tokens.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.statistics import cached_standardizers, reader_batches
+
+PROBLEM = LinearGaussianConfig(images=256, validation_images=48, condition_width=6, target_width=4)
+
+
+def small_config() -> TrainConfig:
+    return TrainConfig(
+        model=ModelConfig(width=16, depth=1, heads=2, kv_heads=1, mlp_width=16),
+        data=DataConfig(name="linear_gaussian", linear_gaussian=PROBLEM),
+        mode=ModeConfig("patch_only"),
+        precision=PrecisionConfig("fp32"),
+        trainer=TrainerConfig(max_steps=30),
+        batch_size=16,
+    )
+
+
+def make_run(folder: Path, store: Path | None = None, config: TrainConfig | None = None) -> Path:
+    """Write a run directory whose checkpoint holds random weights; its store is built too.
+
+    BLIP3O_HOME must point at a scratch folder.
+    """
+    config = config or small_config()
+    path = store or linear_gaussian_store(PROBLEM)
+    data = config.data
+    sides = (data.condition, data.target, config.mode)
+    reader = TokenReader(TokenStore.open(path), "train", *sides)
+    scales = cached_standardizers(
+        reader.content_hash, reader.shape, 64, lambda: reader_batches(reader, 64, 1)
+    )
+    tokens = {"path": str(path), "hash": reader.content_hash}
+    module = TranslationModule(config, asdict(config), reader.shape, *scales, tokens, 30)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for network, size in ((module.network, 0.5), (module.ema, 0.2)):
+            for weight in network.parameters():
+                weight.copy_(size * torch.randn(weight.shape, generator=draw))
+    checkpoint = {"state_dict": module.state_dict(), "global_step": 30}
+    module.on_save_checkpoint(checkpoint)
+    checkpoint["blip3o"]["step"] = 30  # no trainer, so the module counted none
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
+    return folder

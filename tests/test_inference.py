@@ -1,0 +1,148 @@
+"""Loading from every kind of place, what `generate` promises, and one-line refusals."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_run import make_run
+
+from blip3o_lit import BLIP3oInference
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.export import ExportConfig
+from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.export import export
+from blip3o_lit.inference import find_weights, load, solver_from_label
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLIP3O_HOME", str(tmp_path_factory.mktemp("home")))
+        return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def model(run: Path) -> BLIP3oInference:
+    return BLIP3oInference(run, device="cpu")
+
+
+def conditions(images: int = 5) -> torch.Tensor:
+    return torch.randn(images, 16, 6, generator=torch.Generator().manual_seed(1))
+
+
+def test_inference_uses_the_weight_average(run):
+    saved = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    loaded = load(run).translator.network.state_dict()
+    assert torch.equal(loaded["output.weight"], saved["ema.output.weight"])
+    assert not torch.equal(saved["ema.output.weight"], saved["network.output.weight"])
+
+
+def test_batch_size_and_type_do_not_change_the_samples(model):
+    whole = model.generate(conditions(), solver="heun-3")
+    parts = model.generate(conditions().double().numpy(), solver="heun-3", batch_size=2)
+    torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-5)
+    again = model.generate(conditions(), solver="heun-3", seed=1)
+    assert not torch.allclose(whole, again)
+
+
+def test_generator_draws_the_noise(model):
+    made = [
+        model.generate(conditions(), 3, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(made[0], made[1])
+    assert not torch.allclose(made[0], made[2])
+
+
+def test_steps_and_solver_words(model):
+    three = model.generate(conditions(), 3, solver="euler")
+    assert torch.equal(three, model.generate(conditions(), solver="euler-3"))
+    config = SolverConfig(name="euler", steps=3)
+    assert torch.equal(three, model.generate(conditions(), solver=config))
+    default = model.generate(conditions())
+    assert torch.equal(default, model.generate(conditions(), solver="mean"))
+    with pytest.raises(UserError, match="one evaluation"):
+        model.generate(conditions(), 5, solver="mean")
+    with pytest.raises(UserError, match="heun-10"):
+        solver_from_label("heun-x")
+
+
+def test_one_image_unit_length_and_intermediates(model):
+    made, states = model.generate(conditions(), solver="euler-4", return_intermediate=True)
+    assert len(states) == 4
+    assert torch.equal(states[-1], made)
+    one = model.generate(conditions()[0], solver="euler-4")
+    torch.testing.assert_close(one, made[0], rtol=1e-5, atol=1e-5)
+    unit = model.generate(conditions(), solver="euler-4", normalize=True)
+    torch.testing.assert_close(unit.norm(dim=-1), torch.ones(5, 16))
+    torch.testing.assert_close(unit * made.norm(dim=-1, keepdim=True), made)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(2, 16, 7), r"\[2, 16, 7\], expected \[B, 16, 6\]"),
+        (torch.zeros(2, 17, 6), "drop the CLS token"),
+        (torch.zeros(2, 15, 6), "CLS token is missing"),
+        (torch.zeros(2, 16, 6, dtype=torch.int64), "int64, expected a float"),
+        (torch.zeros(6), r"\[6\], expected"),
+        (torch.zeros(0, 16, 6), r"\[0, 16, 6\], expected"),
+        (torch.full((1, 16, 6), float("nan")), "NaN"),
+    ],
+)
+def test_wrong_tokens_are_refused_in_one_line(model, tokens, message):
+    with pytest.raises(UserError, match=message) as refused:
+        model.generate(tokens)
+    assert "\n" not in str(refused.value)
+
+
+def test_guidance_without_an_unconditional_branch_is_refused(model):
+    with pytest.raises(UserError, match="guidance_scale=2"):
+        model.generate(conditions(), guidance_scale=2.0)
+
+
+def test_best_is_preferred_and_missing_places_are_named(run, tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("last.ckpt", "best.ckpt"):
+        (folder / name).write_bytes(b"x")
+    assert find_weights(tmp_path) == folder / "best.ckpt"
+    assert find_weights(run) == run / "checkpoints/last.ckpt"
+    with pytest.raises(UserError, match="no checkpoint at"):
+        find_weights(tmp_path / "nothing" / "here")
+    with pytest.raises(UserError, match="holds neither"):
+        find_weights(folder.parent.parent / tmp_path.name / "..")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="someone/nothing is neither a path nor a model"):
+        find_weights("someone/nothing")
+
+
+def test_an_export_generates_the_same_bits(run, tmp_path):
+    out = export(ExportConfig(ckpt=str(run), out=str(tmp_path / "shared")))
+    for solver in ("mean", "heun-4"):
+        before = BLIP3oInference(run, "cpu").generate(conditions(), solver=solver)
+        after = BLIP3oInference(out, "cpu").generate(conditions(), solver=solver)
+        assert torch.equal(before, after)
+    card = (out / "README.md").read_text()
+    assert "Not evaluated" in card
+    assert "[B, 16, 6] -> [B, 16, 4]" in card
+    assert str(tmp_path) not in (out / "config.json").read_text() + card
+
+
+def test_damaged_exports_are_refused(run, tmp_path):
+    out = export(ExportConfig(ckpt=str(run), out=str(tmp_path / "shared")))
+    weights = out / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="damaged"):
+        load(out)
+    weights.write_bytes(whole)
+    (out / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        load(out)
+
+
+def test_numpy_and_tensor_inputs_agree(model):
+    array = conditions().numpy().astype(np.float32)
+    assert torch.equal(model.generate(array), model.generate(conditions()))

@@ -13,6 +13,7 @@ from blip3o_lit.config.shape import TokenShape
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.tokens.linear_gaussian import (
     Problem,
+    draw,
     linear_gaussian_store,
     optimum,
     posterior_mean,
@@ -55,12 +56,12 @@ def test_stored_tokens_follow_the_stated_law(outliers):
 
 def test_rank_explained_share_and_outliers_are_those_asked_for():
     config = LinearGaussianConfig(rank=3, explained=0.4, outlier_channels=2)
-    problem = Problem.draw(config)
+    problem = draw(config)
     signal = problem.map_DC.square().sum(1)
     share = signal / (signal + problem.covariance_DD.diagonal())
     torch.testing.assert_close(share, torch.full_like(share, 0.4))
     assert torch.linalg.matrix_rank(problem.map_DC) == 3
-    plain = Problem.draw(LinearGaussianConfig(rank=3, explained=0.4))
+    plain = draw(LinearGaussianConfig(rank=3, explained=0.4))
     ratio = (problem.covariance_DD.diagonal() / plain.covariance_DD.diagonal()).sqrt()
     assert ratio.tolist() == pytest.approx([30.0] * 2 + [1.0] * 6)
 
@@ -103,7 +104,7 @@ def test_the_cosine_of_samples_is_about_the_square_of_the_means_in_many_dimensio
 
 
 def test_posterior_samples_have_the_posterior_moments():
-    problem = Problem.draw(LinearGaussianConfig())
+    problem = draw(LinearGaussianConfig())
     condition = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(0))
     draws = problem.posterior_sample(
         condition.expand(20000, 1, 16), torch.Generator().manual_seed(1)

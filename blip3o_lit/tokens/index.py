@@ -217,12 +217,16 @@ class TokenIndex:
         """Refuse unsafe names and counts that don't add up."""
         if not self.arrays or not self.shards:
             raise UserError("no arrays or no shards: extract or convert again")
+        if self.reduced is not None:
+            one_of("reduced", self.reduced, ("grid_64",))
         for name in self.arrays:
             check_array_name(name)
         for shard in self.shards:
             for file in (shard.file, shard.offsets):
                 if not re.fullmatch(r"[A-Za-z0-9_\-][A-Za-z0-9_\-.]*", file):
                     raise UserError(f"shard name {file!r} leaves the folder: the store is not ours")
+            if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
+                raise UserError(f"shard {shard.file} has no sha256")
             if min(shard.samples, shard.bytes) < 1 or not shard.split:
                 raise UserError(f"shard {shard.file} counts {shard.samples} samples")
         if data["splits"] != self.splits or data["samples"] != self.samples:

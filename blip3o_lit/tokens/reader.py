@@ -61,7 +61,7 @@ class Shard:
         offsets = path.with_name(entry.offsets)
         columns = len(self.arrays) + 2
         content = offsets.read_bytes() if offsets.is_file() else b""
-        known = unpack_offsets(content, entry.samples, columns, entry.bytes)
+        known = unpack_offsets(content, entry.samples, columns, entry.sha256)
         if len(self.map) != entry.bytes:
             raise UserError(self._size_message(path, known))
         if verify == "full" and hashlib.sha256(self.map).hexdigest() != entry.sha256:
@@ -73,7 +73,7 @@ class Shard:
             known = scan(memoryview(self.map), entry, self.arrays, str(path))
             # A read-only store is fine: the offsets then live in memory alone.
             if os.access(folder, os.W_OK):
-                write_synced(offsets, pack_offsets(known, entry.bytes))
+                write_synced(offsets, pack_offsets(known, entry.sha256))
         self.offsets = known
 
     def _size_message(self, path: Path, offsets: np.ndarray | None) -> str:

@@ -35,22 +35,26 @@ LARGEST = 6e4
 OFFSETS_MAGIC = b"tokidx01"
 
 
-def pack_offsets(offsets: np.ndarray, tar_bytes: int) -> bytes:
+def pack_offsets(offsets: np.ndarray, sha256: str) -> bytes:
     """Return the content of an .idx file.
 
-    Four u64 words (magic, samples, columns, bytes of the tar), then `[samples, columns]` u64: first
-    byte of each array's numbers, first byte of KEY.json, its size; then 8 bytes of a sha256 of all.
+    Four words of 8 bytes (magic, samples, columns, start of the tar's sha256), then
+    `[samples, columns]` u64: first byte of each array's numbers, first byte of KEY.json, its size;
+    then 8 bytes of a sha256 of all this.
     """
-    samples, columns = offsets.shape
-    words = np.array([samples, columns, tar_bytes], "<u8").tobytes()
-    body = OFFSETS_MAGIC + words + offsets.astype("<u8").tobytes()
+    body = _offsets_head(*offsets.shape, sha256) + offsets.astype("<u8").tobytes()
     return body + hashlib.sha256(body).digest()[:8]
 
 
-def unpack_offsets(content: bytes, samples: int, columns: int, tar_bytes: int) -> np.ndarray | None:
+def _offsets_head(samples: int, columns: int, sha256: str) -> bytes:
+    """Return the four words that tie an .idx file to its tar."""
+    return OFFSETS_MAGIC + np.array([samples, columns], "<u8").tobytes() + bytes.fromhex(sha256)[:8]
+
+
+def unpack_offsets(content: bytes, samples: int, columns: int, sha256: str) -> np.ndarray | None:
     """Return the `[samples, columns]` offsets, or None when the file is not this shard's."""
     body = content[:-8]
-    expected = OFFSETS_MAGIC + np.array([samples, columns, tar_bytes], "<u8").tobytes()
+    expected = _offsets_head(samples, columns, sha256)
     size = len(expected) + 8 * samples * columns
     if len(body) != size or not body.startswith(expected):
         return None
@@ -141,7 +145,8 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        offsets = pack_offsets(np.array(self._rows, np.uint64), self._position)
+        sha256 = self._hash.hexdigest()
+        offsets = pack_offsets(np.array(self._rows, np.uint64), sha256)
         write_synced(self.folder / f"{self.name}.idx", offsets)
         self._temporary.replace(self.folder / f"{self.name}.tar")
         sync_folder(self.folder)
@@ -151,7 +156,7 @@ class ShardWriter:
             self.split,
             len(self._rows),
             self._position,
-            self._hash.hexdigest(),
+            sha256,
         )
 
     def abort(self) -> None:

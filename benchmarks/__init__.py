@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks [ONLY=name]` runs every module here that has a `run`."""

@@ -88,8 +88,12 @@ class TranslationModule(LightningModule):
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.objective = FlowObjective(config.flow)
         self.condition_standardizer = condition_standardizer
-        self.target_standardizer = target_standardizer
-        self.scores = TokenScores(target_standardizer.mean_NC, shape.target)
+        mean_NC = target_standardizer.mean_NC
+        keep_scale = config.flow.standardised_target
+        self.target_standardizer = (
+            target_standardizer if keep_scale else Standardizer.like(shape.target)
+        )
+        self.scores = TokenScores(mean_NC, shape.target)
         self.gradient_norm: Tensor | None = None
         self.sums: dict[str, Tensor] = {}
 
@@ -108,14 +112,21 @@ class TranslationModule(LightningModule):
         seed = self.config.seed
         shape = tuple(x1_BND.shape[1:])
         z_BND = draws.noise(seed, Stream.TRAINING_NOISE, *who, shape, device=x1_BND.device)
-        uniforms_B2 = draws.uniforms(seed, Stream.TRAINING_TIMES, *who, count=2)
-        t_B = training_times(uniforms_B2, self.config.flow).to(x1_BND.device, non_blocking=True)
+        uniforms_B3 = draws.uniforms(seed, Stream.TRAINING_TIMES, *who, count=3)
+        t_B = training_times(uniforms_B3[:, :2], self.config.flow)
+        t_B = t_B.to(x1_BND.device, non_blocking=True)
+        share = self.config.flow.condition_dropout
+        drop_B = (uniforms_B3[:, 2] < share).to(x1_BND.device) if share > 0 else None
         restore = self.target_standardizer.restore
-        terms = self.objective.loss(self.network, condition, x1_BND, z_BND, t_B, restore)
+        terms = self.objective.loss(self.network, condition, x1_BND, z_BND, t_B, restore, drop_B)
         self._remember("train/loss", terms.total)
         if (self.global_step + 1) % self.config.trainer.log_every == 0:
             estimate, true = restore(terms.x1_hat_BND), batch["target"].float()
             self._remember("train/cosine", F.cosine_similarity(estimate, true, dim=-1).mean())
+            self._remember("train/velocity_cosine", terms.velocity_cosine)
+            self._remember("train/norm_ratio", terms.norm_ratio)
+            for name, term in terms.extra.items():
+                self._remember(f"train/{name}", term)
         return terms.total
 
     def _remember(self, name: str, value: Tensor) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from blip3o_lit.callbacks.checkpoints import Checkpoints
+from blip3o_lit.callbacks.metrics_csv import read_rows
 from blip3o_lit.callbacks.run_log import RunLog, human_time
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
@@ -81,6 +82,11 @@ def write_result(
         "split": "validation",
     }
     (run_dir / "result.json").write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
+    history: dict[str, list[float | None]] = {}
+    rows = read_rows(run_dir / "metrics.csv")
+    for column in rows[0] if rows else ():
+        history[column] = [float(row[column]) if row[column] else None for row in rows]
+    (run_dir / "history.json").write_text(json.dumps(history) + "\n")
 
 
 def say_how_to_resume(run_dir: Path, step: int) -> None:

@@ -17,6 +17,8 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from blip3o_lit.callbacks.health import RunHealth
+
 log = logging.getLogger("blip3o_lit")
 
 
@@ -69,6 +71,7 @@ class RunLog(Callback):
         self.last: dict[str, float] = {}
         self.first_step_seconds: float | None = None
         self._console = Console()
+        self._health = RunHealth()
         self._progress: Progress | None = None
         self._step = self._logged_step = 0
         self._waited = 0.0
@@ -130,6 +133,9 @@ class RunLog(Callback):
             logger.log_metrics(values, step=step)
         if trainer.is_global_zero:
             self._say(trainer, values, step, rate)
+            for warning in self._health.observe(values):
+                log.warning(warning)
+                self._console.print(f"warning: {warning}", style="yellow", highlight=False)
         self._logged_step, self._row_started = step, now
         self._waited = self._paused = 0.0
 

@@ -1,0 +1,92 @@
+"""Signs of a run that does not learn: each warning names the likely cause and an override to try.
+
+They are what users of the seeds were told to look for by eye: a falling loss, a rising velocity
+cosine, norm ratios near 1 and sane scales.
+"""
+
+from __future__ import annotations
+
+import math
+
+WINDOW = 5
+"""Logged rows that are averaged for a comparison."""
+PATIENCE_ROWS = 20
+"""Logged rows before flatness counts: the warm-up is over by then."""
+
+
+class RunHealth:
+    """Watches the logged rows of one run; each warning is given once."""
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        self._losses: list[float] = []
+        self._cosines: list[float] = []
+        self._given: set[str] = set()
+
+    def observe(self, values: dict[str, float]) -> list[str]:
+        """Take one logged row and return the warnings that it gives rise to.
+
+        Args:
+            values: The row, by column name.
+        """
+        found = dict(self._find(values))
+        new = [text for name, text in found.items() if name not in self._given]
+        self._given |= found.keys()
+        return new
+
+    def _find(self, values: dict[str, float]) -> list[tuple[str, str]]:
+        loss = values["train/loss"]
+        if not math.isfinite(loss):
+            cause = "numbers overflow or diverge; try optimizer.lr a third as large, or "
+            return [("nan", f"the loss is {loss}: {cause}precision=fp32 to see whether it is that")]
+        found = []
+        self._losses.append(loss)
+        if len(self._losses) == PATIENCE_ROWS:
+            first, last = _ends(self._losses)
+            if last > 0.98 * first:
+                found.append(
+                    (
+                        "loss",
+                        f"the loss does not fall ({first:.4g} at first, {last:.4g} now): the "
+                        "learning rate may be too high or too low; try optimizer.lr=3e-4, and look "
+                        "at the tokens with `python -m blip3o_lit.doctor tokens=DIR`",
+                    )
+                )
+        if "train/velocity_cosine" in values:
+            self._cosines.append(values["train/velocity_cosine"])
+            if len(self._cosines) == PATIENCE_ROWS:
+                first, last = _ends(self._cosines)
+                if last < first + 0.01 and last < 0.9:
+                    found.append(
+                        (
+                            "velocity",
+                            f"the velocity cosine stays at {last:.3f}: the network may be narrower "
+                            "than the target, which flow.prediction=velocity cannot afford; try "
+                            "flow.prediction=sample",
+                        )
+                    )
+        ratio = values.get("train/norm_ratio")
+        if ratio is not None and len(self._losses) >= PATIENCE_ROWS and not 0.2 < ratio < 2:
+            found.append(
+                (
+                    "norm",
+                    f"outputs are {ratio:.2g} times as long as their targets: a scale does not fit; "
+                    "try flow.output_scale=1 flow.velocity_scale=1",
+                )
+            )
+        scale = values.get("train/adaptive_scale")
+        if scale is not None and not 0.1 < scale < 10:
+            found.append(
+                (
+                    "scale",
+                    f"the adaptive scale is {scale:.2g}, at its limit: try "
+                    "flow.adaptive_scale=false flow.output_scale=1",
+                )
+            )
+        return found
+
+
+def _ends(values: list[float]) -> tuple[float, float]:
+    """Return the means of the first and the last few values."""
+    first, last = values[:WINDOW], values[-WINDOW:]
+    return sum(first) / len(first), sum(last) / len(last)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ class BLIP3oInference:
         eva_embeddings: Tensor | np.ndarray,
         num_inference_steps: int | None = None,
         solver: str | SolverConfig | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         generator: torch.Generator | None = None,
         return_intermediate: bool = False,
         normalize: bool = False,
@@ -206,7 +206,8 @@ class BLIP3oInference:
             num_inference_steps: Steps of the ODE solver (heun, unless `solver` says otherwise).
             solver: A name (`mean`, `heun`), a label (`heun-10`) or a SolverConfig; by default
                 the run's own.
-            guidance_scale: 1 only: the model has no unconditional branch.
+            guidance_scale: Classifier-free guidance, for models trained with
+                `flow.condition_dropout`; 1 is none.
             generator: Draws the noise; without it, image i gets the i-th noise of `seed`.
             return_intermediate: Return the states after each step too.
             normalize: Scale each token to unit length.
@@ -221,12 +222,9 @@ class BLIP3oInference:
             UserError: If the tokens' shape or type is not what the model was trained on.
         """
         tokens, single = self._checked(eva_embeddings)
-        if guidance_scale != 1.0:
-            raise UserError(
-                f"guidance_scale={guidance_scale}: the model was trained without condition "
-                "dropout, so there is nothing to guide away from: leave it at 1"
-            )
         choice = self._solver(solver, num_inference_steps)
+        if guidance_scale is not None:
+            choice = replace(choice, guidance_scale=guidance_scale)
         size = (self.shape.target.tokens, self.shape.target.width)
         made, states = [], []
         for start in range(0, len(tokens), batch_size):

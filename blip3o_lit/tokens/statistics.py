@@ -49,7 +49,7 @@ class ChannelMoments:
         centre_C = chunks[0].double().mean(0)
         sum_C, squares_C = torch.zeros_like(centre_C), torch.zeros_like(centre_C)
         for chunk in chunks:
-            shifted = chunk.double().sub_(centre_C)
+            shifted = chunk.double() - centre_C
             sum_C += shifted.sum(0)
             squares_C += shifted.square_().sum(0)
         count = len(rows_RC)

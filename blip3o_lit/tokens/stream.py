@@ -14,6 +14,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -262,30 +263,34 @@ class StreamLoader:
         """Micro-batches of the whole run, those before a resume included."""
         return self.steps * self.plan.accumulation
 
-    def _shards(self) -> Iterator[tuple[int, int]]:
-        """Yield (epoch, shard) for ever, from the first unfinished shard on."""
+    def _shards(self, epoch: int) -> list[int]:
+        """Return this rank's shards of an epoch in order, without those it has finished."""
+        order = random_permutation(self.seed, epoch, 0, len(self.reader.shards))
+        mine = order[self.rank :: self.plan.world_size]
         start, place = divmod(self._start_samples, len(self.reader))
-        left = place // self.plan.world_size
-        for epoch in itertools.count(start):
-            order = random_permutation(self.seed, epoch, 0, len(self.reader.shards))
-            for number in order[self.rank :: self.plan.world_size].tolist():
-                size = int(self.reader.shard_sizes[number])
-                if epoch == start and left >= size:
-                    left -= size
-                    continue
-                yield epoch, number
+        if epoch > start:
+            return mine.tolist()
+        ends = np.cumsum(self.reader.shard_sizes[mine])
+        return mine[ends > place // self.plan.world_size].tolist()
 
     def _samples(self) -> Iterator[dict[str, Any]]:
-        for epoch, number in self._shards():
+        """Yield this rank's samples for ever; each epoch is shuffled by itself."""
+        buffer = max(1, min(len(self.reader), SHUFFLE_BYTES // self.reader.sample_bytes))
+        for epoch in itertools.count(self._start_samples // len(self.reader)):
+            rng = random.Random(f"{self.seed}/{epoch}/{self.rank}")
+            numbers = self._shards(epoch)
+            source = partial(self._read, numbers, epoch)
+            yield from DataPipeline(source, shuffle(buffer, buffer // 4, rng=rng))
+
+    def _read(self, numbers: list[int], epoch: int) -> Iterator[dict[str, Any]]:
+        for number in numbers:
             for sample in self.reader.samples(number):
                 yield sample | {"epoch": epoch}
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's micro-batches from the starting point on."""
         self._taken = 0
-        buffer = max(1, min(len(self.reader), SHUFFLE_BYTES // self.reader.sample_bytes))
-        rng = random.Random(f"{self.seed}/{self.rank}/{self._start_samples}")
-        samples = iter(DataPipeline(self._samples, shuffle(buffer, buffer // 4, rng=rng)))
+        samples = self._samples()
 
         def job() -> Batch:
             chosen = list(itertools.islice(samples, self.plan.micro_batch_size))

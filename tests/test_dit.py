@@ -104,25 +104,25 @@ def plain_forward(network, x, t, c):
             h = h + projected
         row = 0
         for index in range(config.depth):
-            name = f"blocks.{index}"
             for branch in ("attention", "cross", "mlp"):
                 if branch == "cross" and config.conditioning == "aligned":
                     continue
                 shift, scale, gate = signal[row : row + 3]
                 row += 3
                 u = rms(h) * (1 + scale) + shift
+                layer = f"blocks.{index}.{branch}.layer"
                 if branch == "attention":
-                    q, k, v = linear(f"{name}.attention.qkv", u).split(
+                    q, k, v = linear(f"{layer}.qkv", u).split(
                         (width, groups * size, groups * size), -1
                     )
-                    u = attention(f"{name}.attention", q, k, v, shape.target)
+                    u = attention(layer, q, k, v, shape.target)
                 elif branch == "cross":
-                    k, v = linear(f"{name}.cross.key_value", projected).chunk(2, -1)
-                    q = linear(f"{name}.cross.query", u)
-                    u = attention(f"{name}.cross", q, k, v, shape.condition)
+                    k, v = linear(f"{layer}.key_value", projected).chunk(2, -1)
+                    q = linear(f"{layer}.query", u)
+                    u = attention(layer, q, k, v, shape.condition)
                 else:
-                    a, b = linear(f"{name}.mlp.gate_up", u).chunk(2, -1)
-                    u = linear(f"{name}.mlp.down", silu(a) * b)
+                    a, b = linear(f"{layer}.gate_up", u).chunk(2, -1)
+                    u = linear(f"{layer}.down", silu(a) * b)
                 h = h + gate * u
         results.append(linear("output", rms(h) * (1 + signal[row + 1]) + signal[row]))
     return torch.stack(results)

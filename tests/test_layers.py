@@ -1,4 +1,4 @@
-"""Layers: rotary geometry, grouped queries, norms and the time embedding against closed forms."""
+"""Layers: rotary geometry, grouped queries, feed-forward, time embedding, by closed forms."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from blip3o_lit.config.shape import TokenShape
 from blip3o_lit.models import layers
 from blip3o_lit.models.layers import (
-    RMSNorm,
+    GELUMLP,
+    DeepAdapter,
     SelfAttention,
     SwiGLU,
     TimeEmbedding,
     attend,
-    modulate,
     rope_table,
     rotate,
     sinusoid,
@@ -108,30 +108,31 @@ def test_query_key_norm_makes_attention_blind_to_their_scale():
     torch.testing.assert_close(layer(x, None), before, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_norm_is_its_formula_and_keeps_the_dtype(dtype):
-    torch.manual_seed(0)
-    norm, x = RMSNorm(8), 5 * torch.randn(3, 8)
-    norm.weight.data.uniform_(0.5, 2)
-    y = norm(x.to(dtype))
-    assert y.dtype == dtype
-    expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
-    torch.testing.assert_close(
-        y.float(), expected, atol=3e-2 if dtype != x.dtype else 1e-5, rtol=2e-2
-    )
-
-
-def test_modulate_is_its_formula():
-    x, shift, scale = torch.randn(2, 3, 8), torch.randn(2, 1, 8), torch.randn(2, 1, 8)
-    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    torch.testing.assert_close(modulate(x, shift, scale), normed * (1 + scale) + shift)
-
-
 def test_swiglu_is_its_formula():
     layer, x = SwiGLU(4, 6), torch.randn(2, 3, 4)
     gate, up = layer.gate_up.weight.split(6)
     expected = (F.silu(x @ gate.T) * (x @ up.T)) @ layer.down.weight.T
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_gelu_mlp_is_its_formula():
+    layer, x = GELUMLP(4, 6), torch.randn(2, 3, 4)
+    hidden = x @ layer.up.weight.T + layer.up.bias
+    hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
+    torch.testing.assert_close(layer(x), hidden @ layer.down.weight.T + layer.down.bias)
+
+
+def test_deep_adapter_is_linear_when_its_gate_is_shut():
+    torch.manual_seed(0)
+    adapter, c = DeepAdapter(6, 8, depth=3, dropout=0.0), torch.randn(2, 5, 6)
+    adapter.reset_gate()
+    added = adapter(c) - adapter.linear(c)
+    torch.nn.init.constant_(adapter.gate, -50)
+    torch.testing.assert_close(adapter(c), adapter.linear(c))
+    torch.nn.init.constant_(adapter.gate, 50)
+    torch.testing.assert_close(
+        added, 0.0998 * (adapter(c) - adapter.linear(c)), atol=1e-4, rtol=1e-3
+    )
 
 
 def test_sinusoids_of_a_thousand_times_t():

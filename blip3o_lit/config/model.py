@@ -1,18 +1,35 @@
-"""Model group: the size and the switches of the diffusion transformer."""
+"""Model group: the size and the switches of the transformers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
-from blip3o_lit.config.errors import UserError, one_of, positive
+from blip3o_lit.config.errors import UserError, one_of, positive, within
 
+ARCHITECTURES = ("dit", "nextdit")
 CONDITIONINGS = ("aligned", "cross")
+POSITIONS = ("rope", "learned", "none")
+TIMES = ("adaln", "tokens")
+MLPS = ("swiglu", "gelu")
+DIT_SWITCHES = (
+    "positions",
+    "time",
+    "mlp",
+    "sandwich_norm",
+    "layer_scale",
+    "dropout",
+    "zero_init_output",
+    "adapter_depth",
+)
 
 
 @dataclass
 class ModelConfig:
-    """A diffusion transformer (DiT)."""
+    """A diffusion transformer."""
 
+    architecture: str = "dit"
+    """dit: AdaLN-Zero transformer; nextdit: the Lumina-Next block of the official BLIP3-o."""
     width: int = 768
     """Channels of a hidden token; a multiple of heads."""
     depth: int = 12
@@ -22,19 +39,59 @@ class ModelConfig:
     kv_heads: int = 4
     """Key and value heads (grouped-query attention); divides heads."""
     mlp_width: int = 2048
-    """Hidden width of the SwiGLU feed-forward."""
+    """Hidden width of the feed-forward; 0 computes it: ffn_dim_multiplier * 8/3 * width, rounded
+    up to a multiple of multiple_of."""
+    ffn_dim_multiplier: float = 1.0
+    """Factor of the computed mlp_width."""
+    multiple_of: int = 256
+    """Divisor of the computed mlp_width."""
     conditioning: str = "aligned"
-    """aligned: each condition token is added to the target token at its position; cross: attention."""
+    """aligned: each condition token is added to the target token at its place; cross: attention."""
+    key_rope: bool = True
+    """Cross-attention rotates its keys as well as its queries; the official BLIP3-o does not."""
+    positions: str = "rope"
+    """rope: 2-D rotary embedding; learned: a vector added to each token; none."""
+    time: str = "adaln"
+    """Where time and pooled condition enter: adaln modulates each block; tokens adds once."""
+    mlp: str = "swiglu"
+    """Feed-forward: swiglu or gelu."""
+    sandwich_norm: bool = False
+    """Also normalise what each branch adds."""
+    layer_scale: float | None = None
+    """Initial value of a learned factor a channel on each branch; null: none."""
+    dropout: float = 0.0
+    """Share of each branch's output that is dropped in training."""
+    zero_init_output: bool = True
+    """Start with an output of exactly zero."""
+    adapter_depth: int = 0
+    """Layers of a deep adapter on the condition, with a gated shortcut; 0: one linear map."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """Compile each block in place with torch.compile."""
 
     def __post_init__(self) -> None:
-        """Check each value and the rules that join them."""
-        for key in ("width", "depth", "heads", "kv_heads", "mlp_width"):
+        """Compute mlp_width if asked; check each value and the rules that join them."""
+        for key in ("width", "depth", "heads", "kv_heads", "ffn_dim_multiplier", "multiple_of"):
             positive(f"model.{key}", getattr(self, key))
+        if self.mlp_width == 0:
+            wanted = int(self.ffn_dim_multiplier * int(4 * 2 * self.width / 3))
+            self.mlp_width = self.multiple_of * math.ceil(wanted / self.multiple_of)
+        positive("model.mlp_width", self.mlp_width)
+        positive("model.layer_scale", self.layer_scale)
+        within("model.dropout", self.dropout, 0.0, 0.9)
+        within("model.adapter_depth", self.adapter_depth, 0, 100)
+        one_of("model.architecture", self.architecture, ARCHITECTURES)
         one_of("model.conditioning", self.conditioning, CONDITIONINGS)
+        one_of("model.positions", self.positions, POSITIONS)
+        one_of("model.time", self.time, TIMES)
+        one_of("model.mlp", self.mlp, MLPS)
+        self._check_heads()
+        if self.architecture == "nextdit":
+            self._check_nextdit()
+
+    def _check_heads(self) -> None:
+        """Check that width, heads and kv_heads divide each other."""
         if self.width % self.heads:
             raise UserError(f"model.width={self.width} is no multiple of model.heads={self.heads}")
         if self.heads % self.kv_heads:
@@ -46,3 +103,18 @@ class ModelConfig:
                 f"model.width={self.width} / model.heads={self.heads} is no multiple of 4, "
                 "which the 2-D rotary embedding needs; change model.heads"
             )
+
+    def _check_nextdit(self) -> None:
+        """Refuse what the NextDiT block does not have."""
+        if self.conditioning != "cross":
+            raise UserError(
+                "model.architecture=nextdit reads the condition by attention; "
+                "use model.conditioning=cross"
+            )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in DIT_SWITCHES and value != field.default:
+                raise UserError(
+                    f"model.{field.name}={value} is a switch of model.architecture=dit; "
+                    "remove it for nextdit"
+                )

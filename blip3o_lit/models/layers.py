@@ -1,6 +1,7 @@
-"""Building blocks of the transformers: norms, rotary embedding, attention, feed-forward, time.
+"""Building blocks of the transformers: rotary embedding, attention, feed-forward, adapter, time.
 
-Shape suffixes: B batch, N target tokens, M keys' tokens, W network width, H query heads,
+Shape suffixes: B batch, N target tokens, M condition tokens, W network width, H query heads,
+C condition width,
 G key and value heads, K head width, F feed-forward width.
 """
 
@@ -13,30 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_lit.config.shape import TokenShape
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis (Zhang and Sennrich, 2019), no bias.
-
-    The weight is cast to the input's dtype: with unequal dtypes, which bf16 autocast produces,
-    `F.rms_norm` leaves its fused kernel.
-    """
-
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
-        """Make a weight of ones, [width]."""
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise [..., width] to mean square 1, times the weight."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
-
-def modulate(x_BNW: Tensor, shift_B1W: Tensor, scale_B1W: Tensor, eps: float = 1e-6) -> Tensor:
-    """Adaptive norm: RMS-normalise without a weight, then scale by 1 + scale and add shift."""
-    normed = F.rms_norm(x_BNW, x_BNW.shape[-1:], None, eps)
-    return torch.addcmul(shift_B1W, normed, 1 + scale_B1W)
+from blip3o_lit.models.norms import RMSNorm
 
 
 def rope_table(
@@ -176,6 +154,45 @@ class SwiGLU(nn.Module):
         """Transform each token of [B, N, W]."""
         gate_BNF, up_BNF = self.gate_up(x_BNW).chunk(2, -1)
         return self.down(F.silu(gate_BNF) * up_BNF)
+
+
+class GELUMLP(nn.Module):
+    """Plain feed-forward with biases: down(gelu(up x)), the exact GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        """Make the two layers."""
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x_BNW: Tensor) -> Tensor:
+        """Transform each token of [B, N, W]."""
+        return self.down(F.gelu(self.up(x_BNW)))
+
+
+class DeepAdapter(nn.Module):
+    """Deep map of condition tokens: h = linear c, then h + sigmoid(gate) * f^n(h)."""
+
+    def __init__(self, inputs: int, width: int, depth: int, dropout: float) -> None:
+        """Make the linear map and `depth` further layers; the gate starts at a tenth."""
+        super().__init__()
+        self.linear = nn.Linear(inputs, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.gate = nn.Parameter(torch.empty(width))
+        self.dropout = dropout
+
+    def reset_gate(self) -> None:
+        """Set the gate: sigmoid(-2.2) is 0.1."""
+        nn.init.constant_(self.gate, -2.2)
+
+    def forward(self, condition_BMC: Tensor) -> Tensor:
+        """Map [B, M, C] to [B, M, W]."""
+        shortcut_BMW = deep_BMW = self.linear(condition_BMC)
+        for norm, layer in zip(self.norms, self.layers):
+            deep_BMW = F.dropout(F.gelu(norm(deep_BMW)), self.dropout, self.training)
+            deep_BMW = layer(deep_BMW)
+        return torch.addcmul(shortcut_BMW, self.gate.sigmoid().to(deep_BMW.dtype), deep_BMW)
 
 
 def sinusoid(t_B: Tensor, channels: int, period: float = 10_000.0) -> Tensor:

@@ -1,0 +1,110 @@
+"""What the two transformers share: the encoded condition and how a stack of blocks is run.
+
+Shape suffixes: B batch, N target tokens, D target width, M condition tokens, C condition width,
+W network width, G key and value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.shape import PairShape
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one cross-attention, each [B, M, G, K]."""
+
+
+class EncodedCondition(NamedTuple):
+    """What the network needs of a condition; computed once a sample, reused at every step."""
+
+    tokens: Tensor | None
+    """conditioning=aligned: projected condition in the target's token order, [B, N, W]."""
+    pooled: Tensor
+    """Mean condition token, projected; joins the time embedding, [B, width of that]."""
+    keys_values: tuple[KeysValues, ...] | None
+    """conditioning=cross: keys and values of each block."""
+
+
+class Network(nn.Module):
+    """A transformer from (x_t, t, condition) to its raw output; `DiT` and `NextDiT` are the two.
+
+    Condition, target and x_t are standardised tokens. `init_weights` sets every parameter and
+    buffer and may be called again, after materialising from the meta device.
+    """
+
+    blocks: nn.ModuleList
+
+    def __init__(self, config: ModelConfig, shape: PairShape) -> None:
+        """Keep the configuration and the shapes."""
+        super().__init__()
+        self.config, self.shape = config, shape
+
+    def init_weights(self) -> None:
+        """Set every parameter and buffer."""
+        raise NotImplementedError
+
+    def encode(self, condition_BMC: Tensor) -> EncodedCondition:
+        """Project a condition once, for any number of forward calls."""
+        raise NotImplementedError
+
+    def forward(self, x_BND: Tensor, t_B: Tensor, condition: Tensor | EncodedCondition) -> Tensor:
+        """Evaluate the network.
+
+        Args:
+            x_BND: Noisy target tokens x_t.
+            t_B: Times in [0, 1], 0 is noise.
+            condition: Condition tokens [B, M, C], or what `encode` made of them.
+
+        Returns:
+            The raw output [B, N, D], in the dtype of `x_BND`.
+        """
+        raise NotImplementedError
+
+    def encode_flops(self, batch: int = 1) -> int:
+        """Matmul FLOPs of `encode`; a multiply-add counts 2."""
+        raise NotImplementedError
+
+    def forward_flops(self, batch: int = 1) -> int:
+        """Matmul FLOPs of a forward call with an unencoded condition; training costs 3 times it."""
+        raise NotImplementedError
+
+    def run_blocks(self, x_BNW: Tensor, inputs: Iterable[tuple[Any, ...]]) -> Tensor:
+        """Apply the blocks in turn, each with its own further inputs."""
+        recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
+        for block, further in zip(self.blocks, inputs):
+            if recompute:
+                x_BNW = checkpoint(block, x_BNW, *further, use_reentrant=False)  # type: ignore[assignment]
+            else:
+                x_BNW = block(x_BNW, *further)
+        return x_BNW
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile each block in place; names in the state dict stay as they are."""
+        for block in self.blocks:
+            block.compile(backend=backend, fullgraph=True)
+
+    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Return the parameters for weight decay (weight matrices) and those without (the rest)."""
+        chosen = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear)}
+        matrices = [p for p in self.parameters() if id(p) in chosen]
+        return matrices, [p for p in self.parameters() if id(p) not in chosen]
+
+
+@torch.no_grad()
+def init_linears_and_norms(network: nn.Module) -> None:
+    """Xavier-uniform matrices, zero biases, norm weights of one: the start of both transformers."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            nn.init.ones_(weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]

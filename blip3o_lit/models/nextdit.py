@@ -1,0 +1,208 @@
+"""NextDiT: the Lumina-Next transformer as the official BLIP3-o and seed 001 use it.
+
+Each block has one normed input for self-attention and for cross-attention to the condition; the
+second is gated a head by tanh of a zero-initialised number, both share one output matrix. What a
+branch adds is normed again (sandwich) and gated by tanh; modulation scales, it never shifts.
+The released weights count time from data to noise and predict noise - data; here t runs from noise
+to data, so the sinusoids are those of 1 - t and `load_official` turns the output's sign.
+
+Shape suffixes: B batch, N target tokens, D target width, M condition tokens, C condition width,
+W network width, H query heads, G key and value heads, K head width, T time embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.shape import PairShape
+from blip3o_lit.models.layers import SwiGLU, TimeEmbedding, attend, rope_table, rotate
+from blip3o_lit.models.network import (
+    EncodedCondition,
+    KeysValues,
+    Network,
+    init_linears_and_norms,
+)
+from blip3o_lit.models.norms import RMSNorm
+from blip3o_lit.models.official import from_official, to_official
+
+EPS = 1e-5
+"""Of every norm but the last, as in the released weights."""
+ROPE_BASE = 10_000.0
+"""Of the rotary frequencies, as in the released weights."""
+
+
+class NextDiTBlock(nn.Module):
+    """One Lumina-Next block."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Make the layers; query and key norms are LayerNorms over all heads together."""
+        super().__init__()
+        width, self.heads, self.kv_heads = config.width, config.heads, config.kv_heads
+        narrow = width // self.heads * self.kv_heads
+        self.norm = RMSNorm(width, EPS)
+        # Rows: queries, keys, values of self-attention, then queries of cross-attention.
+        self.projection = nn.Linear(width, 2 * (width + narrow), bias=False)
+        self.query_norm, self.key_norm = nn.LayerNorm(width, EPS), nn.LayerNorm(narrow, EPS)
+        self.condition_norm = RMSNorm(width, EPS)
+        self.key_value = nn.Linear(width, 2 * narrow, bias=False)
+        self.cross_query_norm = nn.LayerNorm(width, EPS)
+        self.cross_key_norm = nn.LayerNorm(narrow, EPS)
+        self.cross_gate = nn.Parameter(torch.empty(self.heads))
+        self.out = nn.Linear(width, width, bias=False)
+        self.after_attention = RMSNorm(width, EPS)
+        self.mlp_norm = RMSNorm(width, EPS)
+        self.mlp = SwiGLU(width, config.mlp_width)
+        self.after_mlp = RMSNorm(width, EPS)
+
+    def keys_values(self, condition_BMW: Tensor, rope: Tensor | None) -> KeysValues:
+        """Project condition tokens to the keys and values of cross-attention, [B, M, G, K]."""
+        k_BMGK, v_BMGK = self.key_value(self.condition_norm(condition_BMW)).chunk(2, -1)
+        k_BMGK = self.cross_key_norm(k_BMGK).unflatten(-1, (self.kv_heads, -1))
+        return rotate(k_BMGK, rope), v_BMGK.unflatten(-1, (self.kv_heads, -1))
+
+    def forward(
+        self, x_BNW: Tensor, modulation: Tensor, rope: Tensor, keys_values: KeysValues
+    ) -> Tensor:
+        """Update [B, N, W]; rows of `modulation`, [B, 1, 4, W]: scale and gate, twice."""
+        scale, gate, mlp_scale, mlp_gate = modulation.unbind(2)
+        read = self._attend(self.norm(x_BNW) * (1 + scale), rope, keys_values)
+        x_BNW = torch.addcmul(x_BNW, gate.tanh(), self.after_attention(self.out(read)))
+        added = self.mlp(self.mlp_norm(x_BNW) * (1 + mlp_scale))
+        return torch.addcmul(x_BNW, mlp_gate.tanh(), self.after_mlp(added))
+
+    def _attend(self, x_BNW: Tensor, rope: Tensor, keys_values: KeysValues) -> Tensor:
+        """Self-attention plus gated cross-attention, before the output matrix."""
+        width, narrow = x_BNW.shape[-1], self.key_norm.normalized_shape[0]
+        joint = self.projection(x_BNW).split((width, narrow, narrow, width), -1)
+        q_BNHK, k_BNGK, v_BNGK, c_BNHK = (
+            part.unflatten(-1, (heads, -1))
+            for part, heads in zip(
+                (
+                    self.query_norm(joint[0]),
+                    self.key_norm(joint[1]),
+                    joint[2],
+                    self.cross_query_norm(joint[3]),
+                ),
+                (self.heads, self.kv_heads, self.kv_heads, self.heads),
+            )
+        )
+        own = attend(rotate(q_BNHK, rope), rotate(k_BNGK, rope), v_BNGK)
+        read = attend(rotate(c_BNHK, rope), *keys_values)
+        gate_W = self.cross_gate.tanh().repeat_interleave(width // self.heads)
+        return torch.addcmul(own, gate_W.to(read.dtype), read)
+
+
+class NextDiT(Network):
+    """The Lumina-Next transformer over a token grid, conditioned by cross-attention.
+
+    At the start every gate and the output layer are zero: blocks are the identity, the output zero.
+    """
+
+    rope: Tensor
+    rope_condition: Tensor | None
+
+    def __init__(self, config: ModelConfig, shape: PairShape) -> None:
+        """Build the network for one pair of token shapes."""
+        super().__init__(config, shape)
+        width, signal = config.width, min(config.width, 1024)
+        self.input = nn.Linear(shape.target.width, width)
+        self.caption_first = nn.Linear(shape.condition.width, width)
+        self.caption_second = nn.Linear(width, width)
+        self.pool_norm = nn.LayerNorm(width, EPS)
+        self.pool = nn.Linear(width, signal)
+        self.time = TimeEmbedding(signal)
+        # One matmul makes the scales and gates of all blocks and of the output norm.
+        self.modulation = nn.Linear(signal, (4 * config.depth + 1) * width)
+        self.blocks = nn.ModuleList(NextDiTBlock(config) for _ in range(config.depth))
+        self.output_norm = nn.LayerNorm(width, 1e-6, elementwise_affine=False)
+        self.output = nn.Linear(width, shape.target.width)
+        self.register_buffer("rope", self._rope_table("target"), persistent=False)
+        table = self._rope_table("condition") if config.key_rope else None
+        self.register_buffer("rope_condition", table, persistent=False)
+        self.init_weights()
+
+    def _rope_table(self, side: str) -> Tensor:
+        """Compute one side's rotary table; the condition's grid is laid over the target's."""
+        head_width = self.config.width // self.config.heads
+        extent = self.shape.target.grid
+        return rope_table(getattr(self.shape, side), head_width, extent, ROPE_BASE)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Set every parameter and buffer; call again after materialising from the meta device."""
+        init_linears_and_norms(self)
+        for layer in (self.time.first, self.time.second):
+            nn.init.normal_(layer.weight, std=0.02)
+        for layer in (self.modulation, self.output):
+            nn.init.zeros_(layer.weight)
+        for block in self.blocks:
+            nn.init.zeros_(block.cross_gate)  # type: ignore[arg-type]
+        self.rope.copy_(self._rope_table("target"))
+        if self.rope_condition is not None:
+            self.rope_condition.copy_(self._rope_table("condition"))
+
+    def encode(self, condition_BMC: Tensor) -> EncodedCondition:
+        """Project a condition once, for any number of forward calls."""
+        hidden_BMW = self.caption_first(condition_BMC.to(self.caption_first.weight.dtype))
+        tokens_BMW = self.caption_second(F.gelu(hidden_BMW, approximate="tanh"))
+        pooled_BT = self.pool(self.pool_norm(tokens_BMW.mean(1)))
+        pairs = tuple(block.keys_values(tokens_BMW, self.rope_condition) for block in self.blocks)  # type: ignore[operator]
+        return EncodedCondition(None, pooled_BT, pairs)
+
+    def forward(self, x_BND: Tensor, t_B: Tensor, condition: Tensor | EncodedCondition) -> Tensor:
+        """Evaluate the network; see `Network.forward`."""
+        encoded = condition if isinstance(condition, EncodedCondition) else self.encode(condition)
+        x_BNW = self.input(x_BND.to(self.input.weight.dtype))
+        signal_B1T = (self.time(1 - t_B.float()) + encoded.pooled)[:, None]
+        rows = self.modulation(F.silu(signal_B1T)).unflatten(-1, (-1, self.config.width))
+        *by_block, last = rows.split(4, 2)
+        rope, pairs = self.rope.to(x_BNW.dtype), encoded.keys_values or ()
+        x_BNW = self.run_blocks(x_BNW, ((m, rope, p) for m, p in zip(by_block, pairs)))
+        x_BNW = self.output_norm(x_BNW) * (1 + last[:, :, 0])
+        return self.output(x_BNW).to(x_BND.dtype)
+
+    def load_official(self, state: Mapping[str, Tensor]) -> None:
+        """Take the weights of an official BLIP3-o DiT (or diffusers' Lumina-Next) state dict.
+
+        Raises:
+            UserError: If a tensor is missing or has another shape.
+        """
+        translated, own = from_official(state, self.config), self.state_dict()
+        for name, tensor in translated.items():
+            if tensor.shape != own[name].shape:
+                raise UserError(
+                    f"official weights make {name} {tuple(tensor.shape)}, model= has "
+                    f"{tuple(own[name].shape)}; set model.width, model.heads, model.kv_heads or "
+                    "model.ffn_dim_multiplier (1: FFN 4864, 1.5: 7168) to fit"
+                )
+        self.load_state_dict(translated)
+
+    def official_state(self) -> dict[str, Tensor]:
+        """Return the weights under the official names and in the official layout."""
+        return to_official(self.state_dict(), self.config)
+
+    def encode_flops(self, batch: int = 1) -> int:
+        """Matmul FLOPs of `encode`; a multiply-add counts 2."""
+        config, source = self.config, self.shape.condition
+        width = config.width
+        kept = 2 * width * (width // config.heads * config.kv_heads)
+        per_token = (source.width + width) * width + config.depth * kept
+        return 2 * batch * (source.tokens * per_token + width * self.pool.out_features)
+
+    def forward_flops(self, batch: int = 1) -> int:
+        """Matmul FLOPs of a forward call with an unencoded condition; training costs 3 times it."""
+        config, target = self.config, self.shape.target
+        width, tokens = config.width, target.tokens
+        narrow = width // config.heads * config.kv_heads
+        per_token = width * (3 * width + 2 * narrow) + 3 * width * config.mlp_width
+        per_block = tokens * per_token + 2 * width * tokens * (tokens + self.shape.condition.tokens)
+        signal = self.time.second.out_features
+        per_image = (self.time.channels + signal + self.modulation.out_features) * signal
+        macs = config.depth * per_block + 2 * tokens * target.width * width + per_image
+        return 2 * batch * macs + self.encode_flops(batch)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape
-from blip3o_lit.models.dit import DiT
+from blip3o_lit.models.build import build_network
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Each call starts one pass over the training split: standardised (condition, target) batches."""
@@ -239,7 +239,7 @@ class Regression(nn.Module):
         """Make the transformer."""
         super().__init__()
         self.shape = shape
-        self.network = DiT(config, shape)
+        self.network = build_network(config, shape)
 
     def forward(self, condition_BMC: Tensor) -> Tensor:
         """Predict the target tokens, [B, N, D]."""

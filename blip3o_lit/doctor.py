@@ -1,0 +1,58 @@
+"""Check the machine or a token store: `python -m blip3o_lit.doctor [tokens=DIR]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from blip3o_lit.command import USER_ERROR_CODE, run_command
+from blip3o_lit.config.doctor import DoctorConfig
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.finding import Finding, show, show_table
+
+
+def doctor(config: DoctorConfig) -> None:
+    """Check, print, and exit with 2 when a check failed."""
+    if config.tokens is None:
+        from blip3o_lit.machine import machine_findings
+
+        findings = show(machine_findings(), "this machine")
+    else:
+        findings = _store(config.tokens, config.repair)
+    counts = {level: sum(f.level == level for f in findings) for level in ("ok", "warn", "fail")}
+    print(", ".join(f"{count} {level}" for level, count in counts.items()))
+    if counts["fail"]:
+        sys.exit(USER_ERROR_CODE)
+
+
+def _store(tokens: str, repair: bool) -> list[Finding]:
+    """Inspect a store, after repairing it if asked, and print everything."""
+    if "://" in tokens:
+        raise UserError(f"tokens={tokens} is remote: doctor reads local folders, copy it first")
+    from blip3o_lit.inspection import inspect
+    from blip3o_lit.inspection_numbers import HEADER
+    from blip3o_lit.repair import repair as write_again
+
+    folder = Path(tokens).expanduser()
+    if repair:
+        result = write_again(folder)
+        kept = f"{result.index.samples:,} samples in {len(result.index.shards)} sound shards"
+        done = [Finding("ok", "index.json", f"written again: {kept}")]
+        done += [Finding("ok", "found", f"{name} is in the index now") for name in result.found]
+        done += [Finding("warn", "lost", line) for line in result.lost]
+        show(done, "repair")
+    inspection = inspect(folder)
+    show(inspection.findings, str(folder))
+    rows = [numbers.row(name) for name, numbers in inspection.numbers.items()]
+    show_table("numbers", HEADER, rows)
+    return inspection.findings
+
+
+def main() -> None:
+    """Entry point of `blip3o-doctor`; `--repair` is another way to write `repair=true`."""
+    sys.argv = ["repair=true" if word == "--repair" else word for word in sys.argv]
+    run_command("doctor", DoctorConfig, doctor)
+
+
+if __name__ == "__main__":
+    main()

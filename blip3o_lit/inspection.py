@@ -1,0 +1,274 @@
+"""Reads a whole token store and says what is in it and what is wrong with it; changes nothing.
+
+Shape suffixes: B samples, N tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.finding import Finding
+from blip3o_lit.inspection_numbers import ArrayNumbers
+from blip3o_lit.progress import Work
+from blip3o_lit.tokens import tar
+from blip3o_lit.tokens.heads import Head
+from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex
+from blip3o_lit.tokens.reader import TORCH_TYPES, finite, scan
+from blip3o_lit.tokens.shards import unpack_offsets
+
+READ_SAMPLES = 16
+HASH_BYTES = 1 << 24
+NAMED = 5
+"""Problems of one kind that are named one by one; the rest are counted."""
+
+
+@dataclass
+class OpenShard:
+    """One tar, mapped, with the offsets that its own headers give."""
+
+    entry: ShardEntry
+    data: mmap.mmap
+    offsets: np.ndarray
+
+    def stored(self, column: int, spec: ArraySpec, sample: int) -> np.ndarray:
+        """Return a view of one sample's stored numbers."""
+        count = spec.nbytes // np.dtype(spec.stored).itemsize
+        start = int(self.offsets[sample, column])
+        return np.frombuffer(self.data, spec.stored, count, start).reshape(spec.shape)
+
+    def key(self, sample: int) -> str:
+        """Return a sample's key, from its tar header."""
+        header = int(self.offsets[sample, -2]) - tar.BLOCK
+        name = self.data[header : header + 100].rstrip(b"\0").decode()
+        return name.removesuffix(".json")
+
+    def metadata(self, sample: int) -> bytes:
+        """Return the bytes of KEY.json."""
+        start, size = (int(number) for number in self.offsets[sample, -2:])
+        return self.data[start : start + size]
+
+
+def shard_problem(folder: Path, entry: ShardEntry) -> str:
+    """Compare a tar's size and checksum with the index; empty when both are right."""
+    path = folder / entry.file
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return f"{entry.file} ({entry.samples} samples) can't be read: {error.strerror}"
+    if size != entry.bytes:
+        return f"{entry.file} has {size} bytes, index.json promises {entry.bytes}"
+    if file_hash(path) != entry.sha256:
+        return f"{entry.file} has another sha256 than index.json says: its content changed"
+    return ""
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(HASH_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def open_shard(folder: Path, entry: ShardEntry, arrays: dict[str, ArraySpec]) -> OpenShard:
+    """Map a tar and find its samples by its own headers.
+
+    Raises:
+        UserError: If it is missing or malformed.
+    """
+    try:
+        with open(folder / entry.file, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{entry.file} can't be mapped ({error})") from error
+    with memoryview(data) as view:
+        return OpenShard(entry, data, scan(view, entry, arrays, entry.file))
+
+
+@dataclass
+class Inspection:
+    """Everything that one pass over a store collects."""
+
+    folder: Path
+    index: TokenIndex
+    condition: str = ""
+    findings: list[Finding] = field(default_factory=list)
+    numbers: dict[str, ArrayNumbers] = field(default_factory=dict)
+    samples: int = 0
+    captions: int = 0
+    _keys: dict[bytes, str] = field(default_factory=dict)
+    _contents: dict[bytes, tuple[str, str]] = field(default_factory=dict)
+    _named: dict[str, int] = field(default_factory=dict)
+
+    def note(self, level: str, what: str, says: str, fix: str = "") -> None:
+        """Keep a finding; of one kind only the first few are named, all are counted."""
+        self._named[what] = self._named.get(what, 0) + 1
+        if self._named[what] <= NAMED or level == "ok":
+            self.findings.append(Finding(level, what, says, fix))
+
+    def run(self) -> None:
+        """Read every shard."""
+        tokens = [name for name, spec in self.index.arrays.items() if spec.kind == "tokens"]
+        self.condition = "eva" if "eva" in tokens else tokens[0] if tokens else ""
+        self.numbers = {name: ArrayNumbers(spec) for name, spec in self.index.arrays.items()}
+        repair = f"restore it, or python -m blip3o_lit.doctor tokens={self.folder} repair=true"
+        with Work("reading", self.index.samples, "samples") as work:
+            for entry in self.index.shards:
+                problem = shard_problem(self.folder, entry)
+                if problem:
+                    self.note("fail", "shard", problem, repair)
+                try:
+                    shard = open_shard(self.folder, entry, self.index.arrays)
+                    self.offsets(shard)
+                    self.read(shard)
+                except UserError as error:
+                    if not problem:
+                        self.note("fail", "shard", str(error), repair)
+                work.advance(entry.samples)
+        self.conclude()
+
+    def offsets(self, shard: OpenShard) -> None:
+        """Compare the .idx file with the tar's own headers."""
+        entry = shard.entry
+        path = self.folder / entry.offsets
+        fix = f"delete {path}: it is made again when first used"
+        if not path.is_file():
+            self.note("warn", "offsets", f"{entry.offsets} is missing", "made when first used")
+            return
+        columns = len(self.index.arrays) + 2
+        known = unpack_offsets(path.read_bytes(), entry.samples, columns, entry.sha256)
+        if known is None:
+            self.note("warn", "offsets", f"{entry.offsets} is damaged or of another tar", fix)
+        elif not np.array_equal(known, shard.offsets):
+            self.note("fail", "offsets", f"{entry.offsets} points to wrong places", fix)
+
+    def read(self, shard: OpenShard) -> None:
+        """Read all samples of one shard."""
+        for first in range(0, shard.entry.samples, READ_SAMPLES):
+            batch = range(first, min(first + READ_SAMPLES, shard.entry.samples))
+            sound = [sample for sample in batch if self.sample(shard, sample)]
+            if sound:
+                for column, (name, spec) in enumerate(self.index.arrays.items()):
+                    stored = np.stack([shard.stored(column, spec, sample) for sample in sound])
+                    self.numbers[name].add(as_float(stored, spec))
+
+    def sample(self, shard: OpenShard, sample: int) -> bool:
+        """Check one sample's key, caption and content; False when a number is not finite."""
+        key, file, split = shard.key(sample), shard.entry.file, shard.entry.split
+        self.samples += 1
+        before = self._keys.setdefault(digest(key.encode()), file)
+        if before != file:
+            self.note("warn", "duplicate key", f"{key} is in {before} and in {file}", "rename one")
+        try:
+            metadata = json.loads(shard.metadata(sample))
+            self.captions += bool(metadata.get("caption"))
+        except (ValueError, AttributeError, RecursionError):
+            self.note(
+                "fail", "metadata", f"{key}.json in {file} is no JSON object", "extract again"
+            )
+        sound = True
+        for column, (name, spec) in enumerate(self.index.arrays.items()):
+            stored = shard.stored(column, spec, sample)
+            if not finite(stored, spec.dtype):
+                sound = False
+                says = f"sample {key} in {file}: {name} holds NaN or infinity"
+                self.note("fail", "numbers", says, "extract it again")
+            if name == self.condition:
+                self.content(stored[int(spec.cls) :], key, file, split)
+        return sound
+
+    def content(self, patches: np.ndarray, key: str, file: str, split: str) -> None:
+        """Compare a sample's condition tokens with all that were seen."""
+        mark = digest(np.ascontiguousarray(patches).data)
+        other_split, place = self._contents.setdefault(mark, (split, f"{key} in {file}"))
+        if place == f"{key} in {file}":
+            return
+        if other_split != split:
+            says = f"{place} ({other_split}) and {key} in {file} ({split}) hold the same tokens"
+            self.note("fail", "split leakage", says, "extract or convert again: splits by content")
+        else:
+            says = f"{place} and {key} in {file} hold the same tokens"
+            self.note("warn", "duplicate content", says, "drop one of them")
+
+    def conclude(self) -> None:
+        """Add the findings that need all samples."""
+        for what, count in self._named.items():
+            if count > NAMED:
+                self.findings.append(Finding("warn", what, f"{count - NAMED} more like these"))
+        index = self.index
+        known = {name for shard in index.shards for name in (shard.file, shard.offsets)}
+        for path in sorted(self.folder.glob("*.tar")):
+            if path.name not in known:
+                self.findings.append(
+                    Finding("warn", "shard", f"{path.name} is not in index.json", "repair=true")
+                )
+        if self.samples != index.samples:
+            says = f"{self.samples:,} can be read, index.json promises {index.samples:,}"
+            self.note("fail", "samples", says, "repair=true drops what is lost")
+        if len(index.splits) < 2:  # noqa: PLR2004
+            self.note("warn", "splits", f"only {', '.join(index.splits)}", "evaluation needs two")
+        self.findings += [*self.heads(), *self.summary()]
+        for name, numbers in self.numbers.items():
+            self.findings += numbers.findings(name)
+
+    def heads(self) -> Iterator[Finding]:
+        """Check heads.safetensors, where there is one."""
+        if not (self.folder / "heads.safetensors").is_file():
+            return
+        for name, spec in self.index.arrays.items():
+            if spec.kind != "tokens":
+                continue
+            try:
+                head = Head.load(self.folder, name, spec.normed)
+                width = head.projection_CP.shape[0]
+            except UserError as error:
+                yield Finding("warn", f"head of {name}", str(error))
+                continue
+            if width == spec.shape[1]:
+                yield Finding("ok", f"head of {name}", f"{width} -> {head.width}")
+            else:
+                says = f"takes {width} channels, tokens have {spec.shape[1]}"
+                yield Finding("fail", f"head of {name}", says, "extract again")
+
+    def summary(self) -> Iterator[Finding]:
+        """Yield what the store holds."""
+        index, total = self.index, sum(shard.bytes for shard in self.index.shards)
+        splits = ", ".join(f"{count:,} {split}" for split, count in index.splits.items())
+        yield Finding("ok", "samples", f"{index.samples:,} ({splits}), {index.rejects} rejected")
+        size = f"{total / 1e9:.3f} GB, {total / index.samples / 1e6:.3f} MB a sample"
+        yield Finding("ok", "size", f"{len(index.shards)} shards, {size}")
+        share = self.captions / max(self.samples, 1)
+        yield Finding("ok", "captions", f"{share:.1%} of the samples have one")
+        yield Finding("ok", "split rule", index.split_rule or "not recorded")
+
+
+def digest(content: bytes | memoryview) -> bytes:
+    """Return 16 bytes that stand for content."""
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def as_float(stored: np.ndarray, spec: ArraySpec) -> Tensor:
+    """Return stored numbers as fp32."""
+    return torch.from_numpy(stored).view(TORCH_TYPES[spec.dtype]).float()
+
+
+def inspect(folder: Path) -> Inspection:
+    """Read a whole store.
+
+    Raises:
+        UserError: If its index can't be read.
+    """
+    inspection = Inspection(folder, TokenIndex.load(folder))
+    inspection.run()
+    return inspection

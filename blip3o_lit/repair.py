@@ -1,0 +1,183 @@
+"""Writes a store's index again, from the shards that are sound, and names what is lost."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import mmap
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.inspection import file_hash, open_shard, shard_problem
+from blip3o_lit.progress import Work
+from blip3o_lit.tokens import tar
+from blip3o_lit.tokens.index import STORED, ArraySpec, ShardEntry, TokenIndex, write_synced
+from blip3o_lit.tokens.shards import pack_offsets
+
+SHARD = re.compile(r"([A-Za-z0-9_-]+)-(\d{6})\.tar")
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What a repair kept and what it could not."""
+
+    index: TokenIndex
+    lost: list[str]
+    """One line a shard that is not in the new index."""
+    found: list[str]
+    """Shards that the old index did not list."""
+
+
+def repair(folder: Path) -> Repaired:
+    """Write index.json and offset files from sound shards; the old index is kept beside it.
+
+    A shard that the index lists is sound when its size, checksum and every header are right; one
+    that it does not list, when every header is.
+
+    Raises:
+        UserError: If no shard is sound, or the folder can't be written.
+    """
+    try:
+        data = _old_index(folder)
+        arrays = _arrays(folder, data)
+        listed = data.get("shards")
+        entries = {
+            entry.file: entry
+            for entry in map(_entry, listed if isinstance(listed, list) else [])
+            if entry is not None
+        }
+        names = sorted(set(entries) | {path.name for path in folder.glob("*.tar")})
+        lost: list[str] = []
+        kept: list[ShardEntry] = []
+        with Work("checking", len(names), "shards") as work:
+            for name in names:
+                entry = entries.get(name)
+                try:
+                    problem = shard_problem(folder, entry) if entry else ""
+                    if problem:
+                        raise UserError(problem)
+                    kept.append(_sound(folder, name, entry, arrays))
+                except UserError as error:
+                    samples = f"{entry.samples} samples" if entry else "its samples"
+                    lost.append(f"{name}: {samples} lost ({error})")
+                work.advance(1)
+        if not kept:
+            raise UserError(f"{folder} has no sound shard: extract or convert again")
+        kept.sort(key=lambda shard: shard.file)
+        reduced, rule = data.get("reduced"), str(data.get("split_rule", ""))
+        if "reduced" not in data:
+            sizes = {spec.grid for spec in arrays.values() if spec.kind == "tokens"}
+            reduced = "grid_64" if sizes == {(8, 8)} else None
+        rejects = data.get("rejects", 0)
+        index = TokenIndex(arrays, kept, reduced, rule, rejects if type(rejects) is int else 0)
+        old = folder / "index.json"
+        if old.exists():
+            write_synced(folder / "index.json.before-repair", old.read_bytes())
+        index.write(folder)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror}: mend it first") from error
+    return Repaired(index, lost, [shard.file for shard in kept if shard.file not in entries])
+
+
+def _sound(
+    folder: Path, name: str, entry: ShardEntry | None, arrays: dict[str, ArraySpec]
+) -> ShardEntry:
+    """Check a shard's headers, write its offsets, and return its entry."""
+    found = SHARD.fullmatch(name)
+    if entry is None and not found:
+        raise UserError(f"{name} is no name of a shard (<split>-NNNNNN.tar)")
+    if entry is None:
+        assert found is not None  # noqa: S101 (checked above)
+        path = folder / name
+        samples = _count(path)
+        offsets_name = f"{name.removesuffix('.tar')}.idx"
+        size = path.stat().st_size
+        entry = ShardEntry(name, offsets_name, found[1], samples, size, file_hash(path))
+    shard = open_shard(folder, entry, arrays)
+    write_synced(folder / entry.offsets, pack_offsets(shard.offsets, entry.sha256))
+    return entry
+
+
+def _count(path: Path) -> int:
+    """Return how many KEY.json a tar holds."""
+    with open(path, "rb") as file:
+        try:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise UserError(f"{path.name} is empty") from None
+    with memoryview(data) as view:
+        return sum(member.suffix == "json" for member in tar.members(view, path.name))
+
+
+def _old_index(folder: Path) -> dict[str, Any]:
+    """Return what can be read of index.json; empty when nothing can."""
+    if not folder.is_dir():
+        raise UserError(f"tokens={folder} is no folder")
+    try:
+        data = json.loads((folder / "index.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _entry(data: Any) -> ShardEntry | None:
+    """Return a shard's entry of the old index, or None when it makes no sense."""
+    try:
+        entry = ShardEntry(**data)
+        whole = type(entry.samples) is int and type(entry.bytes) is int
+        return entry if whole and SHARD.fullmatch(entry.file) and len(entry.sha256) > 1 else None
+    except TypeError:
+        return None
+
+
+def _arrays(folder: Path, data: dict[str, Any]) -> dict[str, ArraySpec]:
+    """Return the arrays of the old index, else what the first readable shard's headers show."""
+    try:
+        known = {str(k): ArraySpec.from_dict(k, v) for k, v in data["arrays"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        known = {}
+    if known:
+        return known
+    for path in sorted(folder.glob("*.tar")):
+        try:
+            with open(path, "rb") as file:
+                data_map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            with memoryview(data_map) as view:
+                found = _first_sample(view, path.name)
+        except (UserError, ValueError):
+            continue
+        if found:
+            return found
+    raise UserError(f"{folder} has no index.json and no readable shard: extract or convert again")
+
+
+def _first_sample(view: memoryview, where: str) -> dict[str, ArraySpec]:
+    """Return the arrays of a tar's first sample; grids are taken to be square.
+
+    Raises:
+        ValueError: If a header is no plain npy header.
+    """
+    types = {stored: name for name, stored in STORED.items()}
+    arrays: dict[str, ArraySpec] = {}
+    for member in tar.members(view, where):
+        if member.suffix == "json":
+            return arrays
+        name = member.suffix.removesuffix(".npy")
+        stream = io.BytesIO(bytes(view[member.offset : member.offset + tar.NPY_HEADER_LIMIT]))
+        np.lib.format.read_magic(stream)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        stored = types.get(dtype.str, "")
+        if len(shape) == 1:
+            spec = ArraySpec("text", stored, shape)
+        else:
+            side = math.isqrt(shape[0])
+            cls = side * side == shape[0] - 1
+            spec = ArraySpec("tokens", stored, shape, cls=cls, grid=(side, side))
+        arrays[name] = ArraySpec.from_dict(name, spec.to_dict())
+    return {}

@@ -56,10 +56,11 @@ def run() -> list[dict[str, Any]]:
             for sample in webdataset.WebDataset(str(path), shardshuffle=False).decode():
                 assert sample["eva.npy"].ndim == sample["clip.npy"].ndim == 2
 
+        buffer = np.empty(step, np.uint8)
+
         def copy() -> None:
             for number in range(len(order)):
-                out = torch.empty(step, dtype=torch.uint8).numpy()
-                np.copyto(out, raw[number * step : (number + 1) * step])
+                np.copyto(buffer, raw[number * step : (number + 1) * step])
 
         seconds = interleaved(
             {

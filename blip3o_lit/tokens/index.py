@@ -19,8 +19,9 @@ from blip3o_lit.config.shape import TokenShape
 from blip3o_lit.tokens import tar
 
 SCHEMA = 1
-KINDS = ("tokens", "text")
-STORED = {"float16": "<f2", "bfloat16": "<i2", "float32": "<f4"}
+KINDS = ("tokens", "text", "scale")
+STORED = {"float16": "<f2", "bfloat16": "<i2", "float32": "<f4", "int8": "|i1"}
+SCALES = ("channel", "token")
 """Types in index.json and in the npy files; npy knows no bfloat16, so its bits go in as int16."""
 
 
@@ -29,11 +30,11 @@ class ArraySpec:
     """One array of every sample: its type, its shape and where it came from."""
 
     kind: str
-    """tokens (a grid) or text (a caption embedding of unit norm)."""
+    """tokens (a grid), text (a caption embedding of unit norm) or scale (of int8 tokens)."""
     dtype: str
-    """float16, bfloat16 or float32."""
+    """float16, bfloat16, float32 or int8."""
     shape: tuple[int, ...]
-    """`[N, C]` for tokens, `[P]` for text."""
+    """`[N, C]` for tokens, `[P]` for text, `[N]` for scales."""
     cls: bool = False
     """Whether token 0 is a CLS token."""
     grid: tuple[int, int] = (0, 0)
@@ -48,6 +49,12 @@ class ArraySpec:
     """Whether the tower's projection is in it."""
     preprocessing: dict[str, Any] = field(default_factory=dict)
     """Mean, std, interpolation and resize mode of the encoder's input."""
+    scale: str | None = None
+    """Of int8: channel, or token where each token has a scale of its own too."""
+    scale_hash: str = ""
+    """Of int8: checksum of the channel scales in scales.safetensors."""
+    cosine: float | None = None
+    """Of int8: mean cosine of stored to true tokens, measured on the first pass's samples."""
 
     @property
     def token_shape(self) -> TokenShape:
@@ -68,9 +75,10 @@ class ArraySpec:
         """Return the entry of index.json."""
         out = asdict(self)
         out["shape"], out["grid"] = list(self.shape), list(self.grid)
-        if self.kind == "text":
+        if self.kind != "tokens":
             return {key: out[key] for key in ("kind", "dtype", "shape", "tower")}
-        return out
+        int8 = ("scale", "scale_hash", "cosine")
+        return {k: v for k, v in out.items() if k not in int8 or self.dtype == "int8"}
 
     @classmethod
     def from_dict(cls, name: str, data: dict[str, Any]) -> ArraySpec:
@@ -84,6 +92,8 @@ class ArraySpec:
         shape = tuple(int(side) for side in data["shape"])
         values = {key: data[key] for key in cls.__dataclass_fields__ if key in data}
         spec = cls(**{**values, "shape": shape, "grid": tuple(data.get("grid", (0, 0)))})
+        if spec.dtype == "int8":
+            one_of(f"arrays.{name}.scale", str(spec.scale), SCALES)
         wanted = 2 if spec.kind == "tokens" else 1
         if len(shape) != wanted or min(shape) < 1:
             raise UserError(f"arrays.{name}.shape={list(shape)} must have {wanted} sides above 0")
@@ -209,7 +219,7 @@ class TokenIndex:
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"{where} is damaged ({type(error).__name__}: {error}): "
-                f"python -m blip3o_lit.doctor tokens={Path(where).parent} --repair"
+                f"python -m blip3o_lit.doctor tokens={Path(where).parent} repair=true"
             ) from error
         return index
 
@@ -219,8 +229,10 @@ class TokenIndex:
             raise UserError("no arrays or no shards: extract or convert again")
         if self.reduced is not None:
             one_of("reduced", self.reduced, ("grid_64",))
-        for name in self.arrays:
+        for name, spec in self.arrays.items():
             check_array_name(name)
+            if spec.scale == "token" and f"{name}_scale" not in self.arrays:
+                raise UserError(f"array {name} has no {name}_scale: extract again")
         for shard in self.shards:
             for file in (shard.file, shard.offsets):
                 if not re.fullmatch(r"[A-Za-z0-9_\-][A-Za-z0-9_\-.]*", file):
@@ -232,7 +244,7 @@ class TokenIndex:
         if data["splits"] != self.splits or data["samples"] != self.samples:
             raise UserError(
                 "the counts of samples, splits and shards disagree: "
-                f"python -m blip3o_lit.doctor tokens={Path(where).parent} --repair"
+                f"python -m blip3o_lit.doctor tokens={Path(where).parent} repair=true"
             )
 
 

@@ -15,7 +15,7 @@ import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,14 +29,16 @@ from blip3o_lit.tokens.heads import Head
 from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex, write_synced
 from blip3o_lit.tokens.mode import pair_of_views
 from blip3o_lit.tokens.shards import pack_offsets, unpack_offsets
+from blip3o_lit.tokens.storage import (
+    TORCH_TYPES,
+    dequantise,
+    finite,
+    load_scales,
+    scale_array,
+)
 
 OPEN_SHARDS = 64
 """Shards kept mapped; the default shuffle window is 16."""
-TORCH_TYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
 
 
 class Shard:
@@ -49,7 +51,7 @@ class Shard:
             UserError: If it is missing, cut off, altered or malformed.
         """
         self.entry, self.arrays = entry, index.arrays
-        self.repair = f"python -m blip3o_lit.doctor tokens={folder} --repair"
+        self.repair = f"python -m blip3o_lit.doctor tokens={folder} repair=true"
         path = folder / entry.file
         try:
             with open(path, "rb") as file:
@@ -94,10 +96,11 @@ class Shard:
         count = spec.nbytes // np.dtype(spec.stored).itemsize
         return np.frombuffer(self.map, spec.stored, count, offset).reshape(spec.shape)
 
-    def json_name(self, sample: int) -> str:
-        """Return the name of a sample's KEY.json, from its tar header."""
-        offset = int(self.offsets[sample, -2])
-        return self.map[offset - tar.BLOCK : offset - tar.BLOCK + 100].rstrip(b"\0").decode()
+    def key(self, sample: int) -> str:
+        """Return a sample's key, from the tar header of its KEY.json."""
+        start = int(self.offsets[sample, -2]) - tar.BLOCK
+        name = self.map[start : start + 100].rstrip(b"\0").decode()
+        return name.removesuffix(".json")
 
     def metadata(self, sample: int) -> dict[str, Any]:
         """Return the content of a sample's KEY.json."""
@@ -106,7 +109,7 @@ class Shard:
             return json.loads(self.map[offset : offset + size])
         except ValueError as error:
             raise UserError(
-                f"{self.entry.file}: {self.json_name(sample)} is no JSON: {self.repair}"
+                f"{self.entry.file}: {self.key(sample)}.json is damaged: {self.repair}"
             ) from error
 
 
@@ -152,6 +155,16 @@ def scan(
     return np.array(rows, np.uint64)
 
 
+class Place(NamedTuple):
+    """Where a sample is."""
+
+    shard: Shard
+    number: int
+    """The shard's number in the index."""
+    sample: int
+    """The sample's number in the shard."""
+
+
 class TokenStore:
     """A local token store: its index, its shards as they are needed, and its heads."""
 
@@ -161,6 +174,9 @@ class TokenStore:
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._verified: set[int] = set()
         self._lock = threading.Lock()
+        self._columns = {name: column for column, name in enumerate(index.arrays)}
+        self._finite: dict[tuple[int, str], np.ndarray] = {}
+        self._scales: dict[str, np.ndarray] | None = None
 
     @classmethod
     def open(cls, path: Path | str, verify: str = "size") -> TokenStore:
@@ -189,6 +205,49 @@ class TokenStore:
             else:
                 self._shards.move_to_end(number)
             return shard
+
+    def gather(self, located: list[Place], array: str, first: int = 0, pin: bool = False) -> Tensor:
+        """Copy one array of some samples, from row `first` on, into one tensor `[B, N, C]`.
+
+        Args:
+            located: Where the samples are.
+            array: Name of the array.
+            first: First row that is taken.
+            pin: Use page-locked memory.
+
+        Raises:
+            UserError: If a stored number is not finite; each sample is checked on its first read.
+        """
+        spec = self.index.arrays[array]
+        dtype = TORCH_TYPES[spec.dtype]
+        int8 = spec.dtype == "int8"
+        shape = (len(located), spec.shape[0] - first, *spec.shape[1:])
+        out = torch.empty(shape, dtype=dtype, pin_memory=pin and not int8)
+        flat = (out.view(torch.int16) if dtype == torch.bfloat16 else out).numpy()
+        column = self._columns[array]
+        for i, place in enumerate(located):
+            rows = place.shard.rows(array, column, place.sample)
+            np.copyto(flat[i], rows[first:] if first else rows)
+            known = self._finite.get((place.number, array))
+            if known is None:
+                known = np.zeros(place.shard.entry.samples, bool)
+                self._finite[place.number, array] = known
+            if not known[place.sample]:
+                if not finite(flat[i], spec.dtype):
+                    raise UserError(
+                        f"sample {place.shard.key(place.sample)} in "
+                        f"{self.path / place.shard.entry.file}: {array} holds NaN or infinity; "
+                        "extract it again or drop it (doctor lists all)"
+                    )
+                known[place.sample] = True
+        if not int8:
+            return out
+        if self._scales is None:
+            self._scales = load_scales(self.path, self.index.arrays)
+        by_token = spec.scale == "token"
+        token_BN = self.gather(located, scale_array(array), first) if by_token else None
+        tokens = dequantise(out, torch.from_numpy(self._scales[array][first:]), token_BN)
+        return tokens.pin_memory() if pin else tokens
 
     def head(self, array: str) -> Head:
         """Return the norm and projection of an array's tower."""
@@ -239,7 +298,6 @@ class TokenReader:
         self.store, self.split, self.mode = store, split, mode
         self.condition, self.target = condition, target
         self._views = pair_of_views(index, split, condition, target, mode, store.head)
-        self._columns = {name: column for column, name in enumerate(index.arrays)}
         self._text = next((n for n, s in index.arrays.items() if s.kind == "text"), None)
         numbers = [i for i, shard in enumerate(index.shards) if shard.split == split][:max_shards]
         ends = np.cumsum([index.shards[i].samples for i in numbers])
@@ -249,7 +307,6 @@ class TokenReader:
         self._starts = np.concatenate([[0], ends[: kept - 1]])
         self.shard_sizes = np.diff(np.append(self._starts, total))
         self._total, self._limits = total, (max_shards, limit)
-        self._finite: dict[tuple[int, str], np.ndarray] = {}
 
     def __len__(self) -> int:
         """Samples in reach."""
@@ -266,8 +323,8 @@ class TokenReader:
         sides = (self.condition, self.target)
         return view_hash(self.store.index, self.split, sides, self.mode, self._limits)
 
-    def _locate(self, ids: np.ndarray) -> list[tuple[Shard, int, int]]:
-        """Return shard, shard number and place in the shard of each id."""
+    def _locate(self, ids: np.ndarray) -> list[Place]:
+        """Return where each id is."""
         ids = np.asarray(ids, np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < self._total:
             raise IndexError(f"sample ids must be in 0..{self._total - 1}")
@@ -275,34 +332,9 @@ class TokenReader:
         opened = {int(p): self.store.shard(int(self._numbers[p])) for p in np.unique(places)}
         local = ids - self._starts[places]
         return [
-            (opened[p], int(self._numbers[p]), i) for p, i in zip(places.tolist(), local.tolist())
+            Place(opened[p], int(self._numbers[p]), i)
+            for p, i in zip(places.tolist(), local.tolist())
         ]
-
-    def _gather(
-        self, located: list[tuple[Shard, int, int]], array: str, first: int, pin: bool
-    ) -> Tensor:
-        """Copy one array of the located samples, from row `first` on, into one tensor."""
-        spec = self.store.index.arrays[array]
-        dtype, column = TORCH_TYPES[spec.dtype], self._columns[array]
-        shape = (len(located), spec.shape[0] - first, *spec.shape[1:])
-        out = torch.empty(shape, dtype=dtype, pin_memory=pin)
-        flat = (out.view(torch.int16) if dtype == torch.bfloat16 else out).numpy()
-        for i, (shard, number, sample) in enumerate(located):
-            rows = shard.rows(array, column, sample)
-            np.copyto(flat[i], rows[first:] if first else rows)
-            known = self._finite.get((number, array))
-            if known is None:
-                known = np.zeros(shard.entry.samples, bool)
-                self._finite[number, array] = known
-            if not known[sample]:
-                if not finite(flat[i], spec.dtype):
-                    key = shard.json_name(sample).removesuffix(".json")
-                    raise UserError(
-                        f"sample {key} in {self.store.path / shard.entry.file}: {array} holds NaN "
-                        "or infinity; extract it again or drop it (doctor lists all)"
-                    )
-                known[sample] = True
-        return out
 
     def read(self, ids: np.ndarray, pin: bool = False) -> dict[str, Tensor]:
         """Read a batch.
@@ -323,21 +355,21 @@ class TokenReader:
         for side, array in (("condition", self.condition), ("target", self.target)):
             view = self._views[side]
             if view.computes:
-                tokens = view.compute(self._gather(located, array, view.first, pin=False))
+                tokens = view.compute(self.store.gather(located, array, view.first))
                 out[side] = tokens.pin_memory() if pin else tokens
             else:
-                out[side] = self._gather(located, array, view.first, pin)
+                out[side] = self.store.gather(located, array, view.first, pin)
         return out
 
     def text(self, ids: np.ndarray) -> Tensor | None:
         """Return caption embeddings `[B, P]` in fp32, or None when the store has none."""
         if self._text is None:
             return None
-        return self._gather(self._locate(ids), self._text, 0, pin=False).float()
+        return self.store.gather(self._locate(ids), self._text).float()
 
     def metadata(self, ids: np.ndarray) -> list[dict[str, Any]]:
         """Return each sample's KEY.json."""
-        return [shard.metadata(sample) for shard, _, sample in self._locate(ids)]
+        return [place.shard.metadata(place.sample) for place in self._locate(ids)]
 
     def captions(self, ids: np.ndarray) -> list[str]:
         """Return each sample's caption."""
@@ -345,17 +377,4 @@ class TokenReader:
 
     def keys(self, ids: np.ndarray) -> list[str]:
         """Return each sample's key."""
-        return [shard.json_name(i).removesuffix(".json") for shard, _, i in self._locate(ids)]
-
-
-def finite(stored: np.ndarray, dtype: str) -> bool:
-    """Return whether all stored numbers are finite.
-
-    The two 16-bit types are read as integers: NaN and infinity are the largest of either sign, so
-    two SIMD maxima decide, 10 times faster than a float test.
-    """
-    if dtype == "float32":
-        return bool(np.isfinite(stored).all())
-    limit = 0x7C00 if dtype == "float16" else 0x7F80
-    top, bottom = stored.view(np.int16).max(), stored.view(np.uint16).max()
-    return bool(top < limit and bottom < limit + 0x8000)
+        return [place.shard.key(place.sample) for place in self._locate(ids)]

@@ -27,11 +27,10 @@ from blip3o_lit.tokens.index import (
     sync_folder,
     write_synced,
 )
+from blip3o_lit.tokens.storage import encode, load_scales, save_scales, with_token_scales
 
 __all__ = ["ArraySpec", "ShardEntry", "ShardWriter", "TokenIndex", "TokenWriter"]
 
-LARGEST = 6e4
-"""Magnitudes from here on are refused: fp16 ends at 65504."""
 OFFSETS_MAGIC = b"tokidx01"
 
 
@@ -42,7 +41,8 @@ def pack_offsets(offsets: np.ndarray, sha256: str) -> bytes:
     `[samples, columns]` u64: first byte of each array's numbers, first byte of KEY.json, its size;
     then 8 bytes of a sha256 of all this.
     """
-    body = _offsets_head(*offsets.shape, sha256) + offsets.astype("<u8").tobytes()
+    samples, columns = offsets.shape
+    body = _offsets_head(samples, columns, sha256) + offsets.astype("<u8").tobytes()
     return body + hashlib.sha256(body).digest()[:8]
 
 
@@ -63,35 +63,19 @@ def unpack_offsets(content: bytes, samples: int, columns: int, sha256: str) -> n
     return np.frombuffer(body, "<u8", offset=len(expected)).reshape(samples, columns)
 
 
-def encode(value: np.ndarray, spec: ArraySpec, key: str, name: str) -> np.ndarray:
-    """Convert one array to its stored type, refusing what would not survive.
-
-    Raises:
-        UserError: On another shape, NaN, infinity, or a magnitude of 6e4 and more.
-    """
-    if value.shape != spec.shape:
-        raise UserError(
-            f"sample {key}: {name} has shape {list(value.shape)}, "
-            f"the store holds {list(spec.shape)}"
-        )
-    largest = float(np.max(np.abs(value), initial=0))
-    if not largest < LARGEST:
-        raise UserError(
-            f"sample {key}: {name} holds {'NaN' if np.isnan(largest) else f'{largest:g}'}; "
-            f"finite values below {LARGEST:g} fit, so store normed tokens or drop the image"
-        )
-    if spec.dtype == "bfloat16":
-        bits = np.ascontiguousarray(value, "<f4").view("<u4")
-        rounded = bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))
-        return (rounded >> 16).astype("<u2").view("<i2")
-    return np.ascontiguousarray(value, spec.stored)
-
-
 class ShardWriter:
     """Writes one tar and its offsets through temporary names; `close` makes both appear."""
 
-    def __init__(self, folder: Path, name: str, split: str, arrays: dict[str, ArraySpec]) -> None:
-        """Start `<name>.tar` in `folder`."""
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        split: str,
+        arrays: dict[str, ArraySpec],
+        scales: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        """Start `<name>.tar` in `folder`; `scales` are the channel scales `[N, C]` of int8."""
+        self.scales = scales or {}
         self.folder, self.name, self.split, self.arrays = folder, name, split, arrays
         self._temporary = folder / f".{name}.tar.{os.getpid()}.tmp"
         self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 (closed in close/abort)
@@ -120,9 +104,7 @@ class ShardWriter:
             raise UserError(f"sample key {key!r}: use 1 to 60 letters, digits, - and _")
         if key in self._keys:
             raise UserError(f"sample key {key} appears twice in {self.name}.tar")
-        if arrays.keys() != self.arrays.keys():
-            raise UserError(f"sample {key} has {sorted(arrays)}, the store {sorted(self.arrays)}")
-        stored = {n: encode(arrays[n], spec, key, n) for n, spec in self.arrays.items()}
+        stored = encode(arrays, self.arrays, self.scales, key)
         text = json.dumps(metadata, sort_keys=True, ensure_ascii=False).encode()
         if len(text) > tar.JSON_LIMIT:
             raise UserError(f"sample {key}: its caption and metadata exceed 1 MiB")
@@ -180,8 +162,17 @@ class TokenWriter:
         shard_samples: int = 256,
         reduced: str | None = None,
         split_rule: str = "",
+        scales: dict[str, np.ndarray] | None = None,
     ) -> None:
         """Start a store in the folder `out`, which is made if need be.
+
+        Args:
+            out: The folder.
+            arrays: What each sample holds; `storage.fit_int8` describes int8 arrays.
+            shard_samples: Samples of a shard.
+            reduced: `grid_64` for a store of 64 averaged tokens.
+            split_rule: How the split was made, in words.
+            scales: Channel scales `[K, C]` of the int8 arrays.
 
         Raises:
             UserError: If `out` holds a finished store already, or an array can't be stored.
@@ -193,7 +184,10 @@ class TokenWriter:
             check_array_name(name)
             ArraySpec.from_dict(name, spec.to_dict())
         self.out.mkdir(parents=True, exist_ok=True)
-        self.arrays, self.shard_samples = dict(arrays), shard_samples
+        self.arrays, self.shard_samples = with_token_scales(arrays), shard_samples
+        if scales:
+            save_scales(self.out, scales)
+        self.scales = load_scales(self.out, self.arrays)
         self.reduced, self.split_rule = reduced, split_rule
         self.rejects = 0
         self._open: dict[str, ShardWriter] = {}
@@ -218,7 +212,7 @@ class TokenWriter:
         done = self._done.setdefault(split, [])
         if split not in self._open:
             name = f"{split}-{len(done):06d}"
-            self._open[split] = ShardWriter(self.out, name, split, self.arrays)
+            self._open[split] = ShardWriter(self.out, name, split, self.arrays, self.scales)
         shard = self._open[split]
         shard.add(key, arrays, {"caption": caption, "source": source, **extra})
         if len(shard) == self.shard_samples:

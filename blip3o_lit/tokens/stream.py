@@ -37,7 +37,15 @@ from blip3o_lit.tokens.index import ShardEntry, TokenIndex, write_synced
 from blip3o_lit.tokens.loader import Batch, prefetch
 from blip3o_lit.tokens.mode import pair_of_views
 from blip3o_lit.tokens.order import random_permutation
-from blip3o_lit.tokens.reader import TORCH_TYPES, TokenStore, finite, view_hash
+from blip3o_lit.tokens.reader import TokenStore, view_hash
+from blip3o_lit.tokens.storage import (
+    SCALES_FILE,
+    TORCH_TYPES,
+    dequantise,
+    finite,
+    load_scales,
+    scale_array,
+)
 from blip3o_lit.tokens.world import BatchPlan
 
 SCHEMES = ("http", "https", "s3", "gs", "hf", "file")
@@ -137,7 +145,7 @@ def shard_members(stream: BinaryIO, url: str, index: TokenIndex) -> Iterator[dic
 
 
 def shard_samples(
-    url: str, entry: ShardEntry, index: TokenIndex, arrays: tuple[str, str]
+    url: str, entry: ShardEntry, index: TokenIndex, arrays: tuple[str, ...]
 ) -> Iterator[dict[str, Any]]:
     """Yield the samples of a shard: `__key__` and the stored numbers of `arrays`.
 
@@ -182,6 +190,12 @@ class StreamReader:
         self.store, self.index = store, store.index
         self.arrays = (data.condition, data.target)
         self._views = pair_of_views(self.index, split, *self.arrays, mode, store.head)
+        specs = {name: self.index.arrays[name] for name in self.arrays}
+        token_scales = [scale_array(name) for name, spec in specs.items() if spec.scale == "token"]
+        self._read = (*self.arrays, *token_scales)
+        if any(spec.dtype == "int8" for spec in specs.values()):
+            store.fetch(SCALES_FILE)
+        self._scales = load_scales(store.cache, specs)
         self.shards = [s for s in self.index.shards if s.split == split][: data.max_shards]
         if data.subset:
             raise UserError("data.subset needs a local store: use data.max_shards with a URL")
@@ -204,16 +218,23 @@ class StreamReader:
         entry = self.shards[number]
         first = int(self.shard_sizes[:number].sum())
         url = f"{self.store.url}/{entry.file}"
-        for place, sample in enumerate(shard_samples(url, entry, self.index, self.arrays)):
+        for place, sample in enumerate(shard_samples(url, entry, self.index, self._read)):
             yield sample | {"id": first + place}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Stack samples and apply the mode."""
         out: dict[str, Tensor] = {}
         for side, name in zip(("condition", "target"), self.arrays):
-            view, dtype = self._views[side], TORCH_TYPES[self.index.arrays[name].dtype]
+            view, spec = self._views[side], self.index.arrays[name]
             stacked = np.stack([sample[name][view.first :] for sample in samples])
-            tokens = torch.from_numpy(stacked).view(dtype)
+            tokens = torch.from_numpy(stacked).view(TORCH_TYPES[spec.dtype])
+            if spec.dtype == "int8":
+                token_BN = None
+                if spec.scale == "token":
+                    rows = [sample[scale_array(name)][view.first :] for sample in samples]
+                    token_BN = torch.from_numpy(np.stack(rows))
+                scale_NC = torch.from_numpy(self._scales[name][view.first :])
+                tokens = dequantise(tokens, scale_NC, token_BN)
             out[side] = view.compute(tokens) if view.computes else tokens
         out["sample"] = torch.tensor([sample["id"] for sample in samples])
         return out

@@ -17,7 +17,8 @@ class TowerConfig:
     kind: str = "demo"
     """Who builds it: open_clip, timm, huggingface (CLIP folders), eva_clip (ours) or demo."""
     model: str | None = None
-    """Architecture, for example ViT-L-14-quickgelu; local-dir:FOLDER for an open_clip folder."""
+    """Architecture, for example ViT-L-14-quickgelu; or, with its weights, local-dir:FOLDER or
+    hf-hub:ORG/NAME (open_clip)."""
     pretrained: str | None = None
     """Weights: a pretrained tag, a local file or folder, or a hub id; null: random, fixed seed."""
     like: str | None = None

@@ -35,7 +35,8 @@ def load_tower(config: TowerConfig, pretrained: bool = True, device: str = "cpu"
         return demo.load(config.model or "", pretrained=pretrained and device != "meta").to(device)
     if config.model is None and config.kind != "huggingface":
         raise UserError(f"a tower of kind={config.kind} needs a model: set towers.*.model")
-    pretrained = pretrained and config.pretrained is not None
+    brings_weights = (config.model or "").startswith(("local-dir:", "hf-hub:"))
+    pretrained = pretrained and (brings_weights or config.pretrained is not None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
         tower = _load(config, pretrained, device)

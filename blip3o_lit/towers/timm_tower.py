@@ -135,7 +135,7 @@ def load_timm(config: TowerConfig, pretrained: bool, device: str) -> TimmTower:
         UserError: If the model, tag or file does not exist or does not fit.
     """
     model, weights = config.model or "", config.pretrained
-    if not timm.is_model(model):
+    if "." in model or not timm.is_model(model):
         guess = nearest(model.partition(".")[0], timm.list_models())
         hint = f"did you mean towers.*.model={guess}? " if guess else ""
         raise UserError(

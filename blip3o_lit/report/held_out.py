@@ -226,12 +226,14 @@ def _tiles(record: RunRecord, found: list[Row], row: Row) -> list[str]:
     tiles: list[str] = []
     if verdict:
         gaps = [
-            (f"over {inline(item.label)}", signed(mine - theirs))
+            (item.label, signed(mine - theirs))
             for item in baselines
             if (mine := row.number("cosine")) is not None
             and (theirs := item.number("cosine")) is not None
         ]
-        tiles.append(html.tile("Verdict", str(verdict), gaps, f"Difference in cosine. {about}"))
+        tiles.append(
+            html.tile("Verdict", str(verdict), gaps, f"Cosine above each baseline. {about}")
+        )
     for name, title in (
         ("cosine", "Cosine, held out"),
         ("cosine_cls", "Cosine of CLS"),
@@ -248,7 +250,7 @@ def _tiles(record: RunRecord, found: list[Row], row: Row) -> list[str]:
                 (item.label, text(name, item))
                 for item in found
                 if item.kind == "estimator" and item is not row and item.number(name) is not None
-            ][:2] + beside
+            ][:1] + beside
             floor = finite(mapping(record.evaluation.get("frechet_floor")).get("frechet"))
             beside += [] if floor is None else [("Two halves of the truth", significant(floor))]
         tiles.append(html.tile(title, text(name, row), beside, about))

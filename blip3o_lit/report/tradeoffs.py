@@ -138,10 +138,10 @@ def plane(found: list[Row]) -> Spec | None:
             ],
         ),
         base.mark_text(align="left", dx=10)
-        .transform_filter("datum.side == 'right' || width < 420")
+        .transform_filter("(width < 420 ? datum.narrow : datum.side) == 'right'")
         .encode(y=alt.Y("place:Q"), text="name:N"),
         base.mark_text(align="right", dx=-10)
-        .transform_filter("datum.side == 'left' && width >= 420")
+        .transform_filter("(width < 420 ? datum.narrow : datum.side) == 'left'")
         .encode(y=alt.Y("cosine:Q"), text="name:N"),
     ).properties(width="container", height=HEIGHT, autosize=FIT)
     said = "; ".join(f"{v['name']} {v['cosine']:.4f}, {significant(v['frechet'])}" for v in values)
@@ -190,7 +190,10 @@ def _spread(levels: list[float], low: float, high: float) -> list[float]:
 def _choose_sides(
     values: Points, across: tuple[float, float], up: tuple[float, float], log: bool
 ) -> None:
-    """Put a point's label on its left where another point stands close on its right."""
+    """Put a label on the left of its point where another point stands close on the right.
+
+    On a phone every label turns inwards instead.
+    """
 
     def place(value: float) -> float:
         ends = [math.log(end) for end in across] if log else across
@@ -202,4 +205,5 @@ def _choose_sides(
             and abs(other["cosine"] - item["cosine"]) < 0.07 * (up[1] - up[0])
             for other in values
         )
+        item["narrow"] = "left" if place(item["frechet"]) > 0.6 else "right"
         item["side"] = "left" if crowded and place(item["frechet"]) > 0.05 else "right"

@@ -1,0 +1,82 @@
+"""The schema of the extract command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from blip3o_lit.config.errors import UserError, one_of, positive, within
+from blip3o_lit.config.towers import TowersConfig
+
+SPLIT_RULES = ("perceptual", "content")
+STORAGE = ("float16", "bfloat16", "float32")
+STORES = ("full", "grid_64")
+
+
+@dataclass
+class SplitConfig:
+    """The split of images whose source gives none; a given split wins."""
+
+    by: str = "perceptual"
+    """perceptual: by a coarse look, so that copies stay together; content: by the exact pixels."""
+    fraction: float = 0.05
+    """Share of validation images."""
+    seed: int = 0
+    """Another seed holds other images out."""
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        one_of("split.by", self.by, SPLIT_RULES)
+        within("split.fraction", self.fraction, 0.0, 0.9)
+
+
+@dataclass
+class EngineConfig:
+    """How the work is done: batches, threads and workers."""
+
+    batch_size: int = 16
+    """Images of one forward pass; raise it on a GPU until its memory is used."""
+    threads: int = 4
+    """Threads that decode and resize while the towers run."""
+    shard_samples: int = 256
+    """Images of one unit of work, which becomes one shard of each split that occurs in it."""
+    shard: str | None = None
+    """i/n: this is worker i (from 0) of n; null: from torchrun, a Slurm array, or 0/1."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    compile: bool = False
+    """Run the towers through torch.compile."""
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        for key in ("batch_size", "threads", "shard_samples"):
+            positive(f"extract.{key}", getattr(self, key))
+
+
+@dataclass
+class ExtractConfig:
+    """Images -> token shards."""
+
+    images: str | None = None
+    """A folder, WebDataset tars ({0..9}, hf:// https:// s3://), a .csv or .jsonl, or demo."""
+    out: str | None = None
+    """Folder of the token store; run the same line again to go on after an interruption."""
+    towers: TowersConfig = field(default_factory=TowersConfig)
+    """The pair of encoders."""
+    split: SplitConfig = field(default_factory=SplitConfig)
+    """Which images are held out."""
+    extract: EngineConfig = field(default_factory=EngineConfig)
+    """Batches, threads and workers."""
+    storage: str = "float16"
+    """Stored numbers: float16, bfloat16 (towers with large outliers) or float32."""
+    store: str = "full"
+    """full: all tokens; grid_64: 8x8 averages of projected tokens, some 24 times smaller."""
+    max_reject_fraction: float = 0.1
+    """Stop when more images than this share can't be read."""
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        one_of("storage", self.storage, STORAGE)
+        one_of("store", self.store, STORES)
+        within("max_reject_fraction", self.max_reject_fraction, 0.0, 1.0)
+        if self.images is not None and self.images == "":
+            raise UserError("images= is empty: give a folder, tars, a .csv or .jsonl, or demo")

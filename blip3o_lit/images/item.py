@@ -1,0 +1,176 @@
+"""A picture that is still to be read: its name, caption and split, and how to decode it safely."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""Decoders that may run; PIL knows some fifty more, old and rarely fuzzed."""
+MAX_PIXELS = 89_478_485
+"""Larger pictures are refused before they are decoded (PIL's own warning limit: 256 MiB of RGB)."""
+MAX_BYTES = 256 * 2**20
+"""Larger image files are refused before they are read."""
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is stricter
+
+
+class Reject(Exception):
+    """An image that can't be used; the message is the reason that goes into rejects.jsonl."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a source."""
+
+    source: str
+    """Where it came from, in words that don't depend on the machine: `photos/cat.jpg`."""
+    read: Callable[[], bytes | Image.Image]
+    """Returns the file's bytes, or the picture itself where it is drawn; runs in a thread."""
+    caption: str = ""
+    split: str = ""
+    """The split that the source gives; empty where we choose."""
+    key: str = ""
+    """The sample's key; made from `source` where the source has none of its own."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Goes into the sample's json."""
+
+    @property
+    def sample_key(self) -> str:
+        """A key of letters, digits, `-` and `_`: the file's stem and 12 digits of its hash."""
+        if self.key:
+            return self.key
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(self.source).name.split(".")[0])[:40]
+        return f"{stem}-{hashlib.sha256(self.source.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Something in a source that is no image: a refused member, a line without a path."""
+
+    source: str
+    reason: str
+    image: bool = True
+    """Whether an image is lost with it; false for a refused member beside a sound image."""
+
+
+class Part(Protocol):
+    """A piece of a source that is read in order, and whose order never changes."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        ...
+
+    @property
+    def split(self) -> str:
+        """The split of all its images, or an empty string where that is not given."""
+        ...
+
+    @property
+    def length(self) -> int | None:
+        """Number of entries, where that is known without reading it."""
+        ...
+
+    def entries(self, skip: int = 0) -> Iterator[Item | Lost]:
+        """Yield the entries from number `skip` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class ListPart:
+    """A slice of a source whose items are all known: files, rows of a table, demo scenes."""
+
+    name: str
+    items: list[Item | Lost]
+    split: str = ""
+
+    @property
+    def length(self) -> int:
+        """Number of items."""
+        return len(self.items)
+
+    def entries(self, skip: int = 0) -> Iterator[Item | Lost]:
+        """Yield the items from number `skip` on."""
+        yield from self.items[skip:]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named set of images."""
+
+    name: str
+    """The `images=` argument."""
+    parts: list[Part]
+    captions: bool = True
+    """Whether its images may have captions."""
+    split_rule: str = ""
+    """How its own splits were made, in words; empty where it has none."""
+    fingerprint: str = ""
+    """Changes when the images do: names and sizes of files, seeds of drawings."""
+
+    @property
+    def length(self) -> int | None:
+        """Number of entries, where that is known without reading it."""
+        lengths = [part.length for part in self.parts]
+        known = [length for length in lengths if length is not None]
+        return sum(known) if len(known) == len(lengths) else None
+
+
+def slices(items: list[Item | Lost], size: int) -> list[Part]:
+    """Cut a list into parts of `size`, each of one split where the source gives splits."""
+    groups: dict[str, list[Item | Lost]] = {}
+    for item in items:
+        groups.setdefault(item.split if isinstance(item, Item) else "", []).append(item)
+    return [
+        ListPart(f"{split or 'images'} {start} to {start + len(cut) - 1}", cut, split)
+        for split, group in groups.items()
+        for start in range(0, len(group), size)
+        if (cut := group[start : start + size])
+    ]
+
+
+def file_bytes(path: Path) -> bytes:
+    """Read an image file.
+
+    Raises:
+        Reject: If it is missing or absurdly large.
+    """
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        raise Reject("file is missing") from error
+    if size > MAX_BYTES:
+        raise Reject(f"file of {size} bytes; {MAX_BYTES} is the limit")
+    return path.read_bytes()
+
+
+def decode(content: bytes | Image.Image) -> Image.Image:
+    """Decode a picture to RGB.
+
+    Raises:
+        Reject: If it is no JPEG, PNG or WebP, is truncated or damaged, or has too many pixels.
+    """
+    if isinstance(content, Image.Image):
+        return content.convert("RGB")
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS:
+                raise Reject(f"{pixels} pixels; {MAX_PIXELS} is the limit (decompression bomb)")
+            return image.convert("RGB")
+    except (Reject, MemoryError):
+        raise
+    except Exception as error:  # PIL's decoders raise a dozen types on damaged input
+        message = " ".join(str(error).split()) or type(error).__name__
+        message = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "the file", message)
+        raise Reject(message) from error

@@ -1,0 +1,202 @@
+"""The two demo towers: small encoders that `scripts/train_demo_towers.py` trains on demo scenes.
+
+`eva` is an EVA-02-style ViT (timm: rotary positions, SwiGLU, patch 4); `clip` is a CLIP (open_clip:
+ViT of patch 4 and a causal text transformer). Both see 64x64 pixels, so both have a 16x16 grid and
+a CLS token. Their weights are in `weights/`, with a card; loading them needs no network.
+
+Shape suffixes: B images, N tokens (CLS first), C token width, P projection width, L words.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg
+from PIL import Image
+from safetensors.torch import load_file
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from blip3o_lit.config.errors import UserError, one_of
+from blip3o_lit.config.shape import TokenShape
+from blip3o_lit.towers.scenes import SIZE, WORDS
+from blip3o_lit.towers.tower import Tower, TowerInfo
+
+WEIGHTS = Path(__file__).parent / "weights"
+NAMES = ("eva", "clip")
+PATCH = 4
+PROJECTION = 64
+EVA_WIDTH, EVA_DEPTH, EVA_HEADS = 192, 4, 3
+VISION = CLIPVisionCfg(layers=5, width=128, head_width=64, patch_size=PATCH, image_size=SIZE)
+TEXT = CLIPTextCfg(
+    context_length=24, vocab_size=len(WORDS) + 2, width=128, heads=4, layers=2, pool_type="argmax"
+)
+"""Word 0 is padding; the end word has the highest number, where `argmax` pooling finds it."""
+EPSILON = 1e-5
+LOGIT_SCALE = float(np.log(1 / 0.07))
+"""Initial log of the inverse softmax temperature (Radford et al. 2021, section 2.5)."""
+
+_NUMBER = {word: number for number, word in enumerate(WORDS, start=1)}
+_END = len(WORDS) + 1
+
+
+def tokenize(captions: list[str]) -> Tensor:
+    """Turn captions into word numbers `[B, L]` int64, closed by the end word, padded with 0.
+
+    The vocabulary is that of the scenes: other words are left out, and long captions are cut.
+    """
+    numbers_BL = torch.zeros(len(captions), TEXT.context_length, dtype=torch.long)
+    for row, caption in enumerate(captions):
+        words = caption.lower().replace(",", " ,").split()
+        numbers = [_NUMBER[word] for word in words if word in _NUMBER]
+        numbers = numbers[: TEXT.context_length - 1] + [_END]
+        numbers_BL[row, : len(numbers)] = torch.tensor(numbers)
+    return numbers_BL
+
+
+class DemoTower(Tower):
+    """What both demo towers share: the input size and the normalisation of pixels to -1..1."""
+
+    def __init__(self, name: str, width: int) -> None:
+        """Describe the tower; `width` is its token width."""
+        super().__init__()
+        self.info = TowerInfo(
+            name=f"demo:{name}",
+            shape=TokenShape(grid=(SIZE // PATCH, SIZE // PATCH), cls=True, width=width),
+            image_size=SIZE,
+            preprocessing={
+                "size": SIZE,
+                "resize": "squash",
+                "interpolation": "bicubic",
+                "mean": [0.5, 0.5, 0.5],
+                "std": [0.5, 0.5, 0.5],
+            },
+        )
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Squash to 64x64 where needed and map 0..255 to -1..1; returns `[3, 64, 64]` float32."""
+        if image.size != (SIZE, SIZE):
+            image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image.convert("RGB"), np.float32) / 127.5 - 1
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+class DemoEva(DemoTower):
+    """EVA-02-style ViT: 64 px, patch 4, rotary positions, SwiGLU, CLS token."""
+
+    def __init__(self) -> None:
+        """Build with random weights."""
+        super().__init__("eva", EVA_WIDTH)
+        self.trunk = Eva(
+            img_size=SIZE,
+            patch_size=PATCH,
+            num_classes=0,
+            global_pool="token",
+            embed_dim=EVA_WIDTH,
+            depth=EVA_DEPTH,
+            num_heads=EVA_HEADS,
+            qkv_fused=False,
+            mlp_ratio=8 / 3,
+            swiglu_mlp=True,
+            scale_mlp=True,
+            use_rot_pos_emb=True,
+            ref_feat_shape=(SIZE // PATCH, SIZE // PATCH),
+            norm_layer=partial(nn.LayerNorm, eps=EPSILON),
+        )
+        self.projection_CP = nn.Parameter(torch.randn(EVA_WIDTH, PROJECTION) * EVA_WIDTH**-0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
+
+    def tokens(self, images_B3SS: Tensor) -> Tensor:
+        """Return the last block's output `[B, N, C]`, before the final norm."""
+        (patches, cls), *_ = self.trunk.forward_intermediates(
+            images_B3SS,
+            indices=1,
+            return_prefix_tokens=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        return torch.cat([cls, patches], dim=1)
+
+    def features(self, images_B3SS: Tensor) -> Tensor:
+        """Return the normed and projected CLS token `[B, P]`."""
+        return self.trunk.norm(self.tokens(images_B3SS)[:, 0]) @ self.projection_CP
+
+    def heads(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the final LayerNorm, the projection and the logit scale."""
+        return _heads(self.trunk.norm, self.projection_CP, self.logit_scale)
+
+
+class DemoClip(DemoTower):
+    """CLIP: a ViT of 64 px and patch 4, and a causal text transformer over whole words."""
+
+    def __init__(self) -> None:
+        """Build with random weights."""
+        super().__init__("clip", VISION.width)
+        self.model = CLIP(PROJECTION, VISION, TEXT)
+
+    def tokens(self, images_B3SS: Tensor) -> Tensor:
+        """Return the last block's output `[B, N, C]`, before the final norm."""
+        found = self.model.visual.forward_intermediates(
+            images_B3SS,
+            indices=1,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+            intermediates_only=True,
+        )
+        cls = found["image_intermediates_prefix"][-1]
+        return torch.cat([cls, found["image_intermediates"][-1]], dim=1)
+
+    def features(self, images_B3SS: Tensor) -> Tensor:
+        """Return the normed and projected CLS token `[B, P]`."""
+        visual = self.model.visual
+        return visual.ln_post(self.tokens(images_B3SS)[:, 0]) @ visual.proj
+
+    def heads(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the final LayerNorm, the projection and the logit scale."""
+        visual = self.model.visual
+        return _heads(visual.ln_post, visual.proj, self.model.logit_scale)
+
+    @torch.inference_mode()
+    def encode_text(self, captions: list[str]) -> Tensor:
+        """Return unit-norm caption embeddings `[B, P]`."""
+        numbers_BL = tokenize(captions).to(self.device)
+        return self.model.encode_text(numbers_BL, normalize=True)
+
+
+def _heads(
+    norm: nn.LayerNorm, projection_CP: Tensor, logit_scale: Tensor
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors = {
+        "norm.weight": norm.weight,
+        "norm.bias": norm.bias,
+        "projection": projection_CP,
+        "logit_scale": logit_scale,
+    }
+    copies = {name: tensor.detach().float().cpu().clone() for name, tensor in tensors.items()}
+    return copies, {"norm": "layer", "eps": repr(float(norm.eps))}
+
+
+def load(name: str, pretrained: bool = True) -> DemoTower:
+    """Build a demo tower, frozen, in evaluation mode, on the CPU in fp32.
+
+    Args:
+        name: `eva` or `clip`.
+        pretrained: Load the weights of this repository; otherwise they are random, with a fixed
+            seed.
+
+    Raises:
+        UserError: If the name is neither, or the weights are missing.
+    """
+    one_of("demo tower", name, NAMES)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tower = DemoEva() if name == "eva" else DemoClip()
+    if pretrained:
+        path = WEIGHTS / f"{name}.safetensors"
+        if not path.is_file():
+            raise UserError(f"{path.name} is missing: run scripts/train_demo_towers.py")
+        tower.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    return tower.eval().requires_grad_(False)

@@ -1,39 +1,31 @@
-"""Norms: the formula, the hand-written gradient, the dtype."""
-
-from __future__ import annotations
+"""Cosine by token norm: outlier tokens are counted apart."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from blip3o_lit.models.norms import RMSNorm, modulate, scaled_rms_norm
-
-
-def doubles(*shape):
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+from blip3o_lit.metrics.norms import CosineByNorm
 
 
-def test_gradients_of_norm_scale_and_shift_are_right():
-    torch.manual_seed(0)
-    x, scale, shift = doubles(2, 3, 8), doubles(2, 1, 8), doubles(2, 1, 8)
-    assert torch.autograd.gradcheck(lambda *a: scaled_rms_norm(*a, 1e-2), (x, scale, shift))
-    assert torch.autograd.gradcheck(lambda a, b: scaled_rms_norm(a, b, None, 1e-2), (x, doubles(8)))
+def test_outlier_tokens_are_counted_apart():
+    true = torch.ones(2, 20, 4)
+    true[:, 3] *= 10
+    true[:, 4] *= 0.5
+    generated = true.clone()
+    generated[:, 3] = torch.tensor([10.0, -10.0, 10.0, -10.0])  # orthogonal to the truth
+    generated[:, 4] *= 3
+    metric = CosineByNorm()
+    metric.update(generated[:1], true[:1])
+    metric.update(generated[1:], true[1:])
+    rows = {(row["from"], row["to"]): row for row in metric.compute()}
+    assert set(rows) == {(0.0, 0.8), (0.8, 1.25), (2.0, None)}
+    assert rows[2.0, None]["share"] == pytest.approx(1 / 20)
+    assert rows[2.0, None]["cosine"] == pytest.approx(0, abs=1e-12)
+    assert rows[0.8, 1.25]["cosine"] == pytest.approx(1)
+    assert rows[0.0, 0.8]["norm_ratio"] == pytest.approx(3)
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_norm_is_its_formula_and_keeps_the_dtype(dtype):
-    torch.manual_seed(0)
-    norm, x = RMSNorm(8, eps=1e-3), 5 * torch.randn(3, 8)
-    norm.weight.data.uniform_(0.5, 2)
-    y = norm(x.to(dtype))
-    assert y.dtype == dtype
-    expected = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight
-    wide = 3e-2 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(y.float(), expected, atol=wide, rtol=wide)
-    torch.testing.assert_close(expected, F.rms_norm(x, (8,), norm.weight, 1e-3))
-
-
-def test_modulate_is_its_formula():
-    x, shift, scale = torch.randn(2, 3, 8), torch.randn(2, 1, 8), torch.randn(2, 1, 8)
-    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    torch.testing.assert_close(modulate(x, shift, scale), normed * (1 + scale) + shift)
+def test_zero_tokens_stay_finite():
+    metric = CosineByNorm()
+    metric.update(torch.zeros(1, 3, 2), torch.zeros(1, 3, 2))
+    assert metric.compute()[0]["cosine"] == 0

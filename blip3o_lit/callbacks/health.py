@@ -70,7 +70,7 @@ class RunHealth:
             found.append(
                 (
                     "norm",
-                    f"outputs are {ratio:.2g} times as long as their targets: a scale does not fit; "
+                    f"outputs are {ratio:.2g} times as long as targets: a scale does not fit; "
                     "try flow.output_scale=1 flow.velocity_scale=1",
                 )
             )

@@ -16,7 +16,7 @@ from small_store import sample, write_store
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.tokens import tar
+from blip3o_lit.tokens import stream, tar
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.stream import RemoteStore, StreamLoader, StreamReader, is_url, open_url
@@ -113,7 +113,7 @@ def test_data_module_over_http(url: str) -> None:
     assert len(list(data.train_dataloader())) == 3
 
 
-@pytest.mark.parametrize("address", ["pipe:cat /etc/passwd", "ftp://host/a", "github://a:b@/c"])
+@pytest.mark.parametrize("address", ["pipe:cat /etc/passwd", "ftp://host/a", "https://a::file://b"])
 def test_other_schemes_are_refused(address: str) -> None:
     assert is_url(address)
     with pytest.raises(UserError, match="is not read; use one of http"):
@@ -121,6 +121,40 @@ def test_other_schemes_are_refused(address: str) -> None:
     module = TokenDataModule(DataConfig(), CLS_PATCH, address, seed=0, batch_size=4)
     with pytest.raises(UserError, match="is not read"):
         module.open()
+
+
+def test_a_broken_connection_is_resumed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [sample["id"] for sample in reader(url).samples(1)]
+    breaks = iter([700, 3000, None])
+
+    class Breaking:
+        """A connection that breaks after some bytes."""
+
+        def __init__(self, address: str) -> None:
+            self.stream, self.left = open_url(address), next(breaks)
+
+        def __enter__(self) -> Breaking:
+            return self
+
+        def __exit__(self, *args: object) -> None:
+            self.stream.close()
+
+        def read(self, size: int) -> bytes:
+            content = self.stream.read(size)
+            if self.left is not None:
+                self.left -= len(content)
+                if self.left < 0:
+                    raise ConnectionResetError("reset by peer")
+            return content
+
+    remote = reader(url)
+    monkeypatch.setattr(stream, "PAUSE", 0)
+    monkeypatch.setattr(stream, "open_url", Breaking)
+    assert [sample["id"] for sample in remote.samples(1)] == whole
+    monkeypatch.setattr(stream, "ATTEMPTS", 1)
+    breaks = iter([700])
+    with pytest.raises(UserError, match=r"000001.tar can't be read \(reset by peer\)"):
+        list(remote.samples(1))
 
 
 def test_missing_files_and_foreign_subsets(url: str) -> None:

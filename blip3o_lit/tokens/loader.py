@@ -125,12 +125,12 @@ class TokenLoader:
         Raises:
             UserError: If the state belongs to another seed or other data.
         """
-        if state["seed"] != self.order.seed:
+        if state.get("seed", self.order.seed) != self.order.seed:
             raise UserError(
                 f"the checkpoint's data order has seed={state['seed']}, this run "
                 f"seed={self.order.seed}: resume with the same seed"
             )
-        if state["data"] != self.reader.content_hash:
+        if state.get("data") != self.reader.content_hash:
             raise UserError(
                 "the checkpoint was trained on other data (store, mode, condition, target or "
                 "subset): resume with the same data and mode, or start a new run"

@@ -32,6 +32,8 @@ CHUNK_ROWS = 64
 FLOOR = 1e-3
 """Channels whose std is below this share of the median std count as constant."""
 SIDES = ("condition", "target")
+VERSION = 2
+"""Part of the cache key; raised when the same tokens would give other numbers."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def cached_standardizers(
     Raises:
         UserError: If the cached file is damaged.
     """
-    name = hashlib.sha256(f"{content_hash}/{images}/2".encode()).hexdigest()[:32]
+    name = hashlib.sha256(f"{content_hash}/{images}/{VERSION}".encode()).hexdigest()[:32]
     file = home() / "statistics" / f"{name}.safetensors"
     if not file.is_file():
         _save(file, pair_moments(batches(), shape))

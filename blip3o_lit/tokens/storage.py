@@ -93,6 +93,17 @@ def encode(
     return out
 
 
+def magnitude(value: np.ndarray) -> float:
+    """Return the largest absolute value; NaN or infinity where there is one.
+
+    fp16 is compared as integers, whose order is that of magnitudes with NaN above infinity.
+    """
+    if value.dtype != np.float16 or not value.flags.c_contiguous:
+        return float(np.max(np.abs(value)))
+    top = (value.view(np.uint16) & 0x7FFF).max()
+    return float(np.array(top, np.uint16).view(np.float16))
+
+
 def _check(value: np.ndarray, spec: ArraySpec, key: str, name: str) -> None:
     """Refuse an array that would not survive."""
     if value.shape != spec.shape:
@@ -100,7 +111,7 @@ def _check(value: np.ndarray, spec: ArraySpec, key: str, name: str) -> None:
             f"sample {key}: {name} has shape {list(value.shape)}, "
             f"the store holds {list(spec.shape)}"
         )
-    largest = float(np.max(np.abs(value), initial=0))
+    largest = magnitude(value)
     if not largest < LARGEST:
         raise UserError(
             f"sample {key}: {name} holds {'NaN' if np.isnan(largest) else f'{largest:g}'}; "

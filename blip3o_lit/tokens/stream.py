@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import aiohttp
 import fsspec
 import numpy as np
 import torch
@@ -53,6 +55,10 @@ SHUFFLE_BYTES = 1 << 29
 """Memory of a rank's shuffle buffer: 200 samples of the mission's pair."""
 STATISTICS_SHARDS = 8
 COPY_BYTES = 1 << 24
+ATTEMPTS = 4
+"""Failures in a row after which a shard is given up."""
+PAUSE = 0.25
+"""Seconds; waits are 1, 4 and 16 seconds."""
 
 
 def is_url(store: Path | str) -> bool:
@@ -67,7 +73,7 @@ def open_url(url: str) -> BinaryIO:
         UserError: On a scheme that is not listed, a missing file, or a missing driver.
     """
     scheme = url.partition(":")[0]
-    if scheme not in SCHEMES or "://" not in url:
+    if scheme not in SCHEMES or "://" not in url or "::" in url:
         raise UserError(f"{url}: {scheme}: is not read; use one of {', '.join(SCHEMES)}")
     try:
         return fsspec.open(url, "rb").open()  # type: ignore[return-value]
@@ -150,7 +156,8 @@ def shard_samples(
     """Yield the samples of a shard: `__key__` and the stored numbers of `arrays`.
 
     Raises:
-        UserError: If the shard can't be read, or is not what the index promises.
+        UserError: If the shard is not what the index promises.
+        OSError, aiohttp.ClientError: If the network fails.
     """
     count = 0
     try:
@@ -172,8 +179,8 @@ def shard_samples(
                 count += 1
     except UserError:
         raise
-    except (OSError, EOFError, ValueError, AssertionError) as error:
-        raise UserError(f"{url} can't be read ({error}): check the network and the file") from error
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"{url} is damaged ({error}): extract it again") from error
     if count != entry.samples:
         raise UserError(f"{url} holds {count} samples, index.json promises {entry.samples}")
 
@@ -214,12 +221,29 @@ class StreamReader:
         return sum(self.index.arrays[name].nbytes for name in self.arrays)
 
     def samples(self, number: int) -> Iterator[dict[str, Any]]:
-        """Yield a shard's samples with their ids, the same as a local reader's."""
+        """Yield a shard's samples with their ids, the same as a local reader's.
+
+        When the network fails, the shard is opened again and goes on where it stopped.
+
+        Raises:
+            UserError: If the shard is damaged, or the network fails several times in a row.
+        """
         entry = self.shards[number]
         first = int(self.shard_sizes[:number].sum())
         url = f"{self.store.url}/{entry.file}"
-        for place, sample in enumerate(shard_samples(url, entry, self.index, self._read)):
-            yield sample | {"id": first + place}
+        given, failures = 0, 0
+        while given < entry.samples:
+            try:
+                samples = shard_samples(url, entry, self.index, self._read)
+                for place, sample in enumerate(samples):
+                    if place >= given:
+                        given, failures = place + 1, 0
+                        yield sample | {"id": first + place}
+            except (OSError, aiohttp.ClientError) as error:
+                failures += 1
+                if failures == ATTEMPTS:
+                    raise UserError(f"{url} can't be read ({error}): check the network") from error
+                time.sleep(PAUSE * 4**failures)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Stack samples and apply the mode."""

@@ -46,9 +46,9 @@ def convert(config: ConvertConfig) -> TokenIndex:
         raise UserError("convert needs source=PATH (the seeds' file or folder) and out=DIR")
     source, out = Path(config.source).expanduser(), Path(config.out).expanduser()
     finished = out / "index.json"
-    if finished.exists() and not Journal.exists(out):
-        raise UserError(f"out={out} holds a finished token store: choose another folder")
     try:
+        if finished.exists() and not Journal.exists(out):
+            raise UserError(f"out={out} holds a finished token store: choose another folder")
         survey = take_survey(source, config)
         with Journal.open(out, fingerprint(survey, config)) as journal:
             if not finished.exists():

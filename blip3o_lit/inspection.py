@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,9 @@ from blip3o_lit.progress import Work
 from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.heads import Head
 from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex
-from blip3o_lit.tokens.reader import TORCH_TYPES, finite, scan
+from blip3o_lit.tokens.reader import scan
 from blip3o_lit.tokens.shards import unpack_offsets
+from blip3o_lit.tokens.storage import TORCH_TYPES, dequantise, finite, load_scales, scale_array
 
 READ_SAMPLES = 16
 HASH_BYTES = 1 << 24
@@ -62,9 +64,12 @@ def shard_problem(folder: Path, entry: ShardEntry) -> str:
     """Compare a tar's size and checksum with the index; empty when both are right."""
     path = folder / entry.file
     try:
-        size = path.stat().st_size
+        facts = path.stat()
     except OSError as error:
         return f"{entry.file} ({entry.samples} samples) can't be read: {error.strerror}"
+    if not stat.S_ISREG(facts.st_mode):
+        return f"{entry.file} is no regular file"
+    size = facts.st_size
     if size != entry.bytes:
         return f"{entry.file} has {size} bytes, index.json promises {entry.bytes}"
     if file_hash(path) != entry.sha256:
@@ -87,8 +92,11 @@ def open_shard(folder: Path, entry: ShardEntry, arrays: dict[str, ArraySpec]) ->
     Raises:
         UserError: If it is missing or malformed.
     """
+    path = folder / entry.file
     try:
-        with open(folder / entry.file, "rb") as file:
+        if not path.is_file():
+            raise UserError(f"{entry.file} is missing or no regular file")
+        with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise UserError(f"{entry.file} can't be mapped ({error})") from error
@@ -110,6 +118,7 @@ class Inspection:
     _keys: dict[bytes, str] = field(default_factory=dict)
     _contents: dict[bytes, tuple[str, str]] = field(default_factory=dict)
     _named: dict[str, int] = field(default_factory=dict)
+    _scales: dict[str, Tensor] = field(default_factory=dict)
 
     def note(self, level: str, what: str, says: str, fix: str = "") -> None:
         """Keep a finding; of one kind only the first few are named, all are counted."""
@@ -121,7 +130,17 @@ class Inspection:
         """Read every shard."""
         tokens = [name for name, spec in self.index.arrays.items() if spec.kind == "tokens"]
         self.condition = "eva" if "eva" in tokens else tokens[0] if tokens else ""
-        self.numbers = {name: ArrayNumbers(spec) for name, spec in self.index.arrays.items()}
+        self.numbers = {
+            name: ArrayNumbers(spec)
+            for name, spec in self.index.arrays.items()
+            if spec.kind != "scale"
+        }
+        try:
+            scales = load_scales(self.folder, self.index.arrays)
+        except UserError as error:
+            self.note("fail", "scales", str(error))
+            scales = {}
+        self._scales = {name: torch.from_numpy(scale_NC) for name, scale_NC in scales.items()}
         repair = f"restore it, or python -m blip3o_lit.doctor tokens={self.folder} repair=true"
         with Work("reading", self.index.samples, "samples") as work:
             for entry in self.index.shards:
@@ -159,9 +178,26 @@ class Inspection:
             batch = range(first, min(first + READ_SAMPLES, shard.entry.samples))
             sound = [sample for sample in batch if self.sample(shard, sample)]
             if sound:
-                for column, (name, spec) in enumerate(self.index.arrays.items()):
-                    stored = np.stack([shard.stored(column, spec, sample) for sample in sound])
-                    self.numbers[name].add(as_float(stored, spec))
+                stored = {
+                    name: np.stack([shard.stored(column, spec, sample) for sample in sound])
+                    for column, (name, spec) in enumerate(self.index.arrays.items())
+                }
+                for name, numbers in self.numbers.items():
+                    values = self.values(name, stored)
+                    if values is not None:
+                        numbers.add(values)
+
+    def values(self, name: str, stored: dict[str, np.ndarray]) -> Tensor | None:
+        """Return an array's numbers as fp32; None where its int8 scales are lost."""
+        dtype = self.index.arrays[name].dtype
+        tensor = torch.from_numpy(stored[name]).view(TORCH_TYPES[dtype])
+        if dtype != "int8":
+            return tensor.float()
+        if name not in self._scales:
+            return None
+        by_token = stored.get(scale_array(name))
+        token_BN = None if by_token is None else torch.from_numpy(by_token)
+        return dequantise(tensor, self._scales[name], token_BN).float()
 
     def sample(self, shard: OpenShard, sample: int) -> bool:
         """Check one sample's key, caption and content; False when a number is not finite."""
@@ -256,11 +292,6 @@ class Inspection:
 def digest(content: bytes | memoryview) -> bytes:
     """Return 16 bytes that stand for content."""
     return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def as_float(stored: np.ndarray, spec: ArraySpec) -> Tensor:
-    """Return stored numbers as fp32."""
-    return torch.from_numpy(stored).view(TORCH_TYPES[spec.dtype]).float()
 
 
 def inspect(folder: Path) -> Inspection:

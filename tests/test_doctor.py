@@ -28,6 +28,7 @@ from blip3o_lit.repair import repair
 from blip3o_lit.tokens.index import ArraySpec, TokenIndex
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.shards import TokenWriter, pack_offsets, unpack_offsets
+from blip3o_lit.tokens.storage import fit_int8
 
 SPECS = {
     "eva": ArraySpec("tokens", "float16", (17, 6), cls=True, grid=(4, 4)),
@@ -96,6 +97,28 @@ def test_a_sound_store_has_no_findings_and_right_figures(tmp_path: Path) -> None
     assert row["token norm"] == f"{norms.mean():.3f} +- {norms.std():.3f}"
     first = np.linalg.norm(stored[:, 0], axis=-1)
     assert row["CLS norm"] == f"{first.mean():.3f} +- {first.std():.3f}"
+
+
+def test_int8_stores_are_read_through_their_scales(tmp_path: Path) -> None:
+    items = samples(12)
+    fitted = {
+        name: fit_int8(SPECS[name], np.stack([item[name] for item in items]))
+        for name in ("eva", "clip")
+    }
+    specs = {name: spec for name, (spec, _) in fitted.items()}
+    scales = {name: scale_KC for name, (_, scale_KC) in fitted.items()}
+    with TokenWriter(tmp_path, specs, SHARD_SAMPLES, scales=scales) as writer:
+        for number, item in enumerate(items):
+            split = "train" if number < 8 else "validation"
+            writer.add(split, f"{number:05d}", {name: item[name] for name in specs})
+    inspection = inspect(tmp_path)
+    assert {finding.level for finding in inspection.findings} == {"ok"}
+    assert list(inspection.numbers) == ["eva", "clip"]
+    true = np.stack([item["clip"] for item in items])
+    row = dict(zip(HEADER, inspection.numbers["clip"].row("clip")))
+    assert float(row["std"]) == pytest.approx(true.std(), rel=0.01)
+    (tmp_path / "scales.safetensors").unlink()
+    assert any("scales.safetensors is missing" in f.says for f in problems(tmp_path))
 
 
 def truncated(folder: Path) -> None:

@@ -28,7 +28,8 @@ from blip3o_lit.config.shape import PairShape
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.flow.objective import FlowObjective
-from blip3o_lit.models.dit import DiT
+from blip3o_lit.models.build import build_network
+from blip3o_lit.plan import inference_autocast
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.translator import Translator
 
@@ -112,9 +113,10 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> Loaded:
         raise UserError(f"{file}: its config is of another version ({reason})") from error
     assert isinstance(config, TrainConfig)
     shape = PairShape.from_dict(facts["shape"])
-    parts: list[nn.Module] = [DiT(config.model, shape), FlowObjective(config.flow)]
+    parts: list[nn.Module] = [build_network(config.model, shape), FlowObjective(config.flow)]
     parts += [Standardizer.like(shape.condition), Standardizer.like(shape.target)]
-    translator = Translator(*parts)  # type: ignore[arg-type]
+    autocast = inference_autocast(config.precision.name, device)
+    translator = Translator(*parts, autocast=autocast)  # type: ignore[arg-type]
     try:
         translator.load_state_dict(state)
     except RuntimeError as error:

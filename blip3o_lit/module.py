@@ -26,7 +26,7 @@ from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.times import training_times
 from blip3o_lit.metrics.cosine import TokenScores
-from blip3o_lit.models.dit import DiT
+from blip3o_lit.models.build import build_network
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.tokens.world import align_checkpoint
 from blip3o_lit.translator import Translator
@@ -84,7 +84,7 @@ class TranslationModule(LightningModule):
         self.tokens = tokens
         self.steps = steps
         torch.manual_seed(config.seed)
-        self.network = DiT(config.model, shape)
+        self.network = build_network(config.model, shape)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.objective = FlowObjective(config.flow)
         self.condition_standardizer = condition_standardizer
@@ -107,6 +107,8 @@ class TranslationModule(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the flow-matching loss of one micro-batch."""
         who = (batch["sample"], batch["epoch"])
+        if self.config.model.dropout > 0:  # Masks are a function of the step, so resuming is exact.
+            torch.manual_seed(hash((self.config.seed, self.global_step, batch_idx)) % 2**63)
         condition = self.condition_standardizer.standardise(batch["condition"])
         x1_BND = self.target_standardizer.standardise(batch["target"])
         seed = self.config.seed

@@ -14,7 +14,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.models.dit import DiT
+from blip3o_lit.models.build import build_network
 
 # Dense peaks of matrix products in FLOP/s (bf16/fp16, fp32 or TF32), from the data sheets.
 GPU_PEAKS = {
@@ -55,6 +55,13 @@ def set_precision(name: str, device: str) -> str:
     # On a CPU "medium" may compute fp32 products in bf16 (measured relative error 2e-3 with AMX).
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     return LIGHTNING_PRECISION[name]
+
+
+def inference_autocast(name: str, device: torch.device | str) -> torch.dtype | None:
+    """Return the format of matrix products at inference: the run's own where the device has it."""
+    if name == "fp16" and torch.device(device).type == "cuda":
+        return torch.float16
+    return None if name in ("fp32", "tf32") else torch.bfloat16
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
@@ -176,5 +183,5 @@ class Plan:
 def count_parameters(model: ModelConfig, shape: PairShape) -> tuple[int, int]:
     """Return parameters and forward FLOPs an image, without allocating the network."""
     with torch.device("meta"):
-        network = DiT(model, shape)
+        network = build_network(model, shape)
     return sum(p.numel() for p in network.parameters()), network.forward_flops()

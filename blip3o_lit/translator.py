@@ -5,6 +5,7 @@ Shape suffixes: B images, M condition tokens, C condition width, N target tokens
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -27,9 +28,20 @@ class Translator(nn.Module):
         objective: FlowObjective,
         condition_standardizer: Standardizer,
         target_standardizer: Standardizer,
+        autocast: torch.dtype | None = None,
     ) -> None:
-        """Join the parts; none is copied."""
+        """Join the parts; none is copied.
+
+        Args:
+            network: The network, usually the averaged one.
+            objective: The flow that it was trained with.
+            condition_standardizer: Scale of the condition tokens.
+            target_standardizer: Scale of the target tokens.
+            autocast: Format of the network's matrix products; None leaves it to the caller. The
+                state of an ODE solver is fp32 either way.
+        """
         super().__init__()
+        self.autocast = autocast
         self.network = network
         self.objective = objective
         self.condition_standardizer = condition_standardizer
@@ -64,10 +76,17 @@ class Translator(nn.Module):
             epoch_B = torch.zeros_like(sample_B)
             stream = Stream.EVALUATION_NOISE
             noise_BND = draws.noise(seed, stream, sample_B, epoch_B, shape, condition.device)
-        result = sample(self.objective, self.network, condition, noise_BND, solver, intermediates)
+        with self._precision(condition.device.type):
+            result = sample(
+                self.objective, self.network, condition, noise_BND, solver, intermediates
+            )
         restore = self.target_standardizer.restore
         return replace(
             result,
             x1_BND=restore(result.x1_BND),
             intermediates=[restore(x_BND) for x_BND in result.intermediates],
         )
+
+    def _precision(self, device: str) -> AbstractContextManager[object]:
+        """Return the autocast context, or one that changes nothing."""
+        return torch.autocast(device, self.autocast) if self.autocast else nullcontext()

@@ -184,7 +184,7 @@ def test_every_number_of_the_evaluation_stands_on_the_page(run: Path) -> None:
         assert all(f"{value:.3f}" in text for value in line)
     for point in report["nfe_curve"]:
         assert significant(point["cosine"]) in text
-    for number in ("0.6130", "0.9170", "0.5510", "0.2223"):
+    for number in ("0.613", "0.917", "0.551", "0.2223"):
         assert number in text
 
 
@@ -194,7 +194,7 @@ def test_numbers_name_what_they_belong_to(run: Path) -> None:
     tiles = [a for a in found.all("article") if a.get("class") == "tile"]
     assert len(tiles) == 5
     assert found.text.count(f"Posterior mean, 1 NFE, {about}") >= len(tiles)
-    assert "64 images of this curve" in found.text
+    assert "Solvers on 64 images; rules" in found.text
     assert "not above noise-free transformer" in found.text
     assert "excellent" in found.text
 
@@ -374,6 +374,20 @@ def test_baselines_far_from_the_curve_become_labels_at_the_edge(run: Path) -> No
     gap = charts.HEIGHT / (high - low)
     assert all((b - a) * gap > 12.9 for a, b in zip(places, places[1:], strict=False))
     assert low <= places[0] <= places[-1] <= high
+
+
+def test_frechet_distances_of_unequal_numbers_of_images_share_no_chart(run: Path) -> None:
+    record = RunRecord.load(run)
+    curve = record.evaluation["nfe_curve"]
+    found = rows(record)
+    drawn = json.dumps(tradeoffs.against_nfe(curve, found, "frechet", "distance"))
+    assert "Ridge" not in drawn
+    assert "Posterior mean" not in drawn
+    assert "which have others, are not drawn here" in read(run).text
+    equal = [{**point, "images": 512} for point in curve]
+    drawn = json.dumps(tradeoffs.against_nfe(equal, found, "frechet", "distance"))
+    assert "Ridge" in drawn
+    assert "Posterior mean" in drawn
 
 
 def test_picture_is_a_png_of_the_main_charts(run: Path, tmp_path: Path, capsys) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from blip3o_lit.report import charts, html
 from blip3o_lit.report.record import RunRecord
-from blip3o_lit.report.scores import significant
 from blip3o_lit.report.section import Section
 
 
@@ -101,7 +100,7 @@ def repeat(record: RunRecord) -> Section:
 def _ends(series: dict[str, list[tuple[float, float]]]) -> str:
     """Return in words where each curve ends."""
     ends = [
-        f"{label} {significant(points[-1][1])} at step {points[-1][0]:,.0f}"
+        f"{label} {points[-1][1]:,.4g} at step {points[-1][0]:,.0f}"
         for label, points in series.items()
     ]
     return escape(f"Ends at: {'; '.join(ends)}.")

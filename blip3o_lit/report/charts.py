@@ -61,7 +61,7 @@ def ladder(found: list[Row]) -> Spec:
             x=alt.X(
                 "low:Q",
                 scale=scale,
-                axis=alt.Axis(tickCount=4, labelOverlap=True, labelSeparation=8),
+                axis=alt.Axis(tickCount=5, labelOverlap=True, labelSeparation=8),
             ).title("cosine, held out"),
             x2="high:Q",
             color=colour,

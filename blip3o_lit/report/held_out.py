@@ -7,6 +7,7 @@ from typing import Any
 
 from blip3o_lit.report import charts, html, tradeoffs
 from blip3o_lit.report.record import RunRecord
+from blip3o_lit.report.retrieval import retrieval
 from blip3o_lit.report.scores import (
     COLUMNS,
     FRECHET,
@@ -135,11 +136,6 @@ def sampling(record: RunRecord, found: list[Row]) -> Section | None:
     """Return cosine and Frechet distance against NFE, and fidelity against realism."""
     curve = [point for point in record.evaluation.get("nfe_curve") or [] if isinstance(point, dict)]
     specs: dict[str, dict[str, Any]] = {}
-    counts = sorted({int(n) for p in curve if (n := finite(p.get("images"))) is not None})
-    images = (
-        f"{counts[0]:,} images of this curve" if len(counts) == 1 else "the images of the curve"
-    )
-    about = f"Solvers on {images}; rules and labels are the rows above: {escape(source(record))}."
     body = ""
     for score, title in (
         ("cosine", "Cosine"),
@@ -148,9 +144,10 @@ def sampling(record: RunRecord, found: list[Row]) -> Section | None:
         spec = tradeoffs.against_nfe(curve, found, score, title)
         if spec is not None:
             specs[f"nfe-{score}"] = spec
+            apart = [row for row in found if not tradeoffs.comparable(curve, row, score)]
             body += html.figure(
                 f"nfe-{score}",
-                about,
+                _about_curve(record, curve, bool(apart)),
                 f"{title} against network evaluations",
                 _curve_table(curve, score),
             )
@@ -171,39 +168,6 @@ def sampling(record: RunRecord, found: list[Row]) -> Section | None:
         f'<div class="grid">{body}</div>',
         "One evaluation at t = 0 estimates the posterior mean; an ODE solve draws a sample.",
         specs,
-    )
-
-
-def retrieval(record: RunRecord) -> Section | None:
-    """Return the retrieval table: a row a query direction and token source, a column a depth."""
-    block = record.evaluation.get("retrieval")
-    if not isinstance(block, dict) or not block:
-        return None
-    lines: dict[str, dict[str, Any]] = {}
-    for name, value in html.flatten(block).items():
-        row, _, column = name.rpartition(".")
-        if row:
-            lines.setdefault(row, {})[column] = value
-    columns = list(dict.fromkeys(column for line in lines.values() for column in line))
-    if not lines:
-        return None
-    order = list(
-        dict.fromkeys(direction for row in lines for direction in [row.rpartition(".")[2]])
-    )
-    lines = dict(sorted(lines.items(), key=lambda item: order.index(item[0].rpartition(".")[2])))
-    about = escape(source(record, headline(rows(record))))
-    read_out = f", read out by {escape(str(block['read_out']))}" if "read_out" in block else ""
-    table = html.plain_table(
-        ["Tokens and direction", *columns],
-        [[_words(row), *(line.get(column) for column in columns)] for row, line in lines.items()],
-        f"Recall, images against captions{read_out}: {about}.",
-        "retrieval-table",
-    )
-    return Section(
-        "retrieval",
-        "Retrieval",
-        table,
-        "Whether generated tokens still find their caption, beside the true tokens.",
     )
 
 
@@ -269,6 +233,18 @@ def _every_score(found: list[Row], about: str) -> str:
     )
 
 
+def _about_curve(record: RunRecord, curve: list[dict[str, Any]], apart: bool) -> str:
+    counts = sorted({int(n) for p in curve if (n := finite(p.get("images"))) is not None})
+    images = f"{counts[0]:,} images" if len(counts) == 1 else "the curve's own images"
+    about = escape(source(record))
+    if apart:
+        return (
+            f"Solvers on {images}, {about.partition(', ')[2]}. The distance depends on the number of "
+            "images, so the rows of the tables, which have others, are not drawn here."
+        )
+    return f"Solvers on {images}; rules, and what the curve itself lacks, on {about}."
+
+
 def _curve_table(curve: list[dict[str, Any]], score: str) -> str:
     lines = [
         [point.get("solver"), point.get("nfe"), point.get(score), point.get("seconds_per_image")]
@@ -309,7 +285,3 @@ def _evaluations(row: Row) -> str:
     if nfe is None:
         return "an unnamed number of network evaluations"
     return "one network evaluation" if nfe == 1 else f"{nfe:.4g} network evaluations"
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ").replace(".", ", ")

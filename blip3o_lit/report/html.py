@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
@@ -24,7 +24,7 @@ def score_table(
     kept = {
         name: heading
         for name, heading in columns.items()
-        if any(name in row.scores for row in found)
+        if any(text(name, row) != MISSING for row in found)
     }
     head = _sort_head("Row", "name of the estimator or baseline", 0, left=True)
     for column, (heading, meaning) in enumerate(kept.values(), start=1):
@@ -51,9 +51,18 @@ def plain_table(
     heads: Sequence[str], lines: Iterable[Sequence[object]], caption: str, identifier: str
 ) -> str:
     """Return a table whose first column names the row; numbers align right."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
+    table = [list(line) for line in lines]
+    words = {0} | {
+        column
+        for column in range(1, len(heads))
+        if any("number" not in _cell(line[column]) for line in table)
+    }
+    head = "".join(
+        f'<th scope="col"{" class=left" if column in words else ""}>{escape(name)}</th>'
+        for column, name in enumerate(heads)
+    )
     body = []
-    for first, *rest in lines:
+    for first, *rest in table:
         cells = "".join(_cell(value) for value in rest)
         body.append(f'<tr><th scope="row">{escape(str(first))}</th>{cells}</tr>')
     return _scroll(
@@ -153,10 +162,10 @@ def _plain(value: object) -> str:
 
 
 def _cell(value: object) -> str:
+    """Return a cell; a number, or its text, aligns right."""
     number = finite(value)
     if number is not None:
-        shown = f"{int(number):,}" if isinstance(value, int) else significant(number)
-        return f'<td class="number">{escape(shown)}</td>'
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return f'<td class="number">{MISSING}</td>'
-    return f"<td>{escape(str(value))}</td>"
+        value = f"{int(number):,}" if isinstance(value, int) else significant(number)
+    shown = MISSING if value is None else str(value)
+    kind = ' class="number"' if re.fullmatch(r"[-+.,e\d]+", shown) or shown == MISSING else ""
+    return f"<td{kind}>{escape(shown)}</td>"

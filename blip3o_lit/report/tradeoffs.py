@@ -27,6 +27,9 @@ LABEL_GAP = 13
 def against_nfe(points: Points, found: list[Row], score: str, title: str) -> Spec | None:
     """Draw a score against the network evaluations of each solver, baselines as dashed rules.
 
+    A score that depends on the number of images (`comparable`) stands beside the rows of the
+    tables only where the curve has as many.
+
     Returns:
         None when no point of the curve has this score.
     """
@@ -34,11 +37,11 @@ def against_nfe(points: Points, found: list[Row], score: str, title: str) -> Spe
     for point in points:
         nfe, value = finite(point.get("nfe")), finite(point.get(score))
         if nfe is not None and value is not None and nfe > 0:
-            curve.append({"solver": str(point.get("solver")), "nfe": nfe, "value": value})
+            solver = estimator(str(point.get("solver")))
+            curve.append({"solver": solver, "nfe": nfe, "value": value})
     if not curve:
         return None
-    for item in curve:
-        item["solver"] = estimator(item["solver"])
+    found = [row for row in found if comparable(points, row, score)]
     if not any(item["solver"] == estimator("mean") for item in curve):
         curve += [
             {"solver": row.label, "nfe": row.number("nfe") or 1, "value": row.number(score)}
@@ -87,6 +90,16 @@ def against_nfe(points: Points, found: list[Row], score: str, title: str) -> Spe
         f"{item['solver']} at {item['nfe']:g}: {significant(item['value'])}" for item in curve
     )
     return specification(chart, f"{title} against network evaluations. {said}.")
+
+
+def comparable(points: Points, row: Row, score: str) -> bool:
+    """Return whether a row may stand beside the curve: Frechet distances need equal images.
+
+    The distance of n images is biased by about 1/n: 64 and 512 images of one model differ by half.
+    """
+    if score != "frechet":
+        return True
+    return all(point.get("images") == row.scores.get("images") for point in points)
 
 
 def plane(found: list[Row]) -> Spec | None:
@@ -142,7 +155,7 @@ def plane(found: list[Row]) -> Spec | None:
         .encode(y=alt.Y("place:Q"), text="name:N"),
         base.mark_text(align="right", dx=-10)
         .transform_filter("(width < 420 ? datum.narrow : datum.side) == 'left'")
-        .encode(y=alt.Y("cosine:Q"), text="name:N"),
+        .encode(y=alt.Y("place:Q"), text="name:N"),
     ).properties(width="container", height=HEIGHT, autosize=FIT)
     said = "; ".join(f"{v['name']} {v['cosine']:.4f}, {significant(v['frechet'])}" for v in values)
     return specification(chart, f"Cosine and Frechet distance of each row: {said}.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from blip3o_lit.inference import Loaded
     from blip3o_lit.tokens.reader import TokenReader
 
+UNITS = {"mlp": "steps", "regression": "steps"}
 COLUMNS = ("cosine", "cosine_centred", "cosine_pooled", "mse", "r2", "norm_ratio", "frechet")
 
 
@@ -30,11 +32,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from blip3o_lit.report.page import write_report
     from blip3o_lit.scoring import Scorer
 
-    loaded = load(config.ckpt, best_device() if config.device == "auto" else config.device)
+    device = best_device() if config.device == "auto" else config.device
+    loaded = load(config.ckpt, device)
     folder = Path(config.out) if config.out else loaded.folder
     held, train = open_readers(loaded, config)
+    rival = load(config.vs, device) if config.vs else None
+    if rival is not None and rival.shape != loaded.shape:
+        raise UserError(f"vs={config.vs} translates other token shapes than ckpt={config.ckpt}")
     with progress() as report:
-        scorer = Scorer(loaded, held, train, config, home() / "baselines", report)
+        scorer = Scorer(loaded, held, train, config, home() / "baselines", report, rival)
         result = scorer.run()
     write_json(folder / "evaluation.json", result)
     page = write_report(folder)
@@ -82,16 +88,22 @@ def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, T
 @contextmanager
 def progress() -> Iterator[Report]:
     """Show a bar for each long part."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from blip3o_lit.progress import Work
 
-    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn()) as bars:
-        tasks: dict[str, Any] = {}
+    started = 0.0
+    with ExitStack() as stack:
+        active: Work | None = None
 
         def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)
+            nonlocal active, started
+            if active is None:
+                started = time.monotonic()
+                active = stack.enter_context(Work(what, total, UNITS.get(what, "images")))
+            active.advance(done - active.done)
+            if done == total:
+                stack.pop_all().close()
+                print(f"{what}: {total} {active.unit} in {time.monotonic() - started:.1f} s")
+                active = None
 
         yield report
 
@@ -120,6 +132,14 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(name, str(scores.get("nfe", "")), *numbers)
     console = Console()
     console.print(table)
+    for name, found in result.get("paired", {}).get("cosine", {}).items():
+        low, high = found["ci95"]
+        console.print(
+            f"{name} against {result['paired']['run']}: {found['difference']:+.5f} "
+            f"({low:+.5f} to {high:+.5f}), p = {found['p_value']:.2g}, "
+            f"better on {100 * found['wins']:.0f} % of images",
+            highlight=False,
+        )
     console.print(f"{result['verdict']}: {result['verdict_note']}", highlight=False, soft_wrap=True)
 
 

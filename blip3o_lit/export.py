@@ -21,14 +21,13 @@ def export(config: ExportConfig) -> Path:
 
     from blip3o_lit.evaluate import write_json
     from blip3o_lit.inference import CONFIG_FILE, WEIGHTS_FILE, load
-    from blip3o_lit.scoring import file_hash
 
     loaded = load(config.ckpt)
     out = Path(config.out)
     if loaded.file.parent.resolve() == out.resolve():
         raise UserError(f"out={out} is the folder of the checkpoint: choose another one")
     out.mkdir(parents=True, exist_ok=True)
-    facts = _shareable(loaded.facts) | {"checkpoint": file_hash(loaded.file)}
+    facts = _shareable(loaded.facts) | {"checkpoint": loaded.hash}
     state = {name: value.contiguous() for name, value in loaded.translator.state_dict().items()}
     temporary = out / f".{WEIGHTS_FILE}.tmp"
     save_file(state, temporary, metadata={"format": "pt"})
@@ -98,11 +97,9 @@ not translated correctly, and nothing warns of it: only shapes are checked.
 
 def _scores(loaded: Loaded) -> str:
     """Return the score table of the evaluation beside the checkpoint, or say that there is none."""
-    from blip3o_lit.scoring import file_hash
-
     file = loaded.folder / "evaluation.json"
     result = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    if result.get("checkpoint") != file_hash(loaded.file):
+    if result.get("checkpoint") != loaded.hash:
         return "Not evaluated: run `python -m blip3o_lit.evaluate` on this folder."
     names = ("cosine", "cosine_centred", "mse", "norm_ratio", "frechet")
     lines = ["| | evaluations | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]

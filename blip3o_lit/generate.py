@@ -75,10 +75,8 @@ def generate(config: GenerateConfig) -> Path:
 
 def _settings(config: GenerateConfig, loaded: Loaded, store: TokenStore) -> dict[str, Any]:
     """Return what the generated tokens are a function of."""
-    from blip3o_lit.scoring import file_hash
-
     return {
-        "checkpoint": file_hash(loaded.file),
+        "checkpoint": loaded.hash,
         "step": loaded.facts["step"],
         "tokens": store.index.hash,
         "solver": asdict(config.solver),

@@ -8,9 +8,11 @@ Shape suffixes: B images, M condition tokens, C condition width, N target tokens
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,12 @@ class Loaded:
     """Plain data of the checkpoint: format, version, config, shape, tokens, step."""
     file: Path
     """The file that the weights came from."""
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of the weight file."""
+        with self.file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
 
     @property
     def folder(self) -> Path:

@@ -1,13 +1,12 @@
 """Score a translator on one split, beside baselines, with the same images and noise for all.
 
 Shape suffixes: B images, M condition tokens, C condition width, N target tokens, D target width,
-P embedding width.
+K samples.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_lit.baseline_cache import Baseline, BaselineFits, FitSettings, Report
+from blip3o_lit.baseline_cache import BaselineFits, FitSettings, Report
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
 from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.image_text import ImageText
 from blip3o_lit.inference import Loaded, solver_from_label
-from blip3o_lit.metrics.cosine import TokenScores
-from blip3o_lit.metrics.frechet import Moments
-from blip3o_lit.metrics.retrieval import caption_ids
-from blip3o_lit.tally import (
-    Estimator,
-    Reference,
-    Tally,
-    exact_estimators,
-    known_problem,
-    read_out,
-)
+from blip3o_lit.metrics.calibration import Calibration
+from blip3o_lit.metrics.paired import compare
+from blip3o_lit.tally import Estimator, Reference, Tally, exact_estimators, known_problem
 from blip3o_lit.tokens.reader import TokenReader
-from blip3o_lit.translator import Translator
+from blip3o_lit.verdict import check_finite, verdict, verdict_note
 
-VERDICTS = ((0.8, "excellent"), (0.6, "good"), (0.3, "works"))
+NOISE_START = 0.02
+"""Where a noise output's ODE starts unless the run says otherwise: it has no velocity at 0."""
+WORST_SHARE, WORST_MOST = 0.01, 20
+OWN = "generated"
 
 
 class Scorer:
@@ -47,6 +42,7 @@ class Scorer:
         config: The evaluate command's settings.
         folder: Where fitted baselines are kept.
         report: Told of the progress.
+        rival: Another translator of the same tokens, to be compared with image by image.
     """
 
     def __init__(
@@ -57,8 +53,10 @@ class Scorer:
         config: EvaluateConfig,
         folder: Path,
         report: Report,
+        rival: Loaded | None = None,
     ) -> None:
         self.loaded, self.held, self.config, self.report = loaded, held, config, report
+        self.rival = rival
         self.translator = loaded.translator
         self.shape = loaded.shape.target
         self.device = next(self.translator.network.parameters()).device
@@ -69,19 +67,10 @@ class Scorer:
             )
         self.fits = None
         if train is not None:
-            run = loaded.config
-            steps = loaded.facts["step"] or run.trainer.max_steps
-            settings = FitSettings(
-                model=run.model,
-                steps=min(steps, config.baseline_steps),
-                batch_size=run.batch_size,
-                lr=run.optimizer.lr,
-                bf16=run.precision.name in ("bf16", "bf16_true"),
-                images=config.baseline_images,
-            )
+            settings = fit_settings(loaded, config)
             self.fits = BaselineFits(train, self.translator, settings, folder, report)
         self.mean_ND = self._mean_token()
-        self.read_out_name, self.read_out = read_out(held, self.device)
+        self.image_text = ImageText(held, train, self.device)
 
     def _mean_token(self) -> Tensor:
         """Return the raw mean token a position: of the training split, else of the token scales."""
@@ -97,70 +86,80 @@ class Scorer:
             UserError: If an estimator leaves the finite numbers.
         """
         config = self.config
-        solvers = [SolverConfig(), *map(solver_from_label, config.solvers)]
-        if not self.loaded.config.flow.has_mean:
-            solvers = solvers[1:]
-        if not solvers:
-            raise UserError("this flow has no posterior mean at t = 0: name a solver in solvers=[]")
-        estimators = {solver.label: self._tally(self._generate(solver)) for solver in solvers}
+        estimators = self._estimators(self.loaded)
+        headline = next(iter(estimators))
         baselines = {name: self._tally(self._baseline(name)) for name in self.names}
-        images = min(config.images or len(self.held), len(self.held))
         problem = known_problem(self.held)
         optima = {name: self._tally(law) for name, law in exact_estimators(problem).items()}
+        rivals = self._estimators(self.rival) if self.rival else {}
+        images = min(config.images or len(self.held), len(self.held))
         tallies = {**estimators, **baselines}
         tallies |= {f"optimum {name}": tally for name, tally in optima.items()}
-        reference = self._pass(tallies, images, "scoring", retrieval=True)
-        headline = next(iter(estimators))
-        report = {
+        tallies |= {f"vs {name}": tally for name, tally in rivals.items()}
+        sources = {headline: OWN, **{name: name for name in baselines if name != "mean_token"}}
+        reference = self._pass(tallies, images, "scoring", sources)
+        report: dict[str, Any] = {
             "split": self.held.split,
             "images": images,
             "mode": self.held.mode.name,
             "projected": self.held.mode.projected,
             "tokens": self.held.store.index.hash,
-            "checkpoint": file_hash(self.loaded.file),
+            "checkpoint": self.loaded.hash,
             "step": self.loaded.facts["step"],
             "seed": config.seed,
             "headline": headline,
             "estimators": {
-                name: {"nfe": tally.nfe, **tally.result(reference.true)}
+                name: {"nfe": tally.nfe, **tally.result(reference)}
                 for name, tally in estimators.items()
             },
-            "baselines": {name: tally.result(reference.true) for name, tally in baselines.items()},
+            "baselines": {name: tally.result(reference) for name, tally in baselines.items()},
             "frechet_floor": reference.floor(),
-            "retrieval": self._retrieval(estimators[headline], baselines, reference),
+            "retrieval": self.image_text.retrieval(),
+            "zero_shot": self.image_text.zero_shot(),
+            "worst": self._worst(estimators[headline]),
             "nfe_curve": self._curve(),
+            "samples": self._samples(),
         }
         groups = [report["estimators"], report["baselines"]]
         if problem is not None:
             expected = float(problem.covariance_DD.trace()) / self.shape.width
             report["optimum"] = {
-                name: {**tally.result(reference.true), "expected_mse": (1 + number) * expected}
+                name: {**tally.result(reference), "expected_mse": (1 + number) * expected}
                 for number, (name, tally) in enumerate(optima.items())
             }
             groups.append(report["optimum"])
-        blocks = [block for group in groups for block in group.values()]
+        if self.rival:
+            report["paired"] = self._paired(estimators, rivals)
         report["position_cosine"] = report["estimators"][headline]["position_cosine"]
-        for block in blocks:
+        for block in (block for group in groups for block in group.values()):
             del block["position_cosine"]
             block["split"] = self.held.split
-        cosine = report["estimators"][headline]["cosine"]
-        report["verdict"] = verdict(cosine)
+        report["verdict"] = verdict(report["estimators"][headline]["cosine"])
         report["verdict_note"] = verdict_note(report)
         check_finite(report, "")
         return report
 
-    def _tally(self, predict: Estimator) -> Tally:
-        scores = TokenScores(self.mean_ND, self.shape).to(self.device)
-        return Tally(predict, scores, Moments(self.shape.width).to(self.device))
+    def _estimators(self, loaded: Loaded) -> dict[str, Tally]:
+        """Return a tally for the posterior mean, where there is one, and for each solver."""
+        solvers = [SolverConfig(), *map(solver_from_label, self.config.solvers)]
+        if not loaded.config.flow.has_mean:
+            solvers = solvers[1:]
+        if not solvers:
+            raise UserError("this flow has no posterior mean at t = 0: name a solver in solvers=[]")
+        return {solver.label: self._tally(self._generate(loaded, solver)) for solver in solvers}
 
-    def _generate(self, solver: SolverConfig) -> Estimator:
-        """Return the translator as an estimator."""
-        flow = self.loaded.config.flow
-        if solver.name != "mean" and flow.prediction == "noise":
-            solver.start = max(solver.start, self.loaded.config.solver.start or 0.02)
+    def _tally(self, predict: Estimator, breadth: bool = True) -> Tally:
+        return Tally(predict, self.mean_ND, self.shape, self.device, breadth)
+
+    def _generate(self, loaded: Loaded, solver: SolverConfig, draw: int = 0) -> Estimator:
+        """Return a translator as an estimator; another `draw` has other noise."""
+        run = loaded.config
+        if solver.name != "mean" and run.flow.prediction == "noise":
+            solver = replace(solver, start=run.solver.start or NOISE_START)
+        seed = self.config.seed + draw
 
         def generate(condition_BMC: Tensor, sample_B: Tensor) -> tuple[Tensor, int]:
-            made = self.translator.generate(condition_BMC, sample_B, self.config.seed, solver)
+            made = loaded.translator.generate(condition_BMC, sample_B, seed, solver)
             return made.x1_BND, made.nfe
 
         return generate
@@ -168,51 +167,66 @@ class Scorer:
     def _baseline(self, name: str) -> Estimator:
         """Return a fitted baseline as an estimator."""
         assert self.fits is not None
-        baseline: Baseline = self.fits.get(name)
-        translator: Translator = self.translator
+        baseline = self.fits.get(name)
+        condition_scale = self.translator.condition_standardizer
+        target_scale = self.translator.target_standardizer
 
         def predict(condition_BMC: Tensor, sample_B: Tensor) -> tuple[Tensor, int]:
-            condition_BMC = translator.condition_standardizer.standardise(condition_BMC)
-            return translator.target_standardizer.restore(baseline.predict(condition_BMC)), 0
+            made_BND = baseline.predict(condition_scale.standardise(condition_BMC))
+            return target_scale.restore(made_BND), 0
 
         return predict
 
+    def _read(self, ids: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Return condition and target on the device, and the sample ids on the CPU."""
+        batch = self.held.read(ids)
+        condition, target = batch["condition"].to(self.device), batch["target"].to(self.device)
+        return condition, target, torch.from_numpy(ids)
+
+    def _batches(self, images: int, what: str) -> list[np.ndarray]:
+        """Return the ids of the first `images` images in batches."""
+        size = self.config.batch_size
+        self.report(what, 0, images)
+        return [np.arange(start, min(start + size, images)) for start in range(0, images, size)]
+
     def _pass(
-        self, tallies: dict[str, Tally], images: int, what: str, retrieval: bool = False
+        self,
+        tallies: dict[str, Tally],
+        images: int,
+        what: str,
+        sources: dict[str, str] | None = None,
     ) -> Reference:
-        """Feed the first `images` images to every tally."""
-        true = Reference(self.shape.width, self.device)
-        for start in range(0, images, self.config.batch_size):
-            ids = np.arange(start, min(start + self.config.batch_size, images))
-            batch = self.held.read(ids)
-            condition, true_BND = (
-                batch["condition"].to(self.device),
-                batch["target"].to(self.device),
-            )
-            sample_B = torch.from_numpy(ids)
-            if start == 0:  # the first call pays for caches and kernels: keep it out of the times
+        """Feed the first images to every tally; `sources` names those whose meaning is tested."""
+        reference = Reference(self.shape, self.device)
+        for ids in self._batches(images, what):
+            condition, true_BND, sample_B = self._read(ids)
+            if ids[0] == 0:  # the first call pays for caches and kernels: keep it out of the times
                 next(iter(tallies.values())).predict(condition[:1], sample_B[:1])
-            true.add(true_BND[:, int(self.shape.cls) :].double().mean(1), sample_B)
-            text_BP = self.held.text(ids) if retrieval and self.read_out else None
+            reference.add(true_BND, sample_B)
             made = {
                 name: tally.add(condition, true_BND, sample_B) for name, tally in tallies.items()
             }
-            if text_BP is not None and self.read_out:
-                captions = caption_ids(self.held.captions(ids))
-                for name, tokens in made.items():
-                    tallies[name].retrieval.update(self.read_out(tokens).cpu(), text_BP, captions)
-                embedding_BP = self.read_out(true_BND).cpu()
-                true.retrieval.update(embedding_BP, text_BP, captions)
-                true.chance.update(torch.zeros_like(embedding_BP), text_BP, captions)
-                constant = self.mean_ND.expand(len(ids), -1, -1)
-                true.mean_token.update(self.read_out(constant).cpu(), text_BP, captions)
+            for name, tokens_BND in made.items():
+                if not torch.isfinite(tokens_BND).all():
+                    raise UserError(
+                        f"{name} generates tokens that are not finite: use an earlier checkpoint, "
+                        "or train with a lower optimizer.lr"
+                    )
+            if sources is not None:
+                tokens = {source: made[name] for name, source in sources.items()}
+                tokens["true"] = true_BND
+                tokens["mean_token"] = self.mean_ND.expand(len(ids), -1, -1)
+                self.image_text.add(tokens, ids)
             self.report(what, int(ids[-1]) + 1, images)
-        return true
+        return reference
 
     def _curve(self) -> list[dict[str, Any]]:
         """Return the scores at each point of the curve over network evaluations."""
         solvers = [solver_from_label(label) for label in self.config.curve]
-        tallies = {solver.label: self._tally(self._generate(solver)) for solver in solvers}
+        tallies = {
+            solver.label: self._tally(self._generate(self.loaded, solver), breadth=False)
+            for solver in solvers
+        }
         if not tallies:
             return []
         images = min(self.config.curve_images, len(self.held))
@@ -220,59 +234,66 @@ class Scorer:
         keep = ("cosine", "cosine_centred", "mse", "frechet", "norm_ratio", "seconds_per_image")
         points = []
         for solver, tally in zip(solvers, tallies.values()):
-            scores = tally.result(reference.true)
+            scores = tally.result(reference)
             point = {name: scores[name] for name in keep if name in scores}
             points.append({"solver": solver.name, "nfe": tally.nfe, "images": images, **point})
         return points
 
-    def _retrieval(
-        self, headline: Tally, baselines: dict[str, Tally], reference: Reference
-    ) -> dict[str, Any]:
-        """Return recall from generated tokens beside true tokens, mean token and chance."""
-        if not self.read_out:
+    def _samples(self) -> dict[str, Any]:
+        """Return diversity and calibration of several samples a condition, by the first solver."""
+        count, config = self.config.samples, self.config
+        if count < 2 or not config.solvers or not self.loaded.config.flow.has_mean:
             return {}
-        rows = {"generated": headline.retrieval, "true": reference.retrieval}
-        rows |= {f"baseline_{name}": tally.retrieval for name, tally in baselines.items()}
-        rows.pop("baseline_mean_token", None)
-        rows |= {"mean_token": reference.mean_token, "chance": reference.chance}
-        table: dict[str, Any] = {name: metric.compute() for name, metric in rows.items()}
-        return {"read_out": self.read_out_name, **table}
+        solver = solver_from_label(config.solvers[0])
+        images = min(config.sample_images, len(self.held))
+        draws = [self._generate(self.loaded, solver, draw) for draw in range(count)]
+        mean = self._generate(self.loaded, SolverConfig())
+        metric = Calibration(count).to(self.device)
+        for ids in self._batches(images, "samples"):
+            condition, true_BND, sample_B = self._read(ids)
+            drawn_KBND = torch.stack([draw(condition, sample_B)[0] for draw in draws])
+            metric.update(drawn_KBND, mean(condition, sample_B)[0], true_BND)
+            self.report("samples", int(ids[-1]) + 1, images)
+        return {"solver": solver.label, "images": images, **metric.compute()}
+
+    def _worst(self, headline: Tally) -> list[dict[str, Any]]:
+        """Return the 1 % of images with the lowest cosine, worst first."""
+        values = headline.image_cosine()
+        count = min(WORST_MOST, max(1, round(WORST_SHARE * len(values))))
+        ids = np.argsort(values, kind="stable")[:count]
+        rows = zip(self.held.keys(ids), self.held.metadata(ids), values[ids].tolist())
+        return [
+            {
+                "key": key,
+                "cosine": value,
+                "caption": str(item.get("caption", "")),
+                "source": str(item.get("source", "")),
+            }
+            for key, item, value in rows
+        ]
+
+    def _paired(self, estimators: dict[str, Tally], rivals: dict[str, Tally]) -> dict[str, Any]:
+        """Return the paired comparison of every estimator that both translators have."""
+        assert self.rival is not None
+        return {
+            "checkpoint": self.rival.hash,
+            "run": self.rival.folder.name,
+            "cosine": {
+                name: compare(tally.image_cosine(), rivals[name].image_cosine())
+                for name, tally in estimators.items()
+                if name in rivals
+            },
+        }
 
 
-def verdict(cosine: float) -> str:
-    """Return the seeds' word for a cosine; read it beside the baselines."""
-    return next((word for least, word in VERDICTS if cosine >= least), "failing")
-
-
-def verdict_note(report: dict[str, Any]) -> str:
-    """Return one line that puts the headline cosine beside every baseline's."""
-    cosine = report["estimators"][report["headline"]]["cosine"]
-    where = f"cosine {cosine:.4f} on {report['images']} {report['split']} images"
-    others = {name: scores["cosine"] for name, scores in report["baselines"].items()}
-    if not others:
-        return f"{where}; no baseline was fitted, so the number says little"
-    listed = ", ".join(f"{name} {value:.4f}" for name, value in others.items())
-    name, best = max(others.items(), key=lambda item: item[1])
-    place = "above every baseline" if cosine > best else f"not above {name}"
-    return f"{where}, {place} ({listed})"
-
-
-def check_finite(value: Any, place: str) -> None:
-    """Raise if a number in nested dicts and lists is NaN or infinite; `place` says where."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            check_finite(item, f"{place}.{key}" if place else str(key))
-    elif isinstance(value, list):
-        for item in value:
-            check_finite(item, place)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise UserError(
-            f"{place} is {value}: the checkpoint generates tokens that are not finite: use an "
-            "earlier checkpoint, or train with a lower optimizer.lr"
-        )
-
-
-def file_hash(file: Path) -> str:
-    """Return the sha256 of a file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def fit_settings(loaded: Loaded, config: EvaluateConfig) -> FitSettings:
+    """Return how trained baselines are fitted: as the run was, for at most `baseline_steps`."""
+    run = loaded.config
+    return FitSettings(
+        model=run.model,
+        steps=min(loaded.facts["step"] or run.trainer.max_steps, config.baseline_steps),
+        batch_size=run.batch_size,
+        lr=run.optimizer.lr,
+        bf16=run.precision.name in ("bf16", "bf16_true"),
+        images=config.baseline_images,
+    )

@@ -1,46 +1,56 @@
-"""What is counted while estimators run: scores, moments, recall and seconds of each.
+"""What is counted while estimators run: scores, moments, geometry and seconds of each.
 
-Shape suffixes: B images, M condition tokens, C condition width, N target tokens, D target width,
-P embedding width.
+Shape suffixes: B images, M condition tokens, C condition width, N target tokens, D target width.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_lit.config.shape import TokenShape
+from blip3o_lit.metrics.breadth import Breadth
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.metrics.frechet import Moments, frechet_distance
-from blip3o_lit.metrics.retrieval import Retrieval
 from blip3o_lit.tokens.linear_gaussian import PROBLEM, Problem
 from blip3o_lit.tokens.reader import TokenReader
 
 Estimator = Callable[[Tensor, Tensor], tuple[Tensor, int]]
 """(raw condition [B, M, C], sample ids [B]) -> (raw target tokens [B, N, D], evaluations)."""
-ReadOut = Callable[[Tensor], Tensor]
-"""Raw target tokens [B, N, D] -> image embeddings [B, P]."""
-
 
 _HALVES = 2
 
 
-@dataclass
 class Tally:
-    """Running scores of one estimator or baseline."""
+    """Running scores of one estimator or baseline.
 
-    predict: Estimator
-    scores: TokenScores
-    moments: Moments
-    retrieval: Retrieval = field(default_factory=Retrieval)
-    nfe: int = 0
-    seconds: float = 0.0
-    images: int = 0
+    Args:
+        predict: The estimator.
+        mean_ND: Mean training token of each position.
+        shape: Shape of the target tokens.
+        device: Where tokens are.
+        breadth: Whether geometry, token realism and outlier tokens are scored too.
+    """
+
+    def __init__(
+        self,
+        predict: Estimator,
+        mean_ND: Tensor,
+        shape: TokenShape,
+        device: torch.device,
+        breadth: bool = True,
+    ) -> None:
+        self.predict = predict
+        self.scores = TokenScores(mean_ND, shape).to(device)
+        self.moments = Moments(shape.width).to(device)
+        self.breadth = Breadth(shape, device) if breadth else None
+        self.nfe, self.seconds, self.images = 0, 0.0, 0
 
     def add(self, condition: Tensor, true_BND: Tensor, sample_B: Tensor) -> Tensor:
         """Predict a batch, time it, score it; returns the prediction `[B, N, D]`."""
@@ -52,66 +62,55 @@ class Tally:
         self.images += len(sample_B)
         self.scores.update(made_BND, true_BND)
         self.moments.update(made_BND[:, int(self.scores.shape.cls) :].double().mean(1))
+        if self.breadth is not None:
+            self.breadth.update(made_BND, true_BND)
         return made_BND
 
-    def result(self, true: Moments) -> dict[str, Any]:
+    def image_cosine(self) -> np.ndarray:
+        """Return the cosine of each image so far, in the order they were added."""
+        return torch.cat(self.scores.image_cosine).cpu().numpy()
+
+    def result(self, reference: Reference) -> dict[str, Any]:
         """Return the scores with Frechet distance to the true tokens, and the speed."""
         scores = self.scores.compute()
         if self.images >= _HALVES:
-            scores["frechet"] = frechet_distance(self.moments.compute(), true.compute())
+            scores["frechet"] = frechet_distance(self.moments.compute(), reference.images.compute())
+        if self.breadth is not None:
+            scores |= self.breadth.compute(reference.tokens)
         scores["seconds_per_image"] = self.seconds / self.images
         return scores
 
 
 class Reference:
-    """What the true tokens of one pass give: moments, those of two halves, and recall."""
+    """Moments of the true patch tokens, singly and averaged over an image, and of two halves."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.true, *self.halves = (Moments(width).to(device) for _ in range(1 + _HALVES))
-        self.retrieval, self.mean_token, self.chance = Retrieval(), Retrieval(), Retrieval()
+    def __init__(self, shape: TokenShape, device: torch.device) -> None:
+        self.first, self.device = int(shape.cls), device
+        kinds = [Moments(shape.width).to(device) for _ in range(2 * (1 + _HALVES))]
+        self.images, self.tokens = kinds[:2]
+        self.halves = [(kinds[2], kinds[3]), (kinds[4], kinds[5])]
 
-    def add(self, pooled_BD: Tensor, sample_B: Tensor) -> None:
-        """Add the mean patch tokens of a batch; halves go by sample id."""
-        self.true.update(pooled_BD)
-        for half, moments in enumerate(self.halves):
-            moments.update(pooled_BD[(sample_B % _HALVES == half).to(pooled_BD.device)])
+    def add(self, true_BND: Tensor, sample_B: Tensor) -> None:
+        """Add a batch; halves go by sample id."""
+        patches = true_BND[:, self.first :].double()
+        whole = torch.ones(len(patches), dtype=torch.bool, device=patches.device)
+        chosen = [((self.images, self.tokens), whole)]
+        for half, pair in enumerate(self.halves):
+            chosen.append((pair, (sample_B % _HALVES == half).to(patches.device)))
+        for (images, tokens), rows_B in chosen:
+            images.update(patches[rows_B].mean(1))
+            tokens.update(patches[rows_B].flatten(0, 1))
 
     def floor(self) -> dict[str, Any]:
-        """Return the Frechet distance between two halves of the true images."""
-        images = int(self.halves[1].count)
+        """Return the Frechet distances between two halves of the true images."""
+        images = int(self.halves[1][0].count)
         if images < _HALVES:
             return {}
-        first, second = (half.compute() for half in self.halves)
-        return {
-            "frechet": frechet_distance(first, second),
-            "images_a_half": images,
-            "of": "mean patch token of an image",
+        pairs = zip(("frechet", "frechet_token"), zip(*self.halves))
+        distances = {
+            name: frechet_distance(*(half.compute() for half in both)) for name, both in pairs
         }
-
-
-def read_out(reader: TokenReader, device: torch.device) -> tuple[str, ReadOut | None]:
-    """Return how target tokens become an image embedding, by name and as a function.
-
-    CLS through the tower's head where the view has it, else the mean of the projected patches,
-    which is not what the tower was trained for. None where the store has no caption embeddings of
-    the target's tower, or no head.
-    """
-    index = reader.store.index
-    texts = [spec for spec in index.arrays.values() if spec.kind == "text"]
-    target = index.arrays[reader.target]
-    if not texts or texts[0].tower != target.tower:
-        return "none", None
-    cls = reader.shape.target.cls
-    name = "cls" if cls else "patch_mean"
-    if reader.mode.projected:
-        return name, lambda tokens_BND: tokens_BND[:, 0] if cls else tokens_BND.mean(1)
-    if not (Path(reader.store.path) / "heads.safetensors").is_file():
-        return "none", None
-    head = reader.store.head(reader.target).to(device)
-    return (
-        name,
-        lambda tokens_BND: head(tokens_BND[:, :1])[:, 0] if cls else head(tokens_BND).mean(1),
-    )
+        return {**distances, "images_a_half": images}
 
 
 def known_problem(reader: TokenReader) -> Problem | None:

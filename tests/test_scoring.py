@@ -14,8 +14,9 @@ from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.evaluate import open_readers
 from blip3o_lit.inference import load
-from blip3o_lit.scoring import Scorer, check_finite, verdict, verdict_note
+from blip3o_lit.scoring import Scorer
 from blip3o_lit.tokens.shards import ArraySpec, TokenWriter
+from blip3o_lit.verdict import check_finite, verdict, verdict_note
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,56 @@ def test_contract_keys(result):
     assert result["frechet_floor"]["images_a_half"] == 24
 
 
+def test_exact_estimators_have_the_true_geometry_and_realism(result):
+    best, floor = result["optimum"], result["frechet_floor"]
+    # A sample is as far from the truth as two halves are; the mean lacks the unexplained part.
+    assert best["sample"]["frechet_token"] < 3 * floor["frechet_token"]
+    assert best["mean"]["frechet_token"] > 5 * best["sample"]["frechet_token"]
+    assert best["mean"]["cka_token"] > best["sample"]["cka_token"] > 0.3
+    assert abs(result["baselines"]["mean_token"]["cka_token"] or 0) < 0.1
+    shares = [row["share"] for row in best["mean"]["cosine_by_norm"]]
+    assert sum(shares) == pytest.approx(1)
+
+
+def test_worst_images_are_the_lowest_first(result):
+    worst = result["worst"]
+    assert len(worst) == 1
+    assert worst[0]["cosine"] == pytest.approx(result["estimators"]["mean"]["min"])
+
+
+def test_samples_have_noise_of_their_own(result):
+    samples = result["samples"]
+    assert (samples["solver"], samples["samples"], samples["images"]) == ("euler-1", 4, 16)
+    # One Euler step is the network at t = 0, and an untrained one still answers to the noise.
+    assert samples["pairwise_cosine"] < 0.9
+    assert samples["mse_ratio"] == pytest.approx(1, abs=0.2)
+
+
+def test_a_checkpoint_is_as_good_as_itself_and_tokens_of_another_seed_are_not_it(run, home):
+    config = EvaluateConfig(ckpt=str(run), device="cpu", baselines="none", solvers=[], curve=[])
+    loaded = load(run)
+    readers = open_readers(loaded, config)
+    rival = load(run)
+    same = Scorer(loaded, *readers, config, home / "fits", lambda *_: None, rival).run()
+    assert same["paired"]["cosine"]["mean"]["difference"] == 0
+    assert same["paired"]["cosine"]["mean"]["p_value"] == 1
+    with torch.no_grad():
+        for weight in rival.translator.network.parameters():
+            weight.zero_()  # the mean token: better than random weights
+    other = Scorer(loaded, *readers, config, home / "fits", lambda *_: None, rival).run()
+    assert other["paired"]["cosine"]["mean"]["difference"] < 0
+    assert other["paired"]["cosine"]["mean"]["p_value"] < 0.01
+
+
+def test_weights_that_are_not_finite_name_their_estimator(run, home):
+    config = EvaluateConfig(ckpt=str(run), device="cpu", baselines="none", solvers=[], curve=[])
+    loaded = load(run)
+    next(loaded.translator.network.parameters()).fill_(float("nan"))
+    readers = open_readers(loaded, config)
+    with pytest.raises(UserError, match="mean generates tokens that are not finite"):
+        Scorer(loaded, *readers, config, home / "fits", lambda *_: None).run()
+
+
 def test_fits_are_found_again_and_differ_by_settings(run, home, result):
     few = {"solvers": [], "curve": [], "images": 8}
     again, told = scored(run, home / "fits", baselines="all", **few)
@@ -126,31 +177,37 @@ def test_unknown_split_and_other_tokens_are_refused(run, home, tmp_path):
 
 
 def token_store(folder: Path, grid: int = 4, splits: tuple[str, ...] = ("test",)) -> Path:
-    """CLS and patches whose head gives each image its own caption's embedding."""
+    """CLS and patches; a caption's embedding is its image's, and patches tell of CLS linearly."""
     tokens = grid * grid + 1
     eva = ArraySpec("tokens", "float16", (tokens, 6), True, (grid, grid), "eva")
     clip = ArraySpec("tokens", "float16", (tokens, 4), True, (grid, grid), "tower")
     text = ArraySpec("text", "float16", (4,), tower="tower")
     draws = np.random.default_rng(0)
-    projection = draws.normal(size=(4, 4))
-    with TokenWriter(folder, {"eva": eva, "clip": clip, "text": text}, 8) as writer:
+    projection, hidden = draws.normal(size=(2, 4, 4))
+    with TokenWriter(folder, {"eva": eva, "clip": clip, "text": text}, 32) as writer:
         for split in splits:
-            for number in range(16):
-                values = draws.normal(size=(tokens, 4))
+            for number in range(64 if split == "train" else 16):
+                values = 0.02 * draws.normal(size=(tokens, 4))
+                values += draws.normal(size=4)
+                values[1:] = values[1:] @ hidden
                 embedding = values[0] @ projection
                 arrays = {"eva": draws.normal(size=(tokens, 6)), "clip": values}
                 arrays["text"] = embedding / np.linalg.norm(embedding)
-                writer.add(split, f"{number:04d}", arrays, caption=f"number {number}")
+                label = "" if number == 3 else "left" if embedding[0] < 0 else "right"
+                writer.add(split, f"{number:04d}", arrays, f"{split} {number}", label=label)
     save_file({"clip.projection": torch.tensor(projection).float()}, folder / "heads.safetensors")
     return folder
 
 
-def test_retrieval_of_true_tokens_and_of_constants(home, tmp_path):
-    store = token_store(tmp_path / "store", splits=("train", "validation"))
-    config = small_config()
-    config = replace(config, mode=ModeConfig("cls_patch"))
+def token_run(folder: Path, mode: str) -> Path:
+    store = token_store(folder / "store", splits=("train", "validation"))
+    config = replace(small_config(), mode=ModeConfig(mode))
     config = replace(config, data=replace(config.data, name="tokens", tokens=str(store)))
-    run = make_run(tmp_path / "run", store, config)
+    return make_run(folder / "run", store, config)
+
+
+def test_recall_and_labels_of_true_tokens_and_of_constants(home, tmp_path):
+    run = token_run(tmp_path, "cls_patch")
     report = scored(run, home / "fits", solvers=[], curve=[])[0]
     recalls = report["retrieval"]
     assert recalls["read_out"] == "cls"
@@ -160,6 +217,20 @@ def test_retrieval_of_true_tokens_and_of_constants(home, tmp_path):
     assert recalls["mean_token"]["text_to_image"]["R@5"] == pytest.approx(5 / 16)
     assert recalls["generated"]["image_to_text"]["R@1"] < 0.5
     assert report["estimators"]["mean"]["cosine_cls"] is not None
+    labels = report["zero_shot"]
+    assert (labels["classes"], labels["images"], labels["chance"]) == (2, 15, 0.5)
+    assert labels["tower"]["true"]["top1"] > 0.85
+    assert labels["tower"]["true"]["agreement"] == 1
+    assert labels["tower"]["generated"]["agreement"] < 0.95
+
+
+def test_read_out_fitted_on_true_patches_finds_captions_where_the_tower_cannot(home, tmp_path):
+    run = token_run(tmp_path, "patch_only")
+    recalls = scored(run, home / "fits", solvers=[], curve=[])[0]["retrieval"]
+    assert recalls["read_out"] == "patch_mean"
+    assert recalls["true"]["image_to_text"]["R@1"] < 0.6
+    assert recalls["fitted"]["true"]["image_to_text"]["R@1"] > 0.9
+    assert recalls["fitted"]["mean_token"]["text_to_image"]["R@1"] == pytest.approx(1 / 16)
 
 
 def test_without_a_train_split_only_baselines_none_works(run, home, tmp_path):

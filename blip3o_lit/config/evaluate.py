@@ -27,6 +27,8 @@ class EvaluateConfig:
 
     ckpt: str = ""
     """A checkpoint file, a run directory, an exported folder or a hub id."""
+    vs: str | None = None
+    """Another checkpoint of the same tokens, compared image by image."""
     data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
     """Token store."""
     split: str = "validation"
@@ -52,6 +54,10 @@ class EvaluateConfig:
     """Points of the curve over network evaluations, as solver-steps; [] leaves it out."""
     curve_images: int = 64
     """Images of that curve."""
+    samples: int = 4
+    """Samples a condition, by the first of `solvers`, for diversity and calibration; 0: none."""
+    sample_images: int = 16
+    """Images of that."""
     images: int | None = None
     """Images to score; null: the whole split."""
     batch_size: int = 32
@@ -66,5 +72,7 @@ class EvaluateConfig:
         if not self.ckpt:
             raise UserError("ckpt=PATH is missing: name a checkpoint or a run directory")
         one_of("baselines", self.baselines, BASELINE_SETS)
-        for key in ("baseline_steps", "baseline_images", "curve_images", "images", "batch_size"):
+        for key in ("baseline_steps", "baseline_images", "curve_images", "sample_images"):
             positive(key, getattr(self, key))
+        positive("images", self.images)
+        positive("batch_size", self.batch_size)

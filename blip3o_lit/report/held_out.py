@@ -234,15 +234,15 @@ def _every_score(found: list[Row], about: str) -> str:
 
 
 def _about_curve(record: RunRecord, curve: list[dict[str, Any]], apart: bool) -> str:
-    counts = sorted({int(n) for p in curve if (n := finite(p.get("images"))) is not None})
-    images = f"{counts[0]:,} images" if len(counts) == 1 else "the curve's own images"
-    about = escape(source(record))
+    counts = {n for point in curve if (n := finite(point.get("images"))) is not None}
+    images = counts.pop() if len(counts) == 1 else None
     if apart:
         return (
-            f"Solvers on {images}, {about.partition(', ')[2]}. The distance depends on the number of "
-            "images, so the rows of the tables, which have others, are not drawn here."
+            f"Solvers on {escape(source(record, images=images))}. The distance depends on the "
+            "number of images, so the rows of the tables, which have others, are not drawn here."
         )
-    return f"Solvers on {images}; rules, and what the curve itself lacks, on {about}."
+    own = f"{images:,.0f} images" if images else "the curve's own images"
+    return f"Solvers on {own}; rules, and what the curve lacks, on {escape(source(record))}."
 
 
 def _curve_table(curve: list[dict[str, Any]], score: str) -> str:

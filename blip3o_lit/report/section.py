@@ -31,14 +31,20 @@ class Section:
         )
 
 
-def source(record: RunRecord, row: Row | None = None) -> str:
-    """Return what a number belongs to: estimator, images, split, mode, checkpoint, tokens."""
+def source(record: RunRecord, row: Row | None = None, images: float | None = None) -> str:
+    """Return what a number belongs to: estimator, images, split, mode, checkpoint, tokens.
+
+    Args:
+        record: The run.
+        row: The estimator that made the number, where it is one.
+        images: How many images, where not those of the whole evaluation.
+    """
     about = record.evaluation
     parts: list[str] = []
     if row is not None:
         nfe = row.number("nfe")
         parts.append(row.label + (f", {nfe:.4g} NFE" if nfe is not None else ""))
-    images = finite(about.get("images"))
+    images = images or finite(about.get("images"))
     if images is not None:
         parts.append(f"{images:,.0f} images of {about.get('split', 'an unnamed split')}")
     for name in ("mode", "checkpoint", "tokens"):

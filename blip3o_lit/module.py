@@ -87,9 +87,12 @@ class TranslationModule(LightningModule):
         self.network = build_network(config.model, shape)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.objective = FlowObjective(config.flow)
-        self.condition_standardizer = condition_standardizer
+        raw = config.data.scale == "raw"
+        self.condition_standardizer = (
+            Standardizer.like(shape.condition) if raw else condition_standardizer
+        )
         mean_NC = target_standardizer.mean_NC
-        keep_scale = config.flow.standardised_target
+        keep_scale = config.flow.standardised_target and not raw
         self.target_standardizer = (
             target_standardizer if keep_scale else Standardizer.like(shape.target)
         )

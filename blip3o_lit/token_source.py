@@ -20,6 +20,10 @@ def token_store(data: DataConfig) -> str:
         from blip3o_lit.tokens.linear_gaussian import linear_gaussian_store
 
         return str(linear_gaussian_store(data.linear_gaussian))
+    if data.name == "ambiguous":
+        from blip3o_lit.tokens.ambiguous import ambiguous_store
+
+        return str(ambiguous_store(data.ambiguous))
     from blip3o_lit.extraction import demo_store
 
     return str(demo_store())

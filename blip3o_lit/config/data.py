@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from blip3o_lit.config.ambiguous import AmbiguousConfig
 from blip3o_lit.config.errors import UserError, one_of, positive
 
-DATA_NAMES = ("demo", "tokens", "linear_gaussian")
+DATA_NAMES = ("demo", "tokens", "linear_gaussian", "ambiguous")
+SCALES = ("channel", "raw")
 VERIFY = ("size", "full")
 
 
@@ -48,7 +50,8 @@ class DataConfig:
     """Where tokens come from and how they are read."""
 
     name: str = "demo"
-    """demo: handwritten-digit scenes, built on first use; tokens: a directory; linear_gaussian."""
+    """demo: handwritten-digit scenes, built on first use; tokens: a directory; or a testbed with a
+    known law: linear_gaussian, ambiguous."""
     tokens: str | None = None
     """A token store: a directory with index.json, or the URL of one."""
     condition: str = "eva"
@@ -67,14 +70,19 @@ class DataConfig:
     """Shards among which samples are shuffled."""
     statistics_images: int = 20000
     """Training images from which channel statistics are computed; all of them if fewer exist."""
+    scale: str = "channel"
+    """channel: train on tokens of mean 0 and std 1 a channel; raw: on tokens as they are stored."""
     verify: str = "size"
     """size: check each shard's size when it is opened; full: its sha256 too."""
     linear_gaussian: LinearGaussianConfig = field(default_factory=LinearGaussianConfig)
     """The problem of name=linear_gaussian."""
+    ambiguous: AmbiguousConfig = field(default_factory=AmbiguousConfig)
+    """The problem of name=ambiguous."""
 
     def __post_init__(self) -> None:
         """Check each value and the rules that join them."""
         one_of("data.name", self.name, DATA_NAMES)
+        one_of("data.scale", self.scale, SCALES)
         one_of("data.verify", self.verify, VERIFY)
         for key in ("max_shards", "subset", "validation_subset", "threads", "shuffle_window"):
             positive(f"data.{key}", getattr(self, key))

@@ -25,11 +25,12 @@ LOW_MEMORY = 6 * GIB
 """Training keeps 20 bytes a parameter: weights, gradients, two moments and the average, in fp32."""
 LOW_DISK = 10 * GIB
 """Room for demo tokens and a few checkpoints, 16 bytes a parameter each."""
-GLOO_SECONDS = 120
+GLOO_SECONDS = 300
+"""Both processes import torch first, which alone can take a minute on a busy machine."""
 ALL_REDUCE = """
-import sys, torch, torch.distributed as dist
-rank, path = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2)
+import datetime, sys, torch, torch.distributed as dist
+rank, store, limit = int(sys.argv[1]), "file://" + sys.argv[2], datetime.timedelta(seconds=120)
+dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
 x = torch.full((4,), float(rank + 1))
 dist.all_reduce(x)
 assert x.tolist() == [3.0] * 4, x

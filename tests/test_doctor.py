@@ -349,6 +349,7 @@ def run(words: list[str], folder: Path, **environment: str) -> subprocess.Comple
     )
 
 
+@pytest.mark.timeout(900)  # three processes import torch, on a machine that may be busy
 def test_the_machine_is_checked_without_importing_lightning(tmp_path: Path) -> None:
     script = (
         "import sys; sys.argv = ['doctor']\n"

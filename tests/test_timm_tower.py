@@ -145,5 +145,6 @@ def test_a_projections_bias_moves_into_the_norm() -> None:
     assert (folded @ tensors["projection"] - linear(norm(x))).abs().max() <= 1e-5
     # the tower's own norm stays what it was
     assert torch.allclose(head.normalise(x), norm(x), atol=1e-6)
+    assert "projection" not in head.describe(normed=True)[0]  # no norm is left to carry it
     wide = nn.Linear(32, 48)  # more outputs than inputs: no shift of the norm equals the bias
     assert "projection" not in TowerHead(norm, wide.weight.T, None, wide.bias).describe()[0]

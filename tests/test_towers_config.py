@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.towers import TowerConfig, TowersConfig
+from blip3o_lit.towers.cost import tower_cost
 from blip3o_lit.towers.load import load_tower
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -91,3 +92,13 @@ def test_a_tower_needs_a_model(kind: str) -> None:
 def test_the_configuration_imports_nothing_heavy() -> None:
     code = "import sys, blip3o_lit.config.towers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=CONF.parent).returncode == 0
+
+
+def test_cost_is_that_of_the_closed_form() -> None:
+    """One image of ViT-B/16: 12 blocks of N (24 C^2) + 4 N^2 C, and the patch embedding."""
+    cost = tower_cost(TowerConfig("open_clip", "ViT-B-16", "openai"))
+    n, c = 197, 768
+    blocks = 12 * (24 * n * c**2 + 4 * n**2 * c)
+    assert cost.flops == blocks + 2 * 196 * c * 3 * 16**2
+    assert cost.parameters == 149_620_737  # the model card's 149.6 M, text side included
+    assert tower_cost(TowersConfig().condition).info.shape.width == 192

@@ -120,9 +120,9 @@ class DemoEva(DemoTower):
         )
         return torch.cat([cls, patches], dim=1)
 
-    def features(self, images_B3SS: Tensor) -> Tensor:
-        """Return the normed and projected CLS token `[B, P]`."""
-        return self.trunk.norm(self.tokens(images_B3SS)[:, 0]) @ self.projection_CP
+    def project(self, tokens_BC: Tensor) -> Tensor:
+        """Put tokens through the final norm and the projection; returns `[B, P]`."""
+        return self.trunk.norm(tokens_BC) @ self.projection_CP
 
     def heads(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the final LayerNorm, the projection and the logit scale."""
@@ -149,10 +149,10 @@ class DemoClip(DemoTower):
         cls = found["image_intermediates_prefix"][-1]
         return torch.cat([cls, found["image_intermediates"][-1]], dim=1)
 
-    def features(self, images_B3SS: Tensor) -> Tensor:
-        """Return the normed and projected CLS token `[B, P]`."""
+    def project(self, tokens_BC: Tensor) -> Tensor:
+        """Put tokens through the final norm and the projection; returns `[B, P]`."""
         visual = self.model.visual
-        return visual.ln_post(self.tokens(images_B3SS)[:, 0]) @ visual.proj
+        return visual.ln_post(tokens_BC) @ visual.proj
 
     def heads(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the final LayerNorm, the projection and the logit scale."""

@@ -112,7 +112,7 @@ class EvaClipTower(Tower):
 
     def heads(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the final RMSNorm, the projection, and the logit scale where the file has one."""
-        return self.head.describe()
+        return self.head.describe(self.info.normed)
 
 
 def load_eva_clip(

@@ -70,12 +70,15 @@ class TowerHead(nn.Module):
             return tokens_BNC
         return out.to(tokens_BNC.dtype)
 
-    def describe(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def describe(self, normed: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return tensors and metadata as `Tower.heads` promises.
 
         `heads.safetensors` has no place for a bias b after the projection W, so it moves into the
         LayerNorm's: the norm's bias gains d with d W = b, which has a solution where C >= P and W
         has full rank. Otherwise the projection is left out, and projected tokens are refused.
+
+        Args:
+            normed: Whether the stored tokens have the final norm already; then a bias has no place.
         """
         found = {
             "norm.weight": self.weight_C,
@@ -84,15 +87,17 @@ class TowerHead(nn.Module):
             "logit_scale": self.logit_scale,
         }
         if self.projection_bias_P is not None and self.projection_CP is not None:
-            found |= self._fold_bias(self.projection_CP, self.projection_bias_P)
+            found |= self._fold_bias(self.projection_CP, self.projection_bias_P, normed)
         tensors = {name: value.cpu() for name, value in found.items() if value is not None}
         return tensors, {"norm": self.kind, "eps": repr(self.eps)}
 
-    def _fold_bias(self, projection_CP: Tensor, bias_P: Tensor) -> dict[str, Tensor | None]:
+    def _fold_bias(
+        self, projection_CP: Tensor, bias_P: Tensor, normed: bool
+    ) -> dict[str, Tensor | None]:
         shift_C = torch.linalg.lstsq(
             projection_CP.T.double().cpu(), bias_P.double().cpu()[:, None], driver="gelsd"
         ).solution[:, 0]
         left = shift_C @ projection_CP.double().cpu() - bias_P.double().cpu()
-        if self.bias_C is None or left.abs().max() > 1e-6:
+        if normed or self.bias_C is None or left.abs().max() > 1e-6:
             return {"projection": None}
         return {"norm.bias": (self.bias_C.double().cpu() + shift_C).float()}

@@ -235,7 +235,7 @@ class HuggingfaceTower(Tower):
 
     def heads(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the final LayerNorm, and projection and logit scale where the folder has them."""
-        return self.head.describe()
+        return self.head.describe(self.info.normed)
 
     @torch.inference_mode()
     def encode_text(self, captions: list[str]) -> Tensor | None:

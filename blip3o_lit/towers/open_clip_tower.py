@@ -128,7 +128,7 @@ class OpenClipTower(Tower):
 
     def heads(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the final norm, the projection where it is linear, and the logit scale."""
-        return self.head.describe()
+        return self.head.describe(self.info.normed)
 
     @torch.inference_mode()
     def encode_text(self, captions: list[str]) -> Tensor:

@@ -67,6 +67,8 @@ class Scene:
     """Unique over splits, for example `validation-000007`."""
     scans: tuple[int, ...]
     """The source scans, as rows of `sklearn.datasets.load_digits`, in the caption's order."""
+    boxes: tuple[tuple[int, int, int], ...]
+    """Left, top and side of each digit, in pixels, in the caption's order."""
     label: str
     """The digit's name if the scene has just one, else an empty string."""
 
@@ -143,7 +145,7 @@ def scene(split: str, index: int, seed: int = 0, variant: int = 0) -> Scene:
     if variant:
         rng = np.random.default_rng((seed, SPLITS.index(split), index, variant))
     scans = rows[rng.integers(0, len(rows), count)]
-    phrases = []
+    phrases, boxes = [], []
     for scan, place, colour, side, stray in zip(scans, places, colours, sides, strays):
         colour_name, rgb = _COLOURS[colour]
         place_name, centre = _PLACES[place]
@@ -155,11 +157,13 @@ def scene(split: str, index: int, seed: int = 0, variant: int = 0) -> Scene:
         alpha = np.asarray(ink, np.float32)[:, :, None] / 255
         patch = canvas[top : top + side, left : left + side]
         patch += alpha * (rgb - patch)
+        boxes.append((left, top, int(side)))
         phrases.append(_phrase(colour_name, DIGITS[digits[scan]], place_name))
     return Scene(
         image=Image.fromarray(np.rint(canvas).astype(np.uint8)),
         caption=", ".join(phrases),
         key=f"{split}-{index:06d}" + (f"-{seed}-{variant}" if seed or variant else ""),
         scans=tuple(int(scan) for scan in scans),
+        boxes=tuple(boxes),
         label=DIGITS[digits[scans[0]]] if count == 1 else "",
     )

@@ -119,7 +119,7 @@ class TimmTower(Tower):
 
     def heads(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the final norm; a timm classifier is no projection."""
-        return self.head.describe()
+        return self.head.describe(self.info.normed)
 
 
 def load_timm(config: TowerConfig, pretrained: bool, device: str) -> TimmTower:

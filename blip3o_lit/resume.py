@@ -74,12 +74,14 @@ def _same_config(config: TrainConfig, run_dir: Path) -> list[Path]:
     """Return the runs beside and below `outputs/` with the same config hash, newest first."""
     wanted = config_hash(config)
     found = set()
-    for root in {run_dir.parent, Path("outputs").resolve()}:
-        for facts in root.glob("**/environment.json") if root.is_dir() else ():
+    outputs = Path("outputs").resolve()
+    places = [(run_dir.parent, "*/"), (outputs, "*/"), (outputs, "*/*/")]
+    for root, depth in places:
+        for facts in root.glob(f"{depth}environment.json"):
             try:
-                same = json.loads(facts.read_text()).get("config_hash") == wanted
-            except (OSError, json.JSONDecodeError):
-                continue
+                same = json.loads(facts.read_bytes()).get("config_hash") == wanted
+            except (OSError, ValueError, AttributeError):
+                continue  # Another program's file of that name.
             if same and facts.parent != run_dir:
                 found.add(facts.parent)
     return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)

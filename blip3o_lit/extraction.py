@@ -43,6 +43,7 @@ def demo_source(
         "demo",
         slices(items, shard_samples),
         split_rule="sha256 of each source scan; no scan is in both splits",
+        all_split=True,
         fingerprint=f"scenes {scenes.VERSION}: {train} + {validation}",
     )
 

@@ -1,64 +1,37 @@
-"""Images -> token shards: decoding in threads, both towers in one pass, one shard a unit of work.
+"""Images -> token shards: one pass over a source, both towers, one shard a unit of work.
 
 Kill it anywhere and run it again: finished units stay, the unit in progress is done anew, and the
-store is byte-identical to that of an undisturbed run (same machine, same number of threads of the
-tower's arithmetic). Workers share nothing but the folder.
+store is byte-identical to that of an undisturbed run. Workers share nothing but the folder.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.cuda import Event
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
-from blip3o_lit.extraction_towers import TowerSet, to_numpy
-from blip3o_lit.extraction_units import Ledger, UnitFiles, UnitRecord, check_rejects, my_parts
-from blip3o_lit.images.item import Item, Lost, Part, Reject, Source, decode
+from blip3o_lit.extraction_pipeline import Pipeline
+from blip3o_lit.extraction_scales import stored_arrays
+from blip3o_lit.extraction_towers import TowerSet
+from blip3o_lit.extraction_units import Ledger, check_rejects, my_parts
+from blip3o_lit.images.item import Part, Source
 from blip3o_lit.images.split import Splitter
 from blip3o_lit.progress import Work
 from blip3o_lit.tokens.index import TokenIndex
 from blip3o_lit.towers.tower import Tower
 
-T = TypeVar("T")
-R = TypeVar("R")
-LOOK_AHEAD = 3
-"""Batches that are decoded ahead of the towers, and batches that may wait for the disk."""
 REJECTS_AFTER = 1000
 """Images before which a high share of bad ones does not stop the run early."""
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A decoded, split and resized image."""
-
-    item: Item
-    split: str
-    inputs: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images of one unit that go through the towers together."""
-
-    files: UnitFiles
-    ready: list[Ready]
-    images: int
-    """Entries of the source, lost ones included."""
-    closes: bool
-    """Whether the unit ends with it."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +41,9 @@ class Outcome:
     index: TokenIndex | None
     """None while units of other workers are missing."""
     images: int
-    """Images that this run read; earlier runs' units are not counted."""
+    """Images that this run read; those of earlier runs are not counted."""
     seconds: float
-    already: bool
+    already: bool = False
     """Whether the store was complete before."""
 
 
@@ -80,7 +53,7 @@ class Extraction:
     def __init__(
         self, source: Source, towers: Mapping[str, Tower], out: Path, config: ExtractConfig
     ) -> None:
-        """Check that the work can begin.
+        """Prepare the towers and open the folder.
 
         Args:
             source: The images.
@@ -89,35 +62,39 @@ class Extraction:
             config: Storage, split, batches; `images` and `out` of it are not read.
 
         Raises:
-            UserError: If the folder holds another store, or the disk is too small.
+            UserError: If the folder holds another store, or the towers don't fit the options.
         """
         engine = config.extract
-        self.source, self.out, self.config, self.engine = source, out, config, engine
+        self.source, self.out, self.config = source, out, config
         self.worker, self.workers = worker_of(engine.shard)
         self.splitter = Splitter(config.split.by, config.split.fraction, config.split.seed)
-        self.set = TowerSet(
+        self.towers = TowerSet(
             towers,
             source.captions,
-            config.storage,
+            "float16" if config.storage == "int8" else config.storage,
             config.store,
             device_of(engine.device),
             engine.compile,
         )
-        on_cpu = self.set.device.type == "cpu"
-        self.lanes = (os.cpu_count() or 1) if on_cpu else 1
-        self.split_rule = source.split_rule or self.splitter.words
+        rules = [source.split_rule, "" if source.all_split else self.splitter.words]
+        self.split_rule = "; else ".join(rule for rule in rules if rule)
         self.ledger = Ledger(out, source, self._recipe(), engine.shard_samples)
 
     def _recipe(self) -> dict[str, Any]:
+        """Return all that decides the content of the store."""
+        arrays = {name: spec.to_dict() for name, spec in self.towers.arrays.items()}
         return {
             "images": self.source.name,
-            "source": self.source.fingerprint,
-            "arrays": {name: spec.to_dict() for name, spec in self.set.arrays.items()},
-            "pretrained": self.config.towers.pretrained,
+            "content of images": self.source.fingerprint,
+            "towers": {name: entry for name, entry in arrays.items() if name != "text"},
+            "captions": arrays.get("text"),
+            "towers.pretrained": self.config.towers.pretrained,
+            "storage": self.config.storage,
+            "store": self.config.store,
             "split": asdict(self.config.split),
-            "split_rule": self.split_rule,
-            "shard_samples": self.engine.shard_samples,
-            "batch_size": self.engine.batch_size,
+            "extract.shard_samples": self.config.extract.shard_samples,
+            "extract.batch_size": self.config.extract.batch_size,
+            "extract.compile": self.config.extract.compile,
         }
 
     def run(self) -> Outcome:
@@ -129,29 +106,52 @@ class Extraction:
         began = time.perf_counter()
         if self.ledger.finished:
             return Outcome(TokenIndex.load(self.out), 0, 0.0, already=True)
-        parts = list(my_parts(self.source.parts, self.worker, self.workers))
-        done = {number: self.ledger.done(number) for number, _ in parts}
-        before = sum(record.seen for records in done.values() for record in records)
-        total = self._total(parts, before)
-        self._check_disk(total - before)
-        with Work("extracting", total, "images") as work:
-            work.skip(before)
-            self._do(parts, done, work)
+        arrays, scales = stored_arrays(self.towers, self.source, self.config, self.ledger.state)
+        pipeline = Pipeline(
+            self.towers, self.ledger, self.splitter, self.config.extract, arrays, scales
+        )
+        try:
+            images = self._work(pipeline)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise UserError(
+                    f"out={self.out}: the disk is full; free some, run it again"
+                ) from error
+            raise
         index = self.ledger.finish(
-            self.set.arrays,
-            self.set.heads(),
+            arrays,
+            self.towers.heads(),
             self.split_rule,
             None if self.config.store == "full" else self.config.store,
             self.config.max_reject_fraction,
         )
-        return Outcome(index, work.done - before, time.perf_counter() - began, already=False)
+        return Outcome(index, images, time.perf_counter() - began)
 
-    def _total(self, parts: list[tuple[int, Part]], before: int) -> int:
-        lengths = [part.length for _, part in parts]
-        return max(sum(length or 0 for length in lengths), before)
+    def _work(self, pipeline: Pipeline) -> int:
+        """Run the pipeline with progress; returns the images read."""
+        parts = list(my_parts(self.source.parts, self.worker, self.workers))
+        done = {number: self.ledger.done(number) for number, _ in parts}
+        records = [record for found in done.values() for record in found]
+        before = seen = sum(record.seen for record in records)
+        rejects = sum(record.rejects for record in records)
+        total = Total(parts, before)
+        self._check_disk(total.images - before)
+        written = 0
+        with Work("extracting", total.images, "images") as work:
+            work.skip(before)
+            for images, record in pipeline.run(parts, done):
+                work.advance(images, f"{written / 1e9:.2f} GB written")
+                if record is None:
+                    continue
+                written += sum(shard.bytes for shard in record.shards)
+                rejects, seen = rejects + record.rejects, seen + record.seen
+                work.total = total.after(record.last, seen)
+                if seen >= REJECTS_AFTER:
+                    check_rejects(rejects, seen, self.config.max_reject_fraction, record.lost)
+            return work.done - before
 
     def _check_disk(self, images: int) -> None:
-        needed = images * self.set.sample_bytes
+        needed = images * self.towers.sample_bytes
         free = shutil.disk_usage(self.out).free
         if needed > free:
             raise UserError(
@@ -159,121 +159,23 @@ class Extraction:
                 f"{needed / 1e9:.1f} GB: free some, choose another folder or store=grid_64"
             )
 
-    def _do(
-        self, parts: list[tuple[int, Part]], done: dict[int, list[UnitRecord]], work: Work
-    ) -> None:
-        """Run all missing units: threads decode, threads run the towers, one thread writes."""
-        rejects = sum(record.rejects for records in done.values() for record in records)
-        seen = sum(record.seen for records in done.values() for record in records)
-        readers = ThreadPoolExecutor(self.engine.threads, "decode")
-        towers = ThreadPoolExecutor(self.lanes, "towers", self._start_lane)
-        disk = ThreadPoolExecutor(1, "write")
-        ahead = (self.lanes + LOOK_AHEAD) * self.engine.batch_size
-        loaded = ordered(readers, self._load, self._entries(parts, done), ahead)
-        encoded = ordered(towers, self._encode, self._batches(loaded), self.lanes + 1)
-        try:
-            for images, record in ordered(disk, self._write, encoded, LOOK_AHEAD):
-                work.advance(images)
-                if record is None:
-                    continue
-                rejects, seen = rejects + record.rejects, seen + record.seen
-                if seen >= REJECTS_AFTER:
-                    check_rejects(rejects, seen, self.config.max_reject_fraction, record.lost)
-        finally:
-            for pool in (readers, towers, disk):
-                pool.shutdown(cancel_futures=True)
 
-    def _start_lane(self) -> None:
-        """Give a towers' thread one core: its sums then don't depend on the machine's cores."""
-        if self.set.device.type == "cpu":
-            torch.set_num_threads(1)
+class Total:
+    """How many images there are: known for lists, estimated from the tars read so far."""
 
-    def _entries(
-        self, parts: list[tuple[int, Part]], done: dict[int, list[UnitRecord]]
-    ) -> Iterator[tuple[UnitFiles, Item | Lost | None]]:
-        """Yield the entries of every missing unit in order, None at a unit's end."""
-        size = self.engine.shard_samples
-        for number, part in parts:
-            unit = len(done[number])
-            if unit and done[number][-1].last:
-                continue
-            entries = part.entries(unit * size)
-            upcoming = next(entries, None)
-            while True:
-                files = UnitFiles(self.ledger, number, unit, self.set.arrays)
-                while upcoming is not None and files.seen < size:
-                    files.seen += 1
-                    yield files, upcoming
-                    upcoming = next(entries, None)
-                files.last = upcoming is None
-                yield files, None
-                unit += 1
-                if upcoming is None:
-                    break
+    def __init__(self, parts: list[tuple[int, Part]], before: int) -> None:
+        """Start from the known lengths; `before` images are done."""
+        lengths = [part.length for _, part in parts]
+        self.parts, self.finished = len(parts), 0
+        self.known = None not in lengths
+        self.images = max(sum(length or 0 for length in lengths), before)
 
-    def _load(
-        self, step: tuple[UnitFiles, Item | Lost | None]
-    ) -> tuple[UnitFiles, Ready | Lost | None]:
-        """Read, decode, split and resize one image."""
-        files, entry = step
-        if not isinstance(entry, Item):
-            return files, entry
-        try:
-            image = decode(entry.read())
-        except Reject as error:
-            return files, Lost(entry.source, str(error))
-        split = entry.split or self.splitter(image)
-        return files, Ready(entry, split, self.set.prepare(image))
-
-    def _batches(self, entries: Iterator[tuple[UnitFiles, Ready | Lost | None]]) -> Iterator[Batch]:
-        """Gather full batches; a unit's last one may be smaller, and closes the unit."""
-        ready: list[Ready] = []
-        count = 0
-        for files, entry in entries:
-            if isinstance(entry, Lost):
-                files.lost.append(asdict(entry))
-            elif entry is not None:
-                ready.append(entry)
-            count += entry is not None
-            if entry is None or len(ready) == self.engine.batch_size:
-                yield Batch(files, ready, count, closes=entry is None)
-                ready, count = [], 0
-
-    def _encode(self, batch: Batch) -> tuple[Batch, dict[str, Tensor], Event | None]:
-        """Run the towers over a batch."""
-        if not batch.ready:
-            return batch, {}, None
-        captions = [ready.item.caption for ready in batch.ready]
-        outputs = self.set.encode([ready.inputs for ready in batch.ready], captions)
-        return batch, outputs, self.set.mark()
-
-    def _write(
-        self, step: tuple[Batch, dict[str, Tensor], Event | None]
-    ) -> tuple[int, UnitRecord | None]:
-        """Write a batch's tokens; returns its images and, where it closes a unit, the record."""
-        batch, outputs, copied = step
-        if copied is not None:
-            copied.synchronize()
-        arrays = {name: to_numpy(tensor) for name, tensor in outputs.items()}
-        for row, ready in enumerate(batch.ready):
-            item = ready.item
-            sample = {name: array[row] for name, array in arrays.items()}
-            facts = {"caption": item.caption, "source": item.source, **item.extra}
-            batch.files.shard(ready.split).add(item.sample_key, sample, facts)
-        return batch.images, batch.files.close() if batch.closes else None
-
-
-def ordered(
-    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], window: int
-) -> Iterator[R]:
-    """Map in a pool and yield the results in order, at most `window` items ahead."""
-    queue: deque[Future[R]] = deque()
-    for item in items:
-        queue.append(pool.submit(function, item))
-        if len(queue) > window:
-            yield queue.popleft().result()
-    while queue:
-        yield queue.popleft().result()
+    def after(self, last: bool, seen: int) -> int:
+        """Return the total after a unit; `last` says that it ended its part."""
+        self.finished += last
+        if not self.known:
+            self.images = max(seen, seen * self.parts // max(self.finished, 1))
+        return self.images
 
 
 def worker_of(shard: str | None) -> tuple[int, int]:
@@ -303,13 +205,15 @@ def device_of(device: str) -> str:
     """Return the torch device: `auto` takes this process's GPU, or the CPU where there is none.
 
     Raises:
-        UserError: If a GPU is asked for and there is none.
+        UserError: If it is no device, or a GPU is asked for and there is none.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device != "cpu" and not re.fullmatch(r"cuda:\d+", device):
+        raise UserError(f"extract.device={device} is not auto, cpu, cuda or cuda:N")
+    if device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"extract.device={device}: no GPU is visible; extract.device=cpu runs")
     return device
 

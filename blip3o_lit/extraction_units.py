@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import save
 
 from blip3o_lit.config.errors import UserError
@@ -22,6 +23,7 @@ from blip3o_lit.images.item import Part, Source
 from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex, write_synced
 from blip3o_lit.tokens.shards import ShardWriter
+from blip3o_lit.tokens.storage import SCALES_FILE
 
 STATE = ".extract"
 UNITS_A_TAR = 10_000
@@ -187,6 +189,9 @@ class Ledger:
             leftover.unlink(missing_ok=True)
         lines = [json.dumps(entry, sort_keys=True) for entry in lost]
         write_synced(self.out / "rejects.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        scales = self.state / SCALES_FILE
+        if scales.exists():
+            write_synced(self.out / SCALES_FILE, scales.read_bytes())
         write_synced(self.out / "heads.safetensors", sorted_safetensors(*heads))
         recipe = json.dumps(self.recipe, sort_keys=True, indent=1)
         write_synced(self.out / "extraction.json", recipe.encode())
@@ -200,10 +205,16 @@ class UnitFiles:
     """The shards of the unit in progress, one for each split that occurs; used by one thread."""
 
     def __init__(
-        self, ledger: Ledger, part_number: int, unit: int, arrays: dict[str, ArraySpec]
+        self,
+        ledger: Ledger,
+        part_number: int,
+        unit: int,
+        arrays: dict[str, ArraySpec],
+        scales: dict[str, np.ndarray],
     ) -> None:
         """Prepare a unit; no file is opened before its first sample."""
-        self.ledger, self.part_number, self.unit, self.arrays = ledger, part_number, unit, arrays
+        self.ledger, self.part_number, self.unit = ledger, part_number, unit
+        self.arrays, self.scales = arrays, scales
         self.name = ledger.unit_name(part_number, unit)
         self.seen = 0
         self.last = False
@@ -222,7 +233,9 @@ class UnitFiles:
             name = f"{split}-{self.name}"
             for stale in self.ledger.out.glob(f".{name}.*.tmp"):
                 stale.unlink(missing_ok=True)
-            self._shards[split] = ShardWriter(self.ledger.out, name, split, self.arrays)
+            self._shards[split] = ShardWriter(
+                self.ledger.out, name, split, self.arrays, self.scales
+            )
         return self._shards[split]
 
     def close(self) -> UnitRecord:

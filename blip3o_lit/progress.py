@@ -37,10 +37,11 @@ class Work:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+                TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=console, transient=True)
-            self._bar.add_task(self.label, total=self.total, unit=self.unit)
+            self._bar.add_task(self.label, total=self.total, unit=self.unit, note="")
             self._bar.start()
         return self
 
@@ -49,20 +50,22 @@ class Work:
         self._counted -= count
         self.advance(count)
 
-    def advance(self, count: int) -> None:
-        """Count finished work."""
+    def advance(self, count: int, note: str = "") -> None:
+        """Count finished work; `note` is shown after the numbers."""
         self.done += count
         self._counted += count
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self.done)
+            self._bar.update(
+                self._bar.task_ids[0], completed=self.done, total=self.total, note=note
+            )
         elif now - self._shown >= PLAIN_SECONDS:
             self._shown = now
             rate = self._counted / (now - self._started)
             left = (self.total - self.done) / rate if rate else 0.0
             print(
                 f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, "
-                f"{left:,.0f} s left",
+                f"{left:,.0f} s left" + (f", {note}" if note else ""),
                 file=sys.stderr,
                 flush=True,
             )

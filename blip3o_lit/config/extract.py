@@ -8,7 +8,7 @@ from blip3o_lit.config.errors import UserError, one_of, positive, within
 from blip3o_lit.config.towers import TowersConfig
 
 SPLIT_RULES = ("perceptual", "content")
-STORAGE = ("float16", "bfloat16", "float32")
+STORAGE = ("float16", "bfloat16", "float32", "int8")
 STORES = ("full", "grid_64")
 
 
@@ -22,6 +22,8 @@ class SplitConfig:
     """Share of validation images."""
     seed: int = 0
     """Another seed holds other images out."""
+    file: str | None = None
+    """A .csv or .jsonl of path and split; it wins over every other rule."""
 
     def __post_init__(self) -> None:
         """Check each value."""
@@ -67,7 +69,7 @@ class ExtractConfig:
     extract: EngineConfig = field(default_factory=EngineConfig)
     """Batches, threads and workers."""
     storage: str = "float16"
-    """Stored numbers: float16, bfloat16 (towers with large outliers) or float32."""
+    """float16, bfloat16 (towers with large outliers), float32, or int8 (with measured scales)."""
     store: str = "full"
     """full: all tokens; grid_64: 8x8 averages of projected tokens, some 24 times smaller."""
     max_reject_fraction: float = 0.1

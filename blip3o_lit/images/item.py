@@ -115,6 +115,8 @@ class Source:
     """Whether its images may have captions."""
     split_rule: str = ""
     """How its own splits were made, in words; empty where it has none."""
+    all_split: bool = False
+    """Whether every image comes with its split."""
     fingerprint: str = ""
     """Changes when the images do: names and sizes of files, seeds of drawings."""
 

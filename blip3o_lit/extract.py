@@ -1,0 +1,65 @@
+"""Images -> token shards: `python -m blip3o_lit.extract images=SRC towers=NAME out=DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from blip3o_lit.command import run_command
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.extract import ExtractConfig
+
+
+def extract(config: ExtractConfig) -> None:
+    """Extract, then say what the store holds and how to train on it."""
+    if not config.images:
+        raise UserError("images=SRC is missing: a folder, tars, a .csv or .jsonl, or demo")
+    if not config.out:
+        raise UserError("out=DIR is missing: the folder of the token store")
+    from blip3o_lit.extraction import demo_source
+    from blip3o_lit.extraction_engine import Extraction, device_of, worker_of
+    from blip3o_lit.images.open import open_source
+    from blip3o_lit.towers.load import load_tower
+
+    size = config.extract.shard_samples
+    worker, workers = worker_of(config.extract.shard)
+    device = device_of(config.extract.device)
+    if config.images == "demo":
+        source = demo_source(shard_samples=size)
+    else:
+        source = open_source(config.images, size, config.split.file)
+    towers = {
+        "eva": load_tower(config.towers.condition, config.towers.pretrained, device),
+        "clip": load_tower(config.towers.target, config.towers.pretrained, device),
+    }
+    out = Path(config.out).expanduser()
+    known = "" if source.length is None else f"{source.length:,} images, "
+    print(f"{config.images}: {known}{len(source.parts):,} parts; worker {worker} of {workers}")
+    for name, tower in towers.items():
+        print(f"{name}: {tower.info.name} on {device}")
+    outcome = Extraction(source, towers, out, config).run()
+    if outcome.index is None:
+        print(f"{out}: this worker's part is done; the last worker writes index.json")
+        return
+    index = outcome.index
+    rate = outcome.images / outcome.seconds if outcome.seconds else 0.0
+    rows = [
+        ("images read now", f"{outcome.images:,} in {outcome.seconds:,.0f} s, {rate:,.1f}/s"),
+        *((f"{split} samples", f"{count:,}") for split, count in sorted(index.splits.items())),
+        ("rejects", f"{index.rejects:,}" + (" in rejects.jsonl" if index.rejects else "")),
+        ("shards", f"{len(index.shards):,}, {sum(s.bytes for s in index.shards) / 1e9:.2f} GB"),
+        ("split", index.split_rule),
+    ]
+    print(f"{out}" + (" (was complete already)" if outcome.already else ""))
+    for name, value in rows:
+        print(f"  {name:<20}{value}")
+    mode = "mode=grid_64 " if index.reduced else ""
+    print(f"next: python -m blip3o_lit.train data=tokens data.tokens={config.out} {mode}".rstrip())
+
+
+def main() -> None:
+    """Entry point of `blip3o-extract`."""
+    run_command("extract", ExtractConfig, extract)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The first pass of `storage=int8`: tokens of some images fix the scales of every channel."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.extract import ExtractConfig
+from blip3o_lit.extraction_towers import TowerSet, to_numpy
+from blip3o_lit.images.item import Item, Reject, Source, decode
+from blip3o_lit.tokens.index import ArraySpec, write_synced
+from blip3o_lit.tokens.storage import fit_int8, load_scales, save_scales, with_token_scales
+
+IMAGES = 128
+"""Images of the first pass; their tokens are in memory at once (EVA-CLIP-8B: 0.5 GB in fp32)."""
+PARTS = 16
+"""Parts of the source, evenly spread, that the images come from."""
+
+
+def stored_arrays(
+    towers: TowerSet, source: Source, config: ExtractConfig, state: Path
+) -> tuple[dict[str, ArraySpec], dict[str, np.ndarray]]:
+    """Return the arrays as they are stored, and the channel scales `[N, C]` of int8 ones.
+
+    The result of the first pass is kept in `state`, so that a later run and other workers use the
+    same scales.
+
+    Raises:
+        UserError: If none of the first images can be read.
+    """
+    if config.storage != "int8":
+        return towers.arrays, {}
+    kept = state / "arrays.json"
+    if not kept.is_file():
+        arrays, scales = _first_pass(towers, source, config.extract.batch_size)
+        save_scales(state, scales)
+        entries = {name: spec.to_dict() for name, spec in arrays.items()}
+        write_synced(kept, json.dumps(entries, sort_keys=False).encode())
+    arrays = {
+        name: ArraySpec.from_dict(name, entry)
+        for name, entry in json.loads(kept.read_bytes()).items()
+    }
+    return arrays, load_scales(state, arrays)
+
+
+def _first_pass(
+    towers: TowerSet, source: Source, batch_size: int
+) -> tuple[dict[str, ArraySpec], dict[str, np.ndarray]]:
+    chosen = sorted(set(np.linspace(0, len(source.parts) - 1, PARTS).astype(int).tolist()))
+    inputs, captions = [], []
+    for number in chosen:
+        items = (e for e in source.parts[number].entries() if isinstance(e, Item))
+        for item in islice(items, -(-IMAGES // len(chosen))):
+            try:
+                inputs.append(towers.prepare(decode(item.read())))
+            except Reject:
+                continue
+            captions.append(item.caption)
+    if not inputs:
+        raise UserError(f"images={source.name}: none of the first images can be read")
+    batches = []
+    for start in range(0, len(inputs), batch_size):
+        cut = slice(start, start + batch_size)
+        batches.append(towers.encode(inputs[cut], captions[cut]))
+        event = towers.mark()
+        if event is not None:
+            event.synchronize()
+    arrays, scales = {}, {}
+    for name, spec in towers.arrays.items():
+        arrays[name] = spec
+        if spec.kind == "tokens":
+            samples = np.concatenate([to_numpy(batch[name]) for batch in batches])
+            arrays[name], scales[name] = fit_int8(spec, samples)
+    return with_token_scales(arrays), scales

@@ -1,0 +1,104 @@
+"""From the word after `images=` to a source: folder, table, or tars."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.images.folder import files_below, folder_items
+from blip3o_lit.images.item import Item, Lost, Part, Source, slices
+from blip3o_lit.images.table import split_file, table_items
+from blip3o_lit.images.tars import tar_parts, tar_urls
+
+
+@dataclass(frozen=True)
+class Given:
+    """A part of which a file names the splits of some images."""
+
+    part: Part
+    splits: dict[str, str]
+    split: str = ""
+
+    @property
+    def name(self) -> str:
+        """Return the part's name."""
+        return self.part.name
+
+    @property
+    def length(self) -> int | None:
+        """Return the part's length."""
+        return self.part.length
+
+    def entries(self, skip: int = 0) -> Iterator[Item | Lost]:
+        """Yield the part's entries with their splits."""
+        for entry in self.part.entries(skip):
+            if isinstance(entry, Item) and entry.source in self.splits:
+                yield replace(entry, split=self.splits[entry.source])
+            else:
+                yield entry
+
+
+def open_source(images: str, shard_samples: int, splits: str | None = None) -> Source:
+    """Return the images that `images=` names.
+
+    Args:
+        images: A folder, a .csv or .jsonl file, or tars: paths or addresses, with braces or `*`.
+        shard_samples: Entries of one unit of work.
+        splits: A table of `path` and `split`; it wins over every other rule.
+
+    Raises:
+        UserError: If there is no such thing, or nothing in it.
+    """
+    given = split_file(Path(splits).expanduser()) if splits else {}
+    path = Path(images).expanduser()
+    tars: list[str] | None = None
+    if path.is_dir():
+        inside = [str(path / name) for name in files_below(path, ("tar",))]
+        if inside and not files_below(path, ("jpg", "jpeg", "png", "webp")):
+            tars = inside
+    elif "://" in images or images.startswith("pipe:") or ".tar" in images or ".tgz" in images:
+        tars = tar_urls(images if "://" in images else str(path))
+    if tars is not None:
+        parts, fingerprint = tar_parts(tars)
+        wrapped: list[Part] = [Given(part, given) if given else part for part in parts]
+        return Source(
+            images, wrapped, split_rule=_words(given), fingerprint=fingerprint + _digest(given)
+        )
+    if path.is_dir():
+        items, captions, fingerprint = folder_items(path)
+    elif path.suffix.lower() in (".csv", ".jsonl"):
+        items, captions, fingerprint = table_items(path)
+    elif not path.exists():
+        raise UserError(f"images={images} does not exist; it may be a folder, tars, .csv or .jsonl")
+    else:
+        raise UserError(f"images={images} is no folder, .tar, .csv or .jsonl")
+    if given:
+        items = [_with_split(item, given) for item in items]
+    splits_given = [bool(item.split) for item in items if isinstance(item, Item)]
+    column = any(splits_given)
+    words = _words(given) or ("given by the table" if column else "")
+    return Source(
+        images,
+        slices(items, shard_samples),
+        captions,
+        words,
+        all_split=column and all(splits_given),
+        fingerprint=fingerprint + _digest(given),
+    )
+
+
+def _words(given: dict[str, str]) -> str:
+    return "given by split.file" if given else ""
+
+
+def _digest(given: dict[str, str]) -> str:
+    return hashlib.sha256(repr(sorted(given.items())).encode()).hexdigest() if given else ""
+
+
+def _with_split(item: Item | Lost, given: dict[str, str]) -> Item | Lost:
+    if isinstance(item, Item) and item.source in given:
+        return replace(item, split=given[item.source])
+    return item

@@ -41,6 +41,19 @@ def draw_picture(run_dir: Path, target: Path, scale: float = 2.0) -> Path:
     return target
 
 
+def png(spec: dict[str, Any], title: str = "", width: int = WIDTH, scale: float = 2.0) -> bytes:
+    """Return one chart of the report as a PNG, for a notebook or a slide.
+
+    Args:
+        spec: A chart from `charts` or `tradeoffs`.
+        title: Stands above it.
+        width: Width in pixels of a chart that fills its place on the page.
+        scale: Pixels a unit.
+    """
+    drawn = _titled(spec, title, width)
+    return vl_convert.vegalite_to_png(drawn, scale=scale, config={**LIGHT, "padding": 16})
+
+
 def picture(record: RunRecord) -> dict[str, Any]:
     """Return the picture as one Vega-Lite specification."""
     found = rows(record)
@@ -77,9 +90,9 @@ def picture(record: RunRecord) -> dict[str, Any]:
 _APART = {"scale": {"color": "independent", "shape": "independent"}}
 
 
-def _titled(spec: dict[str, Any], title: str) -> dict[str, Any]:
-    """Return a chart with a title and a width of its own, without controls."""
+def _titled(spec: dict[str, Any], title: str, width: int = WIDTH) -> dict[str, Any]:
+    """Return a chart with a title and a width of its own."""
     kept = {key: value for key, value in spec.items() if key != "description"}
     if kept.get("width") == "container":
-        kept["width"] = WIDTH
-    return {**kept, "title": title}
+        kept["width"] = width
+    return {**kept, "title": title} if title else kept

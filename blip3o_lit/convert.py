@@ -28,7 +28,7 @@ def _view(index: object) -> str:
     assert isinstance(index, TokenIndex)
     specs = index.arrays.values()
     if index.reduced:
-        return "mode=grid_64 mode.projected=" + str(all(s.projected for s in specs)).lower()
+        return f"mode={index.reduced}"
     return "mode=cls_patch" if all(spec.cls for spec in specs) else "mode=patch_only"
 
 

@@ -138,16 +138,11 @@ def _head(
     load_head: Callable[[str], Head],
 ) -> Head | None:
     """Return the head to apply, or None where tokens are taken as stored."""
-    if mode.projected == spec.projected:
-        return None
+    if reduced or mode.projected == spec.projected:
+        return None  # A reduced store has one view: its tokens as they are.
     if spec.projected:
         raise UserError(
             f"{array} tokens are stored projected, so mode.projected=false has nothing to read: "
             "set mode.projected=true"
-        )
-    if reduced:
-        raise UserError(
-            f"{array} tokens were averaged before their projection and can't be projected now: "
-            "set mode.projected=false"
         )
     return load_head(array)

@@ -53,16 +53,22 @@ class Shard:
         self.entry, self.arrays = entry, index.arrays
         self.repair = f"python -m blip3o_lit.doctor tokens={folder} repair=true"
         path = folder / entry.file
+        offsets = path.with_name(entry.offsets)
         try:
+            if not path.is_file():  # A pipe under that name would hang open() for ever.
+                raise FileNotFoundError
             with open(path, "rb") as file:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            content = offsets.read_bytes() if offsets.is_file() else b""
         except FileNotFoundError:
             raise UserError(f"shard {path} is missing: restore it or {self.repair}") from None
         except ValueError:
             raise UserError(f"shard {path} is empty: restore it or {self.repair}") from None
-        offsets = path.with_name(entry.offsets)
+        except OSError as error:
+            raise UserError(
+                f"shard {path} can't be read ({error.strerror}): restore it or {self.repair}"
+            ) from error
         columns = len(self.arrays) + 2
-        content = offsets.read_bytes() if offsets.is_file() else b""
         known = unpack_offsets(content, entry.samples, columns, entry.sha256)
         if len(self.map) != entry.bytes:
             raise UserError(self._size_message(path, known))

@@ -382,7 +382,7 @@ def test_tensors_beyond_or_over_their_own_bytes_are_refused(tmp_path: Path) -> N
         (0, (2, 2), (1,)),
     ]:
         call = Call(rebuild, storage, offset, size, stride, False, {})
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match="claims the shape|damaged"):
             LegacyFile(saved(tmp_path / "x.pkl", {"eva_blip3o_embeddings": call}))
 
 

@@ -8,7 +8,6 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,6 @@ from blip3o_lit.config.home import home
 
 if TYPE_CHECKING:
     from blip3o_lit.baseline_cache import Report
-    from blip3o_lit.inference import Loaded
-    from blip3o_lit.tokens.reader import TokenReader
 
 UNITS = {"mlp": "steps", "regression": "steps"}
 COLUMNS = ("cosine", "cosine_centred", "cosine_pooled", "mse", "r2", "norm_ratio", "frechet")
@@ -28,7 +25,8 @@ COLUMNS = ("cosine", "cosine_centred", "cosine_pooled", "mse", "r2", "norm_ratio
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score one checkpoint; write evaluation.json and report.html; return the former's content."""
-    from blip3o_lit.inference import best_device, load
+    from blip3o_lit.loading import best_device, load
+    from blip3o_lit.readers import open_readers
     from blip3o_lit.report.page import write_report
     from blip3o_lit.scoring import Scorer
 
@@ -49,40 +47,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     target = shlex.quote(f"out={folder / 'export'}")
     print(f"next: python -m blip3o_lit.export {shlex.quote(f'ckpt={loaded.file}')} {target}")
     return result
-
-
-def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, TokenReader | None]:
-    """Return the images to score on, and the training split where the store has one.
-
-    Raises:
-        UserError: If the store lacks the split, or its tokens are not those of the checkpoint.
-    """
-    from blip3o_lit.token_source import token_store
-    from blip3o_lit.tokens.reader import TokenReader, TokenStore
-
-    run = loaded.config
-    data = replace(run.data, tokens=config.data.tokens) if config.data.tokens else run.data
-    store = TokenStore.open(token_store(data), data.verify)
-    sides = (data.condition, data.target, run.mode)
-
-    def reader(split: str, shards: int | None, limit: int | None) -> TokenReader:
-        return TokenReader(store, split, *sides, max_shards=shards, limit=limit)
-
-    train = None
-    if "train" in store.index.splits:
-        train = reader("train", data.max_shards, data.subset)
-    if config.same_data:
-        if train is None:
-            raise UserError(f"same_data=true: {store.path} has no train split")
-        held = train
-    else:
-        held = reader(config.split, None, data.validation_subset)
-    if held.shape != loaded.shape:
-        raise UserError(
-            f"{store.path} has tokens {held.shape.to_dict()}, but {config.ckpt} was trained on "
-            f"{loaded.shape.to_dict()}: set data.tokens to a matching store"
-        )
-    return held, train
 
 
 @contextmanager

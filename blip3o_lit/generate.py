@@ -1,5 +1,7 @@
 """Generated tokens as shards: `python -m blip3o_lit.generate ckpt=RUN tokens=DIR out=DIR`.
 
+With images=PATH captions=FILE in place of tokens and out, it prints the best captions of pictures.
+
 The generated store has the keys, captions and shard boundaries of its source. A shard appears whole
 or not at all, so a stopped command goes on with the first missing shard.
 
@@ -19,17 +21,64 @@ from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.config.generate import GenerateConfig
 
 if TYPE_CHECKING:
-    from blip3o_lit.inference import Loaded
+    from blip3o_lit.loading import Loaded
     from blip3o_lit.tokens.index import ArraySpec, ShardEntry
     from blip3o_lit.tokens.reader import TokenReader, TokenStore
 
 SETTINGS_FILE = "generate.json"
 
 
+def run(config: GenerateConfig) -> None:
+    """Write a generated store, or print captions of pictures."""
+    if config.images:
+        caption(config)
+    else:
+        generate(config)
+
+
+def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
+    """Print and return the best captions of each picture, by cosine."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from blip3o_lit.inference import BLIP3oInference
+    from blip3o_lit.pictures import picture_files, rank_captions
+    from blip3o_lit.towers.load import load_tower
+
+    assert config.images
+    assert config.captions
+    file = Path(config.captions).expanduser()
+    if not file.is_file():
+        raise UserError(f"captions={config.captions}: no such file")
+    captions = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    if not captions:
+        raise UserError(f"captions={config.captions} holds no caption")
+    model = BLIP3oInference(config.ckpt, config.device)
+    encoders = [config.towers.condition, config.towers.target]
+    condition, target = (
+        load_tower(encoder, config.towers.pretrained, str(model.device)) for encoder in encoders
+    )
+    files = picture_files(config.images)
+    made = model.from_images(
+        files, condition, solver=config.solver, seed=config.seed, batch_size=config.batch_size
+    )
+    assert not isinstance(made, tuple)
+    scores = rank_captions(made, model.shape.target, model.config.mode, target, captions)
+    values, places = scores.topk(min(config.best, len(captions)))
+    table = Table("picture", "cosine", "caption")
+    found: dict[str, list[tuple[str, float]]] = {}
+    for picture, row, order in zip(files, values.tolist(), places.tolist()):
+        found[str(picture)] = [(captions[place], value) for place, value in zip(order, row)]
+        for number, (text, value) in enumerate(found[str(picture)]):
+            table.add_row("" if number else picture.name, f"{value:.3f}", text)
+    Console().print(table)
+    return found
+
+
 def generate(config: GenerateConfig) -> Path:
     """Translate a store's condition tokens; return the folder of the generated store."""
     from blip3o_lit.evaluate import progress, write_json
-    from blip3o_lit.inference import best_device, load
+    from blip3o_lit.loading import best_device, load
     from blip3o_lit.tokens.index import TokenIndex
     from blip3o_lit.tokens.reader import TokenReader, TokenStore
 
@@ -165,7 +214,7 @@ def _write_shard(
 
 def main() -> None:
     """Entry point of `blip3o-generate`."""
-    run_command("generate", GenerateConfig, generate)
+    run_command("generate", GenerateConfig, run)
 
 
 if __name__ == "__main__":

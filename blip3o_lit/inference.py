@@ -1,186 +1,39 @@
-"""Load a trained translator from wherever it lies, and generate target tokens with it.
+"""Generate target tokens with a trained translator, from tokens, token stores or pictures.
 
     model = BLIP3oInference("outputs/train/2025-01-31_12-00-00-17")
     clip_tokens = model.generate(eva_tokens)
 
-Shape suffixes: B images, M condition tokens, C condition width, N target tokens, D target width.
+Shape suffixes: B images, M condition tokens, C condition width, N target tokens, D target width,
+S steps.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.shape import PairShape
+from blip3o_lit.config.evaluate import EvaluateConfig
+from blip3o_lit.config.home import home
 from blip3o_lit.config.solver import SolverConfig
-from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.flow.objective import FlowObjective
-from blip3o_lit.models.build import build_network
-from blip3o_lit.plan import inference_autocast
-from blip3o_lit.tokens.statistics import Standardizer
-from blip3o_lit.translator import Translator
+from blip3o_lit.config.towers import TowersConfig
+from blip3o_lit.loading import best_device, load, solver_from_label
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-PARTS = ("network", "objective", "condition_standardizer", "target_standardizer")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from blip3o_lit.towers.tower import Tower
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A translator and what is known about it."""
-
-    translator: Translator
-    config: TrainConfig
-    shape: PairShape
-    facts: dict[str, Any]
-    """Plain data of the checkpoint: format, version, config, shape, tokens, step."""
-    file: Path
-    """The file that the weights came from."""
-
-    @cached_property
-    def hash(self) -> str:
-        """sha256 of the weight file."""
-        with self.file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-
-    @property
-    def folder(self) -> Path:
-        """The run directory or exported folder that the weights belong to."""
-        parent = self.file.parent
-        return parent.parent if parent.name == "checkpoints" else parent
-
-
-def find_weights(source: str | Path) -> Path:
-    """Return the weight file that a path or hub id stands for.
-
-    Args:
-        source: A .ckpt file, a run directory (best, else last), an exported folder, or the id of a
-            repository on the Hugging Face Hub that holds one.
-
-    Raises:
-        UserError: If there is none.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        names = (WEIGHTS_FILE, "checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt")
-        for name in (*names, "last.ckpt"):
-            if (path / name).is_file():
-                return path / name
-        raise UserError(f"{path} holds neither checkpoints/best.ckpt nor {WEIGHTS_FILE}")
-    if _HUB_ID.fullmatch(str(source)):
-        return _from_hub(str(source))
-    raise UserError(f"no checkpoint at {source}: give a .ckpt file, a run directory or an export")
-
-
-def _from_hub(repository: str) -> Path:
-    """Download an exported folder into the hub cache, or find it there."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(repository, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
-    except Exception as error:  # the hub client raises some twenty classes; all mean the same here
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{repository} is neither a path nor a model that the hub gives: {reason}"
-        ) from error
-    return find_weights(folder)
-
-
-def load(source: str | Path, device: str | torch.device = "cpu") -> Loaded:
-    """Rebuild a translator from a checkpoint, a run directory, an export or a hub id.
-
-    Raises:
-        UserError: If the weights are missing, damaged, foreign or of a newer version.
-    """
-    file = find_weights(source)
-    facts, state = _read_export(file) if file.suffix == ".safetensors" else _read_checkpoint(file)
-    try:
-        config = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(TrainConfig), facts["config"])
-        )
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file}: its config is of another version ({reason})") from error
-    assert isinstance(config, TrainConfig)
-    shape = PairShape.from_dict(facts["shape"])
-    parts: list[nn.Module] = [build_network(config.model, shape), FlowObjective(config.flow)]
-    parts += [Standardizer.like(shape.condition), Standardizer.like(shape.target)]
-    autocast = inference_autocast(config.precision.name, device)
-    translator = Translator(*parts, autocast=autocast)  # type: ignore[arg-type]
-    try:
-        translator.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file}: its weights do not fit its config: {reason}") from error
-    translator.to(device).eval().requires_grad_(False)
-    return Loaded(translator, config, shape, facts, file)
-
-
-def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the facts and the translator's state dict; the weight average is its network."""
-    from blip3o_lit import checkpointing
-
-    checkpoint = checkpointing.load(file)
-    state = {}
-    for name, tensor in checkpoint["state_dict"].items():
-        part, _, rest = name.partition(".")
-        part = {"ema": "network", "network": "trained"}.get(part, part)
-        if part in PARTS:
-            state[f"{part}.{rest}"] = tensor
-    return checkpoint["blip3o"], state
-
-
-def _read_export(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the facts and state dict of an exported folder."""
-    config = file.with_name(CONFIG_FILE)
-    try:
-        facts = json.loads(config.read_text("utf-8"))
-        state = load_file(file)
-        known = {"config", "shape", "tokens", "step"} <= set(facts)
-    except FileNotFoundError as error:
-        raise UserError(f"{config} is missing: export again") from error
-    except (ValueError, SafetensorError, TypeError) as error:
-        raise UserError(f"{file.parent}: the export is damaged: export again") from error
-    if not known:
-        raise UserError(f"{config} was not written by blip3o_lit's export")
-    return facts, state
-
-
-def best_device() -> str:
-    """Return cuda, mps or cpu, the first that is there."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def solver_from_label(label: str) -> SolverConfig:
-    """Return the solver that a label of the reports stands for: `mean`, `heun-10`, `dopri5`.
-
-    Raises:
-        UserError: If it names no solver or no number of steps.
-    """
-    name, dash, steps = label.partition("-")
-    if dash and not (steps.isdigit() and int(steps)):
-        raise UserError(f"solver {label!r}: write a name and its steps, for example heun-10")
-    return SolverConfig(name=name, steps=int(steps)) if dash else SolverConfig(name=name)
+Generated = Tensor | tuple[Tensor, list[Tensor]]
+"""Tokens, or tokens and the states of the solver after each step."""
 
 
 class BLIP3oInference:
@@ -193,9 +46,9 @@ class BLIP3oInference:
 
     def __init__(self, path_or_hub_id: str | Path, device: str | torch.device = "auto") -> None:
         self.device = torch.device(best_device() if device == "auto" else device)
-        loaded = load(path_or_hub_id, self.device)
-        self.translator, self.config, self.shape = loaded.translator, loaded.config, loaded.shape
-        self.facts = loaded.facts
+        self.loaded = load(path_or_hub_id, self.device)
+        self.translator, self.config = self.loaded.translator, self.loaded.config
+        self.shape, self.facts = self.loaded.shape, self.loaded.facts
 
     def generate(
         self,
@@ -207,8 +60,9 @@ class BLIP3oInference:
         return_intermediate: bool = False,
         normalize: bool = False,
         seed: int = 0,
+        sample_ids: Tensor | None = None,
         batch_size: int = 64,
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+    ) -> Generated:
         """Generate target tokens from condition tokens, both in the towers' own scale.
 
         Args:
@@ -218,10 +72,11 @@ class BLIP3oInference:
                 the run's own.
             guidance_scale: Classifier-free guidance, for models trained with
                 `flow.condition_dropout`; 1 is none.
-            generator: Draws the noise; without it, image i gets the i-th noise of `seed`.
+            generator: Draws the noise; without it, noise is a function of seed and sample id.
             return_intermediate: Return the states after each step too.
             normalize: Scale each token to unit length.
             seed: Seed of the noise where no generator is given.
+            sample_ids: Which noise each image gets, int64 `[B]`; by default 0, 1, 2, ...
             batch_size: Images a forward pass.
 
         Returns:
@@ -236,6 +91,7 @@ class BLIP3oInference:
         if guidance_scale is not None:
             choice = replace(choice, guidance_scale=guidance_scale)
         size = (self.shape.target.tokens, self.shape.target.width)
+        ids_B = torch.arange(len(tokens)) if sample_ids is None else sample_ids.cpu()
         made, states = [], []
         for start in range(0, len(tokens), batch_size):
             part = tokens[start : start + batch_size].to(self.device)
@@ -243,7 +99,7 @@ class BLIP3oInference:
             if generator is not None:
                 draw = torch.randn((len(part), *size), generator=generator, device=generator.device)
                 noise = draw.to(self.device)
-            ids = torch.arange(start, start + len(part))
+            ids = ids_B[start : start + batch_size]
             result = self.translator.generate(part, ids, seed, choice, noise, return_intermediate)
             made.append(result.x1_BND)
             states.append(result.intermediates)
@@ -256,6 +112,117 @@ class BLIP3oInference:
         if return_intermediate:
             return finish(made), [finish(list(step)) for step in zip(*states)]
         return finish(made)
+
+    def generate_from_dataset(
+        self,
+        tokens: str | Path | None = None,
+        split: str = "validation",
+        batch_size: int = 64,
+        limit: int | None = None,
+        **settings: Any,
+    ) -> Iterator[dict[str, Any]]:
+        """Generate for every image of a token store, a batch at a time.
+
+        One batch is in memory at once, so a store may be larger than memory.
+
+        Args:
+            tokens: The store; by default the one that the model was trained on.
+            split: Split of the store.
+            batch_size: Images a batch.
+            limit: Stop after so many images.
+            **settings: Passed on to `generate`; image i of the split has the i-th noise.
+
+        Yields:
+            `keys`, `captions` (lists), `generated` `[B, N, D]` and `target` `[B, N, D]` (as
+            stored).
+        """
+        from blip3o_lit.readers import open_readers
+
+        config = EvaluateConfig(ckpt=str(self.loaded.file), split=split)
+        config.data.tokens = str(tokens) if tokens else None
+        reader, _ = open_readers(self.loaded, config)
+        images = min(limit or len(reader), len(reader))
+        for start in range(0, images, batch_size):
+            ids = np.arange(start, min(start + batch_size, images))
+            batch = reader.read(ids)
+            made = self.generate(batch["condition"], sample_ids=torch.from_numpy(ids), **settings)
+            yield {
+                "keys": reader.keys(ids),
+                "captions": reader.captions(ids),
+                "generated": made,
+                "target": batch["target"],
+            }
+
+    def evaluate_model(self, tokens: str | Path | None = None, **settings: Any) -> dict[str, Any]:
+        """Score the model; returns what the evaluate command writes to evaluation.json.
+
+        Args:
+            tokens: A token store; by default the one that the model was trained on.
+            **settings: Keys of the evaluate command: `split`, `baselines`, `solvers`, `images`, ...
+        """
+        from blip3o_lit.readers import open_readers
+        from blip3o_lit.scoring import Scorer
+
+        config = EvaluateConfig(ckpt=str(self.loaded.file), **settings)
+        config.data.tokens = str(tokens) if tokens else None
+        held, train = open_readers(self.loaded, config)
+        folder = home() / "baselines"
+        return Scorer(self.loaded, held, train, config, folder, lambda *_: None).run()
+
+    def interpolate_embeddings(
+        self,
+        eva_start: Tensor | np.ndarray,
+        eva_end: Tensor | np.ndarray,
+        num_steps: int = 10,
+        **settings: Any,
+    ) -> Generated:
+        """Generate along the straight line between the condition tokens of two pictures.
+
+        Every point has the same noise, so the path is as smooth as the model.
+
+        Args:
+            eva_start: Condition tokens `[M, C]`.
+            eva_end: Condition tokens `[M, C]`.
+            num_steps: Points, both ends included.
+            **settings: Passed on to `generate`.
+
+        Returns:
+            `[S, N, D]`.
+        """
+        (start, _), (end, _) = self._checked(eva_start), self._checked(eva_end)
+        weight = torch.linspace(0, 1, num_steps).view(-1, 1, 1)
+        line = torch.lerp(start.float().cpu(), end.float().cpu(), weight)
+        same_noise = torch.zeros(num_steps, dtype=torch.int64)
+        return self.generate(line, sample_ids=same_noise, **settings)
+
+    def from_images(
+        self, images: Sequence[str | Path | Image], tower: Tower | None = None, **settings: Any
+    ) -> Generated:
+        """Generate target tokens of pictures.
+
+        Args:
+            images: Files or PIL pictures.
+            tower: The condition tower; needed unless the model was trained on the demo.
+            **settings: Passed on to `generate`.
+
+        Returns:
+            `[B, N, D]`.
+        """
+        from blip3o_lit.pictures import picture_tokens
+        from blip3o_lit.towers.load import load_tower
+
+        if tower is None:
+            if self.config.data.name != "demo":
+                raise UserError("from_images: give the condition tower (towers.load.load_tower)")
+            tower = load_tower(TowersConfig().condition, device=str(self.device))
+        tokens = picture_tokens(tower, images, self.config.mode)
+        return self.generate(tokens, **settings)
+
+    def push_to_hub(self, repository: str, private: bool = True) -> str:
+        """Upload the model and its card to the Hugging Face Hub; returns the address."""
+        from blip3o_lit.sharing import push
+
+        return push(self.loaded, repository, private)
 
     def _solver(self, solver: str | SolverConfig | None, steps: int | None) -> SolverConfig:
         """Return the solver that the arguments ask for."""

@@ -19,7 +19,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.image_text import ImageText
-from blip3o_lit.inference import Loaded, solver_from_label
+from blip3o_lit.loading import Loaded, solver_from_label
 from blip3o_lit.metrics.calibration import Calibration
 from blip3o_lit.metrics.paired import compare
 from blip3o_lit.tally import Estimator, Reference, Tally, exact_estimators, known_problem

@@ -51,6 +51,7 @@ def test_evaluate_writes_json_and_report(run, monkeypatch, tmp_path, capsys):
     ("words", "message"),
     [
         (["baselines=cheap"], "ckpt=PATH is missing"),
+        (["ckpt=x", "vs=y", "same_date=true"], "did you mean same_data"),
         (["ckpt=x", "baseline=all"], "did you mean baselines"),
         (["ckpt=x", "baselines=chaep"], "did you mean baselines=cheap"),
         (["ckpt=no/where/at-all"], "no checkpoint at no/where/at-all"),
@@ -117,3 +118,12 @@ def test_model_card_holds_the_evaluation(run, monkeypatch, tmp_path):
     assert "16 images of the validation split" in card
     with pytest.raises(UserError, match="choose another one"):
         export(ExportConfig(str(out), str(out)))
+
+
+def test_two_checkpoints_are_compared_image_by_image(run, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["solvers=[]", "curve=[]", "baselines=none", "images=16", f"out={tmp_path / 'to'}"]
+    call(monkeypatch, f"ckpt={run}", f"vs={run}", *words)
+    content = json.loads((tmp_path / "to" / "evaluation.json").read_text())
+    assert content["paired"]["cosine"]["mean"]["p_value"] == 1
+    assert "mean against run: +0.00000" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """Loading from every kind of place, what `generate` promises, and one-line refusals."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +14,14 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.export import ExportConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.export import export
-from blip3o_lit.inference import find_weights, load, solver_from_label
+from blip3o_lit.loading import find_weights, load, solver_from_label
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BLIP3O_HOME", str(tmp_path_factory.mktemp("home")))
-        return make_run(tmp_path_factory.mktemp("run"))
+        yield make_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,57 @@ def test_best_is_preferred_and_missing_places_are_named(run, tmp_path, monkeypat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="someone/nothing is neither a path nor a model"):
         find_weights("someone/nothing")
+
+
+def test_a_store_is_translated_batch_by_batch_with_its_own_noise(model):
+    batches = list(model.generate_from_dataset(batch_size=20, solver="heun-2"))
+    assert [len(batch["keys"]) for batch in batches] == [20, 20, 8]
+    assert batches[0]["keys"][:2] == ["00000000", "00000001"]
+    whole = torch.cat([batch["generated"] for batch in batches])
+    again = next(model.generate_from_dataset(batch_size=48, solver="heun-2"))
+    torch.testing.assert_close(whole, again["generated"], rtol=1e-5, atol=1e-5)
+    first = next(model.generate_from_dataset(limit=3))
+    assert first["generated"].shape == first["target"].shape == (3, 16, 4)
+
+
+def test_interpolation_ends_at_both_pictures_and_shares_the_noise(model):
+    ends = conditions(2)
+    line = model.interpolate_embeddings(ends[0], ends[1], num_steps=5, solver="euler-3")
+    assert line.shape == (5, 16, 4)
+    same = torch.zeros(2, dtype=torch.int64)
+    expected = model.generate(ends, solver="euler-3", sample_ids=same)
+    torch.testing.assert_close(line[[0, -1]], expected, rtol=1e-5, atol=1e-5)
+    still = model.interpolate_embeddings(ends[0], ends[0], num_steps=3, solver="euler-3")
+    torch.testing.assert_close(still[0], still[2], rtol=1e-5, atol=1e-5)
+
+
+def test_evaluate_model_is_the_evaluation(model):
+    few = {"solvers": [], "curve": [], "images": 8, "baselines": "none"}
+    report = model.evaluate_model(**few)
+    batch = next(model.generate_from_dataset(batch_size=8, solver="mean"))
+    cosine = torch.cosine_similarity(batch["generated"], batch["target"].float(), dim=-1).mean()
+    assert report["estimators"]["mean"]["cosine"] == pytest.approx(float(cosine), abs=1e-5)
+    assert report["images"] == 8
+
+
+def test_an_upload_holds_a_loadable_export(model, tmp_path, monkeypatch):
+    kept = tmp_path / "hub"
+
+    class Hub:
+        def create_repo(self, repository: str, private: bool, exist_ok: bool) -> str:
+            assert (repository, private, exist_ok) == ("me/model", True, True)
+            return f"hub/{repository}"
+
+        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> None:
+            shutil.copytree(folder_path, kept)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert model.push_to_hub("me/model") == "hub/me/model"
+    names = {file.name for file in kept.iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors"}
+    assert torch.equal(
+        BLIP3oInference(kept, "cpu").generate(conditions()), model.generate(conditions())
+    )
 
 
 def test_an_export_generates_the_same_bits(run, tmp_path):

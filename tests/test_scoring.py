@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.evaluate import open_readers
-from blip3o_lit.inference import load
+from blip3o_lit.loading import load
+from blip3o_lit.readers import open_readers
 from blip3o_lit.scoring import Scorer
 from blip3o_lit.tokens.shards import ArraySpec, TokenWriter
 from blip3o_lit.verdict import check_finite, verdict, verdict_note

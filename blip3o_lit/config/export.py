@@ -14,10 +14,15 @@ class ExportConfig:
     ckpt: str = ""
     """A checkpoint file or a run directory."""
     out: str = ""
-    """Folder for config.json, model.safetensors and README.md."""
+    """Folder for config.json, model.safetensors, heads.safetensors and README.md."""
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face Hub to upload to, ORG/NAME."""
+    private: bool = True
+    """Whether a repository that is made for it is private."""
 
     def __post_init__(self) -> None:
-        """Check that both are given."""
-        for key in ("ckpt", "out"):
-            if not getattr(self, key):
-                raise UserError(f"{key}=PATH is missing: export needs ckpt= and out=")
+        """Check that there is something to export, and a place for it."""
+        if not self.ckpt:
+            raise UserError("ckpt=PATH is missing: name a checkpoint or a run directory")
+        if not self.out and not self.push_to_hub:
+            raise UserError("out=DIR is missing: give it, or push_to_hub=ORG/NAME")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from blip3o_lit.config.errors import UserError, positive
 from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.config.towers import TowersConfig
 
 
 @dataclass
@@ -18,6 +19,14 @@ class GenerateConfig:
     """Token store that holds the condition tokens."""
     out: str = ""
     """Folder for the generated store; a stopped command goes on where it was."""
+    images: str | None = None
+    """A picture, or a folder of them, in place of a token store: prints the best captions."""
+    captions: str | None = None
+    """Text file with a caption a line, ranked for each picture of `images`."""
+    best: int = 3
+    """Captions printed for each picture."""
+    towers: TowersConfig = field(default_factory=TowersConfig)
+    """Encoders of pictures (condition) and captions (target)."""
     split: str | None = None
     """Split to translate; null: all of them."""
     solver: SolverConfig = field(default_factory=SolverConfig)
@@ -31,7 +40,13 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         """Check each value."""
-        for key in ("ckpt", "tokens", "out"):
-            if not getattr(self, key):
-                raise UserError(f"{key}=PATH is missing: generate needs ckpt=, tokens= and out=")
+        if not self.ckpt:
+            raise UserError("ckpt=PATH is missing: name a checkpoint or a run directory")
+        if bool(self.images) != bool(self.captions):
+            raise UserError("images=PATH and captions=FILE belong together: give both")
+        if not self.images and not (self.tokens and self.out):
+            raise UserError("tokens=DIR and out=DIR are missing (or images=PATH captions=FILE)")
+        if self.images and (self.tokens or self.out):
+            raise UserError("images= prints captions, tokens= out= writes a store: give one pair")
         positive("batch_size", self.batch_size)
+        positive("best", self.best)

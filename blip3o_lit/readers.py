@@ -1,0 +1,42 @@
+"""Which images an evaluation scores on, and which ones its baselines are fitted on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.evaluate import EvaluateConfig
+from blip3o_lit.loading import Loaded
+from blip3o_lit.token_source import token_store
+from blip3o_lit.tokens.reader import TokenReader, TokenStore
+
+
+def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, TokenReader | None]:
+    """Return the images to score on, and the training split where the store has one.
+
+    Raises:
+        UserError: If the store lacks the split, or its tokens are not those of the checkpoint.
+    """
+    run = loaded.config
+    data = replace(run.data, tokens=config.data.tokens) if config.data.tokens else run.data
+    store = TokenStore.open(token_store(data), data.verify)
+    sides = (data.condition, data.target, run.mode)
+
+    def reader(split: str, shards: int | None, limit: int | None) -> TokenReader:
+        return TokenReader(store, split, *sides, max_shards=shards, limit=limit)
+
+    train = None
+    if "train" in store.index.splits:
+        train = reader("train", data.max_shards, data.subset)
+    if config.same_data:
+        if train is None:
+            raise UserError(f"same_data=true: {store.path} has no train split")
+        held = train
+    else:
+        held = reader(config.split, None, data.validation_subset)
+    if held.shape != loaded.shape:
+        raise UserError(
+            f"{store.path} has tokens {held.shape.to_dict()}, but {loaded.file} was trained on "
+            f"{loaded.shape.to_dict()}: set data.tokens to a matching store"
+        )
+    return held, train

@@ -70,6 +70,8 @@ def run_command(name: str, schema: type[Config], task: Callable[[Config], Any]) 
         except UserError as error:
             fail(str(error))
 
+    # argparse takes no overrides on both sides of a flag: put -m before all of them.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     try:
         _check_arguments(name, schema, folder)
         hydra_main(version_base="1.3", config_path=str(folder), config_name=name)(job)()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import warnings
@@ -82,13 +83,9 @@ def _commit() -> str | None:
 def quiet_libraries() -> None:
     """Keep off the console what libraries say about themselves; warnings that matter still pass."""
     for message in KNOWN_NOISE:
-        warnings.filterwarnings("ignore", message=".*" + _escaped(message))
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        warnings.filterwarnings("ignore", message=".*" + re.escape(message))
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-
-
-def _escaped(message: str) -> str:
-    import re
-
-    return re.escape(message)
+    for name in ("pytorch", "fabric"):
+        logging.getLogger(f"lightning.{name}.utilities.rank_zero").setLevel(logging.WARNING)
+        logging.getLogger(f"lightning.{name}.utilities.distributed").setLevel(logging.WARNING)

@@ -167,7 +167,7 @@ class TranslationModule(LightningModule):
         names = ("cosine", "cosine_centred", "mse", "r2", "norm_ratio")
         for name in names:
             if scores[name] is not None:
-                self.log(f"val/{name}", float(scores[name]), logger=False)
+                self.log(f"val/{name}", float(scores[name]), logger=False, sync_dist=True)
 
     def configure_gradient_clipping(
         self,

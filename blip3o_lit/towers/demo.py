@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,6 +127,7 @@ class DemoEva(DemoTower):
 
     def heads(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the final LayerNorm, the projection and the logit scale."""
+        assert isinstance(self.trunk.norm, nn.LayerNorm)
         return _heads(self.trunk.norm, self.projection_CP, self.logit_scale)
 
 
@@ -137,9 +139,13 @@ class DemoClip(DemoTower):
         super().__init__("clip", VISION.width)
         self.model = CLIP(PROJECTION, VISION, TEXT)
 
+    @property
+    def _visual(self) -> Any:
+        return self.model.visual
+
     def tokens(self, images_B3SS: Tensor) -> Tensor:
         """Return the last block's output `[B, N, C]`, before the final norm."""
-        found = self.model.visual.forward_intermediates(
+        found = self._visual.forward_intermediates(
             images_B3SS,
             indices=1,
             output_fmt="NLC",
@@ -151,12 +157,12 @@ class DemoClip(DemoTower):
 
     def project(self, tokens_BC: Tensor) -> Tensor:
         """Put tokens through the final norm and the projection; returns `[B, P]`."""
-        visual = self.model.visual
+        visual = self._visual
         return visual.ln_post(tokens_BC) @ visual.proj
 
     def heads(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the final LayerNorm, the projection and the logit scale."""
-        visual = self.model.visual
+        visual = self._visual
         return _heads(visual.ln_post, visual.proj, self.model.logit_scale)
 
     @torch.inference_mode()

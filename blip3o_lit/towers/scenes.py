@@ -118,14 +118,13 @@ def _ground(rng: np.random.Generator) -> np.ndarray:
     return middle + steps[None, :, None] * across + steps[:, None, None] * down
 
 
-def scene(split: str, index: int, seed: int = 0, variant: int = 0) -> Scene:
+def scene(split: str, index: int, seed: int = 0) -> Scene:
     """Draw one scene: a pure function of its arguments.
 
     Args:
         split: `train` or `validation`.
         index: Number of the scene in its split, from 0 on.
         seed: Another seed gives another, unrelated series.
-        variant: Another variant shows other digits in the same colours, at the same places.
 
     Returns:
         The picture, its caption, a key and the rows of its scans.
@@ -142,8 +141,6 @@ def scene(split: str, index: int, seed: int = 0, variant: int = 0) -> Scene:
     colours = rng.permutation(len(COLOURS))[:count]
     sides = rng.integers(MIN_SIDE, MAX_SIDE + 1, count)
     strays = rng.integers(-2, 3, (count, 2))
-    if variant:
-        rng = np.random.default_rng((seed, SPLITS.index(split), index, variant))
     scans = rows[rng.integers(0, len(rows), count)]
     phrases, boxes = [], []
     for scan, place, colour, side, stray in zip(scans, places, colours, sides, strays):
@@ -162,7 +159,7 @@ def scene(split: str, index: int, seed: int = 0, variant: int = 0) -> Scene:
     return Scene(
         image=Image.fromarray(np.rint(canvas).astype(np.uint8)),
         caption=", ".join(phrases),
-        key=f"{split}-{index:06d}" + (f"-{seed}-{variant}" if seed or variant else ""),
+        key=f"{split}-{index:06d}" + (f"-{seed}" if seed else ""),
         scans=tuple(int(scan) for scan in scans),
         boxes=tuple(boxes),
         label=DIGITS[digits[scans[0]]] if count == 1 else "",

@@ -18,18 +18,9 @@ def convert(config: ConvertConfig) -> None:
         print(f"{index.rejects} rejected, each with its reason in {config.out}/rejects.jsonl")
     if len(index.splits) < 2:
         print("one split is empty: a store this small needs another validation_fraction or seed")
-    print(f"next: python -m blip3o_lit.train data=tokens data.tokens={config.out} {_view(index)}")
-
-
-def _view(index: object) -> str:
-    """Return the mode overrides under which training reads the store as it is."""
-    from blip3o_lit.tokens.index import TokenIndex
-
-    assert isinstance(index, TokenIndex)
-    specs = index.arrays.values()
-    if index.reduced:
-        return f"mode={index.reduced}"
-    return "mode=cls_patch" if all(spec.cls for spec in specs) else "mode=patch_only"
+    full = "cls_patch" if all(spec.cls for spec in index.arrays.values()) else "patch_only"
+    view = f"mode={index.reduced or full}"
+    print(f"next: python -m blip3o_lit.train data=tokens data.tokens={config.out} {view}")
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The split of an image by what it shows, so that near-identical files land on the same side.
 
-The fingerprint is a coarse difference hash: the picture is averaged to 4x4 grey cells and each
+The fingerprint is a coarse difference hash: the picture is averaged to 3x3 grey cells and each
 cell is compared with its right and its lower neighbour. It survives another encoding, size or
 colour profile; unlike images that share it share a split too, which does no harm.
 """
@@ -15,20 +15,16 @@ from PIL import Image
 from blip3o_lit.config.errors import one_of, within
 
 RULES = ("perceptual", "content")
-CELLS = 4
-STEP = 7.5
-"""Grey levels by which two cells must differ to count; re-encoding moves a cell by about 0.2."""
+CELLS = 3
+STEP = 20.0
+"""Grey levels by which two cells must differ to count; re-encoding moves a cell by some 0.1."""
 
 
 def fingerprint(image: Image.Image) -> bytes:
-    """Return 24 comparisons of three outcomes each (darker, alike, brighter) as bytes."""
-    grey = image.convert("L")
-    if min(grey.size) > 16 * CELLS:
-        grey = grey.resize((16 * CELLS, 16 * CELLS), Image.Resampling.BOX, reducing_gap=None)
-    cells = np.asarray(grey.resize((CELLS, CELLS), Image.Resampling.BOX), np.int16)
-    across = np.diff(cells, axis=1).ravel()
-    down = np.diff(cells, axis=0).ravel()
-    differences = np.concatenate([across, down])
+    """Return 12 comparisons of three outcomes each (darker, alike, brighter) as bytes."""
+    grey = image.convert("L").convert("F")  # in float: rounding a cell would cost more than JPEG
+    cells = np.asarray(grey.resize((CELLS, CELLS), Image.Resampling.BOX))
+    differences = np.concatenate([np.diff(cells, axis=0).ravel(), np.diff(cells, axis=1).ravel()])
     return (np.sign(differences) * (np.abs(differences) > STEP)).astype(np.int8).tobytes()
 
 

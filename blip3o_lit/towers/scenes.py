@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -88,7 +89,7 @@ def _scans() -> tuple[list[Image.Image], np.ndarray, dict[str, np.ndarray]]:
     """Return the scans as 8-bit pictures, their digits, and the rows of each split."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     pixels = np.clip(digits.images * (255 / 16), 0, 255).astype(np.uint8)
     shares = np.array([_share(scan) for scan in pixels])
     rows = {

@@ -261,7 +261,7 @@ class Regression(nn.Module):
     @torch.no_grad()
     def predict(self, condition_BMC: Tensor) -> Tensor:
         """Predict the target tokens, [B, N, D] fp32."""
-        return self(condition_BMC.to(self.network.input.weight)).float()
+        return self(condition_BMC.to(next(self.network.parameters()))).float()
 
 
 def train_regression(

@@ -16,7 +16,7 @@ from blip3o_lit.config.shape import PairShape
 from blip3o_lit.models.block import Block, Branch
 from blip3o_lit.models.layers import DeepAdapter, TimeEmbedding, rope_table
 from blip3o_lit.models.network import EncodedCondition, Network, init_linears_and_norms
-from blip3o_lit.models.norms import RMSNorm, modulate
+from blip3o_lit.models.rms_norm import RMSNorm, modulate
 
 
 class DiT(Network):

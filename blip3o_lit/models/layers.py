@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_lit.config.shape import TokenShape
-from blip3o_lit.models.norms import RMSNorm
+from blip3o_lit.models.rms_norm import RMSNorm
 
 
 def rope_table(

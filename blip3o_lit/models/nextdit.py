@@ -28,8 +28,8 @@ from blip3o_lit.models.network import (
     Network,
     init_linears_and_norms,
 )
-from blip3o_lit.models.norms import RMSNorm
 from blip3o_lit.models.official import from_official, to_official
+from blip3o_lit.models.rms_norm import RMSNorm
 
 EPS = 1e-5
 """Of every norm but the last, as in the released weights."""

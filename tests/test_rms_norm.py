@@ -1,0 +1,39 @@
+"""Norms: the formula, the hand-written gradient, the dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from blip3o_lit.models.rms_norm import RMSNorm, modulate, scaled_rms_norm
+
+
+def doubles(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_gradients_of_norm_scale_and_shift_are_right():
+    torch.manual_seed(0)
+    x, scale, shift = doubles(2, 3, 8), doubles(2, 1, 8), doubles(2, 1, 8)
+    assert torch.autograd.gradcheck(lambda *a: scaled_rms_norm(*a, 1e-2), (x, scale, shift))
+    assert torch.autograd.gradcheck(lambda a, b: scaled_rms_norm(a, b, None, 1e-2), (x, doubles(8)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_its_formula_and_keeps_the_dtype(dtype):
+    torch.manual_seed(0)
+    norm, x = RMSNorm(8, eps=1e-3), 5 * torch.randn(3, 8)
+    norm.weight.data.uniform_(0.5, 2)
+    y = norm(x.to(dtype))
+    assert y.dtype == dtype
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight
+    wide = 3e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(y.float(), expected, atol=wide, rtol=wide)
+    torch.testing.assert_close(expected, F.rms_norm(x, (8,), norm.weight, 1e-3))
+
+
+def test_modulate_is_its_formula():
+    x, shift, scale = torch.randn(2, 3, 8), torch.randn(2, 1, 8), torch.randn(2, 1, 8)
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(modulate(x, shift, scale), normed * (1 + scale) + shift)

@@ -206,8 +206,7 @@ def test_the_8b_has_its_published_shape() -> None:
     # the model card says 7.5B
     assert sum(parameter.numel() for parameter in tower.parameters()) == 7_526_088_704
     assert (tower.info.shape.tokens, tower.info.shape.width) == (257, 4096)
-    assert tower.head.projection_CP is not None
-    assert tower.head.projection_CP.shape == (4096, 1280)
+    assert tower.heads()[0]["projection"].shape == (4096, 1280)
     with torch.device("meta"):
         assert tower.tokens(torch.zeros(1, 3, 224, 224)).shape == (1, 257, 4096)
 

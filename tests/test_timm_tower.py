@@ -51,6 +51,8 @@ def test_tokens_are_a_blocks_output_without_registers(
     model: str, size: int, prefix: int, cls: bool
 ) -> None:
     found = tower(model, size=size)
+    for parameter in found.trunk.parameters():  # at birth CLS and registers are all near zero
+        parameter.add_(0.1 * torch.randn_like(parameter))
     side = size // found.trunk.patch_embed.patch_size[0]
     assert found.info.shape.grid == (side, side)
     assert found.info.shape.cls is cls
@@ -59,7 +61,7 @@ def test_tokens_are_a_blocks_output_without_registers(
     kept = full[:, [0, *range(prefix, full.shape[1])]] if cls else full[:, prefix:]
     tokens = found.tokens(pixels)
     assert tokens.shape == (2, found.info.shape.tokens, found.info.shape.width)
-    assert (tokens - kept).abs().max() <= 1e-5
+    assert (tokens - kept).abs().max() <= 1e-4
 
 
 def test_any_block_and_the_final_norm() -> None:

@@ -86,9 +86,14 @@ class TowerHead(nn.Module):
             "projection": self.projection_CP,
             "logit_scale": self.logit_scale,
         }
-        if self.projection_bias_P is not None and self.projection_CP is not None:
-            found |= self._fold_bias(self.projection_CP, self.projection_bias_P, normed)
-        tensors = {name: value.cpu() for name, value in found.items() if value is not None}
+        bias_P, projection_CP = self.projection_bias_P, self.projection_CP
+        if bias_P is not None and projection_CP is not None and not bias_P.is_meta:
+            found |= self._fold_bias(projection_CP, bias_P, normed)
+        tensors = {
+            name: value if value.is_meta else value.cpu()
+            for name, value in found.items()
+            if value is not None
+        }
         return tensors, {"norm": self.kind, "eps": repr(self.eps)}
 
     def _fold_bias(

@@ -25,7 +25,7 @@ from sklearn.datasets import load_sample_images
 from benchmarks.timing import interleaved, result, save, show
 from blip3o_lit.config.extract import EngineConfig, ExtractConfig
 from blip3o_lit.config.towers import TowerConfig
-from blip3o_lit.extraction_engine import extract
+from blip3o_lit.extraction.engine import extract
 from blip3o_lit.images.item import Item, Source, decode, slices
 from blip3o_lit.towers.load import load_tower
 from blip3o_lit.towers.tower import Tower

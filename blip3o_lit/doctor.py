@@ -8,13 +8,13 @@ from pathlib import Path
 from blip3o_lit.command import USER_ERROR_CODE, run_command
 from blip3o_lit.config.doctor import DoctorConfig
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.finding import Finding, show, show_table
+from blip3o_lit.inspection.finding import Finding, show, show_table
 
 
 def doctor(config: DoctorConfig) -> None:
     """Check, print, and exit with 2 when a check failed."""
     if config.tokens is None:
-        from blip3o_lit.machine import machine_findings
+        from blip3o_lit.inspection.machine import machine_findings
 
         findings = show(machine_findings(), "this machine")
     else:
@@ -29,9 +29,9 @@ def _store(tokens: str, repair: bool) -> list[Finding]:
     """Inspect a store, after repairing it if asked, and print everything."""
     if "://" in tokens:
         raise UserError(f"tokens={tokens} is remote: doctor reads local folders, copy it first")
-    from blip3o_lit.inspection import inspect
-    from blip3o_lit.inspection_numbers import HEADER
-    from blip3o_lit.repair import repair as write_again
+    from blip3o_lit.inspection.numbers import HEADER
+    from blip3o_lit.inspection.repair import repair as write_again
+    from blip3o_lit.inspection.store import inspect
 
     folder = Path(tokens).expanduser()
     if repair:

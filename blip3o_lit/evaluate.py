@@ -17,7 +17,7 @@ from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.home import home
 
 if TYPE_CHECKING:
-    from blip3o_lit.baseline_cache import Report
+    from blip3o_lit.scoring.baselines import Report
 
 UNITS = {"mlp": "steps", "regression": "steps"}
 COLUMNS = ("cosine", "cosine_centred", "cosine_pooled", "mse", "r2", "norm_ratio", "frechet")
@@ -25,11 +25,14 @@ COLUMNS = ("cosine", "cosine_centred", "cosine_pooled", "mse", "r2", "norm_ratio
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score one checkpoint; write evaluation.json and report.html; return the former's content."""
-    from blip3o_lit.loading import best_device, load
-    from blip3o_lit.readers import open_readers
+    from blip3o_lit.loading import best_device, find_weights, load
     from blip3o_lit.report.page import write_report
-    from blip3o_lit.scoring import Scorer
+    from blip3o_lit.scoring.readers import open_readers
+    from blip3o_lit.scoring.score import Scorer
 
+    if not config.out and not Path(config.ckpt).expanduser().exists():
+        find_weights(config.ckpt)  # says what is wrong, unless it is a model of the hub
+        raise UserError(f"{config.ckpt} is a model of the hub: say where to write with out=DIR")
     device = best_device() if config.device == "auto" else config.device
     loaded = load(config.ckpt, device)
     folder = Path(config.out) if config.out else loaded.folder

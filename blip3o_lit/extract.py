@@ -15,8 +15,8 @@ def extract(config: ExtractConfig) -> None:
         raise UserError("images=SRC is missing: a folder, tars, a .csv or .jsonl, or demo")
     if not config.out:
         raise UserError("out=DIR is missing: the folder of the token store")
-    from blip3o_lit.extraction import demo_source
-    from blip3o_lit.extraction_engine import Extraction, device_of, worker_of
+    from blip3o_lit.extraction.demo import demo_source
+    from blip3o_lit.extraction.engine import Extraction, device_of, worker_of
     from blip3o_lit.images.open import open_source
     from blip3o_lit.towers.load import load_tower
 

@@ -136,7 +136,7 @@ class BLIP3oInference:
             `keys`, `captions` (lists), `generated` `[B, N, D]` and `target` `[B, N, D]` (as
             stored).
         """
-        from blip3o_lit.readers import open_readers
+        from blip3o_lit.scoring.readers import open_readers
 
         config = EvaluateConfig(ckpt=str(self.loaded.file), split=split)
         config.data.tokens = str(tokens) if tokens else None
@@ -160,8 +160,8 @@ class BLIP3oInference:
             tokens: A token store; by default the one that the model was trained on.
             **settings: Keys of the evaluate command: `split`, `baselines`, `solvers`, `images`, ...
         """
-        from blip3o_lit.readers import open_readers
-        from blip3o_lit.scoring import Scorer
+        from blip3o_lit.scoring.readers import open_readers
+        from blip3o_lit.scoring.score import Scorer
 
         config = EvaluateConfig(ckpt=str(self.loaded.file), **settings)
         config.data.tokens = str(tokens) if tokens else None

@@ -24,6 +24,6 @@ def token_store(data: DataConfig) -> str:
         from blip3o_lit.tokens.ambiguous import ambiguous_store
 
         return str(ambiguous_store(data.ambiguous))
-    from blip3o_lit.extraction import demo_store
+    from blip3o_lit.extraction.demo import demo_store
 
     return str(demo_store())

@@ -37,7 +37,9 @@ from seed_flags import (
 HUB = "hf://datasets/BLIP3o/BLIP3o-Pretrain-Short-Caption"
 HUB_TARS = 35
 SHRINK = {
-    "train": "model.width=32 model.depth=2 model.heads=2 model.kv_heads=2 model.mlp_width=64",
+    "train": "model.width=32 model.depth=2 model.heads=2 model.kv_heads=2 model.mlp_width=64 "
+    "solver.steps=4 evaluation.images=4",
+    "evaluate": "curve=[] samples=1",
     "extract": "towers=demo",
 }
 """Overrides of --shrink: a network that trains on a CPU in seconds, towers that ship with us."""

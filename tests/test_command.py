@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from blip3o_lit.command import conf_dir, groups, keys, typed
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 OmegaConf.register_new_resolver("run_stamp", lambda: "test", replace=True)
@@ -64,7 +64,9 @@ def compose_train(*overrides: str) -> TrainConfig:
 
 
 TRAIN_GROUPS = {
-    group: options for group, options in groups(conf_dir()).items() if group in set(keys(TrainConfig))
+    group: options
+    for group, options in groups(conf_dir()).items()
+    if group in set(keys(TrainConfig))
 } | {name: groups(conf_dir()).get(name, []) for name in ("experiment", "debug")}
 
 

@@ -21,10 +21,10 @@ from blip3o_lit.config.doctor import DoctorConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.doctor import doctor
-from blip3o_lit.finding import Finding
-from blip3o_lit.inspection import file_hash, inspect
-from blip3o_lit.inspection_numbers import HEADER
-from blip3o_lit.repair import repair
+from blip3o_lit.inspection.finding import Finding
+from blip3o_lit.inspection.numbers import HEADER
+from blip3o_lit.inspection.repair import repair
+from blip3o_lit.inspection.store import file_hash, inspect
 from blip3o_lit.tokens.index import ArraySpec, TokenIndex
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.shards import TokenWriter, pack_offsets, unpack_offsets
@@ -379,7 +379,7 @@ def test_stolen_releases_and_a_foreign_torchvision_are_found_unharmed(tmp_path: 
     broken = "raise RuntimeError('operator torchvision::nms does not exist')\n"
     (tmp_path / "torchvision" / "__init__.py").write_text(broken)
     script = (
-        "from blip3o_lit import machine\n"
+        "from blip3o_lit.inspection import machine\n"
         "print(*machine.lightning(), *machine.packages(), *machine.torchvision(), sep='\\n')\n"
     )
     done = run(["-c", script], tmp_path, PYTHONPATH=str(tmp_path))

@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.evaluate import evaluate
-from blip3o_lit.extraction import demo_store
+from blip3o_lit.extraction.demo import demo_store
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 

@@ -12,11 +12,16 @@ import pytest
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.report import charts, page, tradeoffs
 from blip3o_lit.report.__main__ import main
+from blip3o_lit.report.about_run import differences
 from blip3o_lit.report.page import write_report
 from blip3o_lit.report.record import ROWS, RunRecord
 from blip3o_lit.report.scores import rows, significant
 from blip3o_lit.report.theme import DARK, LIGHT
 
+PICTURE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY"
+    "42YAAAAASUVORK5CYII="
+)
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -80,6 +85,31 @@ def evaluation() -> dict:
         "position_cosine": [[0.9 + 0.0001 * (16 * i + j) for j in range(16)] for i in range(16)],
         "retrieval": {"read_out": "cls", "generated": recall, "true": recall},
         "verdict": "excellent",
+        "zero_shot": {
+            "classes": 10,
+            "images": 130,
+            "chance": 0.1,
+            "tower": {"generated": {"top1": 0.4321, "agreement": 0.81}, "true": {"top1": 0.4432}},
+        },
+        "samples": {
+            "solver": "heun-10",
+            "images": 48,
+            "coverage": 0.6123,
+            "coverage_expected": 0.6667,
+            "pairwise_cosine": 0.9444,
+        },
+        "time_bins": [{"t": [0.0, 0.5], "loss": 0.3131}, {"t": [0.5, 1.0], "loss": 0.1414}],
+        "paired": {
+            "run": "rival",
+            "cosine": {"mean": {"difference": 0.0123, "ci95": [0.01, 0.02], "p_value": 0.0009}},
+        },
+        "worst": [{"key": "img-7", "cosine": 0.7007, "caption": "a red seven", "source": "s7"}],
+        "examples": {
+            "best": [{"key": "img-1", "cosine": 0.9911, "caption": "one", "picture": PICTURE}],
+            "worst": [{"key": "img-7", "cosine": 0.7007, "caption_generated": "a two"}],
+        },
+        "position_std": [[0.01 + 0.001 * j for j in range(16)] for _ in range(16)],
+        "surprise": {"depth": {"answer": 42.5}},
     }
 
 
@@ -186,6 +216,12 @@ def test_every_number_of_the_evaluation_stands_on_the_page(run: Path) -> None:
         assert significant(point["cosine"]) in text
     for number in ("0.613", "0.917", "0.551", "0.2223"):
         assert number in text
+    for number in ("0.432", "0.443", "0.810", "130", "0.6123", "0.6667", "0.9444", "0.3131"):
+        assert number in text
+    for number in ("0.01230", "0.0009000", "0.7007", "0.9911", "42.5"):
+        assert number in text
+    for words in ("a red seven", "img-1", "surprise.depth.answer", "rival", "a two"):
+        assert words in text
 
 
 def test_numbers_name_what_they_belong_to(run: Path) -> None:
@@ -252,6 +288,9 @@ def test_strings_of_a_run_are_escaped(tmp_path: Path) -> None:
     report["baselines"][HOSTILE] = report["baselines"].pop("ridge")
     report["nfe_curve"][0]["solver"] = HOSTILE
     report["retrieval"][HOSTILE] = {HOSTILE: {HOSTILE: 0.5}}
+    report["worst"][0] = dict.fromkeys(("key", "caption", "source"), HOSTILE)
+    report["examples"]["best"] = [dict.fromkeys(("key", "caption", "picture"), HOSTILE)]
+    report["samples"][HOSTILE] = report["paired"]["run"] = report["surprise"] = HOSTILE
     (run / "evaluation.json").write_text(json.dumps(report))
     (run / "config.yaml").write_text(f"name: {json.dumps(HOSTILE)}\n")
     (run / "overrides.txt").write_text(f"note={HOSTILE}\n")
@@ -284,6 +323,7 @@ def test_run_without_evaluation_says_how_to_get_one(tmp_path: Path) -> None:
 BLOCKS = [{name} for name in ("estimators", "baselines", "nfe_curve", "position_cosine")]
 BLOCKS.append({"split", "images", "mode", "tokens", "checkpoint", "headline", "verdict"})
 BLOCKS.append({"retrieval", "frechet_floor"})
+BLOCKS.append({"zero_shot", "samples", "time_bins", "paired", "worst", "examples", "surprise"})
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
@@ -336,6 +376,15 @@ def test_command_quotes_overrides_for_the_shell(tmp_path: Path) -> None:
     line = command.replace("python -m blip3o_lit.train", start)
     said = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "model=base|logger=[csv,wandb]|note=a b'c"
+
+
+def test_configuration_tells_presets_from_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 5\nbatch_size: 32\nmodel:\n  width: 99\n")
+    (tmp_path / "overrides.txt").write_text("model=tiny\nseed=5\n")
+    lines = {line[0]: line[1:] for line in differences(RunRecord.load(tmp_path))}
+    assert lines["seed"] == ["0", "5", "command line"]
+    assert lines["model.width"][1:] == ["99", "preset"]
+    assert "batch_size" not in lines
 
 
 def test_curves_skip_empty_cells_and_keep_local_means(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.loading import load
-from blip3o_lit.readers import open_readers
-from blip3o_lit.scoring import Scorer
+from blip3o_lit.scoring.readers import open_readers
+from blip3o_lit.scoring.score import Scorer
+from blip3o_lit.scoring.verdict import check_finite, verdict, verdict_note
 from blip3o_lit.tokens.shards import ArraySpec, TokenWriter
-from blip3o_lit.verdict import check_finite, verdict, verdict_note
 
 
 @pytest.fixture(scope="module")
@@ -176,13 +176,15 @@ def test_unknown_split_and_other_tokens_are_refused(run, home, tmp_path):
         open_readers(load(run), config)
 
 
-def token_store(folder: Path, grid: int = 4, splits: tuple[str, ...] = ("test",)) -> Path:
+def token_store(
+    folder: Path, grid: int = 4, splits: tuple[str, ...] = ("test",), seed: int = 0
+) -> Path:
     """CLS and patches; a caption's embedding is its image's, and patches tell of CLS linearly."""
     tokens = grid * grid + 1
     eva = ArraySpec("tokens", "float16", (tokens, 6), True, (grid, grid), "eva")
     clip = ArraySpec("tokens", "float16", (tokens, 4), True, (grid, grid), "tower")
     text = ArraySpec("text", "float16", (4,), tower="tower")
-    draws = np.random.default_rng(0)
+    draws = np.random.default_rng(seed)
     projection, hidden = draws.normal(size=(2, 4, 4))
     with TokenWriter(folder, {"eva": eva, "clip": clip, "text": text}, 32) as writer:
         for split in splits:
@@ -204,6 +206,22 @@ def token_run(folder: Path, mode: str) -> Path:
     config = replace(small_config(), mode=ModeConfig(mode))
     config = replace(config, data=replace(config.data, name="tokens", tokens=str(store)))
     return make_run(folder / "run", store, config)
+
+
+def test_a_relative_store_is_found_from_another_working_directory(home, tmp_path, monkeypatch):
+    store = token_store(tmp_path / "store", splits=("train", "validation"))
+    config = small_config()
+    config = replace(config, data=replace(config.data, name="tokens", tokens="store"))
+    run = make_run(tmp_path / "run", store, config)
+    few = {"baselines": "none", "solvers": [], "curve": [], "images": 4}
+    monkeypatch.chdir(tmp_path / "run")
+    assert scored(run, home / "fits", **few)[0]["trained_on_these"]
+    other = token_store(tmp_path / "other", splits=("train", "validation"), seed=1)
+    loaded, config = load(run), EvaluateConfig(ckpt=str(run), device="cpu", **few)
+    config.data.tokens = str(other)
+    readers = open_readers(loaded, config)
+    report = Scorer(loaded, *readers, config, home / "fits", lambda *_: None).run()
+    assert not report["trained_on_these"]
 
 
 def test_recall_and_labels_of_true_tokens_and_of_constants(home, tmp_path):

@@ -255,6 +255,7 @@ def test_bfloat16_rounds_to_nearest_even(tmp_path: Path) -> None:
 
     spec = ArraySpec("tokens", "bfloat16", (17, 6), cls=True, grid=(4, 4))
     value = sample(1)["eva"].astype(np.float32) * np.float32(1.2345678)
+    value[0] = [1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, -1 - 3 * 2**-8, 2**-130, 0]  # ties
     with TokenWriter(tmp_path, {"eva": spec}) as writer:
         writer.add("train", "a", {"eva": value})
     with tarfile.open(tmp_path / "train-000000.tar") as archive:

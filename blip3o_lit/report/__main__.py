@@ -1,6 +1,6 @@
-"""Write a run's report again, or draw its main picture.
+"""Write the report of a run or of a sweep again, or draw a run's main picture.
 
-python -m blip3o_lit.report RUN_DIR [--picture FILE.png]
+python -m blip3o_lit.report DIR [--picture FILE.png]
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ from pathlib import Path
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.report.page import write_report
 from blip3o_lit.report.pictures import draw_picture
+from blip3o_lit.report.sweep import is_sweep, write_sweep
 
 
 def main(words: list[str] | None = None) -> int:
     """Run the command and return its exit code: 2 for a mistake of the user's."""
     parser = argparse.ArgumentParser(prog="python -m blip3o_lit.report", description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="a run directory, such as outputs/<run>")
+    parser.add_argument("folder", type=Path, help="outputs/train/<run> or outputs/sweeps/<sweep>")
     parser.add_argument("--picture", type=Path, help="draw the main picture into this PNG instead")
     given = parser.parse_args(words)
     try:
-        if given.picture is None:
-            written = write_report(given.run_dir)
+        if given.picture is not None:
+            written = draw_picture(given.folder, given.picture)
+        elif is_sweep(given.folder):
+            written = write_sweep(given.folder)
         else:
-            written = draw_picture(given.run_dir, given.picture)
+            written = write_report(given.folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

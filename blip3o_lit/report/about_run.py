@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from html import escape
 from typing import Any
 
+from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.report import charts, html
 from blip3o_lit.report.record import RunRecord
 from blip3o_lit.report.section import Section
@@ -60,6 +62,14 @@ def configuration(record: RunRecord) -> Section:
         if overrides
         else '<p class="empty">No overrides: this run used every default.</p>'
     )
+    changed = differences(record)
+    if changed:
+        body += html.plain_table(
+            ["Key", "Default", "This run", "Set by"],
+            changed,
+            "What differs from the defaults; every other key has its default.",
+            "difference",
+        )
     if record.config_text:
         whole = f"<code>{escape(record.config_text)}</code>"
         body += html.details(
@@ -69,6 +79,23 @@ def configuration(record: RunRecord) -> Section:
     else:
         body += '<p class="empty">There is no <code>config.yaml</code> in this run directory.</p>'
     return Section("configuration", "Configuration", body)
+
+
+def differences(record: RunRecord) -> list[list[str]]:
+    """Return key, default, value and origin of everything that is not the schema's default.
+
+    The command line changes what the presets (group options such as model=base) chose, so the two
+    are told apart.
+    """
+    typed = {override.lstrip("+~").partition("=")[0] for override in record.overrides}
+    defaults = html.flatten(asdict(TrainConfig()))
+    found = html.flatten(record.config)
+    lines: list[list[str]] = []
+    for key, value in found.items():
+        if key in defaults and defaults[key] != value:
+            origin = "command line" if key in typed else "preset"
+            lines.append([key, str(defaults[key]), str(value), origin])
+    return sorted(lines, key=lambda line: (line[3] == "preset", line[0]))
 
 
 def machine(record: RunRecord) -> Section:

@@ -222,6 +222,28 @@ def curves(
     return specification(chart, f"{title} over {last:,.0f} steps: {said}.")
 
 
+def bars(points: list[tuple[float, float, float]]) -> Spec:
+    """Draw a value over intervals of t: `points` are (from, to, value)."""
+    values = [{"low": low, "high": high, "value": value} for low, high, value in points]
+    chart = (
+        alt.Chart(alt.Data(values=values))
+        .mark_bar(binSpacing=1)
+        .encode(
+            x=alt.X("low:Q", scale=alt.Scale(nice=False)).bin("binned").title("t (0 is noise)"),
+            x2="high:Q",
+            y=alt.Y("value:Q").title("loss"),
+            tooltip=[
+                alt.Tooltip("low:Q", format=".2f", title="from t"),
+                alt.Tooltip("high:Q", format=".2f", title="to t"),
+                alt.Tooltip("value:Q", format=".4~g", title="loss"),
+            ],
+        )
+        .properties(width="container", height=200, autosize=FIT)
+    )
+    said = "; ".join(f"{low:g} to {high:g}: {significant(value)}" for low, high, value in points)
+    return specification(chart, f"Loss by time t: {said}.")
+
+
 def margins(levels: list[float], below: float, above: float) -> tuple[float, float]:
     """Return an axis range with a margin, as shares of the span, on both sides."""
     low, high = min(levels), max(levels)

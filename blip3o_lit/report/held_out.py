@@ -6,6 +6,8 @@ from html import escape
 from typing import Any
 
 from blip3o_lit.report import charts, html, tradeoffs
+from blip3o_lit.report.further import further
+from blip3o_lit.report.images import images
 from blip3o_lit.report.record import RunRecord
 from blip3o_lit.report.retrieval import retrieval
 from blip3o_lit.report.scores import (
@@ -35,6 +37,8 @@ def held_out(record: RunRecord) -> list[Section]:
         positions(record, found),
         sampling(record, found),
         retrieval(record),
+        images(record),
+        *further(record),
     )
     return [section for section in made if section is not None]
 

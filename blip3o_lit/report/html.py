@@ -48,23 +48,39 @@ def score_table(
 
 
 def plain_table(
-    heads: Sequence[str], lines: Iterable[Sequence[object]], caption: str, identifier: str
+    heads: Sequence[str],
+    lines: Iterable[Sequence[object]],
+    caption: str,
+    identifier: str,
+    sortable: bool = False,
 ) -> str:
-    """Return a table whose first column names the row; numbers align right."""
+    """Return a table whose first column names the row; numbers align right.
+
+    Args:
+        heads: The headings.
+        lines: The rows, one cell a heading.
+        caption: What the numbers belong to, as HTML.
+        identifier: The table's id.
+        sortable: Whether headings are buttons that sort.
+    """
     table = [list(line) for line in lines]
     words = {0} | {
         column
         for column in range(1, len(heads))
         if any("number" not in _cell(line[column]) for line in table)
     }
-    head = "".join(
-        f'<th scope="col"{" class=left" if column in words else ""}>{escape(name)}</th>'
-        for column, name in enumerate(heads)
-    )
+    head = ""
+    for column, name in enumerate(heads):
+        if sortable:
+            head += _sort_head(name, f"sort by {name}", column, left=column in words)
+        else:
+            kind = ' class="left"' if column in words else ""
+            head += f'<th scope="col"{kind}>{escape(name)}</th>'
     body = []
     for first, *rest in table:
         cells = "".join(_cell(value) for value in rest)
-        body.append(f'<tr><th scope="row">{escape(str(first))}</th>{cells}</tr>')
+        name = escape(str(first))
+        body.append(f'<tr><th scope="row" data-value="{name}">{name}</th>{cells}</tr>')
     return _scroll(
         f'<table id="{identifier}"><caption><span>{caption}</span></caption>'
         f"<thead><tr>{head}</tr></thead>"
@@ -168,4 +184,5 @@ def _cell(value: object) -> str:
         value = f"{int(number):,}" if isinstance(value, int) else significant(number)
     shown = MISSING if value is None else str(value)
     kind = ' class="number"' if re.fullmatch(r"[-+.,e\d]+", shown) or shown == MISSING else ""
-    return f"<td{kind}>{escape(shown)}</td>"
+    key = "" if shown == MISSING else shown.replace(",", "") if number is None else repr(number)
+    return f'<td{kind} data-value="{escape(key)}">{escape(shown)}</td>'

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from functools import cache
 from html import escape
 from importlib import resources
@@ -43,30 +44,25 @@ def write_report(run_dir: Path) -> Path:
     """
     record = RunRecord.load(Path(run_dir))
     blocks = [*held_out(record), *about_run(record)]
-    specs = {name: spec for block in blocks for name, spec in block.charts.items()}
     page = render(
         title=f"{record.name}: run report",
         overline="blip3o_lit run report",
         heading=record.name,
         lede=lede(record),
         blocks=blocks,
-        specs=specs,
     )
-    target = record.path / NAME
-    part = target.with_suffix(".part")
+    return publish(record.path / NAME, page)
+
+
+def publish(target: Path, page: str) -> Path:
+    """Write a page under another name first, so that no reader ever sees half of it."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     part.write_text(page, "utf-8")
     part.replace(target)
     return target
 
 
-def render(
-    title: str,
-    overline: str,
-    heading: str,
-    lede: str,
-    blocks: list[Section],
-    specs: dict[str, dict[str, Any]],
-) -> str:
+def render(title: str, overline: str, heading: str, lede: str, blocks: list[Section]) -> str:
     """Return a whole page.
 
     Args:
@@ -74,9 +70,9 @@ def render(
         overline: The line above the heading.
         heading: The page's name.
         lede: Opening paragraphs, as HTML.
-        blocks: The sections.
-        specs: Chart name -> Vega-Lite specification.
+        blocks: The sections and their charts.
     """
+    specs = {name: spec for block in blocks for name, spec in block.charts.items()}
     bundle, script = chart_library(), _asset("page.js")
     data = json.dumps({"specs": _numbers(specs), "themes": {"light": LIGHT, "dark": DARK}})
     links = "".join(

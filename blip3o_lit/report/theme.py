@@ -57,6 +57,7 @@ def theme(
         "rule": {"color": muted},
         "line": {"strokeWidth": 2, "strokeJoin": "round"},
         "point": {"filled": True, "size": 60},
+        "style": {"halo": {"stroke": page, "strokeWidth": 5, "strokeJoin": "round"}},
         "range": {"category": category, "heatmap": {"scheme": "viridis"}},
     }
 

@@ -102,7 +102,7 @@ def npy_start(content: bytes, dtype: str, shape: tuple[int, ...], where: str) ->
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{where} is no plain npy file ({reason}): extract it again") from error
-    if fortran or found.hasobject or found.str != np.dtype(dtype).str or found_shape != shape:
+    if fortran or found.str != np.dtype(dtype).str or found_shape != shape:
         raise UserError(
             f"{where} holds {found.str} {list(found_shape)}, index.json promises "
             f"{np.dtype(dtype).str} {list(shape)}: extract it again"

@@ -1,6 +1,6 @@
 """What every frozen image encoder offers, whatever library it comes from.
 
-Shape suffixes: B images, N tokens (CLS first where there is one), C token width, P projection width.
+Shape suffixes: B images, N tokens (CLS first where there is one), C token width, P projected.
 """
 
 from __future__ import annotations

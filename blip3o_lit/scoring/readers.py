@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
@@ -18,7 +19,7 @@ def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, T
         UserError: If the store lacks the split, or its tokens are not those of the checkpoint.
     """
     run = loaded.config
-    data = replace(run.data, tokens=config.data.tokens) if config.data.tokens else run.data
+    data = replace(run.data, tokens=config.data.tokens or _trained_on(loaded))
     store = TokenStore.open(token_store(data), data.verify)
     sides = (data.condition, data.target, run.mode)
 
@@ -40,3 +41,14 @@ def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, T
             f"{loaded.shape.to_dict()}: set data.tokens to a matching store"
         )
     return held, train
+
+
+def _trained_on(loaded: Loaded) -> str | None:
+    """Return the store of the run's config; its full path where the given one is another folder's.
+
+    A run may have been started with a path relative to a working directory that is not today's.
+    """
+    given, noted = loaded.config.data.tokens, loaded.facts["tokens"]["path"]
+    if given and not (Path(given) / "index.json").is_file() and Path(noted).is_dir():
+        return noted
+    return given

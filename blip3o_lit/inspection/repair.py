@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.inspection import file_hash, open_shard, shard_problem
+from blip3o_lit.inspection.store import file_hash, open_shard, shard_problem
 from blip3o_lit.progress import Work
 from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.index import STORED, ArraySpec, ShardEntry, TokenIndex, write_synced

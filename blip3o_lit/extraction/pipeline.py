@@ -21,8 +21,8 @@ from torch.cuda import Event
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import EngineConfig
-from blip3o_lit.extraction_towers import TowerSet, to_numpy
-from blip3o_lit.extraction_units import Ledger, UnitFiles, UnitRecord
+from blip3o_lit.extraction.encoding import TowerSet, to_numpy
+from blip3o_lit.extraction.units import Ledger, UnitFiles, UnitRecord
 from blip3o_lit.images.item import Item, Lost, Part, Reject, decode
 from blip3o_lit.images.split import Splitter
 from blip3o_lit.tokens.index import ArraySpec

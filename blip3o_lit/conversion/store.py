@@ -19,9 +19,9 @@ import numpy as np
 
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.conversion_journal import Journal, clear_unfinished
-from blip3o_lit.conversion_split import Split
-from blip3o_lit.conversion_survey import KEY_LENGTH, Survey, clean, key_digest, take_survey
+from blip3o_lit.conversion.journal import Journal, clear_unfinished
+from blip3o_lit.conversion.split import Split
+from blip3o_lit.conversion.survey import KEY_LENGTH, Survey, clean, key_digest, take_survey
 from blip3o_lit.progress import Work
 from blip3o_lit.tokens.index import ShardEntry, TokenIndex
 from blip3o_lit.tokens.legacy import LegacyFile

@@ -15,7 +15,7 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 
 from blip3o_lit.config.home import home
-from blip3o_lit.finding import Finding
+from blip3o_lit.inspection.finding import Finding
 
 COMPROMISED = {"2.6.2", "2.6.3"}
 """Releases of lightning that stole credentials when imported (GHSA-w37p-236h-pfx3)."""

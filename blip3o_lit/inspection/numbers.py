@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from blip3o_lit.finding import Finding
+from blip3o_lit.inspection.finding import Finding
 from blip3o_lit.tokens.index import ArraySpec
 from blip3o_lit.tokens.statistics import TokenMoments
 

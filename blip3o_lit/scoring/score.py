@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_lit.baseline_cache import BaselineFits, FitSettings, Report
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
 from blip3o_lit.config.solver import SolverConfig
-from blip3o_lit.image_text import ImageText
 from blip3o_lit.loading import Loaded, solver_from_label
 from blip3o_lit.metrics.calibration import Calibration
 from blip3o_lit.metrics.paired import compare
-from blip3o_lit.tally import Estimator, Reference, Tally, exact_estimators, known_problem
+from blip3o_lit.scoring.baselines import BaselineFits, FitSettings, Report
+from blip3o_lit.scoring.image_text import ImageText
+from blip3o_lit.scoring.tally import Estimator, Reference, Tally, exact_estimators, known_problem
+from blip3o_lit.scoring.verdict import check_finite, verdict, verdict_note
 from blip3o_lit.tokens.reader import TokenReader
-from blip3o_lit.verdict import check_finite, verdict, verdict_note
 
 NOISE_START = 0.02
 """Where a noise output's ODE starts unless the run says otherwise: it has no velocity at 0."""
@@ -66,6 +66,8 @@ class Scorer:
                 f"{held.store.path} has no train split to fit baselines on: set baselines=none"
             )
         self.fits = None
+        trained_on = loaded.facts["tokens"]["hash"]
+        self.trained_on_these = train is not None and train.content_hash == trained_on
         if train is not None:
             settings = fit_settings(loaded, config)
             self.fits = BaselineFits(train, self.translator, settings, folder, report)
@@ -104,6 +106,7 @@ class Scorer:
             "mode": self.held.mode.name,
             "projected": self.held.mode.projected,
             "tokens": self.held.store.index.hash,
+            "trained_on_these": self.trained_on_these,
             "checkpoint": self.loaded.hash,
             "step": self.loaded.facts["step"],
             "seed": config.seed,

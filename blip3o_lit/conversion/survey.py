@@ -10,7 +10,7 @@ from pathlib import Path
 
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.conversion_split import Split
+from blip3o_lit.conversion.split import Split
 from blip3o_lit.progress import Work
 from blip3o_lit.tokens.index import ArraySpec
 from blip3o_lit.tokens.legacy import SIDES, LegacyFile

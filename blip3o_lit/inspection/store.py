@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.finding import Finding
-from blip3o_lit.inspection_numbers import ArrayNumbers
+from blip3o_lit.inspection.finding import Finding
+from blip3o_lit.inspection.numbers import ArrayNumbers
 from blip3o_lit.progress import Work
 from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.heads import Head

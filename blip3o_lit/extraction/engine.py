@@ -20,10 +20,10 @@ import torch
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
-from blip3o_lit.extraction_pipeline import Pipeline
-from blip3o_lit.extraction_scales import stored_arrays
-from blip3o_lit.extraction_towers import TowerSet
-from blip3o_lit.extraction_units import Ledger, check_rejects, my_parts
+from blip3o_lit.extraction.encoding import TowerSet
+from blip3o_lit.extraction.pipeline import Pipeline
+from blip3o_lit.extraction.scales import stored_arrays
+from blip3o_lit.extraction.units import Ledger, check_rejects, my_parts
 from blip3o_lit.images.item import Part, Source
 from blip3o_lit.images.split import Splitter
 from blip3o_lit.progress import Work

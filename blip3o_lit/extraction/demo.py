@@ -86,7 +86,7 @@ def demo_store(train: int = TRAIN, validation: int = VALIDATION) -> Path:
 def _build(folder: Path, source: Source) -> None:
     import torch
 
-    from blip3o_lit.extraction_engine import extract
+    from blip3o_lit.extraction.engine import extract
     from blip3o_lit.towers import demo
 
     engine = EngineConfig(batch_size=BATCH, threads=1, device="cpu")

@@ -1,0 +1,1 @@
+"""The seeds' embedding files -> a token store."""

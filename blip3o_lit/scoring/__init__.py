@@ -1,0 +1,1 @@
+"""Held-out scores of a translator, beside baselines, with the same images and noise for all."""

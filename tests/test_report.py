@@ -525,7 +525,7 @@ def test_page_in_a_browser(run: Path, tmp_path: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
         check=True,
     )
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -101,5 +101,7 @@ def rest(record: RunRecord) -> Section | None:
     left = {name: value for name, value in record.evaluation.items() if name not in SHOWN}
     if not left:
         return None
-    table = html.facts(left, f"Further facts of the evaluation: {escape(source(record))}.", "rest")
+    table = html.facts(
+        left, f"Further facts of the evaluation: {escape(source(record))}.", "rest-facts"
+    )
     return Section("rest", "Other facts", html.details("Other facts of the evaluation", table))

@@ -204,7 +204,9 @@ def curves(
         .axis(grid=False, tickCount=6, labelExpr="format(datum.value, '~s')")
         .title("step"),
         y=y,
-        color=alt.Color("series:N", sort=None).legend(None if len(series) == 1 else alt.Legend()),
+        color=alt.Color("series:N", sort=None).legend(
+            None if len(series) == 1 else alt.Legend(columns=3)
+        ),
         tooltip=[
             alt.Tooltip("series:N"),
             alt.Tooltip("step:Q", format=",d"),

@@ -1,9 +1,14 @@
 """The ambiguous testbed: its law, exact samples that cover it, and regressors that cannot."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from made_run import make_run, small_config
 
+from blip3o_lit import BLIP3oInference
 from blip3o_lit.config.ambiguous import AmbiguousConfig
+from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.ambiguous import ambiguous_store, coverage, draw
@@ -78,6 +83,23 @@ def test_each_way_to_fail_shows_in_its_figure(validation, failure):
         factor = torch.linalg.cholesky(problem.covariance_DD)
         scores = coverage(store, condition, target + noise @ factor.T)
         assert scores["spread"] == pytest.approx(2.0, abs=0.05)
+
+
+def test_an_evaluation_says_who_covers_the_modes(monkeypatch, tmp_path):
+    monkeypatch.setenv("BLIP3O_HOME", str(tmp_path))
+    problem = AmbiguousConfig(images=256, validation_images=512)
+    config = replace(small_config(), data=DataConfig(name="ambiguous", ambiguous=problem))
+    run = make_run(tmp_path / "run", ambiguous_store(problem), config)
+    settings = {"baselines": "cheap", "solvers": ["euler-2"], "curve": [], "samples": 1}
+    result = BLIP3oInference(run, "cpu").evaluate_model(**settings)
+    scores = result["coverage"]
+    assert set(scores) == {
+        *("mean", "euler-2", "mean_token", "ridge", "optimum mean", "optimum sample")
+    }
+    assert scores["optimum sample"]["covered"] == 3
+    assert scores["ridge"]["covered"] == scores["optimum mean"]["covered"] == 1
+    best = result["optimum"]
+    assert best["sample"]["mse"] == pytest.approx(best["sample"]["expected_mse"], rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,13 @@ from blip3o_lit.scoring.baselines import BaselineFits, FitSettings, Report
 from blip3o_lit.scoring.image_text import ImageText
 from blip3o_lit.scoring.tally import Estimator, Reference, Tally, exact_estimators, known_problem
 from blip3o_lit.scoring.verdict import check_finite, verdict, verdict_note
+from blip3o_lit.tokens.ambiguous import coverage
 from blip3o_lit.tokens.reader import TokenReader
 
 NOISE_START = 0.02
 """Where a noise output's ODE starts unless the run says otherwise: it has no velocity at 0."""
+COVERAGE_IMAGES = 1024
+"""Images that mode coverage is counted on, at most."""
 WORST_SHARE, WORST_MOST = 0.01, 20
 OWN = "generated"
 
@@ -125,12 +128,15 @@ class Scorer:
         }
         groups = [report["estimators"], report["baselines"]]
         if problem is not None:
-            expected = float(problem.covariance_DD.trace()) / self.shape.width
+            expected = problem.token_error()
             report["optimum"] = {
                 name: {**tally.result(reference), "expected_mse": (1 + number) * expected}
                 for number, (name, tally) in enumerate(optima.items())
             }
             groups.append(report["optimum"])
+            if len(problem.weights_K) > 1:
+                exact = {f"optimum {name}": law for name, law in optima.items()}
+                report["coverage"] = self._coverage({**estimators, **baselines, **exact})
         if self.rival:
             report["paired"] = self._paired(estimators, rivals)
         report["position_cosine"] = report["estimators"][headline]["position_cosine"]
@@ -258,6 +264,17 @@ class Scorer:
             metric.update(drawn_KBND, mean(condition, sample_B)[0], true_BND)
             self.report("samples", int(ids[-1]) + 1, images)
         return {"solver": solver.label, "images": images, **metric.compute()}
+
+    def _coverage(self, tallies: dict[str, Tally]) -> dict[str, Any]:
+        """Return how each one's tokens cover the modes of a known law."""
+        ids = np.arange(min(COVERAGE_IMAGES, len(self.held)))
+        condition, _, sample_B = self._read(ids)
+        return {
+            name: coverage(
+                self.held.store.path, condition.cpu(), tally.predict(condition, sample_B)[0].cpu()
+            )
+            for name, tally in tallies.items()
+        }
 
     def _worst(self, headline: Tally) -> list[dict[str, Any]]:
         """Return the 1 % of images with the lowest cosine, worst first."""

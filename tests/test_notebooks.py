@@ -14,6 +14,7 @@ from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.evaluate import evaluate
 from blip3o_lit.extraction.demo import demo_store
 
+pytestmark = pytest.mark.timeout(900)  # two processes import everything: slow on a busy machine
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
 
@@ -38,7 +39,7 @@ def execute(name: str, monkeypatch: pytest.MonkeyPatch, run: Path) -> nbformat.N
     monkeypatch.setenv("BLIP3O_RUN", str(run))
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
     book = nbformat.read(NOTEBOOKS / name, as_version=4)
-    client = NotebookClient(book, timeout=200, resources={"metadata": {"path": str(NOTEBOOKS)}})
+    client = NotebookClient(book, timeout=600, resources={"metadata": {"path": str(NOTEBOOKS)}})
     return client.execute()
 
 

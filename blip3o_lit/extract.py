@@ -11,6 +11,9 @@ from blip3o_lit.config.extract import ExtractConfig
 
 def extract(config: ExtractConfig) -> None:
     """Extract, then say what the store holds and how to train on it."""
+    if config.dry_run:
+        _print_price(config)
+        return
     if not config.images:
         raise UserError("images=SRC is missing: a folder, tars, a .csv or .jsonl, or demo")
     if not config.out:
@@ -54,6 +57,17 @@ def extract(config: ExtractConfig) -> None:
         print(f"  {name:<20}{value}")
     mode = "mode=grid_64 " if index.reduced else ""
     print(f"next: python -m blip3o_lit.train data=tokens data.tokens={config.out} {mode}".rstrip())
+
+
+def _print_price(config: ExtractConfig) -> None:
+    from blip3o_lit.extraction.price import IMAGES, price
+    from blip3o_lit.images.open import open_source
+
+    images = IMAGES
+    if config.images and config.images != "demo":
+        images = open_source(config.images, 1, config.split.file).length or IMAGES
+    for name, value in price(config, images):
+        print(f"  {name:<26}{value}")
 
 
 def main() -> None:

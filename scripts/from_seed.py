@@ -338,7 +338,7 @@ def assignments(template: str, words: dict[str, str]) -> dict[str, str]:
 
 def quoted(value: str) -> str:
     """Return a value as Hydra's grammar reads it."""
-    if PLAIN.fullmatch(value):
+    if PLAIN.fullmatch(value) or value == "[]":
         return value
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 

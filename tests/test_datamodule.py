@@ -46,6 +46,9 @@ def test_limits(folder: Path) -> None:
     data.open()
     assert data.validation is not None
     assert (len(data.train), len(data.validation)) == (12, 4)
+    shards = module(folder, max_shards=2)
+    shards.open()
+    assert len(shards.train) == 10
     swapped = module(folder, condition="clip", target="eva")
     swapped.open()
     assert (swapped.shape.condition.width, swapped.shape.target.width) == (4, 6)
@@ -58,6 +61,7 @@ def test_steps(folder: Path) -> None:
         data.train_dataloader()
     assert data.steps_for(10, None) == data.steps == 10
     assert data.steps_for(10, 3) == 11
+    assert data.steps_for(10, 2) == 8
     assert data.accumulation(2, 1) == 3
     with pytest.raises(UserError, match="micro_batch_size=4"):
         data.accumulation(1, 4)

@@ -2,11 +2,8 @@
 
 import io
 import json
-import os
+import multiprocessing
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,8 +22,6 @@ from blip3o_lit.tokens.index import TokenIndex
 from blip3o_lit.tokens.reader import TokenStore
 from blip3o_lit.towers import demo
 from blip3o_lit.towers.scenes import scene
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -235,45 +230,39 @@ def test_the_demo_store_is_built_once_and_the_same_everywhere(tmp_path, monkeypa
     assert demo_store(13, 6).name != folders[1].name
 
 
-WORKER = """
-import sys
-from pathlib import Path
-import torch
-from blip3o_lit.config.extract import EngineConfig, ExtractConfig
-from blip3o_lit.extraction.demo import demo_source
-from blip3o_lit.extraction.engine import extract
-from blip3o_lit.towers import demo
-engine = EngineConfig(batch_size=4, shard_samples=8, threads=1, device="cpu", shard=sys.argv[2])
-towers = {name: demo.load(name) for name in demo.NAMES}
-print("ready", flush=True)
-extract(demo_source(96, 32, 8), towers, Path(sys.argv[1]),
-        ExtractConfig(images="demo", extract=engine))
-"""
-
-
-def _start(out, shard):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(ROOT)
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(out), shard], env=environment, stdout=subprocess.PIPE
-    )
+def _work(out, shard, began):
+    """One worker process."""
+    torch.set_num_threads(1)
+    engine = EngineConfig(batch_size=4, shard_samples=8, threads=1, device="cpu", shard=shard)
+    towers = {name: demo.load(name) for name in demo.NAMES}
+    began.set()
+    extract(demo_source(96, 32, 8), towers, Path(out), ExtractConfig(images="demo", extract=engine))
 
 
 def _kill_until_done(out, kills, seed):
     """Two workers; SIGKILL one at a random time after it began, then start it again."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["blip3o_lit.towers.demo", "blip3o_lit.extraction_engine"])
+
+    def start(shard):
+        began = context.Event()
+        process = context.Process(target=_work, args=(str(out), shard, began))
+        process.start()
+        return process, began
+
     rng = random.Random(seed)
-    shards = ["0/2", "1/2"]
-    running = {shard: _start(out, shard) for shard in shards}
+    running = {shard: start(shard) for shard in ("0/2", "1/2")}
     for _ in range(kills):
-        shard = rng.choice(shards)
-        worker = running[shard]
-        worker.stdout.readline()
+        shard = rng.choice(list(running))
+        process, began = running[shard]
+        assert began.wait(120)
         time.sleep(rng.uniform(0.0, 1.5))
-        worker.send_signal(signal.SIGKILL)
-        worker.wait()
-        running[shard] = _start(out, shard)
-    for worker in running.values():
-        assert worker.wait() == 0
+        process.kill()
+        process.join()
+        running[shard] = start(shard)
+    for process, _ in running.values():
+        process.join()
+        assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.soak)])

@@ -74,6 +74,8 @@ class ExtractConfig:
     """full: all tokens; grid_64: 8x8 averages of projected tokens, some 24 times smaller."""
     max_reject_fraction: float = 0.1
     """Stop when more images than this share can't be read."""
+    dry_run: bool = False
+    """Print what it would take (arithmetic, hours, memory, disk) and stop; reads no weights."""
 
     def __post_init__(self) -> None:
         """Check each value."""

@@ -107,6 +107,8 @@ def position_map(
     """
     flat = [value for line in grid for value in line]
     low, high = min(flat), max(flat)
+    if cls is not None and not fixed:
+        low, high = min(low, cls), max(high, cls)
     scale = alt.Scale(scheme="viridis", clamp=True, domain=[0, 1] if fixed else [low, high])
     control = control and fixed
     if control:

@@ -1,0 +1,66 @@
+"""What an extraction takes before it starts: arithmetic, hours, memory and disk.
+
+The towers are built without weights, so nothing is downloaded and a laptop answers in seconds.
+"""
+
+from __future__ import annotations
+
+from blip3o_lit.config.extract import ExtractConfig
+from blip3o_lit.extraction.encoding import TowerSet
+from blip3o_lit.towers.cost import tower_cost
+from blip3o_lit.towers.load import load_tower
+
+IMAGES = 100_000
+"""Priced where the source does not know how many it holds (tars)."""
+SPEEDS = {
+    "an H100 or H200": 4e14,
+    "an A100": 1.5e14,
+    "two CPU cores": 1e11,
+}
+"""Floating-point operations a second that large ViTs reach: about half the bf16 peak of a GPU
+(H200, 790 TFLOP/s in large products), and what two server cores gave in fp32 (0.16 TFLOP in 1 to 2
+seconds of a core)."""
+
+
+def price(config: ExtractConfig, images: int = IMAGES) -> list[tuple[str, str]]:
+    """Return what an extraction would take, as rows of a name and a value.
+
+    Args:
+        config: Towers, storage and store.
+        images: Number of images.
+
+    Raises:
+        UserError: If a tower is unknown, or can't give what the store asks for.
+    """
+    towers = {
+        name: load_tower(tower, config.towers.pretrained, device="meta")
+        for name, tower in (("eva", config.towers.condition), ("clip", config.towers.target))
+    }
+    costs = {name: tower_cost(tower) for name, tower in towers.items()}
+    int8 = config.storage == "int8"
+    plan = TowerSet(towers, True, "float16" if int8 else config.storage, config.store, "meta")
+    tokens = sum(spec.nbytes for spec in plan.arrays.values() if spec.kind == "tokens")
+    sample = plan.sample_bytes - (tokens // 2 if int8 else 0)
+    flops = sum(cost.flops for cost in costs.values())
+    rows = [
+        (
+            name,
+            f"{towers[name].info.name}: {cost.parameters / 1e6:,.0f} M parameters, "
+            f"{cost.flops / 1e12:.3g} TFLOP an image",
+        )
+        for name, cost in costs.items()
+    ]
+    rows += [
+        ("memory of the weights", f"{sum(c.bytes for c in costs.values()) / 1e9:,.1f} GB"),
+        ("images", f"{images:,}"),
+        ("arithmetic", f"{flops * images / 1e15:,.3g} PFLOP"),
+    ]
+    rows += [
+        (
+            f"time on {name}",
+            f"{flops * images / speed / 3600:,.3g} hours at {speed / 1e12:g} TFLOP/s",
+        )
+        for name, speed in SPEEDS.items()
+    ]
+    disk = f"{sample * images / 1e9:,.1f} GB, {sample / 1e3:,.0f} kB an image"
+    return [*rows, ("disk", f"{disk} (store={config.store} storage={config.storage})")]

@@ -17,9 +17,9 @@ SPEEDS = {
     "an A100": 1.5e14,
     "two CPU cores": 1e11,
 }
-"""Floating-point operations a second that large ViTs reach: about half the bf16 peak of a GPU
-(H200, 790 TFLOP/s in large products), and what two server cores gave in fp32 (0.16 TFLOP in 1 to 2
-seconds of a core)."""
+"""Floating-point operations a second: half of what a GPU reaches in large bf16 products (H200: 790,
+A100: 300 TFLOP/s; estimates), and what two server cores gave in fp32 (`python -m benchmarks
+ONLY=extraction`: 2.6 images/s of 35 GFLOP)."""
 
 
 def price(config: ExtractConfig, images: int = IMAGES) -> list[tuple[str, str]]:
@@ -56,11 +56,13 @@ def price(config: ExtractConfig, images: int = IMAGES) -> list[tuple[str, str]]:
         ("arithmetic", f"{flops * images / 1e15:,.3g} PFLOP"),
     ]
     rows += [
-        (
-            f"time on {name}",
-            f"{flops * images / speed / 3600:,.3g} hours at {speed / 1e12:g} TFLOP/s",
-        )
+        (f"time on {name}", f"{_hours(flops * images / speed)} at {speed / 1e12:g} TFLOP/s")
         for name, speed in SPEEDS.items()
     ]
     disk = f"{sample * images / 1e9:,.1f} GB, {sample / 1e3:,.0f} kB an image"
     return [*rows, ("disk", f"{disk} (store={config.store} storage={config.storage})")]
+
+
+def _hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:,.0f} hours" if hours >= 100 else f"{hours:.2f} hours"

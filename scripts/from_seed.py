@@ -44,7 +44,7 @@ SHRINK = {
 }
 """Overrides of --shrink: a network that trains on a CPU in seconds, towers that ship with us."""
 SET_UP = ("pip", "conda", "git", "cd", "mamba", "uv")
-PLAIN = re.compile(r"[\w./~:@%+-]+|\[[\w,.-]+\]")
+PLAIN = re.compile(r"[\w./~:@%+-]+|\[[\w,.-]*\]")
 
 
 @dataclass

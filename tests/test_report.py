@@ -470,9 +470,16 @@ function probe(inside) {
   button.click();
   const falling = names();
   button.click();
+  const cell = inside.querySelector("[data-chart='positions'] path[aria-label*='cosine: ']");
+  for (const name of ["pointerover", "mouseover", "pointermove", "mousemove"]) {
+    const where = { bubbles: true, clientX: 50, clientY: 50 };
+    cell.dispatchEvent(new frame.contentWindow.MouseEvent(name, where));
+  }
+  const tooltip = inside.getElementById("vg-tooltip-element");
   const count = (selector) => inside.querySelectorAll(selector).length;
   return {
     before, falling, rising: names(), focused, problems,
+    tooltip: tooltip ? tooltip.textContent : "",
     sort: button.closest("th").getAttribute("aria-sort"),
     places: count("[data-chart]"),
     drawn: count("[data-chart] svg"),
@@ -536,6 +543,8 @@ def test_page_in_a_browser(run: Path, tmp_path: Path) -> None:
     seen = json.loads(out[1])
     assert seen["places"] == seen["drawn"] == seen["labelled"] == len(places)
     assert seen["cells"] == 257  # and CLS
+    assert "cosine" in seen["tooltip"]
+    assert re.search(r"0\.\d{4}", seen["tooltip"])
     assert seen["problems"] == []
     assert seen["focused"]
     assert seen["falling"][0] == "Noise-free transformer"

@@ -132,6 +132,8 @@ class TranslationModule(LightningModule):
             self._remember("train/norm_ratio", terms.norm_ratio)
             for name, term in terms.extra.items():
                 self._remember(f"train/{name}", term)
+            for name, scale in self.objective.named_buffers():
+                self._remember(f"train/{name}_scale", scale.clone())
         return terms.total
 
     def _remember(self, name: str, value: Tensor) -> None:

@@ -41,7 +41,7 @@ def test_norm_ratio_far_from_one_names_the_scales() -> None:
 
 
 def test_adaptive_scale_at_its_limit() -> None:
-    said = rows(RunHealth(), loss=falling(3), adaptive_scale=[1.0, 10.0, 10.0])
+    said = rows(RunHealth(), loss=falling(3), adaptive_scale=[1.0, 9.9, 9.99])
     assert len(said) == 1
     assert "flow.adaptive_scale=false" in said[0]
 

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.flow import PATHS, PREDICTIONS, FlowConfig
+from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.flow.objective import FlowObjective
+from blip3o_lit.flow.solvers import sample
 
 
 def config(**options):
@@ -133,7 +135,7 @@ def test_semantic_is_the_squared_error_of_the_estimate(batch):
     torch.testing.assert_close(terms.total, terms.mse + 0.5 * terms.extra["semantic"])
 
 
-@pytest.mark.parametrize("term", ["cosine", "consistency", "semantic"])
+@pytest.mark.parametrize("term", ["cosine", "consistency", "semantic", "contrastive"])
 def test_auxiliary_terms_start_at_their_time(batch, term):
     x1, z, guess, t = batch
     options = {f"{term}_weight": 1.0}
@@ -302,3 +304,46 @@ def test_a_trained_mean_is_the_conditional_mean(prediction):
         probe = torch.eye(2).unsqueeze(1)
         mean = objective.estimate(network, probe, torch.zeros(2, 1, 2), torch.zeros(2))
     torch.testing.assert_close(mean[:, 0], weight, rtol=0, atol=0.02)
+
+
+def test_adaptive_noise_follows_its_formula_in_training_and_in_sampling(batch):
+    x1, z, guess, t = batch
+    objective = FlowObjective(config(adaptive_noise=True, prediction="noise"))
+    size, seen = 1.0, {}
+
+    def network(x, times, condition):
+        seen["x"] = x
+        return guess
+
+    for factor in (5.0, 5.0, 2.0):
+        y1 = factor * x1
+        wanted = 0.3 * y1.norm(dim=-1).mean() / 6**0.5 + 0.7 * y1.std()
+        size = 0.99 * size + 0.01 * wanted
+        terms = objective.loss(network, None, y1, z, t)
+        torch.testing.assert_close(seen["x"], objective.path.interpolate(y1, size * z, t))
+        torch.testing.assert_close(terms.total, F.mse_loss(guess, size * z))
+    restored = FlowObjective(objective.config).eval()
+    restored.load_state_dict(objective.state_dict())
+    torch.testing.assert_close(restored.scaled_noise(z), size * z)
+    restored.loss(network, None, x1, z, t)
+    torch.testing.assert_close(restored.scaled_noise(z), size * z)
+    solver = SolverConfig(name="euler", steps=1)
+    plain = FlowObjective(config(prediction="velocity"))
+    wide = FlowObjective(config(prediction="velocity", adaptive_noise=True))
+    wide.get_buffer("noise").fill_(3.0)
+    made = sample(wide, lambda x, t, c: -x, None, z, solver).x1_BND
+    torch.testing.assert_close(made, sample(plain, lambda x, t, c: -x, None, 3 * z, solver).x1_BND)
+
+
+def test_contrastive_is_the_cross_entropy_of_an_images_own_tokens(batch):
+    x1, z, guess, t = batch
+    terms = FlowObjective(config(contrastive_weight=0.5)).loss(constant(guess), None, x1, z, t)
+    parts = []
+    for mine, true in zip(guess, x1):
+        cosines = F.cosine_similarity(mine[:, None], true[None], dim=-1)
+        parts.append(F.cross_entropy(cosines / 0.07, torch.arange(len(true))))
+    expected = torch.stack(parts).mean()
+    torch.testing.assert_close(terms.extra["contrastive"], expected)
+    torch.testing.assert_close(terms.total, F.mse_loss(guess, x1) + 0.5 * expected)
+    perfect = FlowObjective(config(contrastive_weight=0.5)).loss(constant(x1), None, x1, z, t)
+    assert perfect.extra["contrastive"] < 0.1 * expected

@@ -110,3 +110,25 @@ def test_what_has_no_value_is_refused_and_all_else_is_finite(name, prediction):
 def test_an_unknown_path_names_the_nearest():
     with pytest.raises(UserError, match="did you mean flow.path=trigonometric"):
         path_named("trigonometrical")
+
+
+def test_the_trigonometric_path_runs_along_the_sphere():
+    """Spherical flow's slerp of unit tokens: the same arc where noise and data are orthogonal.
+
+    Random directions of 1024 channels are so to 3 %, so the path keeps its distance from 0.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise, data = (torch.randn(64, 1024, generator=generator) for _ in range(2))
+    noise, data = (side / side.norm(dim=-1, keepdim=True) for side in (noise, data))
+    path, t = path_named("trigonometric"), torch.rand(64, generator=generator)
+    angle = (noise * data).sum(-1).arccos()[:, None]
+    away = [torch.sin((1 - t)[:, None] * angle), torch.sin(t[:, None] * angle)]
+    slerp = (away[0] * noise + away[1] * data) / angle.sin()
+    made = path.interpolate(data, noise, t)
+    assert torch.cosine_similarity(made, slerp, dim=-1).min() > 0.999
+    assert (made.norm(dim=-1) - 1).abs().max() < 0.06
+    straight = path_named("linear").interpolate(data, noise, t)
+    assert straight.norm(dim=-1).min() < 0.75  # the straight line cuts through the ball
+    data = data - (data * noise).sum(-1, keepdim=True) * noise
+    data = data / data.norm(dim=-1, keepdim=True)
+    assert (path.interpolate(data, noise, t).norm(dim=-1) - 1).abs().max() < 1e-5

@@ -10,6 +10,8 @@ import math
 
 WINDOW = 5
 """Logged rows that are averaged for a comparison."""
+LIMITS = 0.12, 8.0
+"""Where the adaptive scale, an average that is clamped to 0.1 and 10, has as good as arrived."""
 PATIENCE_ROWS = 20
 """Logged rows before flatness counts: the warm-up is over by then."""
 
@@ -75,11 +77,11 @@ class RunHealth:
                 )
             )
         scale = values.get("train/adaptive_scale")
-        if scale is not None and not 0.1 < scale < 10:
+        if scale is not None and not LIMITS[0] < scale < LIMITS[1]:
             found.append(
                 (
                     "scale",
-                    f"the adaptive scale is {scale:.2g}, at its limit: try "
+                    f"the adaptive scale is {scale:.2g}, near its limit: try "
                     "flow.adaptive_scale=false flow.output_scale=1",
                 )
             )

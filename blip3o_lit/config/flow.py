@@ -48,7 +48,10 @@ class FlowConfig:
     semantic_weight: float = 0.0
     """Weight of the squared error of the estimate of x1."""
     auxiliary_from: float = 0.0
-    """Cosine, consistency and semantic terms count only times from here on (the seeds: 0.5)."""
+    """The terms on the estimate of x1 count only times from here on (the seeds: 0.5)."""
+    contrastive_weight: float = 0.0
+    """Weight of telling an image's tokens apart: InfoNCE of the restored estimate, temperature
+    0.07."""
     regularization_weight: float = 0.0
     """Weight of the mean norm of an output token."""
     normalise: str = "none"
@@ -57,6 +60,8 @@ class FlowConfig:
     """Factor on the target tokens before noise is added; undone in sampling."""
     adaptive_scale: bool = False
     """Scale the output by the running ratio of target to output norm; undone in sampling."""
+    adaptive_noise: bool = False
+    """Noise of the target's own size: 0.3 root mean square + 0.7 std, running averages."""
     condition_dropout: float = 0.0
     """Share of samples trained without their condition, which solver.guidance_scale needs."""
 
@@ -79,7 +84,7 @@ class FlowConfig:
             "time_shift",
         ):
             positive(f"flow.{key}", getattr(self, key))
-        for key in ("cosine", "consistency", "semantic", "regularization"):
+        for key in ("cosine", "consistency", "semantic", "contrastive", "regularization"):
             if (weight := getattr(self, f"{key}_weight")) < 0:
                 raise UserError(f"flow.{key}_weight={weight} must not be negative")
         if self.path.startswith("seed_") and not self.sigma_min < self.sigma_max:

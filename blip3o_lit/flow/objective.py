@@ -31,6 +31,8 @@ Restore = Callable[[Tensor], Tensor]
 LARGEST_WEIGHT = 400.0
 # Decay and bounds of the adaptive scale, as in seed 000.
 ADAPTIVE_DECAY, ADAPTIVE_LOW, ADAPTIVE_HIGH = 0.99, 0.1, 10.0
+# Shares of root mean square and std in the noise's scale, and the contrastive temperature: theirs.
+NOISE_RMS, NOISE_STD, TEMPERATURE = 0.3, 0.7, 0.07
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ class FlowObjective(nn.Module):
         self.path = path_named(config.path, config.sigma_min, config.sigma_max)
         if config.adaptive_scale:
             self.register_buffer("adaptive", torch.ones(()))
+        if config.adaptive_noise:
+            self.register_buffer("noise", torch.ones(()))
+
+    def scaled_noise(self, z_BND: Tensor) -> Tensor:
+        """Turn standard normal noise into the noise of this flow: what z is on its path."""
+        return z_BND * self.get_buffer("noise") if self.config.adaptive_noise else z_BND
 
     def to_flow(self, x1_BND: Tensor) -> Tensor:
         """Turn tokens into the points y1 at which the path ends."""
@@ -152,6 +160,9 @@ class FlowObjective(nn.Module):
             condition = condition.masked_fill(over(drop_B, condition), 0)
         x1_BND, z_BND = x1_BND.float(), z_BND.float()
         y1_BND = self.to_flow(x1_BND)
+        if config.adaptive_noise and self.training:
+            self._measure_noise(y1_BND)
+        z_BND = self.scaled_noise(z_BND)
         x_BND = path.interpolate(y1_BND, z_BND, t_B)
         target_BND = path.output(config.prediction, y1_BND, z_BND, t_B)
         out_BND = self._unadapted(network, condition, x_BND, t_B)
@@ -167,7 +178,7 @@ class FlowObjective(nn.Module):
         if config.semantic_weight > 0:
             error_B = (y1_hat_BND - y1_BND).square().flatten(1).mean(1)
             extra["semantic"] = self._late(error_B, t_B)
-        if config.cosine_weight > 0 or config.consistency_weight > 0:
+        if max(config.cosine_weight, config.consistency_weight, config.contrastive_weight) > 0:
             read = restore or nn.Identity()
             pair = read(x1_hat_BND), read(x1_BND)
             if config.cosine_weight > 0:
@@ -176,6 +187,8 @@ class FlowObjective(nn.Module):
             if config.consistency_weight > 0:
                 far_B = 1 - F.cosine_similarity(pair[0].mean(1), pair[1].mean(1), dim=-1)
                 extra["consistency"] = self._late(far_B, t_B)
+            if config.contrastive_weight > 0:
+                extra["contrastive"] = self._late(contrastive(*pair), t_B)
         for name, term in extra.items():
             total = total + getattr(config, f"{name}_weight") * term
         with torch.no_grad():
@@ -211,6 +224,13 @@ class FlowObjective(nn.Module):
                 adaptive.lerp_(ratio, 1 - ADAPTIVE_DECAY)
         return adaptive.clone()
 
+    @torch.no_grad()
+    def _measure_noise(self, y1_BND: Tensor) -> None:
+        """Move the noise's scale: s <- 0.99 s + 0.01 (0.3 mean |token| / sqrt(D) + 0.7 std)."""
+        rms = y1_BND.norm(dim=-1).mean() / y1_BND.shape[-1] ** 0.5
+        wanted = NOISE_RMS * rms + NOISE_STD * y1_BND.std()
+        self.get_buffer("noise").lerp_(wanted, 1 - ADAPTIVE_DECAY)
+
     def _weight(self, t_B: Tensor) -> Tensor:
         """Return the weight of each sample's squared error: the squared gain of `weighting`."""
         if self.config.weighting == "none":
@@ -221,3 +241,15 @@ class FlowObjective(nn.Module):
     def _late(self, term_B: Tensor, t_B: Tensor) -> Tensor:
         """Average a term over the batch, counting zero before flow.auxiliary_from."""
         return torch.where(t_B >= self.config.auxiliary_from, term_B, 0.0).mean()
+
+
+def contrastive(estimate_BND: Tensor, true_BND: Tensor) -> Tensor:
+    """Return the InfoNCE loss [B]: each estimated token has to be nearest to its own true token.
+
+    Cosines of one image's tokens over the temperature, cross-entropy with the token itself as the
+    right answer, mean over the tokens (van den Oord et al. 2018, arXiv:1807.03748).
+    """
+    pair = F.normalize(estimate_BND, dim=-1), F.normalize(true_BND, dim=-1)
+    logits_BNN = pair[0] @ pair[1].mT / TEMPERATURE
+    own_BN = logits_BNN.diagonal(dim1=1, dim2=2)
+    return (logits_BNN.logsumexp(-1) - own_BN).mean(1)

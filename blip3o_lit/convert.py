@@ -18,7 +18,11 @@ def convert(config: ConvertConfig) -> None:
         print(f"{index.rejects} rejected, each with its reason in {config.out}/rejects.jsonl")
     if len(index.splits) < 2:
         print("one split is empty: a store this small needs another validation_fraction or seed")
-    full = "cls_patch" if all(spec.cls for spec in index.arrays.values()) else "patch_only"
+    tokens = [spec for spec in index.arrays.values() if spec.kind == "tokens"]
+    for name, spec in index.arrays.items():
+        if spec.cosine is not None:
+            print(f"{name} in int8: mean cosine {spec.cosine:.6f} to the tokens of the pickles")
+    full = "cls_patch" if all(spec.cls for spec in tokens) else "patch_only"
     view = f"mode={index.reduced or full}"
     print(f"next: python -m blip3o_lit.train data=tokens data.tokens={config.out} {view}")
 

@@ -190,6 +190,27 @@ def test_keys_stay_unique_and_captions_survive(tmp_path: Path) -> None:
     assert rows[name.format(1, 0)][1]["caption"] == ""
 
 
+def test_int8_and_bf16_are_as_close_as_the_index_says(tmp_path: Path) -> None:
+    shards = chunks(tmp_path / "in", [11, 9], 257, widths=(32, 24))
+    shards[0]["eva_blip3o_embeddings"][4] = float("nan")
+    first = tmp_path / "in" / "embeddings_shard_00000_cls_patch.pkl"
+    first.write_bytes(pickle.dumps(shards[0], protocol=5))
+    for storage, error in (("int8", 0.03), ("bfloat16", 2**-8)):
+        out = tmp_path / storage
+        index = convert(
+            ConvertConfig(str(tmp_path / "in"), str(out), on_bad="reject", storage=storage)
+        )
+        assert (index.samples, index.rejects) == (19, 1)
+        assert index.arrays["eva"].dtype == storage
+        found = by_caption(out, "cls_patch")
+        true = shards[1]["eva_blip3o_embeddings"][3]
+        stored = found["caption 1.3"][2].float()
+        assert (stored - true).abs().max() <= error * true.abs().max()
+        if storage == "int8":
+            cosine = torch.cosine_similarity(stored.double(), true.double(), -1).mean()
+            assert index.arrays["eva"].cosine == pytest.approx(float(cosine), abs=1e-4)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_bad_samples_stop_or_are_counted(tmp_path: Path, value: float) -> None:
     shard = embeddings(6, 64)
@@ -256,8 +277,9 @@ def killed_at(fsync_number: int, config: ConvertConfig) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
+@pytest.mark.parametrize("storage", ["float16", "int8"])
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
 ) -> None:
     monkeypatch.setattr(conversion, "PART_SAMPLES", 8)
     monkeypatch.setattr(conversion, "BATCH_BYTES", 4 * 64 * 7 * 3)
@@ -268,7 +290,8 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
     first.write_bytes(pickle.dumps(shards[0], protocol=5))
 
     def config(name: str) -> ConvertConfig:
-        return ConvertConfig(str(folder), str(tmp_path / name), on_bad="reject", shard_samples=3)
+        options: Any = {"on_bad": "reject", "shard_samples": 3, "storage": storage}
+        return ConvertConfig(str(folder), str(tmp_path / name), **options)
 
     convert(config("whole"))
     unfinished = False

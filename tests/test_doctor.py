@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,18 +100,22 @@ def test_a_sound_store_has_no_findings_and_right_figures(tmp_path: Path) -> None
     assert row["CLS norm"] == f"{first.mean():.3f} +- {first.std():.3f}"
 
 
-def test_int8_stores_are_read_through_their_scales(tmp_path: Path) -> None:
-    items = samples(12)
+def int8_store(folder: Path, items: list[dict[str, np.ndarray]]) -> None:
     fitted = {
         name: fit_int8(SPECS[name], np.stack([item[name] for item in items]))
         for name in ("eva", "clip")
     }
     specs = {name: spec for name, (spec, _) in fitted.items()}
     scales = {name: scale_KC for name, (_, scale_KC) in fitted.items()}
-    with TokenWriter(tmp_path, specs, SHARD_SAMPLES, scales=scales) as writer:
+    with TokenWriter(folder, specs, SHARD_SAMPLES, scales=scales) as writer:
         for number, item in enumerate(items):
             split = "train" if number < 8 else "validation"
             writer.add(split, f"{number:05d}", {name: item[name] for name in specs})
+
+
+def test_int8_stores_are_read_through_their_scales(tmp_path: Path) -> None:
+    items = samples(12)
+    int8_store(tmp_path, items)
     inspection = inspect(tmp_path)
     assert {finding.level for finding in inspection.findings} == {"ok"}
     assert list(inspection.numbers) == ["eva", "clip"]
@@ -323,6 +328,28 @@ def test_repair_writes_a_lost_index_again(tmp_path: Path, content: bytes | None)
     assert result.index.arrays["text"] == SPECS["text"]
     after = reads_all(folder)
     assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("scale", ["token", "channel"])
+def test_repair_writes_a_lost_int8_index_again(tmp_path: Path, scale: str) -> None:
+    items = samples(12)
+    for item in items:
+        for name in ("eva", "clip"):
+            if scale == "channel":  # mostly zeros beside rare equal outliers: no need for tokens'
+                item[name][:] = np.sign(item[name]) * (np.abs(item[name]) > 1)
+    int8_store(tmp_path, items)
+    before, index = reads_all(tmp_path), TokenIndex.load(tmp_path)
+    assert index.arrays["eva"].scale == scale
+    (tmp_path / "index.json").unlink()
+    repaired = repair(tmp_path).index
+    for name, spec in index.arrays.items():
+        assert repaired.arrays[name] == replace(spec, cosine=None)
+    after = reads_all(tmp_path)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    (tmp_path / "index.json").unlink()
+    (tmp_path / "scales.safetensors").unlink()
+    with pytest.raises(UserError, match=r"scales\.safetensors is missing.*eva is int8: restore"):
+        repair(tmp_path)
 
 
 def test_repair_refuses_what_holds_nothing_sound(tmp_path: Path) -> None:

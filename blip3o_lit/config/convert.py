@@ -33,7 +33,7 @@ class ConvertConfig:
     shard_samples: int = 256
     """Samples of one output shard."""
     storage: str = "float16"
-    """float16, bfloat16 or float32."""
+    """float16, bfloat16, float32, or int8 (with measured scales)."""
 
     def __post_init__(self) -> None:
         """Check each value."""
@@ -41,7 +41,7 @@ class ConvertConfig:
         one_of("missing_cls", self.missing_cls, ("error", "mean"))
         one_of("on_bad", self.on_bad, ("error", "reject"))
         one_of("split_rule", self.split_rule, SPLIT_RULES)
-        one_of("storage", self.storage, ("float16", "bfloat16", "float32"))
+        one_of("storage", self.storage, ("float16", "bfloat16", "float32", "int8"))
         positive("shard_samples", self.shard_samples)
         if not 0 <= self.validation_fraction < 1:
             raise UserError(

@@ -15,7 +15,9 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.index import ShardEntry, write_synced
 
 NAME = ".convert.jsonl"
-OURS = re.compile(r"(train|validation)-\d{6}\.(tar|idx)|\..*\.tmp|rejects\.jsonl")
+OURS = re.compile(
+    r"(train|validation)-\d{6}\.(tar|idx)|\..*\.tmp|rejects\.jsonl|scales\.safetensors"
+)
 
 
 class Journal:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,18 @@ from blip3o_lit.conversion.journal import Journal, clear_unfinished
 from blip3o_lit.conversion.split import Split
 from blip3o_lit.conversion.survey import KEY_LENGTH, Survey, clean, key_digest, take_survey
 from blip3o_lit.progress import Work
-from blip3o_lit.tokens.index import ShardEntry, TokenIndex
+from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex
 from blip3o_lit.tokens.legacy import LegacyFile
 from blip3o_lit.tokens.shards import ShardWriter
+from blip3o_lit.tokens.storage import fit_int8, load_scales, save_scales, with_token_scales
 
 PART_SAMPLES = 4096
 BATCH_BYTES = 1 << 26
 """Bytes of fp32 tokens in memory at a time: 12 samples of the mission's pair."""
 SAMPLE_OVERHEAD = 4096
 """Bytes of tar headers, padding and JSON beside a sample's numbers."""
+SCALE_ROWS = 64
+"""Rows whose tokens fix the scales of `storage=int8`; EVA's take 270 MB in fp32."""
 SMALL = 20
 """Expected validation samples below which the split is made sure to hold one."""
 
@@ -53,6 +56,9 @@ def convert(config: ConvertConfig) -> TokenIndex:
         with Journal.open(out, fingerprint(survey, config)) as journal:
             if not finished.exists():
                 clear_unfinished(out, journal)
+            if config.storage == "int8":
+                survey = fit_scales(survey, config, out)
+            if not finished.exists():
                 check_space(out, survey, journal)
                 copy(survey, config, out, journal)
             return finish(survey, config, out, journal)
@@ -148,7 +154,9 @@ class Part:
                 split = self.split(self.number, row, arrays["eva"])
                 if split not in writers:
                     name = f"{split}-{numbers.get(split, 0):06d}"
-                    writers[split] = ShardWriter(self.out, name, split, self.survey.arrays)
+                    writers[split] = ShardWriter(
+                        self.out, name, split, self.survey.arrays, self.survey.scales
+                    )
                     numbers[split] = numbers.get(split, 0) + 1
                 try:
                     writers[split].add(key, arrays, self.metadata(row, key))
@@ -205,6 +213,36 @@ class Part:
             "source": f"{self.legacy.path.name}:{row}",
         }
         return entry if own in (None, key) else {**entry, "original_key": plain(own)}
+
+
+def fit_scales(survey: Survey, config: ConvertConfig, out: Path) -> Survey:
+    """Measure int8's scales on rows spread over all files, and write them; a repeat gives the same.
+
+    Raises:
+        UserError: If none of these rows is finite.
+    """
+    starts = np.cumsum([0, *survey.samples])
+    chosen = np.unique(np.linspace(0, survey.total - 1, SCALE_ROWS).astype(int))
+    arrays: dict[str, ArraySpec] = {}
+    scales: dict[str, np.ndarray] = {}
+    for name, spec in survey.arrays.items():
+        found = []
+        for number, path in enumerate(survey.files):
+            local = chosen[(chosen >= starts[number]) & (chosen < starts[number + 1])]
+            if not local.size:
+                continue
+            with LegacyFile(path, config.mode) as legacy:
+                side = legacy.sides[name]
+                for row in (local - starts[number]).tolist():
+                    tokens = fit_cls(side.rows(row, row + 1), side.shape.cls, spec.cls)
+                    if np.isfinite(tokens).all():
+                        found.append(tokens)
+        if not found:
+            raise UserError(f"{survey.files[0]}: no finite {name} tokens to fit int8 scales to")
+        arrays[name], scales[name] = fit_int8(spec, np.concatenate(found))
+    save_scales(out, scales)
+    arrays = with_token_scales(arrays)
+    return replace(survey, arrays=arrays, scales=load_scales(out, arrays))
 
 
 def fit_cls(tokens_bNC: np.ndarray, has: bool, wants: bool) -> np.ndarray:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
 
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.errors import UserError
@@ -32,6 +34,8 @@ class Survey:
     """Digests of the clean keys that occur more than once."""
     gaps: list[str]
     """Shards that the manifest promises and the folder lacks."""
+    scales: dict[str, np.ndarray] = field(default_factory=dict)
+    """Channel scales `[N, C]` of int8 arrays, once `store.fit_scales` has measured them."""
 
     @property
     def total(self) -> int:
@@ -100,7 +104,7 @@ def describe(legacy: LegacyFile, config: ConvertConfig) -> dict[str, ArraySpec]:
         tokens = replace(shape, cls=cls).tokens
         specs[name] = ArraySpec(
             "tokens",
-            config.storage,
+            "float16" if config.storage == "int8" else config.storage,
             (tokens, shape.width),
             cls=cls,
             grid=shape.grid,

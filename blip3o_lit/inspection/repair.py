@@ -7,11 +7,13 @@ import json
 import math
 import mmap
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.inspection.store import file_hash, open_shard, shard_problem
@@ -19,6 +21,7 @@ from blip3o_lit.progress import Work
 from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.index import STORED, ArraySpec, ShardEntry, TokenIndex, write_synced
 from blip3o_lit.tokens.shards import pack_offsets
+from blip3o_lit.tokens.storage import SCALES_FILE, scale_array, scale_hash
 
 SHARD = re.compile(r"([A-Za-z0-9_-]+)-(\d{6})\.tar")
 
@@ -144,6 +147,7 @@ def _arrays(folder: Path, data: dict[str, Any]) -> dict[str, ArraySpec]:
         known = {}
     if known:
         return known
+    scales = _scale_hashes(folder)
     for path in sorted(folder.glob("*.tar")):
         try:
             with open(path, "rb") as file:
@@ -153,12 +157,12 @@ def _arrays(folder: Path, data: dict[str, Any]) -> dict[str, ArraySpec]:
         except (UserError, ValueError):
             continue
         if found:
-            return found
+            return _described(folder, _with_scales(folder, found, scales))
     raise UserError(f"{folder} has no index.json and no readable shard: extract or convert again")
 
 
 def _first_sample(view: memoryview, where: str) -> dict[str, ArraySpec]:
-    """Return the arrays of a tar's first sample; grids are taken to be square.
+    """Return the arrays of a tar's first sample; grids are taken to be square, scales left open.
 
     Raises:
         ValueError: If a header is no plain npy header.
@@ -179,5 +183,55 @@ def _first_sample(view: memoryview, where: str) -> dict[str, ArraySpec]:
             side = math.isqrt(shape[0])
             cls = side * side == shape[0] - 1
             spec = ArraySpec("tokens", stored, shape, cls=cls, grid=(side, side))
-        arrays[name] = ArraySpec.from_dict(name, spec.to_dict())
+        arrays[name] = spec if stored == "int8" else ArraySpec.from_dict(name, spec.to_dict())
     return {}
+
+
+def _scale_hashes(folder: Path) -> dict[str, str]:
+    """Return the checksum of each array's channel scales; empty where the file is lost."""
+    try:
+        return {name: scale_hash(value) for name, value in load_file(folder / SCALES_FILE).items()}
+    except (OSError, SafetensorError):
+        return {}
+
+
+def _with_scales(
+    folder: Path, arrays: dict[str, ArraySpec], hashes: dict[str, str]
+) -> dict[str, ArraySpec]:
+    """Give int8 arrays their scales: by token where such an array lies beside them.
+
+    Raises:
+        UserError: If scales.safetensors is lost: without it int8 says nothing.
+    """
+    found = dict(arrays)
+    for name, spec in arrays.items():
+        if spec.dtype != "int8":
+            continue
+        if name not in hashes:
+            raise UserError(
+                f"{folder / SCALES_FILE} is missing or damaged, and {name} is int8: restore it, or "
+                "extract or convert again"
+            )
+        beside = arrays.get(scale_array(name))
+        if beside is not None:
+            found[scale_array(name)] = replace(beside, kind="scale")
+        scale = "channel" if beside is None else "token"
+        found[name] = replace(spec, scale=scale, scale_hash=hashes[name])
+    return found
+
+
+def _described(folder: Path, arrays: dict[str, ArraySpec]) -> dict[str, ArraySpec]:
+    """Add tower, layer and preprocessing from extraction.json, where extract left one."""
+    try:
+        recipe = json.loads((folder / "extraction.json").read_bytes())
+        entries = {**recipe["towers"], "text": recipe["captions"]}
+        known = {name: ArraySpec.from_dict(name, entry) for name, entry in entries.items() if entry}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+        return arrays
+    formats = ("dtype", "scale", "scale_hash", "cosine")
+    return {
+        name: replace(known[name], **{key: getattr(spec, key) for key in formats})
+        if name in known and known[name].shape == spec.shape
+        else spec
+        for name, spec in arrays.items()
+    }

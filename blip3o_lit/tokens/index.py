@@ -21,8 +21,10 @@ from blip3o_lit.tokens import tar
 SCHEMA = 1
 KINDS = ("tokens", "text", "scale")
 STORED = {"float16": "<f2", "bfloat16": "<i2", "float32": "<f4", "int8": "|i1"}
-SCALES = ("channel", "token")
 """Types in index.json and in the npy files; npy knows no bfloat16, so its bits go in as int16."""
+SCALES = ("channel", "token")
+SAFE_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_\-.]*").fullmatch
+SHA256 = re.compile(r"[0-9a-f]{64}").fullmatch
 
 
 @dataclass(frozen=True)
@@ -235,9 +237,9 @@ class TokenIndex:
                 raise UserError(f"array {name} has no {name}_scale: extract again")
         for shard in self.shards:
             for file in (shard.file, shard.offsets):
-                if not re.fullmatch(r"[A-Za-z0-9_\-][A-Za-z0-9_\-.]*", file):
+                if not SAFE_NAME(file):
                     raise UserError(f"shard name {file!r} leaves the folder: the store is not ours")
-            if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
+            if not SHA256(shard.sha256):
                 raise UserError(f"shard {shard.file} has no sha256")
             if min(shard.samples, shard.bytes) < 1 or not shard.split:
                 raise UserError(f"shard {shard.file} counts {shard.samples} samples")

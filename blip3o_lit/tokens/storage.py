@@ -165,19 +165,15 @@ def fit_int8(spec: ArraySpec, samples_SNC: np.ndarray) -> tuple[ArraySpec, np.nd
     Returns:
         The int8 array's spec, its mean cosine included, and the channel scales `[K, C]`.
     """
-    samples_SNC = samples_SNC.astype(np.float32)
+    samples_SNC = samples_SNC.astype(np.float32, copy=False)
     rows = [samples_SNC[:, :1], samples_SNC[:, 1:]] if spec.cls else [samples_SNC]
-    by_channel = np.stack([np.abs(part).max((0, 1)) / LEVELS for part in rows])
-    by_token = np.stack([np.sqrt(np.square(part, dtype=np.float64).mean((0, 1))) for part in rows])
+    largest = [np.maximum(part.max((0, 1)), -part.min((0, 1))) for part in rows]
+    by_channel = np.stack(largest) / LEVELS
+    by_token = np.stack([_rms(part) for part in rows])
     best: tuple[ArraySpec, np.ndarray] | None = None
     for kind, found in (("channel", by_channel), ("token", by_token)):
         scale_KC = np.maximum(found, max(1e-6 * found.max(), 1e-12)).astype(np.float32)
-        scale_NC = spread(scale_KC, spec)
-        stored, token_SN = quantise(samples_SNC, scale_NC, kind == "token")
-        tokens = None if token_SN is None else torch.from_numpy(token_SN)
-        back = dequantise(torch.from_numpy(stored), torch.from_numpy(scale_NC), tokens)
-        cosine = torch.cosine_similarity(back.double(), torch.from_numpy(samples_SNC).double(), -1)
-        mean = float(cosine.mean())
+        mean = _cosine(samples_SNC, spread(scale_KC, spec), kind == "token")
         if best is None or mean > (best[0].cosine or 0):
             described = replace(
                 spec, dtype="int8", scale=kind, cosine=mean, scale_hash=scale_hash(scale_KC)
@@ -185,6 +181,24 @@ def fit_int8(spec: ArraySpec, samples_SNC: np.ndarray) -> tuple[ArraySpec, np.nd
             best = described, scale_KC
     assert best is not None
     return best
+
+
+def _rms(samples_SNC: np.ndarray) -> np.ndarray:
+    """Return each channel's root mean square, a sample at a time to spare memory."""
+    squares = sum(np.square(tokens, dtype=np.float64).mean(0) for tokens in samples_SNC)
+    return np.sqrt(squares / len(samples_SNC))
+
+
+def _cosine(samples_SNC: np.ndarray, scale_NC: np.ndarray, by_token: bool) -> float:
+    """Return the mean cosine of tokens to what their int8 form gives back."""
+    total, scales = 0.0, torch.from_numpy(scale_NC)
+    for start in range(0, len(samples_SNC), CHUNK):
+        true = samples_SNC[start : start + CHUNK]
+        stored, token_SN = quantise(true, scale_NC, by_token)
+        tokens = None if token_SN is None else torch.from_numpy(token_SN)
+        back = dequantise(torch.from_numpy(stored), scales, tokens).double()
+        total += float(torch.cosine_similarity(back, torch.from_numpy(true).double(), -1).sum())
+    return total / (samples_SNC.shape[0] * samples_SNC.shape[1])
 
 
 def with_token_scales(specs: dict[str, ArraySpec]) -> dict[str, ArraySpec]:

@@ -76,7 +76,7 @@ class Translator(nn.Module):
             epoch_B = torch.zeros_like(sample_B)
             stream = Stream.EVALUATION_NOISE
             noise_BND = draws.noise(seed, stream, sample_B, epoch_B, shape, condition.device)
-        with self._precision(condition.device.type):
+        with self.precision(condition.device.type):
             result = sample(
                 self.objective, self.network, condition, noise_BND, solver, intermediates
             )
@@ -87,6 +87,6 @@ class Translator(nn.Module):
             intermediates=[restore(x_BND) for x_BND in result.intermediates],
         )
 
-    def _precision(self, device: str) -> AbstractContextManager[object]:
+    def precision(self, device: str) -> AbstractContextManager[object]:
         """Return the autocast context, or one that changes nothing."""
         return torch.autocast(device, self.autocast) if self.autocast else nullcontext()

@@ -61,6 +61,7 @@ def test_every_score_equals_numpy():
     for name, value in expected.items():
         assert scores[name] == pytest.approx(value, rel=1e-12), name
     np.testing.assert_allclose(scores["position_cosine"], cos[:, 1:].mean(0).reshape(2, 3))
+    np.testing.assert_allclose(scores["position_std"], cos[:, 1:].std(0).reshape(2, 3), atol=1e-7)
     assert scores["cosine_ci95"][0] < scores["cosine"] < scores["cosine_ci95"][1]
 
 

@@ -104,6 +104,21 @@ def test_worst_images_are_the_lowest_first(result):
     assert worst[0]["cosine"] == pytest.approx(result["estimators"]["mean"]["min"])
 
 
+def test_loss_by_time_of_a_network_that_says_nothing_is_that_of_the_target(run, home):
+    config = EvaluateConfig(ckpt=str(run), device="cpu", baselines="none", solvers=[], curve=[])
+    loaded = load(run)
+    with torch.no_grad():
+        for weight in loaded.translator.network.parameters():
+            weight.zero_()
+    held, train = open_readers(loaded, config)
+    bins = Scorer(loaded, held, train, config, home / "fits", lambda *_: None).run()["time_bins"]
+    assert [row["t"] for row in bins] == [[n / 8, (n + 1) / 8] for n in range(8)]
+    x1 = loaded.translator.target_standardizer.standardise(held.read(np.arange(48))["target"])
+    assert loaded.config.flow.prediction == "sample"
+    for row in bins:  # the output is 0 and its target is x1, at every time
+        assert row["loss"] == pytest.approx(float(x1.square().mean()), rel=1e-5)
+
+
 def test_samples_have_noise_of_their_own(result):
     samples = result["samples"]
     assert (samples["solver"], samples["samples"], samples["images"]) == ("euler-1", 4, 16)
@@ -140,7 +155,7 @@ def test_weights_that_are_not_finite_name_their_estimator(run, home):
 def test_fits_are_found_again_and_differ_by_settings(run, home, result):
     few = {"solvers": [], "curve": [], "images": 8}
     again, told = scored(run, home / "fits", baselines="all", **few)
-    assert set(told) == {"scoring"}
+    assert set(told) == {"scoring", "loss by time"}
     files = len(list((home / "fits").glob("*.safetensors")))
     assert files == 4
     other, told = scored(run, home / "fits", baselines="cheap", baseline_images=100, **few)

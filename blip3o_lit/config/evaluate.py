@@ -60,6 +60,8 @@ class EvaluateConfig:
     """Images of that."""
     images: int | None = None
     """Images to score; null: the whole split."""
+    pictures: str | None = None
+    """Folder of the source images, to show the best and worst in the report; demo: not needed."""
     batch_size: int = 32
     """Images a forward pass."""
     seed: int = 0

@@ -58,6 +58,7 @@ class TokenScores(Metric):
     higher_is_better = True
     mean_ND: Tensor
     position_N: Tensor
+    square_N: Tensor
     above_tokens: Tensor
     image_cosine: list[Tensor]
 
@@ -76,6 +77,7 @@ class TokenScores(Metric):
             self.add_state(f"sum_{name}", zero.clone(), dist_reduce_fx="sum")
         per_token = torch.zeros(shape.tokens, dtype=torch.float64)
         self.add_state("position_N", per_token, dist_reduce_fx="sum")
+        self.add_state("square_N", per_token.clone(), dist_reduce_fx="sum")
         shares = torch.zeros(len(THRESHOLDS), dtype=torch.float64)
         self.add_state("above_tokens", shares, dist_reduce_fx="sum")
         self.add_state("image_cosine", [], dist_reduce_fx="cat")
@@ -95,6 +97,7 @@ class TokenScores(Metric):
         image_B = cosine_BN.mean(1)
         self.image_cosine.append(image_B)
         self.position_N += cosine_BN.sum(0)
+        self.square_N += cosine_BN.square().sum(0)
         self._add("images", torch.tensor(len(true)))
         self._add("tokens", cosine_BN.sum())
         self._add("patch", cosine_BN[:, first:].mean(1).sum())
@@ -119,9 +122,10 @@ class TokenScores(Metric):
         setattr(self, f"sum_{name}", total + value.to(total))
 
     def compute(self) -> dict[str, Any]:
-        """Return every score by the names of `evaluation.json`, and `position_cosine`.
+        """Return every score by the names of `evaluation.json`, and two maps over positions.
 
-        `position_cosine` is the mean cosine of each patch position, as rows of the grid.
+        `position_cosine` and `position_std` are mean and standard deviation over images of the
+        cosine of each patch position, as rows of the grid.
 
         `r2` (one minus the squared error over the squared distance to the mean token) and the
         ratios are None where their denominator is zero.
@@ -165,8 +169,11 @@ class TokenScores(Metric):
         for index, threshold in enumerate(THRESHOLDS):
             scores[f"above_{threshold}"] = float((values > threshold).mean())
             scores[f"tokens_above_{threshold}"] = float(self.above_tokens[index]) / tokens
-        map_N = self.position_N[int(self.shape.cls) :] / images
+        first = int(self.shape.cls)
+        map_N, square_N = self.position_N[first:] / images, self.square_N[first:] / images
+        spread_N = (square_N - map_N.square()).clamp(min=0).sqrt()
         scores["position_cosine"] = map_N.reshape(self.shape.grid).tolist()
+        scores["position_std"] = spread_N.reshape(self.shape.grid).tolist()
         return scores
 
 

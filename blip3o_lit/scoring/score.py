@@ -21,8 +21,10 @@ from blip3o_lit.loading import Loaded, solver_from_label
 from blip3o_lit.metrics.calibration import Calibration
 from blip3o_lit.metrics.paired import compare
 from blip3o_lit.scoring.baselines import BaselineFits, FitSettings, Report
+from blip3o_lit.scoring.examples import examples, worst
 from blip3o_lit.scoring.image_text import ImageText
 from blip3o_lit.scoring.tally import Estimator, Reference, Tally, exact_estimators, known_problem
+from blip3o_lit.scoring.time_bins import time_bins
 from blip3o_lit.scoring.verdict import check_finite, verdict, verdict_note
 from blip3o_lit.tokens.ambiguous import coverage
 from blip3o_lit.tokens.reader import TokenReader
@@ -31,7 +33,6 @@ NOISE_START = 0.02
 """Where a noise output's ODE starts unless the run says otherwise: it has no velocity at 0."""
 COVERAGE_IMAGES = 1024
 """Images that mode coverage is counted on, at most."""
-WORST_SHARE, WORST_MOST = 0.01, 20
 OWN = "generated"
 
 
@@ -122,8 +123,10 @@ class Scorer:
             "frechet_floor": reference.floor(),
             "retrieval": self.image_text.retrieval(),
             "zero_shot": self.image_text.zero_shot(),
-            "worst": self._worst(estimators[headline]),
+            "worst": worst(self.held, estimators[headline].image_cosine()),
+            "examples": self._examples(estimators[headline]),
             "nfe_curve": self._curve(),
+            "time_bins": self._time_bins(),
             "samples": self._samples(),
         }
         groups = [report["estimators"], report["baselines"]]
@@ -139,9 +142,10 @@ class Scorer:
                 report["coverage"] = self._coverage({**estimators, **baselines, **exact})
         if self.rival:
             report["paired"] = self._paired(estimators, rivals)
-        report["position_cosine"] = report["estimators"][headline]["position_cosine"]
+        for name in ("position_cosine", "position_std"):
+            report[name] = report["estimators"][headline][name]
         for block in (block for group in groups for block in group.values()):
-            del block["position_cosine"]
+            del block["position_cosine"], block["position_std"]
             block["split"] = self.held.split
         report["verdict"] = verdict(report["estimators"][headline]["cosine"])
         report["verdict_note"] = verdict_note(report)
@@ -248,6 +252,21 @@ class Scorer:
             points.append({"solver": solver.name, "nfe": tally.nfe, "images": images, **point})
         return points
 
+    def _examples(self, headline: Tally) -> dict[str, Any]:
+        """Return best, median and worst images by the headline estimator."""
+        answers = {
+            source: self.image_text.answers[own].recall["tower"]
+            for source, own in (("generated", OWN), ("true", "true"))
+            if own in self.image_text.answers
+        }
+        return examples(self.held, headline.image_cosine(), answers, self.config.pictures)
+
+    def _time_bins(self) -> list[dict[str, Any]]:
+        """Return the held-out loss by time, on the images of the curve."""
+        images = min(self.config.curve_images, len(self.held))
+        batches = iter(self._batches(images, "loss by time"))
+        return time_bins(self.translator, self._read, batches, self.config.seed)
+
     def _samples(self) -> dict[str, Any]:
         """Return diversity and calibration of several samples a condition, by the first solver."""
         count, config = self.config.samples, self.config
@@ -275,22 +294,6 @@ class Scorer:
             )
             for name, tally in tallies.items()
         }
-
-    def _worst(self, headline: Tally) -> list[dict[str, Any]]:
-        """Return the 1 % of images with the lowest cosine, worst first."""
-        values = headline.image_cosine()
-        count = min(WORST_MOST, max(1, round(WORST_SHARE * len(values))))
-        ids = np.argsort(values, kind="stable")[:count]
-        rows = zip(self.held.keys(ids), self.held.metadata(ids), values[ids].tolist())
-        return [
-            {
-                "key": key,
-                "cosine": value,
-                "caption": str(item.get("caption", "")),
-                "source": str(item.get("source", "")),
-            }
-            for key, item, value in rows
-        ]
 
     def _paired(self, estimators: dict[str, Tally], rivals: dict[str, Tally]) -> dict[str, Any]:
         """Return the paired comparison of every estimator that both translators have."""

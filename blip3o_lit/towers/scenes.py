@@ -8,6 +8,7 @@ split by a hash of its pixels; no scan of a validation scene is ever in a traini
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from blip3o_lit.config.errors import one_of
+from blip3o_lit.config.errors import UserError, one_of
 
 SIZE = 64
 """Side of a scene, in pixels."""
@@ -165,3 +166,15 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
         boxes=tuple(boxes),
         label=DIGITS[digits[scans[0]]] if count == 1 else "",
     )
+
+
+def scene_of(key: str) -> Scene:
+    """Draw the scene of a key, as `Scene.key` gives it.
+
+    Raises:
+        UserError: If no scene has such a key.
+    """
+    found = re.fullmatch(r"([a-z]+)-(\d{6,9})(?:-(\d{1,18}))?", key)
+    if found is None:
+        raise UserError(f"{key} is no scene: keys look like validation-000007")
+    return scene(found[1], int(found[2]), int(found[3] or 0))

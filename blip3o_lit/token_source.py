@@ -26,4 +26,4 @@ def token_store(data: DataConfig) -> str:
         return str(ambiguous_store(data.ambiguous))
     from blip3o_lit.extraction.demo import demo_store
 
-    return str(demo_store())
+    return str(demo_store(masked=data.name == "demo_masked"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from blip3o_lit.config.ambiguous import AmbiguousConfig
 from blip3o_lit.config.errors import UserError, one_of, positive
 
-DATA_NAMES = ("demo", "tokens", "linear_gaussian", "ambiguous")
+DATA_NAMES = ("demo", "demo_masked", "tokens", "linear_gaussian", "ambiguous")
 SCALES = ("channel", "raw")
 VERIFY = ("size", "full")
 
@@ -50,8 +50,9 @@ class DataConfig:
     """Where tokens come from and how they are read."""
 
     name: str = "demo"
-    """demo: handwritten-digit scenes, built on first use; tokens: a directory; or a testbed with a
-    known law: linear_gaussian, ambiguous."""
+    """demo: handwritten-digit scenes, built on first use; demo_masked: the same, the condition sees
+    their left half; tokens: a directory; or a testbed with a known law: linear_gaussian,
+    ambiguous."""
     tokens: str | None = None
     """A token store: a directory with index.json, or the URL of one."""
     condition: str = "eva"

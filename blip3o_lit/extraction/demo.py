@@ -65,6 +65,7 @@ def demo_store(train: int = TRAIN, validation: int = VALIDATION, masked: bool = 
     Args:
         train: Training scenes.
         validation: Validation scenes.
+        masked: Show the condition tower the left half of each scene alone.
     """
     made = f"{SCHEMA} {VERSION} {scenes.VERSION} {train} {validation} {BATCH}"
     digest = hashlib.sha256(made.encode())

@@ -19,6 +19,7 @@ from blip3o_lit.callbacks.run_log import RunLog, human_time
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.environment import environment
+from blip3o_lit.overfit import Overfit
 from blip3o_lit.plan import Plan
 from blip3o_lit.resume import config_hash
 
@@ -64,6 +65,7 @@ def write_result(
     seconds: float,
     finished: bool,
     solver: str,
+    overfit: Overfit | None = None,
 ) -> None:
     """Write result.json: what the run reached, for scripts and sweeps."""
     result = {
@@ -81,6 +83,8 @@ def write_result(
         "estimator": solver,
         "split": "validation",
     }
+    if overfit is not None:
+        result["overfit"] = overfit.to_dict()
     (run_dir / "result.json").write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
     history: dict[str, list[float | None]] = {}
     rows = read_rows(run_dir / "metrics.csv")

@@ -25,6 +25,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.environment import quiet_libraries
 from blip3o_lit.module import TranslationModule
+from blip3o_lit.overfit import FAILED_CODE, check_overfit, training_images
 from blip3o_lit.resume import resolve_resume
 from blip3o_lit.run_files import (
     closing_table,
@@ -62,6 +63,8 @@ def run_training(config: TrainConfig, run_dir: Path, overrides: list[str]) -> fl
     device = choose_device(config)
     lightning_precision = planning.set_precision(config.precision.name, device.type)
     data, steps = open_data(config)
+    if config.evaluation.overfit_at_least is not None:
+        training_images(data)
     if config.micro_batch_size is None:
         config.micro_batch_size = planning.fitting_micro_batch(config, data.shape, device)
     trainer = build_trainer(config, data, steps, lightning_precision, run_dir)
@@ -248,11 +251,19 @@ def fit(
     seconds = time.perf_counter() - started
     finished = trainer.global_step >= the_plan.steps
     solver = config.solver.label
+    bar, overfit = config.evaluation.overfit_at_least, None
+    if bar is not None and stop.received is None:
+        module.to(trainer.strategy.root_device)
+        overfit = check_overfit(config, module.translator, data, bar)
     if trainer.is_global_zero:
-        write_result(trainer, run_log, checkpoints, run_dir, seconds, finished, solver)
+        write_result(trainer, run_log, checkpoints, run_dir, seconds, finished, solver, overfit)
     if stop.received is not None and not finished:
         say_how_to_resume(run_dir, trainer.global_step)
         sys.exit(INTERRUPTED_CODE if stop.received == signal.SIGINT else PREEMPTED_CODE)
     if trainer.is_global_zero:
         closing_table(trainer, run_log, checkpoints, solver, run_dir, seconds)
+        if overfit is not None:
+            console.print(str(overfit), highlight=False, soft_wrap=True)
+    if overfit is not None and not overfit.passed:
+        sys.exit(FAILED_CODE)
     return checkpoints.best_score

@@ -6,6 +6,7 @@ solver generates for the training images. The seeds froze noise and times and sc
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from blip3o_lit.config.evaluation import EvaluationConfig
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
+from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import PrecisionConfig, TrainerConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.path import Path as FlowPath
-from blip3o_lit.training import run_training
+from blip3o_lit.overfit import FAILED_CODE, check_overfit
+from blip3o_lit.training import open_data, run_training
 
 BAR = 0.95
 SOLVER = "heun-10"
@@ -41,11 +44,17 @@ def train(folder: Path) -> Path:
         optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.0, ema_decay=0.98),
         precision=PrecisionConfig("fp32"),
         trainer=TrainerConfig(max_steps=300, log_every=100, accelerator="cpu"),
-        evaluation=EvaluationConfig(every=300, images=8),
+        evaluation=EvaluationConfig(every=300, images=8, overfit_at_least=BAR),
+        solver=SolverConfig("heun", 10),
         batch_size=32,
     )
     run_training(config, folder, [])
     return folder / "checkpoints" / "last.ckpt"
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """Return what the run itself says of its overfit check."""
+    return json.loads((folder / "result.json").read_text("utf-8"))["overfit"]
 
 
 def scored(file: Path, same_data: bool = True) -> dict[str, Any]:
@@ -57,6 +66,14 @@ def scored(file: Path, same_data: bool = True) -> dict[str, Any]:
 def learnt(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
     os.environ["BLIP3O_HOME"] = str(shared_home)
     return train(tmp_path_factory.mktemp("learnt"))
+
+
+def test_the_run_itself_passes(learnt: Path) -> None:
+    found = check(learnt.parent.parent)
+    assert found["passed"]
+    assert (found["images"], found["split"], found["estimator"]) == (8, "train", SOLVER)
+    same = scored(learnt)["estimators"][SOLVER]["cosine"]
+    assert found["cosine"] == pytest.approx(same, abs=1e-5)
 
 
 def test_training_images_are_generated_and_every_number_says_train(learnt: Path) -> None:
@@ -85,8 +102,11 @@ def test_redrawn_target_noise_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     with monkeypatch.context() as patch:
         patch.setattr(FlowPath, "output", redrawn)
-        file = train(tmp_path)
-    assert scored(file)["estimators"][SOLVER]["cosine"] < BAR - 0.1
+        with pytest.raises(SystemExit) as stopped:
+            train(tmp_path)
+    assert stopped.value.code == FAILED_CODE
+    assert not check(tmp_path)["passed"]
+    assert check(tmp_path)["cosine"] < BAR - 0.1
 
 
 def test_a_flipped_ode_direction_fails(learnt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,3 +115,6 @@ def test_a_flipped_ode_direction_fails(learnt: Path, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(FlowObjective, "velocity", lambda *a, **k: -right(*a, **k))
         assert scored(learnt)["estimators"][SOLVER]["cosine"] < 0
+        model = BLIP3oInference(learnt, "cpu")
+        config, data = model.config, open_data(model.config)[0]
+        assert not check_overfit(config, model.translator, data, BAR).passed

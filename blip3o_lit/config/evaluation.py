@@ -17,6 +17,9 @@ class EvaluationConfig:
     """Validation images to generate; the `evaluate` command uses the whole split."""
     patience: int | None = None
     """Stop after so many validations without a better cosine; null never stops."""
+    overfit_at_least: float | None = None
+    """Least cosine that generated tokens of the training images must reach at the end; the command
+    exits with 1 below it."""
 
     def __post_init__(self) -> None:
         """Check each value."""

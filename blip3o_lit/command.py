@@ -8,12 +8,14 @@ result into the dataclasses and calls the function. Mistakes of the user exit wi
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import sys
 import typing
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
@@ -21,16 +23,19 @@ from hydra import main as hydra_main
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from blip3o_lit.config.errors import UserError, nearest
+from blip3o_lit.sweeps import launcher, study
 
 Config = TypeVar("Config")
 USER_ERROR_CODE = 2
+OPTIONAL_GROUPS = ("experiment", "debug", "hparams_search")
 
 
 def conf_dir() -> Path:
@@ -62,12 +67,15 @@ def run_command(name: str, schema: type[Config], task: Callable[[Config], Any]) 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     OmegaConf.register_new_resolver("run_stamp", run_stamp, replace=True)
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    register_plugins()
     folder = conf_dir()
 
     def job(config: DictConfig) -> Any:
         try:
             return task(typed(config, schema))
         except UserError as error:
+            if in_multirun():  # The sweep's other jobs still run; Hydra raises it at their end.
+                raise
             fail(str(error))
 
     # argparse takes no overrides on both sides of a flag: put -m before all of them.
@@ -77,6 +85,29 @@ def run_command(name: str, schema: type[Config], task: Callable[[Config], Any]) 
         hydra_main(version_base="1.3", config_path=str(folder), config_name=name)(job)()
     except UserError as error:
         fail(str(error))
+
+
+def register_plugins() -> None:
+    """Make `hydra/launcher=process`, `hydra/launcher=slurm` and `hydra/sweeper=optuna` known.
+
+    Hydra instantiates plugins of the package `hydra_plugins` only. Registering them under that name
+    here serves a checkout, an editable install and a wheel alike.
+    """
+    plugins = Plugins.instance()
+    try:
+        namespace = importlib.import_module("hydra_plugins")
+    except ImportError:
+        namespace = ModuleType("hydra_plugins")
+        namespace.__path__ = []
+        sys.modules["hydra_plugins"] = namespace
+    room = ModuleType(launcher.PLUGIN_MODULE)
+    for plugin in (launcher.ProcessLauncher, study.OptunaSweeper):
+        setattr(room, plugin.__name__, plugin)
+        plugins.register(plugin)
+    sys.modules[launcher.PLUGIN_MODULE] = room
+    setattr(namespace, launcher.PLUGIN_MODULE.rpartition(".")[2], room)
+    launcher.register()
+    study.register()
 
 
 def fail(message: str) -> typing.NoReturn:
@@ -176,7 +207,7 @@ def _check_override(override: Override, known: set[str], options: dict[str, list
     if key in options and override.type != OverrideType.DEL:
         chosen = _values(override)
         for value in chosen:
-            if value is None and key in ("experiment", "debug"):
+            if value is None and key in OPTIONAL_GROUPS:
                 continue
             if value not in options[key]:
                 guess = nearest(str(value), options[key])
@@ -207,14 +238,19 @@ def _unknown(key: str, known: set[str]) -> str:
 def _single_jobs(overrides: list[Override]) -> Iterator[list[str]]:
     """Yield override lists that try every value of every sweep at least once."""
     plain = [item.input_line or "" for item in overrides if not item.is_sweep_override()]
-    swept = [item for item in overrides if item.is_choice_sweep() or item.is_range_sweep()]
-    columns = [
-        [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
-        for item in swept
-    ]
+    swept = [item for item in overrides if item.is_sweep_override()]
+    columns = [[f"{item.get_key_element()}={value}" for value in _tried(item)] for item in swept]
     rounds = max((len(column) for column in columns), default=1)
     for index in range(rounds):
         yield plain + [column[index % len(column)] for column in columns]
+
+
+def _tried(override: Override) -> list[str]:
+    """Return the values of a sweep that are tried: all, or the two ends of an interval."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return [str(value.start), str(value.end)]
+    return list(override.sweep_string_iterator())
 
 
 def run_directory() -> Path:

@@ -22,11 +22,18 @@ def train(config: TrainConfig) -> float | None:
 
 def _refuse_unsafe_multirun(config: TrainConfig) -> None:
     """Refuse several devices inside a sweep: ranks would re-run the sweep with other configs."""
+    if not in_multirun():
+        return
     many = config.trainer.devices not in ("auto", "1") or config.trainer.num_nodes > 1
-    if in_multirun() and many:
+    if config.trainer.devices == "auto" and config.strategy.name != "single":
+        import torch
+
+        many |= config.trainer.accelerator != "cpu" and torch.cuda.device_count() > 1
+    if many:
         raise UserError(
             "-m with several devices would train different configs on different ranks: "
-            "use trainer.devices=1 in a sweep, or start one run a command"
+            "add hydra/launcher=process, which gives each job processes of its own, "
+            "or trainer.devices=1"
         )
 
 

@@ -11,11 +11,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from blip3o_lit.command import conf_dir, groups, keys, typed
+from blip3o_lit.command import OPTIONAL_GROUPS, conf_dir, groups, keys, register_plugins, typed
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
 
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+register_plugins()
 OmegaConf.register_new_resolver("run_stamp", lambda: "test", replace=True)
 
 
@@ -67,7 +68,7 @@ TRAIN_GROUPS = {
     group: options
     for group, options in groups(conf_dir()).items()
     if group in set(keys(TrainConfig))
-} | {name: groups(conf_dir()).get(name, []) for name in ("experiment", "debug")}
+} | {name: groups(conf_dir()).get(name, []) for name in OPTIONAL_GROUPS}
 
 
 @pytest.mark.parametrize(

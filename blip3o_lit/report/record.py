@@ -32,6 +32,7 @@ class RunRecord:
         evaluation: `evaluation.json`, empty when the run was never evaluated.
         result: `result.json`, empty when the run has not ended.
         environment: `environment.json`.
+        job: `job.json` of a sweep's launcher: state and error.
         config: `config.yaml` as nested dicts, interpolations unresolved.
         config_text: `config.yaml` as it stands.
         overrides: The command-line overrides, one an entry.
@@ -42,6 +43,7 @@ class RunRecord:
     evaluation: dict[str, Any]
     result: dict[str, Any]
     environment: dict[str, Any]
+    job: dict[str, Any]
     config: dict[str, Any]
     config_text: str
     overrides: list[str]
@@ -62,6 +64,7 @@ class RunRecord:
             evaluation=_json(path / "evaluation.json"),
             result=_json(path / "result.json"),
             environment=_json(path / "environment.json"),
+            job=_json(path / "job.json"),
             config=_yaml(config_file),
             config_text=config_file.read_text("utf-8") if config_file.is_file() else "",
             overrides=_lines(path / "overrides.txt"),
@@ -75,8 +78,9 @@ class RunRecord:
 
     @property
     def train_command(self) -> str:
-        """The shell command that trains this run again."""
-        words = ["python", "-m", "blip3o_lit.train", *self.overrides]
+        """The shell command that trains this run again, from its first step."""
+        kept = [word for word in self.overrides if not word.startswith("resume=")]
+        words = ["python", "-m", "blip3o_lit.train", *kept]
         return " ".join(shlex.quote(word) for word in words)
 
     @property

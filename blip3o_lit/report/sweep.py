@@ -42,6 +42,8 @@ class Trial:
         """Return what the table shows beside settings and score."""
         result = self.record.result
         ended = ("finished" if result.get("finished") else "stopped") if result else "no result"
+        if self.record.job.get("state") == "failed":
+            ended = f"failed: {self.record.job.get('error')}"
         loss = self.record.curve("train/loss")
         speed = self.record.curve("tokens_per_s")
         return {

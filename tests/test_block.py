@@ -37,7 +37,6 @@ def branch(**changes):
     """Build one branch around the identity, in time=tokens, where it has no modulation."""
     torch.manual_seed(0)
     made = Branch(torch.nn.Identity(), dataclasses.replace(TINY, time="tokens", **changes))
-    made.reset_scale()
     return made.eval()
 
 

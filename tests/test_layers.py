@@ -125,7 +125,6 @@ def test_gelu_mlp_is_its_formula():
 def test_deep_adapter_is_linear_when_its_gate_is_shut():
     torch.manual_seed(0)
     adapter, c = DeepAdapter(6, 8, depth=3, dropout=0.0), torch.randn(2, 5, 6)
-    adapter.reset_gate()
     added = adapter(c) - adapter.linear(c)
     torch.nn.init.constant_(adapter.gate, -50)
     torch.testing.assert_close(adapter(c), adapter.linear(c))

@@ -27,16 +27,11 @@ class Branch(nn.Module):
         """Wrap a layer that maps [B, N, W] and further inputs to [B, N, W]."""
         super().__init__()
         self.layer = layer
-        self.dropout, self.initial_scale = config.dropout, config.layer_scale
+        self.dropout = config.dropout
         self.norm = RMSNorm(config.width) if config.time == "tokens" else None
         self.after = RMSNorm(config.width) if config.sandwich_norm else None
-        scaled = config.layer_scale is not None
-        self.scale = nn.Parameter(torch.empty(config.width)) if scaled else None
-
-    def reset_scale(self) -> None:
-        """Set the learned scale to its initial value."""
-        if self.scale is not None and self.initial_scale is not None:
-            nn.init.constant_(self.scale, self.initial_scale)
+        start = config.layer_scale
+        self.scale = None if start is None else nn.Parameter(torch.full((config.width,), start))
 
     def forward(self, x_BNW: Tensor, modulation: Tensor | None, *inputs: object) -> Tensor:
         """Update [B, N, W]; `modulation`, [B, 1, 3, W], holds shift, scale and gate."""
@@ -67,6 +62,10 @@ class Block(nn.Module):
         cross = config.conditioning == "cross"
         self.cross = Branch(CrossAttention(*sizes), config) if cross else None
         self.mlp = Branch(feed_forward(config.width, config.mlp_width), config)
+
+    def keys_values(self, condition_BMW: Tensor, rope: Tensor | None) -> KeysValues:
+        """Project condition tokens to the keys and values of cross-attention."""
+        return self.cross.layer.keys_values(condition_BMW, rope)  # type: ignore[union-attr, operator]
 
     def forward(
         self,

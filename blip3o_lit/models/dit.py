@@ -15,8 +15,9 @@ from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.models.block import Block, Branch
 from blip3o_lit.models.layers import DeepAdapter, TimeEmbedding, rope_table
-from blip3o_lit.models.network import EncodedCondition, Network, init_linears_and_norms
+from blip3o_lit.models.network import EncodedCondition, Network
 from blip3o_lit.models.rms_norm import RMSNorm, modulate
+from blip3o_lit.models.start import Rules, narrow_normal
 
 
 class DiT(Network):
@@ -79,24 +80,22 @@ class DiT(Network):
         head_width = config.width // config.heads
         return rope_table(getattr(self.shape, side), head_width, self.shape.target.grid)
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Set every parameter and buffer; call again after materialising from the meta device."""
-        init_linears_and_norms(self)
-        for layer in (self.time.first, self.time.second):
-            nn.init.normal_(layer.weight, std=0.02)
-        if self.modulation is not None:
-            nn.init.zeros_(self.modulation.weight)
+    def start_rules(self) -> Rules:
+        """Return the start values that differ from a layer's usual ones."""
+        rules: Rules = dict.fromkeys(("time.first.weight", "time.second.weight"), narrow_normal)
+        rules |= dict.fromkeys(("cls_condition", "positions", "positions_condition"), narrow_normal)
+        rules["modulation.weight"] = 0.0
         if self.config.zero_init_output:
-            nn.init.zeros_(self.output.weight)
-        for vectors in (self.cls_condition, self.positions, self.positions_condition):
-            if vectors is not None:
-                nn.init.normal_(vectors, std=0.02)
-        for module in self.modules():
-            if isinstance(module, Branch):
-                module.reset_scale()
+            rules["output.weight"] = 0.0
+        for name, module in self.named_modules():
+            if isinstance(module, Branch) and self.config.layer_scale is not None:
+                rules[f"{name}.scale"] = self.config.layer_scale
             elif isinstance(module, DeepAdapter):
-                module.reset_gate()
+                rules[f"{name}.gate"] = module.initial_gate
+        return rules
+
+    def fill_buffers(self) -> None:
+        """Compute the rotary tables."""
         for table, side in ((self.rope, "target"), (self.rope_condition, "condition")):
             if table is not None:
                 table.copy_(self._rope_table(side))  # type: ignore[arg-type]
@@ -109,10 +108,8 @@ class DiT(Network):
             tokens_BMW = self.condition(condition_BMC)
             if self.positions_condition is not None:
                 tokens_BMW = tokens_BMW + self.positions_condition.to(tokens_BMW.dtype)
-            pairs = tuple(
-                block.cross.layer.keys_values(tokens_BMW, self.rope_condition)  # type: ignore[union-attr]
-                for block in self.blocks
-            )
+            rope = self.rope_condition
+            pairs = tuple(block.keys_values(tokens_BMW, rope) for block in self.blocks)  # type: ignore[operator]
             return EncodedCondition(None, pooled_BW, pairs)
         if self.shape.condition.cls and not self.shape.target.cls:
             condition_BMC = condition_BMC[:, 1:]
@@ -124,7 +121,7 @@ class DiT(Network):
 
     def forward(self, x_BND: Tensor, t_B: Tensor, condition: Tensor | EncodedCondition) -> Tensor:
         """Evaluate the network; see `Network.forward`."""
-        encoded = condition if isinstance(condition, EncodedCondition) else self.encode(condition)
+        encoded = self.encoded(condition)
         x_BNW = self.input(x_BND.to(self.input.weight.dtype))
         if encoded.tokens is not None:
             x_BNW = x_BNW + encoded.tokens

@@ -173,18 +173,17 @@ class GELUMLP(nn.Module):
 class DeepAdapter(nn.Module):
     """Deep map of condition tokens: h = linear c, then h + sigmoid(gate) * f^n(h)."""
 
+    initial_gate = -2.2
+    """The gate starts at a tenth: sigmoid(-2.2)."""
+
     def __init__(self, inputs: int, width: int, depth: int, dropout: float) -> None:
-        """Make the linear map and `depth` further layers; the gate starts at a tenth."""
+        """Make the linear map and `depth` further layers."""
         super().__init__()
         self.linear = nn.Linear(inputs, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.gate = nn.Parameter(torch.empty(width))
+        self.gate = nn.Parameter(torch.full((width,), self.initial_gate))
         self.dropout = dropout
-
-    def reset_gate(self) -> None:
-        """Set the gate: sigmoid(-2.2) is 0.1."""
-        nn.init.constant_(self.gate, -2.2)
 
     def forward(self, condition_BMC: Tensor) -> Tensor:
         """Map [B, M, C] to [B, M, W]."""

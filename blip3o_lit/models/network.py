@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape
+from blip3o_lit.models.start import Rules, apply_rules, rules_of_layers
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one cross-attention, each [B, M, G, K]."""
@@ -34,8 +35,7 @@ class EncodedCondition(NamedTuple):
 class Network(nn.Module):
     """A transformer from (x_t, t, condition) to its raw output; `DiT` and `NextDiT` are the two.
 
-    Condition, target and x_t are standardised tokens. `init_weights` sets every parameter and
-    buffer and may be called again, after materialising from the meta device.
+    Condition, target and x_t are standardised tokens.
     """
 
     blocks: nn.ModuleList
@@ -45,13 +45,40 @@ class Network(nn.Module):
         super().__init__()
         self.config, self.shape = config, shape
 
-    def init_weights(self) -> None:
-        """Set every parameter and buffer."""
+    @torch.no_grad()
+    def init_weights(self, seed: int | None = None) -> None:
+        """Set every parameter and buffer; call again after materialising from the meta device.
+
+        Args:
+            seed: Each parameter is a function of it and of its own name, so that every layout of
+                the weights over processes starts alike; None draws one from torch's generator.
+        """
+        if seed is None:
+            seed = int(torch.randint(2**62, (), device="cpu"))
+        apply_rules(self, rules_of_layers(self) | self.start_rules(), seed)
+        self.fill_buffers()
+
+    def start_rules(self) -> Rules:
+        """Return the start values that differ from those of `rules_of_layers`."""
+        raise NotImplementedError
+
+    def fill_buffers(self) -> None:
+        """Compute the buffers."""
         raise NotImplementedError
 
     def encode(self, condition_BMC: Tensor) -> EncodedCondition:
         """Project a condition once, for any number of forward calls."""
         raise NotImplementedError
+
+    def encoded(self, condition: Tensor | EncodedCondition) -> EncodedCondition:
+        """Return the condition encoded; for use inside `forward`.
+
+        Not through `self.encode`, which a sharded network replaces by one that gathers the weights
+        and frees them again: forward has gathered them.
+        """
+        if isinstance(condition, EncodedCondition):
+            return condition
+        return type(self).encode(self, condition)
 
     def forward(self, x_BND: Tensor, t_B: Tensor, condition: Tensor | EncodedCondition) -> Tensor:
         """Evaluate the network.
@@ -94,17 +121,3 @@ class Network(nn.Module):
         chosen = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear)}
         matrices = [p for p in self.parameters() if id(p) in chosen]
         return matrices, [p for p in self.parameters() if id(p) not in chosen]
-
-
-@torch.no_grad()
-def init_linears_and_norms(network: nn.Module) -> None:
-    """Xavier-uniform matrices, zero biases, norm weights of one: the start of both transformers."""
-    for module in network.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(weight := getattr(module, "weight", None), nn.Parameter):
-            nn.init.ones_(weight)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]

@@ -22,14 +22,10 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.models.layers import SwiGLU, TimeEmbedding, attend, rope_table, rotate
-from blip3o_lit.models.network import (
-    EncodedCondition,
-    KeysValues,
-    Network,
-    init_linears_and_norms,
-)
+from blip3o_lit.models.network import EncodedCondition, KeysValues, Network
 from blip3o_lit.models.official import from_official, to_official
 from blip3o_lit.models.rms_norm import RMSNorm
+from blip3o_lit.models.start import Rules, narrow_normal
 
 EPS = 1e-5
 """Of every norm but the last, as in the released weights."""
@@ -133,16 +129,14 @@ class NextDiT(Network):
         extent = self.shape.target.grid
         return rope_table(getattr(self.shape, side), head_width, extent, ROPE_BASE)
 
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Set every parameter and buffer; call again after materialising from the meta device."""
-        init_linears_and_norms(self)
-        for layer in (self.time.first, self.time.second):
-            nn.init.normal_(layer.weight, std=0.02)
-        for layer in (self.modulation, self.output):
-            nn.init.zeros_(layer.weight)
-        for block in self.blocks:
-            nn.init.zeros_(block.cross_gate)  # type: ignore[arg-type]
+    def start_rules(self) -> Rules:
+        """Return the start values that differ from a layer's usual ones."""
+        rules: Rules = dict.fromkeys(("time.first.weight", "time.second.weight"), narrow_normal)
+        rules |= {"modulation.weight": 0.0, "output.weight": 0.0}
+        return rules | {f"blocks.{i}.cross_gate": 0.0 for i in range(len(self.blocks))}
+
+    def fill_buffers(self) -> None:
+        """Compute the rotary tables."""
         self.rope.copy_(self._rope_table("target"))
         if self.rope_condition is not None:
             self.rope_condition.copy_(self._rope_table("condition"))
@@ -157,7 +151,7 @@ class NextDiT(Network):
 
     def forward(self, x_BND: Tensor, t_B: Tensor, condition: Tensor | EncodedCondition) -> Tensor:
         """Evaluate the network; see `Network.forward`."""
-        encoded = condition if isinstance(condition, EncodedCondition) else self.encode(condition)
+        encoded = self.encoded(condition)
         x_BNW = self.input(x_BND.to(self.input.weight.dtype))
         signal_B1T = (self.time(1 - t_B.float()) + encoded.pooled)[:, None]
         rows = self.modulation(F.silu(signal_B1T)).unflatten(-1, (-1, self.config.width))

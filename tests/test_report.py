@@ -103,6 +103,12 @@ def evaluation() -> dict:
             "run": "rival",
             "cosine": {"mean": {"difference": 0.0123, "ci95": [0.01, 0.02], "p_value": 0.0009}},
         },
+        "against": {
+            "mean": {
+                "regression": {"difference": -0.0121, "ci95": [-0.013, -0.0117], "images": 512}
+            }
+        },
+        "swapped": {"images": 64, "random_pairs": 0.7111, "mean": 0.7222},
         "worst": [{"key": "img-7", "cosine": 0.7007, "caption": "a red seven", "source": "s7"}],
         "examples": {
             "best": [{"key": "img-1", "cosine": 0.9911, "caption": "one", "picture": PICTURE}],

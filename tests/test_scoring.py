@@ -15,6 +15,8 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.loading import load
 from blip3o_lit.scoring.readers import open_readers
 from blip3o_lit.scoring.score import Scorer
+from blip3o_lit.scoring.swapped import swapped
+from blip3o_lit.scoring.tally import exact_estimators, known_problem
 from blip3o_lit.scoring.verdict import check_finite, verdict, verdict_note
 from blip3o_lit.tokens.shards import ArraySpec, TokenWriter
 
@@ -119,6 +121,37 @@ def test_loss_by_time_of_a_network_that_says_nothing_is_that_of_the_target(run, 
         assert row["loss"] == pytest.approx(float(x1.square().mean()), rel=1e-5)
 
 
+def test_swapped_conditions_cost_what_the_condition_gave(result):
+    swapped, base = result["swapped"], result["baselines"]
+    assert swapped["images"] == 20
+    # Tokens of two images share nothing but the mean.
+    assert swapped["random_pairs"] < 0.2
+    assert swapped["random_pairs"] < base["ridge"]["cosine"] - 0.3
+
+
+def test_the_exact_posterior_mean_with_swapped_conditions_is_a_random_pair(run, home):
+    config = EvaluateConfig(ckpt=str(run), device="cpu", baselines="none", solvers=[], curve=[])
+    held, _ = open_readers(load(run), config)
+    exact = exact_estimators(known_problem(held))
+
+    def read(ids):
+        batch = held.read(ids)
+        return batch["condition"], batch["target"], torch.from_numpy(ids)
+
+    found = swapped(exact, read, [np.arange(48)])
+    assert found["mean"] == pytest.approx(found["random_pairs"], abs=0.05)
+    assert found["sample"] == pytest.approx(found["random_pairs"], abs=0.05)
+
+
+def test_each_estimator_is_compared_with_each_baseline_image_by_image(result):
+    cosine = {name: block["cosine"] for name, block in result["baselines"].items()}
+    for name, rows in result["against"].items():
+        assert set(rows) == set(cosine)
+        for baseline, found in rows.items():
+            expected = result["estimators"][name]["cosine"] - cosine[baseline]
+            assert found["difference"] == pytest.approx(expected, abs=1e-9)
+
+
 def test_samples_have_noise_of_their_own(result):
     samples = result["samples"]
     assert (samples["solver"], samples["samples"], samples["images"]) == ("euler-1", 4, 16)
@@ -155,7 +188,7 @@ def test_weights_that_are_not_finite_name_their_estimator(run, home):
 def test_fits_are_found_again_and_differ_by_settings(run, home, result):
     few = {"solvers": [], "curve": [], "images": 8}
     again, told = scored(run, home / "fits", baselines="all", **few)
-    assert set(told) == {"scoring", "loss by time"}
+    assert set(told) == {"scoring", "loss by time", "swapped conditions"}
     files = len(list((home / "fits").glob("*.safetensors")))
     assert files == 4
     other, told = scored(run, home / "fits", baselines="cheap", baseline_images=100, **few)

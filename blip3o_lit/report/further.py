@@ -14,14 +14,14 @@ SHOWN = {
     *("split", "images", "mode", "tokens", "checkpoint", "headline", "verdict", "verdict_note"),
     *("estimators", "baselines", "optimum", "frechet_floor", "nfe_curve", "position_cosine"),
     *("position_std", "retrieval", "zero_shot", "worst", "examples", "samples", "time_bins"),
-    "paired",
+    *("paired", "against", "swapped"),
 }
 """Blocks of `evaluation.json` that a section of their own shows."""
 
 
 def further(record: RunRecord) -> list[Section]:
     """Return the sections for which the evaluation has numbers."""
-    made = [samples(record), times(record), paired(record), rest(record)]
+    made = [against(record), samples(record), times(record), paired(record), rest(record)]
     return [section for section in made if section is not None]
 
 
@@ -74,26 +74,69 @@ def times(record: RunRecord) -> Section | None:
     return Section("times", "Loss by time", body, charts={"times": charts.bars(points)})
 
 
+def against(record: RunRecord) -> Section | None:
+    """Return the paired differences to the baselines, and what swapped conditions leave."""
+    lines = [
+        [f"{estimator(name)} - {baseline}", *_difference(found)]
+        for name, block in mapping(record.evaluation.get("against")).items()
+        for baseline, found in mapping(block).items()
+    ]
+    if not lines:
+        return None
+    body = html.plain_table(
+        ["Cosine of", *_DIFFERENCE],
+        lines,
+        f"Differences image by image, bootstrap over images: {escape(source(record))}.",
+        "against-table",
+    )
+    swapped = mapping(record.evaluation.get("swapped"))
+    pairs = finite(swapped.get("random_pairs"))
+    if pairs is not None:
+        rows = [
+            [estimator(name), value]
+            for name, value in swapped.items()
+            if name not in ("images", "random_pairs")
+        ]
+        rows.append(["two different true images", pairs])
+        images = finite(swapped.get("images"))
+        body += html.plain_table(
+            ["With the condition of another image", "Cosine"],
+            rows,
+            f"What is left when conditions are swapped: {escape(source(record, images=images))}.",
+            "swapped-table",
+        )
+    return Section("against", "Against the baselines, image by image", body)
+
+
 def paired(record: RunRecord) -> Section | None:
     """Return the image-by-image comparison with another run."""
     block = mapping(record.evaluation.get("paired"))
-    lines: list[list[Any]] = []
-    for name, found in mapping(block.get("cosine")).items():
-        numbers = mapping(found)
-        interval = numbers.get("ci95")
-        pair = interval if isinstance(interval, list) and len(interval) == 2 else [None, None]
-        values = [numbers.get(key) for key in ("difference", "p_value", "wins", "images")]
-        lines.append([estimator(name), values[0], *pair, *values[1:]])
+    lines = [
+        [estimator(name), *_difference(found)]
+        for name, found in mapping(block.get("cosine")).items()
+    ]
     if not lines:
         return None
     rival = escape(str(block.get("run", "another run")))
     table = html.plain_table(
-        ["Estimator", "Difference", "95 % from", "95 % to", "p", "Share of wins", "Images"],
+        ["Estimator", *_DIFFERENCE],
         lines,
         f"Cosine of this run minus that of {rival}, image by image: {escape(source(record))}.",
         "paired-table",
     )
     return Section("paired", f"Against {block.get('run', 'another run')}", table)
+
+
+_DIFFERENCE = ("Difference", "95 % from", "95 % to", "p", "Share of wins", "Images")
+
+
+def _difference(found: object) -> list[Any]:
+    """Return the cells of a paired comparison, in the order of `_DIFFERENCE`."""
+    numbers = mapping(found)
+    interval = numbers.get("ci95")
+    ends = interval if isinstance(interval, list) and len(interval) == 2 else [None, None]
+    first, *others = (numbers.get(key) for key in ("difference", "p_value", "wins", "images"))
+    return [first, *ends, *others]
 
 
 def rest(record: RunRecord) -> Section | None:

@@ -45,6 +45,8 @@ def retrieval(record: RunRecord) -> Section | None:
             for key in ("classes", "images", "chance")
             if (value := finite(zero_shot.get(key))) is not None
         ]
+        if "classes_from" in zero_shot:
+            facts.append(f"classes are means of {zero_shot['classes_from']}")
         body += html.plain_table(
             ["Read-out", "Tokens", "Top-1", "Agrees with true tokens"],
             [[line[0], *line[2:]] for line in _ordered(lines)],

@@ -20,6 +20,7 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.shape import PairShape, TokenShape
 from blip3o_lit.metrics.retrieval import Retrieval, caption_ids
 from blip3o_lit.models.baselines import Ridge
+from blip3o_lit.tokens.classes import Classes
 from blip3o_lit.tokens.reader import TokenReader
 
 ReadOut = Callable[[Tensor], Tensor]
@@ -40,7 +41,10 @@ class Answers:
 
 
 class ImageText:
-    """Read-outs from target tokens to the space of captions, and what captions make of classes.
+    """Read-outs from target tokens to the space of captions, and the embeddings of classes.
+
+    Classes are the store's class prompts where it has them, else means of training captions.
+    A sample's label is a class's name, or its number from 0.
 
     Args:
         held: The images that are scored.
@@ -52,6 +56,7 @@ class ImageText:
         self.held, self.device = held, device
         self.read_outs: dict[str, ReadOut] = {}
         self.classes: tuple[list[str], Tensor] | None = None
+        self.classes_from = "training captions"
         self.answers: dict[str, Answers] = {}
         self.labels: list[Tensor] = []
         tower = tower_read_out(held, device)
@@ -60,6 +65,11 @@ class ImageText:
         self.read_outs["tower"] = tower
         if train is not None:
             self.read_outs["fitted"] = fitted_read_out(train, device)
+        stored = Classes.load(held.store.path)
+        if stored is not None and stored.tower == held.store.index.arrays[held.target].tower:
+            self.classes = stored.names, stored.text_KP.double().to(device)
+            self.classes_from = "class prompts"
+        elif train is not None:
             self.classes = class_embeddings(train, device)
 
     def add(self, tokens: dict[str, Tensor], ids: np.ndarray) -> None:
@@ -69,7 +79,8 @@ class ImageText:
             return
         caption_B = caption_ids(self.held.captions(ids))
         if self.classes is not None:
-            place = {name: number for number, name in enumerate(self.classes[0])}
+            place = {str(number): number for number in range(len(self.classes[0]))}
+            place |= {name: number for number, name in enumerate(self.classes[0])}
             found = [place.get(str(item.get("label", ""))) for item in self.held.metadata(ids)]
             self.labels.append(torch.tensor([_UNLABELLED if n is None else n for n in found]))
         for source, tokens_BND in tokens.items():
@@ -111,6 +122,7 @@ class ImageText:
         names = self.classes[0]
         result: dict[str, Any] = {
             "classes": len(names),
+            "classes_from": self.classes_from,
             "images": int(known.sum()),
             "chance": 1 / len(names),
         }

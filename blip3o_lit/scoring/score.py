@@ -6,6 +6,7 @@ K samples.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from blip3o_lit.metrics.paired import compare
 from blip3o_lit.scoring.baselines import BaselineFits, FitSettings, Report
 from blip3o_lit.scoring.examples import examples, worst
 from blip3o_lit.scoring.image_text import ImageText
+from blip3o_lit.scoring.swapped import swapped
 from blip3o_lit.scoring.tally import Estimator, Reference, Tally, exact_estimators, known_problem
 from blip3o_lit.scoring.time_bins import time_bins
 from blip3o_lit.scoring.verdict import check_finite, verdict, verdict_note
@@ -34,6 +36,7 @@ NOISE_START = 0.02
 COVERAGE_IMAGES = 1024
 """Images that mode coverage is counted on, at most."""
 OWN = "generated"
+_PAIR = 2
 
 
 class Scorer:
@@ -128,6 +131,10 @@ class Scorer:
             "nfe_curve": self._curve(),
             "time_bins": self._time_bins(),
             "samples": self._samples(),
+            "swapped": self._swapped(estimators),
+            "against": {
+                name: self._against(tally, baselines) for name, tally in estimators.items()
+            },
         }
         groups = [report["estimators"], report["baselines"]]
         if problem is not None:
@@ -196,11 +203,14 @@ class Scorer:
         condition, target = batch["condition"].to(self.device), batch["target"].to(self.device)
         return condition, target, torch.from_numpy(ids)
 
-    def _batches(self, images: int, what: str) -> list[np.ndarray]:
-        """Return the ids of the first `images` images in batches."""
-        size = self.config.batch_size
+    def _batches(self, images: int, what: str) -> Iterator[np.ndarray]:
+        """Yield the ids of the first `images` images in batches, and report when each is done."""
         self.report(what, 0, images)
-        return [np.arange(start, min(start + size, images)) for start in range(0, images, size)]
+        size = self.config.batch_size
+        for start in range(0, images, size):
+            end = min(start + size, images)
+            yield np.arange(start, end)
+            self.report(what, end, images)
 
     def _pass(
         self,
@@ -230,7 +240,6 @@ class Scorer:
                 tokens["true"] = true_BND
                 tokens["mean_token"] = self.mean_ND.expand(len(ids), -1, -1)
                 self.image_text.add(tokens, ids)
-            self.report(what, int(ids[-1]) + 1, images)
         return reference
 
     def _curve(self) -> list[dict[str, Any]]:
@@ -261,10 +270,24 @@ class Scorer:
         }
         return examples(self.held, headline.image_cosine(), answers, self.config.pictures)
 
+    def _swapped(self, estimators: dict[str, Tally]) -> dict[str, Any]:
+        """Return the scores with swapped conditions, on the images of the curve."""
+        images = min(self.config.curve_images, len(self.held))
+        if images < _PAIR:
+            return {}
+        laws = {name: tally.predict for name, tally in estimators.items()}
+        return swapped(laws, self._read, self._batches(images, "swapped conditions"))
+
+    @staticmethod
+    def _against(estimator: Tally, baselines: dict[str, Tally]) -> dict[str, Any]:
+        """Return the paired difference in cosine between an estimator and each baseline."""
+        own = estimator.image_cosine()
+        return {name: compare(own, tally.image_cosine()) for name, tally in baselines.items()}
+
     def _time_bins(self) -> list[dict[str, Any]]:
         """Return the held-out loss by time, on the images of the curve."""
         images = min(self.config.curve_images, len(self.held))
-        batches = iter(self._batches(images, "loss by time"))
+        batches = self._batches(images, "loss by time")
         return time_bins(self.translator, self._read, batches, self.config.seed)
 
     def _samples(self) -> dict[str, Any]:
@@ -281,7 +304,6 @@ class Scorer:
             condition, true_BND, sample_B = self._read(ids)
             drawn_KBND = torch.stack([draw(condition, sample_B)[0] for draw in draws])
             metric.update(drawn_KBND, mean(condition, sample_B)[0], true_BND)
-            self.report("samples", int(ids[-1]) + 1, images)
         return {"solver": solver.label, "images": images, **metric.compute()}
 
     def _coverage(self, tallies: dict[str, Tally]) -> dict[str, Any]:
@@ -319,4 +341,5 @@ def fit_settings(loaded: Loaded, config: EvaluateConfig) -> FitSettings:
         lr=run.optimizer.lr,
         bf16=run.precision.name in ("bf16", "bf16_true"),
         images=config.baseline_images,
+        seed=run.seed,
     )

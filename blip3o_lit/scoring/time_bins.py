@@ -5,7 +5,7 @@ Shape suffixes: B images, N target tokens, D target width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ _EDGE = 1e-3
 def time_bins(
     translator: Translator,
     read: Callable[[np.ndarray], tuple[Tensor, Tensor, Tensor]],
-    batches: Iterator[np.ndarray],
+    batches: Iterable[np.ndarray],
     seed: int,
 ) -> list[dict[str, Any]]:
     """Return the squared error of the network's output in equal bins of t.

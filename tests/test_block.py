@@ -55,6 +55,15 @@ def test_sandwich_norm_normalises_what_is_added():
     torch.testing.assert_close(made(x, None), x + normed(made.layer(normed(x))))
 
 
+def test_layer_norm_takes_the_mean_out_and_has_a_bias():
+    x, made = 3 + torch.randn(2, 4, 32), branch(norm="layer")
+    centred = x - x.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(made(x, None), x + expected)
+    made.norm.bias.data[3] = 5
+    torch.testing.assert_close(made(x, None)[..., 3], (x + expected + 5)[..., 3])
+
+
 def test_layer_scale_is_a_factor_a_channel():
     x, made = torch.randn(2, 4, 32), branch(layer_scale=0.1)
     torch.testing.assert_close(made(x, None), x + 0.1 * normed(x))
@@ -133,6 +142,8 @@ SWITCHES = [
     {"positions": "learned"},
     {"time": "tokens"},
     {"mlp": "gelu"},
+    {"norm": "layer"},
+    {"norm": "layer", "time": "tokens", "sandwich_norm": True},
     {"sandwich_norm": True},
     {"layer_scale": 0.1},
     {"adapter_depth": 2},

@@ -37,3 +37,14 @@ def test_modulate_is_its_formula():
     x, shift, scale = torch.randn(2, 3, 8), torch.randn(2, 1, 8), torch.randn(2, 1, 8)
     normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(modulate(x, shift, scale), normed * (1 + scale) + shift)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_modulate_by_layer_norm_is_its_formula_and_keeps_the_dtype(dtype):
+    x, shift, scale = 3 + torch.randn(2, 3, 8), torch.randn(2, 1, 8), torch.randn(2, 1, 8)
+    centred = x - x.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    made = modulate(x.to(dtype), shift.to(dtype), scale.to(dtype), "layer")
+    assert made.dtype == dtype
+    wide = 5e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(made.float(), normed * (1 + scale) + shift, atol=wide, rtol=wide)

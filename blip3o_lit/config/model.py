@@ -12,10 +12,12 @@ CONDITIONINGS = ("aligned", "cross")
 POSITIONS = ("rope", "learned", "none")
 TIMES = ("adaln", "tokens")
 MLPS = ("swiglu", "gelu")
+NORMS = ("rms", "layer")
 DIT_SWITCHES = (
     "positions",
     "time",
     "mlp",
+    "norm",
     "sandwich_norm",
     "layer_scale",
     "dropout",
@@ -55,6 +57,8 @@ class ModelConfig:
     """Where time and pooled condition enter: adaln modulates each block; tokens adds once."""
     mlp: str = "swiglu"
     """Feed-forward: swiglu or gelu."""
+    norm: str = "rms"
+    """Norm of a hidden token: rms, or layer, which takes the mean out and has a bias."""
     sandwich_norm: bool = False
     """Also normalise what each branch adds."""
     layer_scale: float | None = None
@@ -86,6 +90,7 @@ class ModelConfig:
         one_of("model.positions", self.positions, POSITIONS)
         one_of("model.time", self.time, TIMES)
         one_of("model.mlp", self.mlp, MLPS)
+        one_of("model.norm", self.norm, NORMS)
         self._check_heads()
         if self.architecture == "nextdit":
             self._check_nextdit()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.models.layers import GELUMLP, CrossAttention, SelfAttention, SwiGLU
 from blip3o_lit.models.network import KeysValues
-from blip3o_lit.models.rms_norm import RMSNorm, modulate
+from blip3o_lit.models.rms_norm import modulate, norm_layer
 
 
 class Branch(nn.Module):
@@ -28,8 +28,10 @@ class Branch(nn.Module):
         super().__init__()
         self.layer = layer
         self.dropout = config.dropout
-        self.norm = RMSNorm(config.width) if config.time == "tokens" else None
-        self.after = RMSNorm(config.width) if config.sandwich_norm else None
+        self.kind = config.norm
+        own = config.time == "tokens"
+        self.norm = norm_layer(config.norm, config.width) if own else None
+        self.after = norm_layer(config.norm, config.width) if config.sandwich_norm else None
         start = config.layer_scale
         self.scale = None if start is None else nn.Parameter(torch.full((config.width,), start))
 
@@ -40,7 +42,7 @@ class Branch(nn.Module):
             added = self.layer(self.norm(x_BNW), *inputs)
         else:
             shift, scale, gate = modulation.unbind(2)  # type: ignore[union-attr]
-            added = self.layer(modulate(x_BNW, shift, scale), *inputs)
+            added = self.layer(modulate(x_BNW, shift, scale, self.kind), *inputs)
         if self.after is not None:
             added = self.after(added)
         if self.scale is not None:

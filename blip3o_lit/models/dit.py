@@ -16,7 +16,7 @@ from blip3o_lit.config.shape import PairShape
 from blip3o_lit.models.block import Block, Branch
 from blip3o_lit.models.layers import DeepAdapter, TimeEmbedding, rope_table
 from blip3o_lit.models.network import EncodedCondition, Network
-from blip3o_lit.models.rms_norm import RMSNorm, modulate
+from blip3o_lit.models.rms_norm import modulate, norm_layer
 from blip3o_lit.models.start import Rules, narrow_normal
 
 
@@ -64,7 +64,7 @@ class DiT(Network):
         adaln = config.time == "adaln"
         self.modulation = nn.Linear(width, self.rows * width) if adaln else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.output_norm = None if adaln else RMSNorm(width)
+        self.output_norm = None if adaln else norm_layer(config.norm, width)
         self.output = nn.Linear(width, target.width)
         for name, side in (("rope", "target"), ("rope_condition", "condition")):
             self.register_buffer(name, self._rope_table(side), persistent=False)
@@ -140,7 +140,7 @@ class DiT(Network):
         if self.output_norm is not None:
             x_BNW = self.output_norm(x_BNW)
         else:
-            x_BNW = modulate(x_BNW, *last.unbind(2))  # type: ignore[union-attr]
+            x_BNW = modulate(x_BNW, *last.unbind(2), self.config.norm)  # type: ignore[union-attr]
         return self.output(x_BNW).to(x_BND.dtype)
 
     def encode_flops(self, batch: int = 1) -> int:

@@ -1,5 +1,7 @@
 """Root-mean-square norm (Zhang and Sennrich, 2019), plain and adaptive, with a fast CPU path.
 
+Layer norm stands beside it as a choice.
+
 Shape suffixes: B batch, N tokens, W width.
 """
 
@@ -69,6 +71,24 @@ class RMSNorm(nn.Module):
         return scaled_rms_norm(x, self.weight.to(x.dtype), None, self.eps)
 
 
-def modulate(x_BNW: Tensor, shift_B1W: Tensor, scale_B1W: Tensor, eps: float = 1e-6) -> Tensor:
+class LayerNorm(nn.LayerNorm):
+    """Layer norm that keeps the input's dtype, under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., width] to mean 0 and variance 1, times the weight, plus the bias."""
+        return super().forward(x).to(x.dtype)
+
+
+def norm_layer(kind: str, width: int) -> nn.Module:
+    """Return the norm that model.norm names."""
+    return RMSNorm(width) if kind == "rms" else LayerNorm(width)
+
+
+def modulate(
+    x_BNW: Tensor, shift_B1W: Tensor, scale_B1W: Tensor, kind: str = "rms", eps: float = 1e-6
+) -> Tensor:
     """Adaptive norm of the AdaLN-Zero block: normalise, multiply by 1 + scale, add shift."""
-    return scaled_rms_norm(x_BNW, 1 + scale_B1W, shift_B1W, eps)
+    if kind == "rms":
+        return scaled_rms_norm(x_BNW, 1 + scale_B1W, shift_B1W, eps)
+    normed = F.layer_norm(x_BNW, x_BNW.shape[-1:], eps=eps).to(x_BNW.dtype)
+    return torch.addcmul(shift_B1W, normed, 1 + scale_B1W)

@@ -61,7 +61,7 @@ class TowerSet:
             else {}
         )
         self.arrays = {name: self._spec(name, tower) for name, tower in self.towers.items()}
-        self._speaker = list(self.towers.values())[-1] if captions else None
+        self._speaker = self.target if captions else None
         if self._speaker is not None:
             probe_1P = self._speaker.encode_text([""])
             if probe_1P is None:
@@ -69,6 +69,11 @@ class TowerSet:
             else:
                 name = self._speaker.info.name
                 self.arrays[TEXT] = ArraySpec("text", storage, (probe_1P.shape[1],), tower=name)
+
+    @property
+    def target(self) -> Tower:
+        """The tower whose text side counts: the last one."""
+        return list(self.towers.values())[-1]
 
     def _head(self, name: str, tower: Tower) -> Head:
         tensors, metadata = tower.heads()

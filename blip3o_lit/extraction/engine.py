@@ -7,6 +7,8 @@ store is byte-identical to that of an undisturbed run. Workers share nothing but
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -20,13 +22,15 @@ import torch
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
+from blip3o_lit.extraction.classes import embed_classes, read_classes
 from blip3o_lit.extraction.encoding import TowerSet
 from blip3o_lit.extraction.pipeline import Pipeline
 from blip3o_lit.extraction.scales import stored_arrays
-from blip3o_lit.extraction.units import Ledger, check_rejects, my_parts
+from blip3o_lit.extraction.units import Ledger, check_rejects, my_parts, sorted_safetensors
 from blip3o_lit.images.item import Part, Source
 from blip3o_lit.images.split import Splitter
 from blip3o_lit.progress import Work
+from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.index import TokenIndex
 from blip3o_lit.towers.tower import Tower
 
@@ -76,6 +80,12 @@ class Extraction:
             device_of(engine.device),
             engine.compile,
         )
+        self.classes = dict(source.classes)
+        if config.classes:
+            self.classes = read_classes(Path(config.classes).expanduser())
+            target = self.towers.target
+            if target.encode_text(["a"]) is None:
+                raise UserError(f"classes={config.classes}: {target.info.name} has no text side")
         rules = [source.split_rule, "" if source.all_split else self.splitter.words]
         self.split_rule = "; else ".join(rule for rule in rules if rule)
         self.ledger = Ledger(out, source, self._recipe(), engine.shard_samples)
@@ -88,6 +98,7 @@ class Extraction:
             "content of images": self.source.fingerprint,
             "towers": {name: entry for name, entry in arrays.items() if name != "text"},
             "captions": arrays.get("text"),
+            "classes": _digest(self.classes),
             "towers.pretrained": self.config.towers.pretrained,
             "storage": self.config.storage,
             "store": self.config.store,
@@ -120,12 +131,20 @@ class Extraction:
             raise
         index = self.ledger.finish(
             arrays,
-            self.towers.heads(),
+            self._files,
             self.split_rule,
             None if self.config.store == "full" else self.config.store,
             self.config.max_reject_fraction,
         )
         return Outcome(index, images, time.perf_counter() - began)
+
+    def _files(self) -> dict[str, bytes]:
+        """Return the store's small files beside index and shards, by name."""
+        files = {"heads.safetensors": sorted_safetensors(*self.towers.heads())}
+        classes = embed_classes(self.towers.target, self.classes) if self.classes else None
+        if classes is not None:
+            files[CLASSES_FILE] = sorted_safetensors(*classes.content())
+        return files
 
     def _work(self, pipeline: Pipeline) -> int:
         """Run the pipeline with progress; returns the images read."""
@@ -176,6 +195,10 @@ class Total:
         if not self.known:
             self.images = max(seen, seen * self.parts // max(self.finished, 1))
         return self.images
+
+
+def _digest(classes: dict[str, list[str]]) -> str | None:
+    return hashlib.sha256(json.dumps(classes).encode()).hexdigest() if classes else None
 
 
 def worker_of(shard: str | None) -> tuple[int, int]:

@@ -76,9 +76,7 @@ class Pipeline:
         """Take the parts; `scales` are the channel scales of int8 arrays."""
         self.towers, self.ledger, self.splitter, self.engine = towers, ledger, splitter, engine
         self.arrays, self.scales = arrays, scales
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.lanes = min(cores or 1, MOST_LANES) if towers.device.type == "cpu" else 1
-        self.lane_threads = (cores or 1) // self.lanes
+        self.lanes, self.lane_threads = cpu_lanes(towers.device)
 
     def run(
         self, parts: list[tuple[int, Part]], done: dict[int, list[UnitRecord]]
@@ -189,6 +187,13 @@ class Pipeline:
             facts = {"caption": item.caption, "source": item.source, **item.extra}
             batch.files.shard(ready.split).add(item.sample_key, sample, facts)
         return batch.images, batch.files.close() if batch.closes else None
+
+
+def cpu_lanes(device: torch.device) -> tuple[int, int]:
+    """Return how many batches a device encodes side by side, and the threads of each."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    lanes = min(cores or 1, MOST_LANES) if device.type == "cpu" else 1
+    return lanes, (cores or 1) // lanes
 
 
 def ordered(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,12 +163,19 @@ class Ledger:
     def finish(
         self,
         arrays: dict[str, ArraySpec],
-        heads: tuple[dict[str, Any], dict[str, str]],
+        files: Callable[[], dict[str, bytes]],
         split_rule: str,
         reduced: str | None,
         max_reject_fraction: float,
     ) -> TokenIndex | None:
         """Write the index if every unit is finished; returns None while other workers work.
+
+        Args:
+            arrays: What the index describes.
+            files: Makes the store's further files, by name; called when it is finished.
+            split_rule: In words.
+            reduced: None or grid_64.
+            max_reject_fraction: Share of images that may be lost.
 
         Raises:
             UserError: If too many images were lost, or all.
@@ -192,7 +199,8 @@ class Ledger:
         scales = self.state / SCALES_FILE
         if scales.exists():
             write_synced(self.out / SCALES_FILE, scales.read_bytes())
-        write_synced(self.out / "heads.safetensors", sorted_safetensors(*heads))
+        for name, content in files().items():
+            write_synced(self.out / name, content)
         recipe = json.dumps(self.recipe, sort_keys=True, indent=1)
         write_synced(self.out / "extraction.json", recipe.encode())
         index = TokenIndex(arrays, shards, reduced, split_rule, rejects)

@@ -119,6 +119,8 @@ class Source:
     """Whether every image comes with its split."""
     fingerprint: str = ""
     """Changes when the images do: names and sizes of files, seeds of drawings."""
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    """Prompts of the classes that its labels name, where it brings them."""
 
     @property
     def length(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Images that a CSV or JSONL file lists, with captions and a split where it has such columns."""
+"""Images that a CSV or JSONL file lists, with captions, splits and labels where it has them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from blip3o_lit.images.item import Item, Lost, file_bytes
 
 PATHS = ("path", "image", "image_path", "file", "file_name", "filename")
 CAPTIONS = ("caption", "text", "prompt")
-SPLIT = "split"
+SPLIT, LABEL = "split", "label"
 SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation", "training": "train"}
 
 
@@ -90,7 +90,9 @@ def table_items(table: Path) -> tuple[list[Item | Lost], bool, str]:
         caption = _first(row, CAPTIONS)
         captions = captions or bool(caption)
         read = partial(file_bytes, table.parent / Path(name).expanduser())
-        items.append(Item(name, read, caption, split_name(_first(row, (SPLIT,)))))
+        label = _first(row, (LABEL,))
+        extra = {LABEL: label} if label else {}
+        items.append(Item(name, read, caption, split_name(_first(row, (SPLIT,))), extra=extra))
     if not paths:
         raise UserError(f"images={table} has no column of paths: name one of {', '.join(PATHS)}")
     return items, captions, hashlib.sha256(table.read_bytes()).hexdigest()

@@ -1,7 +1,8 @@
 """Images of WebDataset tars, local or behind a URL, read in order and never unpacked to disk.
 
 Members of one sample share a name up to the first dot: an image (jpg, jpeg, png, webp) and
-optionally a caption (txt, caption, json). Nothing else is decoded.
+optionally a caption (txt, caption, json) and a label (cls: a class's name or number). Nothing else
+is decoded.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from blip3o_lit.images.item import EXTENSIONS, MAX_BYTES, Item, Lost
 SCHEMES = ("http", "https", "s3", "gs", "hf", "file")
 DANGEROUS = ("pkl", "pickle", "pyd", "pth", "pt", "bin", "ckpt", "joblib", "so", "dll", "py", "sh")
 """Members that other tools would unpickle or run; here they are refused by name and counted."""
+LABEL = "cls"
 ATTEMPTS = 4
 PAUSE = 1.0
 """Seconds before the second attempt at a remote tar; each further one waits twice as long."""
@@ -59,6 +61,7 @@ class Sample:
     image: bytes | None = None
     """Empty where the sample is passed over."""
     caption: str = ""
+    label: str = ""
     repeated: bool = False
     """Whether another sample of the tar has its name."""
     refused: list[Lost] = field(default_factory=list)
@@ -69,7 +72,8 @@ class Sample:
             return [Lost(self.source, "its name appears twice in the tar"), *self.refused]
         if self.image is not None:
             image = self.image
-            item = Item(self.source, partial(bytes, image), self.caption)
+            extra = {"label": self.label} if self.label else {}
+            item = Item(self.source, partial(bytes, image), self.caption, extra=extra)
             return [item, *self.refused]
         if self.refused:
             return list(self.refused)
@@ -150,6 +154,8 @@ def _samples(archive: tarfile.TarFile, label: str, skip: int) -> Iterator[Item |
             sample.image = b"" if number < skip else _content(archive, member)
         elif extension in CAPTIONS and not sample.caption and number >= skip:
             sample.caption = caption_of(_content(archive, member), extension)
+        elif extension == LABEL and number >= skip:
+            sample.label = caption_of(_content(archive, member), extension)
     entries = sample.entries() if sample else []
     yield from entries[max(skip - number, 0) :]
 
@@ -170,7 +176,7 @@ def refusal(member: tarfile.TarInfo) -> str:
     if extension in DANGEROUS:
         return f".{extension} files are not read"
     limit = MAX_BYTES if extension in EXTENSIONS else CAPTION_BYTES
-    if extension in EXTENSIONS + CAPTIONS and member.size > limit:
+    if extension in (*EXTENSIONS, *CAPTIONS, LABEL) and member.size > limit:
         return f"{member.size} bytes; {limit} is the limit"
     return ""
 

@@ -22,6 +22,7 @@ from blip3o_lit.inspection.finding import Finding
 from blip3o_lit.inspection.numbers import ArrayNumbers
 from blip3o_lit.progress import Work
 from blip3o_lit.tokens import tar
+from blip3o_lit.tokens.classes import Classes
 from blip3o_lit.tokens.heads import Head
 from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex
 from blip3o_lit.tokens.reader import scan
@@ -254,7 +255,7 @@ class Inspection:
             self.note("fail", "samples", says, "repair=true drops what is lost")
         if len(index.splits) < 2:  # noqa: PLR2004
             self.note("warn", "splits", f"only {', '.join(index.splits)}", "evaluation needs two")
-        self.findings += [*self.heads(), *self.summary()]
+        self.findings += [*self.heads(), *self.classes(), *self.summary()]
         for name, numbers in self.numbers.items():
             self.findings += numbers.findings(name)
 
@@ -277,6 +278,17 @@ class Inspection:
                 says = f"takes {width} channels, tokens have {spec.shape[1]}"
                 yield Finding("fail", f"head of {name}", says, "extract again")
 
+    def classes(self) -> Iterator[Finding]:
+        """Check classes.safetensors, where there is one."""
+        try:
+            classes = Classes.load(self.folder)
+        except UserError as error:
+            yield Finding("fail", "classes", str(error))
+            return
+        if classes is not None:
+            says = f"{len(classes.names)} with prompts embedded by {classes.tower}"
+            yield Finding("ok", "classes", says)
+
     def summary(self) -> Iterator[Finding]:
         """Yield what the store holds."""
         index, total = self.index, sum(shard.bytes for shard in self.index.shards)
@@ -287,6 +299,11 @@ class Inspection:
         share = self.captions / max(self.samples, 1)
         yield Finding("ok", "captions", f"{share:.1%} of the samples have one")
         yield Finding("ok", "split rule", index.split_rule or "not recorded")
+        for name, spec in index.arrays.items():
+            if spec.dtype == "int8":
+                cost = "not recorded" if spec.cosine is None else f"{spec.cosine:.6f}"
+                says = f"int8 with {spec.scale} scales, mean cosine to the true tokens {cost}"
+                yield Finding("ok", f"storage of {name}", says)
 
 
 def digest(content: bytes | memoryview) -> bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from blip3o_lit.config.errors import one_of
+from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.index import STORED, ArraySpec, ShardEntry, TokenIndex
 from blip3o_lit.tokens.reader import Place, TokenStore
 from blip3o_lit.tokens.shards import ShardWriter
@@ -80,8 +81,9 @@ def recode(store: TokenStore, out: Path, storage: str, images: int = 256) -> Tok
             values = {array: store.gather(place, array)[0].float().numpy() for array in kept}
             writer.add(shard.key(sample), values, shard.metadata(sample))
         entries.append(writer.close())
-    if (store.path / HEADS_FILE).is_file():
-        shutil.copyfile(store.path / HEADS_FILE, out / HEADS_FILE)
+    for name in (HEADS_FILE, CLASSES_FILE):
+        if (store.path / name).is_file():
+            shutil.copyfile(store.path / name, out / name)
     index = replace(store.index, arrays=arrays, shards=entries)
     index.write(out)
     return index

@@ -48,7 +48,11 @@ bench: setup ## benchmarks, each beside its ceiling and its peers (ONLY=name for
 format: setup ## format and sort imports
 	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
+results: setup ## docs/results.md from runs: two processes of one thread (100 minutes; stopped, it goes on)
+	@OMP_NUM_THREADS=1 $(PY) scripts/results.py & OMP_NUM_THREADS=1 $(PY) scripts/results.py; wait
+	@$(PY) scripts/results.py page
+
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
 
-.PHONY: help setup lock demo test soak bench format clean
+.PHONY: help setup lock demo test soak bench results format clean

@@ -1,0 +1,145 @@
+"""The runs behind docs/results.md: testbeds, recipes, seeds, as command-line overrides.
+
+Networks are small and runs short, so that all of it fits into 100 minutes on 2 CPU cores. Within a
+testbed every recipe has the same tokens, images and steps, hence the same network FLOPs, unless the
+table says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+SEEDS = (0, 1, 2)
+SMALL = "model.width=128 model.depth=3 model.heads=4 model.kv_heads=4 model.mlp_width=256"
+QUIET = "logger=csv evaluation.every=100000 evaluation.images=16 trainer.log_every=50"
+TESTBEDS = {
+    "linear_gaussian": f"experiment=linear_gaussian {QUIET} trainer.max_steps=800 batch_size=128 "
+    "optimizer.warmup_steps=40",
+    "demo": f"experiment=demo {QUIET} {SMALL} trainer.max_steps=300 batch_size=16",
+    "demo_masked": f"experiment=demo {QUIET} {SMALL} data=demo_masked trainer.max_steps=300 "
+    "batch_size=16",
+    "ambiguous": f"experiment=ambiguous {QUIET} trainer.max_steps=1500 batch_size=128 "
+    "optimizer.warmup_steps=75",
+}
+"""Overrides of every run on a testbed."""
+SCORED = "baselines=none solvers=[euler-4,heun-10] curve=[] samples=0 images=256"
+"""How every run is scored."""
+FULL = "baselines=all solvers=[euler-4,heun-10] curve=[euler-1,euler-2,euler-4,euler-8,euler-16"
+FULL += ",euler-50,heun-2] curve_images=256 sample_images=64 images=256"
+"""How the default is scored: beside the baselines, with the curve over network evaluations."""
+NO_MEAN = "flow.time_zero_share=0"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe and the testbeds that it is tried on."""
+
+    key: str
+    what: str
+    overrides: str = ""
+    """What differs from the default."""
+    testbeds: tuple[str, ...] = ("linear_gaussian", "demo")
+    seeds: tuple[int, ...] = SEEDS
+    scored: str = SCORED
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: a recipe on a testbed with a seed."""
+
+    recipe: Recipe
+    testbed: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Where it stands below outputs/results."""
+        return f"{self.testbed}/{self.recipe.key}/seed-{self.seed}"
+
+    @property
+    def overrides(self) -> list[str]:
+        """The words after `python -m blip3o_lit.train`."""
+        return [
+            *TESTBEDS[self.testbed].split(),
+            *self.recipe.overrides.split(),
+            f"seed={self.seed}",
+        ]
+
+    @property
+    def evaluation(self) -> list[str]:
+        """The words after `python -m blip3o_lit.evaluate ckpt=RUN`."""
+        return self.recipe.scored.split()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a result to count as this run's."""
+        from blip3o_lit import __version__
+
+        return {"train": self.overrides, "evaluate": self.evaluation, "version": __version__}
+
+
+ALL = tuple(TESTBEDS)
+REAL = ("demo",)
+DEFAULT = Recipe(
+    "default", "default: sample output, a quarter of draws at t = 0", "", ALL, SEEDS, FULL
+)
+PARTS = (
+    Recipe("velocity", "velocity output", "flow.prediction=velocity"),
+    Recipe("noise", "noise output",
+           f"flow.prediction=noise {NO_MEAN} solver=heun solver.start=0.02"),
+    Recipe("share_0", "no draws at t = 0", NO_MEAN),
+    Recipe("share_8", "an eighth at t = 0", "flow.time_zero_share=0.125"),
+    Recipe("share_2", "half at t = 0", "flow.time_zero_share=0.5"),
+    Recipe("logit_normal", "logit-normal times", "flow.time=logit_normal"),
+    Recipe("shift_3", "times shifted towards noise by 3", "flow.time_shift=3"),
+    Recipe("velocity_loss", "error weighted as the velocity's", "flow.weighting=velocity"),
+    Recipe("cosine", "cosine term of weight 0.1", "flow.cosine_weight=0.1"),
+    Recipe("cosine_1", "cosine term of weight 1", "flow.cosine_weight=1.0"),
+    Recipe("raw", "tokens as stored, not standardised", "data.scale=raw"),
+    Recipe("trigonometric", "trigonometric path", "flow=trigonometric"),
+    Recipe("ema_99", "weight average over 100 steps", "optimizer.ema_decay=0.99"),
+    Recipe("cross", "cross-attention, rotated keys", "model.conditioning=cross", REAL),
+    Recipe("dropout", "guidance training: condition dropped in a tenth",
+           "flow.condition_dropout=0.1", REAL),
+)  # fmt: skip
+_SEED_PATCH = (
+    f"experiment=seed_patch {QUIET} {SMALL} data=demo model.mlp_width=384 trainer.max_epochs=null "
+    "trainer.max_steps=300 batch_size=16 micro_batch_size=16 optimizer.lr=2e-3 "
+    "optimizer.warmup_steps=20 checkpoint.every=100000"
+)
+_SEED_GRID = (
+    f"experiment=seed_grid64 {QUIET} data=demo mode=patch_only model.width=128 model.depth=3 "
+    "model.heads=4 model.kv_heads=4 model.mlp_width=256 trainer.max_epochs=null "
+    "trainer.max_steps=300 batch_size=16 optimizer.lr=2e-3 optimizer.warmup_steps=20 "
+    "checkpoint.every=100000"
+)
+SEED_SCORED = "baselines=none solvers=[euler-50] curve=[] samples=0 images=256"
+SEED_RECIPES = (
+    Recipe("seed_patch", "seed 000: cross-attention, velocity, raw targets", _SEED_PATCH, REAL,
+           SEEDS, SEED_SCORED),
+    Recipe("seed_grid64", "seed 001: NextDiT, its schedule, raw targets", _SEED_GRID, REAL, SEEDS,
+           SEED_SCORED),
+)  # fmt: skip
+WIDTHS = tuple(
+    Recipe(
+        f"width_{width}_{output}",
+        f"{output} output, {width} wide",
+        f"flow.prediction={output} model.width={width} model.heads={width // 32} "
+        f"model.kv_heads={width // 32} model.mlp_width={2 * width}",
+        REAL,
+        (0,),
+    )
+    for width in (64, 128, 256)
+    for output in ("sample", "velocity")
+    if width != 128  # the default and the velocity row are 128 wide, the target's own width
+)
+RECIPES = (DEFAULT, *SEED_RECIPES, *PARTS, *WIDTHS)
+RUNS = tuple(
+    Run(recipe, testbed, seed)
+    for seed in SEEDS
+    for recipe in RECIPES
+    for testbed in recipe.testbeds
+    if seed in recipe.seeds
+)
+"""In the order of their worth: all recipes with the first seed come first."""

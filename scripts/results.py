@@ -1,0 +1,149 @@
+"""Train, score and tabulate the recipes: everything in docs/results.md.
+
+    python scripts/results.py                  # go on where it stopped, then write the page
+    python scripts/results.py minutes=20       # begin no run after 20 minutes; call again
+    python scripts/results.py only=demo        # runs whose name holds `demo`
+    python scripts/results.py page             # the page alone, from the runs that are there
+    python scripts/results.py list             # every run with its command line
+
+A run is a run directory, outputs/results/TESTBED/RECIPE/seed-N, as the train command writes it, and
+an evaluation.json as the evaluate command does. Several of these scripts may work side by side:
+each takes runs that no other has begun.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from recipes import RUNS, Run
+from results_page import write_page
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "outputs" / "results"
+PAGE = ROOT / "docs" / "results.md"
+
+
+def folder_of(run: Run) -> Path:
+    """Return the run directory."""
+    return FOLDER / run.name
+
+
+def work(runs: list[Run], deadline: float) -> None:
+    """Train and score what is missing, one run after the other."""
+    missing = [run for run in runs if not finished(run)]
+    print(f"{len(runs)} runs, {len(missing)} to do", flush=True)
+    for run in missing:
+        if time.monotonic() > deadline:
+            print("the time is up: call again to go on")
+            return
+        folder = folder_of(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            if finished(run):
+                continue
+            began = time.perf_counter()
+            scores = measure(run)
+            cosines = " ".join(
+                f"{name} {block['cosine']:.4f}" for name, block in scores["estimators"].items()
+            )
+            print(f"{run.name:<44} {cosines}  {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def finished(run: Run) -> bool:
+    """Return whether a run was trained and scored by today's command lines."""
+    note = folder_of(run) / "recipe.json"
+    return note.is_file() and json.loads(note.read_text("utf-8")) == run.identity
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """Train and score one run; returns its evaluation."""
+    from blip3o_lit.config.evaluate import EvaluateConfig
+    from blip3o_lit.config.home import home
+    from blip3o_lit.config.train import TrainConfig
+    from blip3o_lit.evaluate import write_json
+    from blip3o_lit.loading import load
+    from blip3o_lit.scoring.readers import open_readers
+    from blip3o_lit.scoring.score import Scorer
+    from blip3o_lit.training import run_training
+
+    folder = folder_of(run)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    train = composed("train", TrainConfig, run.overrides)
+    with (folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        began = time.perf_counter()
+        run_training(train, folder, list(run.overrides))
+        seconds = time.perf_counter() - began
+        settings = [f"ckpt={folder}", *run.evaluation]
+        config = composed("evaluate", EvaluateConfig, settings)
+        loaded = load(config.ckpt, "cpu")
+        readers = open_readers(loaded, config)
+        scorer = Scorer(loaded, *readers, config, home() / "baselines", lambda *_: None)
+        scores = scorer.run()
+    scores["training_seconds"] = seconds
+    scores["parameters"] = sum(p.numel() for p in loaded.translator.network.parameters())
+    write_json(folder / "evaluation.json", scores)
+    shutil.rmtree(folder / "checkpoints")  # 100 runs of them would fill a small disk
+    write_json(folder / "recipe.json", run.identity)
+    return scores
+
+
+def composed(command: str, schema: type, overrides: Any) -> Any:
+    """Compose a command's config as its command line would."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    from blip3o_lit.command import conf_dir, typed
+
+    ConfigStore.instance().store(name=f"{command}_schema", node=schema)
+    OmegaConf.register_new_resolver("run_stamp", lambda: "results", replace=True)
+    with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+        return typed(compose(command, overrides=list(overrides)), schema)
+
+
+def evaluations(runs: list[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Yield the runs that are finished with their evaluations."""
+    for run in runs:
+        if finished(run):
+            yield run, json.loads((folder_of(run) / "evaluation.json").read_text("utf-8"))
+
+
+def main(words: list[str]) -> int:
+    """Do what the words ask for; 2 for a word that means nothing."""
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    plain = {word for word in words if "=" not in word}
+    if plain - {"page", "list"} or set(given) - {"minutes", "only"}:
+        print("error: words are page, list, minutes=N and only=NAME", file=sys.stderr)
+        return 2
+    if "list" in plain:
+        for run in RUNS:
+            print(f"{run.name}\n  python -m blip3o_lit.train {' '.join(run.overrides)}")
+        return 0
+    os.chdir(ROOT)
+    deadline = time.monotonic() + 60 * float(given.get("minutes", "inf"))
+    if "page" not in plain:
+        work([run for run in RUNS if given.get("only", "") in run.name], deadline)
+    found = dict(evaluations(RUNS))
+    write_page(PAGE, found)
+    print(f"{len(found)} of {len(RUNS)} runs are in {PAGE.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -48,7 +48,7 @@ def extract(config: ExtractConfig) -> None:
     rows = [
         ("images read now", f"{outcome.images:,} in {outcome.seconds:,.0f} s, {rate:,.1f}/s"),
         *((f"{split} samples", f"{count:,}") for split, count in sorted(index.splits.items())),
-        ("rejects", f"{index.rejects:,}" + (" in rejects.jsonl" if index.rejects else "")),
+        ("rejects", f"{index.rejects:,} images{_passed_over(out, index.rejects)}"),
         ("shards", f"{len(index.shards):,}, {sum(s.bytes for s in index.shards) / 1e9:.2f} GB"),
         ("split", index.split_rule),
     ]
@@ -57,6 +57,14 @@ def extract(config: ExtractConfig) -> None:
         print(f"  {name:<20}{value}")
     mode = "mode=grid_64 " if index.reduced else ""
     print(f"next: python -m blip3o_lit.train data=tokens data.tokens={config.out} {mode}".rstrip())
+
+
+def _passed_over(out: Path, images: int) -> str:
+    """Return what rejects.jsonl holds beside lost images: refused members, useless lines."""
+    with open(out / "rejects.jsonl", encoding="utf-8") as file:
+        others = sum(1 for _ in file) - images
+    words = f", and {others:,} other entries passed over" if others else ""
+    return f"{words}: see rejects.jsonl" if others or images else ""
 
 
 def _print_price(config: ExtractConfig) -> None:

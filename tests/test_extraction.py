@@ -13,15 +13,17 @@ import torch
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import EngineConfig, ExtractConfig, SplitConfig
+from blip3o_lit.extraction.classes import read_classes
 from blip3o_lit.extraction.demo import demo_source, demo_store
 from blip3o_lit.extraction.engine import Extraction, device_of, extract, worker_of
 from blip3o_lit.images.item import Item, slices
 from blip3o_lit.images.item import Source as Images
+from blip3o_lit.tokens.classes import Classes
 from blip3o_lit.tokens.heads import Head
 from blip3o_lit.tokens.index import TokenIndex
 from blip3o_lit.tokens.reader import TokenStore
 from blip3o_lit.towers import demo
-from blip3o_lit.towers.scenes import scene
+from blip3o_lit.towers.scenes import DIGITS, digit_prompts, scene
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,48 @@ def test_int8_has_scales_from_a_first_pass(tmp_path, towers):
     assert torch.cosine_similarity(found, expected, -1).mean() > 0.999
 
 
+def test_class_prompts_are_embedded_by_the_target_tower(tmp_path, towers):
+    extract(demo_source(4, 4, 8), towers, tmp_path / "demo", config())
+    found = Classes.load(tmp_path / "demo")
+    assert (found.names, found.tower) == (list(DIGITS), "demo:clip")
+    text_BP = towers["clip"].encode_text(digit_prompts("two"))
+    expected = torch.nn.functional.normalize(text_BP.double().mean(0), dim=-1).float()
+    assert (found.text_KP[2] - expected).abs().max() < 1e-6
+    own = tmp_path / "classes.json"
+    own.write_text('{"red": ["a red seven", "a red two"], "blue": "a blue two"}')
+    source = picture_source(4, captions=False)
+    outcome = extract(source, towers, tmp_path / "own", config(classes=str(own)))
+    assert "text" not in outcome.index.arrays
+    found = Classes.load(tmp_path / "own")
+    assert found.names == ["red", "blue"]
+    assert (found.text_KP[1] - towers["clip"].encode_text(["a blue two"])[0]).abs().max() < 1e-6
+    own.write_text('["red", "blue"]')
+    with pytest.raises(UserError, match="made with another classes"):
+        extract(source, towers, tmp_path / "own", config(classes=str(own)))
+    with pytest.raises(UserError, match="demo:eva has no text side"):
+        extract(source, {"clip": towers["eva"]}, tmp_path / "no", config(classes=str(own)))
+
+
+def test_files_of_classes(tmp_path):
+    file = tmp_path / "names.txt"
+    file.write_text("tabby cat\n\ntench \n")
+    assert read_classes(file) == {
+        "tabby cat": ["a photo of a tabby cat."],
+        "tench": ["a photo of a tench."],
+    }
+    for name, content, says in (
+        ("a.json", "{", "can't be read"),
+        ("b.json", '{"a": "x"}', "two classes"),
+        ("c.json", '{"a": "x", "b": [3]}', "the prompts of b"),
+        ("d.txt", "one\n", "two classes"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=says):
+            read_classes(tmp_path / name)
+    with pytest.raises(UserError, match="No such file"):
+        read_classes(tmp_path / "none.txt")
+
+
 def test_overflow_names_the_sample(tmp_path, towers):
     class Loud(demo.DemoClip):
         def tokens(self, images_B3SS):
@@ -230,19 +274,22 @@ def test_the_demo_store_is_built_once_and_the_same_everywhere(tmp_path, monkeypa
     assert demo_store(13, 6).name != folders[1].name
 
 
+PRELOADED = ["blip3o_lit.extraction.engine", "blip3o_lit.towers.demo", "sklearn.datasets", "pytest"]
+
+
 def _work(out, shard, began):
     """One worker process."""
     torch.set_num_threads(1)
     engine = EngineConfig(batch_size=4, shard_samples=8, threads=1, device="cpu", shard=shard)
     towers = {name: demo.load(name) for name in demo.NAMES}
     began.set()
-    extract(demo_source(96, 32, 8), towers, Path(out), ExtractConfig(images="demo", extract=engine))
+    extract(demo_source(48, 16, 8), towers, Path(out), ExtractConfig(images="demo", extract=engine))
 
 
 def _kill_until_done(out, kills, seed):
     """Two workers; SIGKILL one at a random time after it began, then start it again."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["blip3o_lit.towers.demo", "blip3o_lit.extraction_engine"])
+    context.set_forkserver_preload(PRELOADED)  # so that each worker starts in no time
 
     def start(shard):
         began = context.Event()
@@ -255,8 +302,8 @@ def _kill_until_done(out, kills, seed):
     for _ in range(kills):
         shard = rng.choice(list(running))
         process, began = running[shard]
-        assert began.wait(120)
-        time.sleep(rng.uniform(0.0, 1.5))
+        assert began.wait(600)
+        time.sleep(rng.uniform(0.0, 0.8))
         process.kill()
         process.join()
         running[shard] = start(shard)
@@ -269,6 +316,6 @@ def _kill_until_done(out, kills, seed):
 def test_killed_workers_leave_nothing_behind(tmp_path, towers, kills):
     engine = EngineConfig(batch_size=4, shard_samples=8, threads=1, device="cpu")
     plain = ExtractConfig(images="demo", extract=engine)
-    extract(demo_source(96, 32, 8), towers, tmp_path / "plain", plain)
+    extract(demo_source(48, 16, 8), towers, tmp_path / "plain", plain)
     _kill_until_done(tmp_path / "killed", kills, seed=kills)
     assert content(tmp_path / "killed") == content(tmp_path / "plain")

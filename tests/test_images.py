@@ -1,10 +1,14 @@
 """Sources of images: folders, tables, tars; decoding of hostile files; the split by looks."""
 
 import csv
+import functools
+import http.server
 import io
 import json
 import struct
 import tarfile
+import threading
+import time
 import zlib
 
 import numpy as np
@@ -78,14 +82,14 @@ def test_a_folder_without_images_is_refused(tmp_path):
 def test_csv_and_jsonl_give_paths_captions_and_splits(tmp_path):
     (tmp_path / "one.jpg").write_bytes(jpeg())
     listed = [
-        {"path": "one.jpg", "caption": "a, b", "split": "val"},
+        {"path": "one.jpg", "caption": "a, b", "split": "val", "label": "cat"},
         {"path": "gone.jpg", "caption": "", "split": "train"},
         {"path": "", "caption": "", "split": ""},
         {"path": "one.jpg", "caption": "again", "split": "train"},
         {"path": "https://x.org/a.jpg", "caption": "", "split": ""},
     ]
     with open(tmp_path / "list.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["path", "caption", "split"])
+        writer = csv.DictWriter(file, ["path", "caption", "split", "label"])
         writer.writeheader()
         writer.writerows(listed)
     lines = "\n".join(json.dumps(row) for row in listed)
@@ -95,6 +99,8 @@ def test_csv_and_jsonl_give_paths_captions_and_splits(tmp_path):
         found = {entry.source: entry for entry in read_all(source)}
         assert found["one.jpg"].caption == "a, b"
         assert found["one.jpg"].split == "validation"
+        assert found["one.jpg"].extra == {"label": "cat"}
+        assert found["gone.jpg"].extra == {}
         with pytest.raises(Reject, match="missing"):
             found["gone.jpg"].read()
         reasons = " ".join(e.reason for e in found.values() if isinstance(e, Lost))
@@ -159,6 +165,7 @@ def test_tars_group_members_by_name_and_can_be_entered_anywhere(tmp_path):
     images = [entry for entry in entries if isinstance(entry, Item)]
     assert [entry.source for entry in images] == [f"a.tar/dir/{n:03d}.jpg" for n in range(7)]
     assert {entry.caption for entry in images} == {"cap"}
+    assert {entry.extra["label"] for entry in images} == {"1"}
     lost = [entry for entry in entries if isinstance(entry, Lost)]
     assert [entry.source for entry in lost] == ["a.tar/dir/evil.pyd", "a.tar/dir/002.pkl"]
     assert not any(entry.image for entry in lost)
@@ -263,6 +270,41 @@ def test_remote_tars_are_streamed_and_a_broken_connection_is_taken_up_again(tmp_
     found = [entry.source for entry in part.entries()]
     assert broken == [1]
     assert found == [f"a.tar/{n}.jpg" for n in range(6)]
+
+
+def test_tars_behind_http_are_read_and_a_missing_one_is_named_at_once(tmp_path):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format, *args):
+            pass
+
+    for n in range(2):
+        make_tar(tmp_path / f"{n}.tar", [(f"{m}.jpg", jpeg(m)) for m in range(3)])
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        found = read_all(open_source(f"{url}/{{0..1}}.tar", 8))
+        assert [entry.source for entry in found] == [
+            f"{n}.tar/{m}.jpg" for n in "01" for m in "012"
+        ]
+        assert found[4].read() == jpeg(1)
+        assert [e.source for e in open_source(f"{url}/0.tar", 8).parts[0].entries(2)] == [
+            "0.tar/2.jpg"
+        ]
+        before = time.monotonic()
+        with pytest.raises(UserError, match=r"7\.tar can't be read"):
+            read_all(open_source(f"{url}/7.tar", 8))
+        assert time.monotonic() - before < tars.PAUSE
+        server.shutdown()
+
+
+@pytest.mark.parametrize("url", ["hf://datasets/none/none/0.tar", "s3://none/0.tar"])
+def test_what_can_not_be_reached_is_one_line(url, monkeypatch):
+    monkeypatch.setattr(tars, "PAUSE", 0.0)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(UserError, match=url[:8]) as caught:
+        read_all(open_source(url, 8))
+    assert "\n" not in str(caught.value)
 
 
 # hostile images

@@ -18,6 +18,7 @@ from blip3o_lit.scoring.score import Scorer
 from blip3o_lit.scoring.swapped import swapped
 from blip3o_lit.scoring.tally import exact_estimators, known_problem
 from blip3o_lit.scoring.verdict import check_finite, verdict, verdict_note
+from blip3o_lit.tokens.classes import Classes
 from blip3o_lit.tokens.shards import ArraySpec, TokenWriter
 
 
@@ -288,6 +289,39 @@ def test_recall_and_labels_of_true_tokens_and_of_constants(home, tmp_path):
     assert labels["tower"]["true"]["top1"] > 0.85
     assert labels["tower"]["true"]["agreement"] == 1
     assert labels["tower"]["generated"]["agreement"] < 0.95
+
+
+def test_class_prompts_of_the_store_win_over_captions(home, tmp_path):
+    run = token_run(tmp_path, "cls_patch")
+    shown = {}
+    for names in (["left", "right"], ["right", "left"]):
+        prompts = torch.zeros(2, 4)
+        prompts[0, 0], prompts[1, 0] = -1, 1
+        tensors, facts = Classes(names, prompts, "tower").content()
+        save_file(tensors, tmp_path / "store" / "classes.safetensors", facts)
+        zero_shot = scored(run, home / "fits", solvers=[], curve=[], baselines="none")[0]
+        shown[names[0]] = zero_shot["zero_shot"]
+    assert shown["left"]["classes_from"] == "class prompts"
+    assert shown["left"]["tower"]["true"]["top1"] == 1
+    assert shown["right"]["tower"]["true"]["top1"] == 0
+    assert shown["right"]["tower"]["true"]["agreement"] == 1
+
+
+def test_a_remote_store_is_scored_without_baselines(home, tmp_path):
+    run = token_run(tmp_path, "cls_patch")
+    few = {"solvers": [], "curve": []}
+    local = scored(run, home / "fits", baselines="none", **few)[0]
+    loaded = load(run)
+    for baselines in ("cheap", "none"):
+        config = EvaluateConfig(ckpt=str(run), device="cpu", baselines=baselines, **few)
+        config.data.tokens = f"file://{tmp_path / 'store'}"
+        if baselines == "cheap":
+            with pytest.raises(UserError, match="baselines=none, or copy the store"):
+                open_readers(loaded, config)
+    readers = open_readers(loaded, config)
+    remote = Scorer(loaded, *readers, config, home / "fits", lambda *_: None).run()
+    assert remote["estimators"]["mean"]["cosine"] == local["estimators"]["mean"]["cosine"]
+    assert remote["retrieval"]["true"] == local["retrieval"]["true"]
 
 
 def test_read_out_fitted_on_true_patches_finds_captions_where_the_tower_cannot(home, tmp_path):

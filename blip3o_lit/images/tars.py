@@ -113,7 +113,8 @@ class TarPart:
                 return
             except (OSError, aiohttp.ClientError, TimeoutError) as error:
                 failures += 1
-                if "://" not in self.url or failures == ATTEMPTS:
+                lasting = "://" not in self.url or isinstance(error, FileNotFoundError)
+                if lasting or failures == ATTEMPTS:
                     raise UserError(f"{self.url} can't be read ({error})") from error
                 time.sleep(PAUSE * 2 ** (failures - 1))
 

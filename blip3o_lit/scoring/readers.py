@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.evaluate import EvaluateConfig
+from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
 from blip3o_lit.loading import Loaded
 from blip3o_lit.token_source import token_store
+from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.recode import HEADS_FILE
+from blip3o_lit.tokens.stream import RemoteStore, is_url
 
 
 def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, TokenReader | None]:
@@ -20,7 +24,8 @@ def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, T
     """
     run = loaded.config
     data = replace(run.data, tokens=config.data.tokens or _trained_on(loaded))
-    store = TokenStore.open(token_store(data), data.verify)
+    path = token_store(data)
+    store = _remote(path, config, data) if is_url(path) else TokenStore.open(path, data.verify)
     sides = (data.condition, data.target, run.mode)
 
     def reader(split: str, shards: int | None, limit: int | None) -> TokenReader:
@@ -41,6 +46,24 @@ def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, T
             f"{loaded.shape.to_dict()}: set data.tokens to a matching store"
         )
     return held, train
+
+
+def _remote(url: str, config: EvaluateConfig, data: DataConfig) -> TokenStore:
+    """Download the split that is scored on, and what captions and classes need.
+
+    Raises:
+        UserError: If baselines are asked for, which are fitted on training tokens in any order.
+    """
+    if BASELINE_SETS[config.baselines] or config.same_data or config.split == "train":
+        raise UserError(
+            f"data.tokens={url} has no random access, which training tokens need here: add "
+            "baselines=none, or copy the store and give its folder"
+        )
+    remote = RemoteStore(url, data.verify)
+    for name in (HEADS_FILE, CLASSES_FILE):
+        if remote.offers(name):
+            remote.fetch(name)
+    return remote.local_split(config.split, data.validation_subset or config.images)
 
 
 def _trained_on(loaded: Loaded) -> str | None:

@@ -111,8 +111,15 @@ class RemoteStore:
         path = self.fetch("heads.safetensors")
         return Head.load(path, array, self.index.arrays[array].normed)
 
+    def offers(self, name: str) -> bool:
+        """Return whether the store has a file of that name."""
+        system, path = fsspec.url_to_fs(f"{self.url}/{name}")
+        return bool(system.exists(path))
+
     def local_split(self, split: str, limit: int | None) -> TokenStore:
         """Download the shards that hold the first `limit` samples of a split."""
+        if any(spec.dtype == "int8" for spec in self.index.arrays.values()):
+            self.fetch(SCALES_FILE)
         shards: list[ShardEntry] = []
         count = 0
         for entry in self.index.shards:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     import optuna
 
 PRUNERS = ("median", "none")
-FREE_KEYS = ("hparams_search",)
 FILE = "study.jsonl"
 
 
@@ -108,7 +107,7 @@ class OptunaSweeper(Sweeper):
         fixed = [
             f"{key}={item.get_value_element_as_str()}"
             for key, item in by_key.items()
-            if key not in space and key not in FREE_KEYS
+            if key not in space
         ]
         if not space:
             raise UserError(

@@ -1,0 +1,131 @@
+"""A training step, sampling and the data path on a CUDA GPU; toy sizes on a CPU.
+
+`scripts/bench_gpu.sh` runs this on a bare machine. MFU is of the data sheet's dense bf16 peak (on a
+CPU, of a measured matmul).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from benchmarks.timing import result, save, show
+from blip3o_lit.config.flow import FlowConfig
+from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.shape import PairShape, TokenShape
+from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.flow.objective import FlowObjective
+from blip3o_lit.flow.solvers import sample
+from blip3o_lit.models.build import build_network
+from blip3o_lit.plan import peak_flops
+
+CONF = Path(__file__).resolve().parent.parent / "conf" / "model"
+PATCH = PairShape(TokenShape((16, 16), False, 4096), TokenShape((16, 16), False, 1024))
+CLS = PairShape(TokenShape((16, 16), True, 4096), TokenShape((16, 16), True, 1024))
+GRID = PairShape(TokenShape((8, 8), False, 1280), TokenShape((8, 8), False, 768))
+CASES = (
+    ("tiny", "patch_only", PATCH, 128, None),
+    ("base", "patch_only", PATCH, 64, 0.40),
+    ("base", "cls_patch", CLS, 64, None),
+    ("large", "patch_only", PATCH, 32, None),
+    ("nextdit", "grid_64", GRID, 64, 0.50),
+)
+"""Model, mode, shapes, images a step, target MFU."""
+
+
+def seconds_a_call(call: Callable[[], None], device: torch.device, calls: int) -> float:
+    """Return the median seconds of a call after two that don't count."""
+    times = []
+    for number in range(calls + 2):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if number >= 2:
+            times.append(time.perf_counter() - began)
+    return sorted(times)[len(times) // 2]
+
+
+def run() -> list[dict[str, Any]]:
+    """Time every case, eager and compiled by block."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    peak = peak_flops(device, "bf16")
+    print(
+        f"  {torch.cuda.get_device_name() if cuda else 'CPU, toy sizes'}: {peak / 1e12:.1f} TFLOP/s"
+    )
+    found: list[dict[str, Any]] = []
+    for name, mode, shape, batch, target in CASES:
+        config = ModelConfig(**yaml.safe_load((CONF / f"{name}.yaml").read_text()))
+        if not cuda:
+            config = replace(config, width=64, depth=2, heads=4, kv_heads=4, mlp_width=128)
+            batch = 2
+        for compiled in (False, True) if cuda else (False,):
+            torch.cuda.empty_cache()
+            found += _case(f"{name}_{mode}", config, shape, batch, target, compiled, device, peak)
+    return found
+
+
+def _case(
+    label: str,
+    config: ModelConfig,
+    shape: PairShape,
+    batch: int,
+    target: float | None,
+    compiled: bool,
+    device: torch.device,
+    peak: float,
+) -> list[dict[str, Any]]:
+    """Time one network; on a CPU its share of the peak is printed but held against nothing."""
+    with torch.device(device):
+        network = build_network(config, shape)
+        objective = FlowObjective(FlowConfig())
+        x1_BND = torch.randn(batch, shape.target.tokens, shape.target.width)
+        condition = torch.randn(batch, shape.condition.tokens, shape.condition.width)
+        noise_BND, t_B = torch.randn_like(x1_BND), torch.rand(batch)
+    if compiled:
+        network.compile_blocks()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = objective.loss(network, condition, x1_BND, noise_BND, t_B).total
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def generate() -> None:
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+            sample(objective, network, condition, noise_BND, SolverConfig("heun", 10))
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = seconds_a_call(step, device, 12 if device.type == "cuda" else 3)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    drawn = seconds_a_call(generate, device, 3)
+    share = 3 * network.forward_flops(batch) / seconds / peak
+    image = 2 * (x1_BND[0].numel() + condition[0].numel())
+    name = f"gpu/{label}_{'compiled' if compiled else 'eager'}"
+    print(
+        f"  {name:<36} batch {batch:<4} {1e3 * seconds:8.1f} ms {batch / seconds:9.1f} images/s "
+        f"{batch * shape.target.tokens / seconds / 1e3:8.0f}k tokens/s MFU {share:.2f} "
+        f"{memory:.1f} GiB, reads {batch * image / seconds / 1e9:.2f} GB/s, "
+        f"heun-10 {batch / drawn:.1f} images/s"
+    )
+    return [result(f"{name}_mfu", share, "x", target)] if target and memory else []
+
+
+if __name__ == "__main__":
+    found = run()
+    show(found)
+    save(found)
+    sys.exit(0)

@@ -56,6 +56,8 @@ def test_every_score_equals_numpy():
         "snr_db": 10 * np.log10((t**2).sum() / ((g - t) ** 2).sum()),
         "r2": 1 - ((g - t) ** 2).sum() / ((t - m) ** 2).sum(),
         "norm_ratio": np.linalg.norm(g, axis=-1).mean() / np.linalg.norm(t, axis=-1).mean(),
+        "norm_consistency": 1
+        - abs(1 - np.linalg.norm(g, axis=-1).mean() / np.linalg.norm(t, axis=-1).mean()),
         "variance_ratio": ((g - m) ** 2).sum() / ((t - m) ** 2).sum(),
     }
     for name, value in expected.items():

@@ -132,10 +132,30 @@ DISTRIBUTED = f"""accelerate launch train_blip3o_dit.py \\
   --batch_size 16 \\
   --gradient_accumulation_steps 2"""
 TORCHRUN = DISTRIBUTED.replace("accelerate launch", "torchrun --nproc_per_node 2")
-TRAINING = (BASIC, CLS_PATCH, ADVANCED, QUICK, FULL, DEBUG, DRY_RUN, RESUME, DISTRIBUTED, TORCHRUN)
+TRAINING = {
+    "BASIC": BASIC,
+    "CLS_PATCH": CLS_PATCH,
+    "ADVANCED": ADVANCED,
+    "QUICK": QUICK,
+    "FULL": FULL,
+    "DEBUG": DEBUG,
+    "DRY_RUN": DRY_RUN,
+    "RESUME": RESUME,
+    "DISTRIBUTED": DISTRIBUTED,
+    "TORCHRUN": TORCHRUN,
+}
 LINES = (
     *filter(None, SET_UP.splitlines()),
-    *(INSTALLED, DATASET, EXTRACT, EXTRACT_CLS, EXTRACT_64, EVALUATE, CONFIGURE, *TRAINING),
+    *(
+        INSTALLED,
+        DATASET,
+        EXTRACT,
+        EXTRACT_CLS,
+        EXTRACT_64,
+        EVALUATE,
+        CONFIGURE,
+        *TRAINING.values(),
+    ),
 )
 
 
@@ -345,10 +365,19 @@ def test_the_script_itself_converts_and_checks(here: Path) -> None:
     assert "blip3o_lit.doctor" in done.stdout
 
 
-@pytest.mark.parametrize("line", [DRY_RUN, ADVANCED], ids=["64", "256"])
+# RESUME needs a run of its size; the lines beside these four differ in numbers alone.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("CLS_PATCH", "ADVANCED", "FULL", "DRY_RUN"),
+        *(pytest.param(name, marks=pytest.mark.soak) for name in ("BASIC", "QUICK", "DEBUG")),
+        *(pytest.param(name, marks=pytest.mark.soak) for name in ("DISTRIBUTED", "TORCHRUN")),
+    ],
+)
 def test_documented_sizes_are_planned_without_weights(
-    line: str, here: Path, capsys: pytest.CaptureFixture[str]
+    name: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    line = TRAINING[name]
     assert go(line, "--plan") == 0
     said = capsys.readouterr().out
     assert "no step was taken" in said
@@ -398,12 +427,50 @@ def test_the_evaluated_line_says_that_it_scores_training_images(here: Path) -> N
     assert set(result["estimators"]) == {"mean", "euler-50"}
 
 
-def test_the_extracted_line_makes_a_store_that_training_reads(here: Path, tmp_path: Path) -> None:
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["ADVANCED", "FULL", "DISTRIBUTED", "TORCHRUN"])
+def test_the_other_training_lines_really_train_when_shrunk(name: str, here: Path) -> None:
+    """As commands of their own: two processes can't start inside this one."""
+    script = [sys.executable, str(ROOT / "scripts" / "from_seed.py"), "--shrink", "--"]
+    # Sixteen images: two epochs of the large batches are enough.
+    line = TRAINING[name] + (" --num_epochs 2" if "--num_epochs" not in TRAINING[name] else "")
+    done = subprocess.run([*script, *words(line)], cwd=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = config_of(steps_of(line)[-1])
+    folder = re.search(r"hydra\.run\.dir=(\S+)", done.stdout)
+    assert folder
+    result = json.loads((here / folder[1] / "result.json").read_text())
+    assert result["finished"]
+    if name == "TORCHRUN":
+        assert config.trainer.devices == "2"
+        assert "ddp x2" in done.stdout
+
+
+def write_pictures(folder: Path) -> Path:
+    """Write four pictures of noise."""
     draw = torch.Generator().manual_seed(0)
+    folder.mkdir(exist_ok=True)
     for number in range(4):
         pixels = torch.randint(0, 256, (40, 40, 3), generator=draw, dtype=torch.uint8)
-        (tmp_path / "pictures").mkdir(exist_ok=True)
-        Image.fromarray(pixels.numpy()).save(tmp_path / "pictures" / f"{number}.png")
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("line", [EXTRACT_CLS, EXTRACT_64], ids=["257", "64"])
+def test_the_other_extractions_make_stores(
+    line: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert go(line, "--shrink", "--images", str(write_pictures(tmp_path / "pictures"))) == 0
+    index = json.loads(next(tmp_path.glob("embeddings/*/tokens/index.json")).read_text())
+    tokens = {array["shape"][0] for array in index["arrays"].values() if array["kind"] == "tokens"}
+    assert tokens == ({64} if line == EXTRACT_64 else {257})
+
+
+def test_the_extracted_line_makes_a_store_that_training_reads(here: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures")
     line = EXTRACT.replace(PATCHES, str(tmp_path / "out"))
     assert go(line, "--shrink", "--images", str(tmp_path / "pictures")) == 0
     index = json.loads((tmp_path / "out/tokens/index.json").read_text())

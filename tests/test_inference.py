@@ -1,12 +1,12 @@
 """Loading from every kind of place, what `generate` promises, and one-line refusals."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hub_server import serving
 from made_run import make_run
 
 from blip3o_lit import BLIP3oInference
@@ -151,24 +151,24 @@ def test_evaluate_model_is_the_evaluation(model):
     assert report["images"] == 8
 
 
-def test_an_upload_holds_a_loadable_export(model, tmp_path, monkeypatch):
-    kept = tmp_path / "hub"
-
-    class Hub:
-        def create_repo(self, repository: str, private: bool, exist_ok: bool) -> str:
-            assert (repository, private, exist_ok) == ("me/model", True, True)
-            return f"hub/{repository}"
-
-        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> None:
-            shutil.copytree(folder_path, kept)
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    assert model.push_to_hub("me/model") == "hub/me/model"
-    names = {file.name for file in kept.iterdir()}
-    assert names == {"README.md", "config.json", "model.safetensors"}
-    assert torch.equal(
-        BLIP3oInference(kept, "cpu").generate(conditions()), model.generate(conditions())
-    )
+def test_an_upload_over_http_comes_back_as_the_same_model(model, run, tmp_path, monkeypatch):
+    with serving(tmp_path / "cache") as hub:
+        assert model.push_to_hub("me/model") == f"{hub.url}/me/model"
+        assert hub.private == {"me/model": True}
+        files = hub.repositories["me/model"]
+        assert set(files) == {"README.md", "config.json", "model.safetensors"}
+        assert b"[B, 16, 6] -> [B, 16, 4]" in files["README.md"]
+        assert hub.blobs  # the weights went as a large file
+        loaded = BLIP3oInference("me/model", "cpu")
+        assert torch.equal(loaded.generate(conditions()), model.generate(conditions()))
+        assert export(ExportConfig(ckpt=str(run), push_to_hub="me/open", private=False)) is None
+        assert not hub.private["me/open"]
+        with pytest.raises(UserError, match="me/nothing is neither"):
+            load("me/nothing")
+        monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+        with pytest.raises(UserError, match="push_to_hub=me/closed: the hub refused") as refused:
+            model.push_to_hub("me/closed")
+        assert "\n" not in str(refused.value)
 
 
 def test_an_export_generates_the_same_bits(run, tmp_path):

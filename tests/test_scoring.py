@@ -120,6 +120,9 @@ def test_loss_by_time_of_a_network_that_says_nothing_is_that_of_the_target(run, 
     assert loaded.config.flow.prediction == "sample"
     for row in bins:  # the output is 0 and its target is x1, at every time
         assert row["loss"] == pytest.approx(float(x1.square().mean()), rel=1e-5)
+        assert row["norm_ratio"] == 0
+    # Implied velocity -x_t / (1 - t) against x1 - z: by chance aligned with the noise alone.
+    assert bins[0]["velocity_cosine"] > bins[-1]["velocity_cosine"]
 
 
 def test_swapped_conditions_cost_what_the_condition_gave(result):

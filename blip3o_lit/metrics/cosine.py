@@ -138,6 +138,7 @@ class TokenScores(Metric):
         values = dim_zero_cat(self.image_cosine).cpu().numpy()
         low, high = interval(values)
         p1, p5, p25, p50, p75, p95 = np.percentile(values, [1, 5, 25, 50, 75, 95]).tolist()
+        ratio = _ratio(total["norm_generated"], total["norm_true"])
         spread = _ratio(total["spread_generated"], total["spread_true"])
         explained = _ratio(total["error"], total["spread_true"])
         noise = _ratio(total["energy"], total["error"])
@@ -162,7 +163,8 @@ class TokenScores(Metric):
             "l2": total["distance"] / tokens,
             "snr_db": 10 * math.log10(noise) if noise else None,
             "r2": None if explained is None else 1 - explained,
-            "norm_ratio": _ratio(total["norm_generated"], total["norm_true"]),
+            "norm_ratio": ratio,
+            "norm_consistency": None if ratio is None else 1 - abs(1 - ratio),
             "variance_ratio": spread,
             "std_ratio": None if spread is None else math.sqrt(spread),
         }

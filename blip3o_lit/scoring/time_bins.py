@@ -17,6 +17,7 @@ from blip3o_lit.flow.draws import Stream
 from blip3o_lit.translator import Translator
 
 BINS = 8
+SCORES = ("loss", "velocity_cosine", "norm_ratio")
 _EDGE = 1e-3
 """Times stay this far from both ends, where not every output has a value."""
 
@@ -40,12 +41,14 @@ def time_bins(
         seed: Seed of the noise.
 
     Returns:
-        `[{"t": [low, high], "loss": x}, ...]` from noise (t = 0) to data (t = 1).
+        `[{"t": [low, high], "loss": x, "velocity_cosine": c, "norm_ratio": r}, ...]` from noise
+        (t = 0) to data (t = 1): cosine of implied and true velocity of a whole image, and the mean
+        length of the output over that of its target.
     """
     objective = translator.objective
     scale = translator.target_standardizer
     edges = np.linspace(0, 1, BINS + 1)
-    losses: list[list[float]] = [[] for _ in range(BINS)]
+    found: list[list[tuple[float, ...]]] = [[] for _ in range(BINS)]
     for ids in batches:
         condition, true_BND, sample_B = read(ids)
         condition = translator.condition_standardizer.standardise(condition)
@@ -58,8 +61,9 @@ def time_bins(
             t_B = torch.full((len(ids),), time, device=x1_BND.device)
             with translator.precision(x1_BND.device.type):
                 terms = objective.loss(translator.network, condition, x1_BND, z_BND, t_B)
-            losses[number] += terms.mse_B.tolist()
+            cosine, ratio = float(terms.velocity_cosine), float(terms.norm_ratio)
+            found[number] += [(loss, cosine, ratio) for loss in terms.mse_B.tolist()]
     return [
-        {"t": [float(low), float(high)], "loss": float(np.mean(values))}
-        for low, high, values in zip(edges[:-1], edges[1:], losses)
+        {"t": [float(low), float(high)], **dict(zip(SCORES, np.mean(rows, 0).tolist()))}
+        for low, high, rows in zip(edges[:-1], edges[1:], found)
     ]

@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 VENV := .venv
+VENV_DOCS := .venv-docs
 PY := $(VENV)/bin/python
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
   $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -27,6 +28,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 
 lock: ## resolve the dependencies anew (hashes, no addresses)
 	$(UV) pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 --extra dev --output-file requirements.lock pyproject.toml
+	$(UV) pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 --group docs --output-file requirements-docs.lock
 
 demo: setup ## real pixels -> tokens -> training -> held-out evaluation and report
 	$(PY) -m blip3o_lit.train experiment=demo hydra.run.dir=$(DEMO)
@@ -52,7 +54,20 @@ results: setup ## docs/results.md from runs: two processes of one thread (100 mi
 	@OMP_NUM_THREADS=1 $(PY) scripts/results.py & OMP_NUM_THREADS=1 $(PY) scripts/results.py; wait
 	@$(PY) scripts/results.py page
 
-clean: ## remove the environment and what was built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+docs: $(VENV_DOCS)/installed ## the documentation as a site, in site/ (an environment of its own)
+	$(VENV_DOCS)/bin/zensical build --strict --clean
+	@echo "site: $(CURDIR)/site/index.html"
 
-.PHONY: help setup lock demo test soak bench results format clean
+$(VENV_DOCS)/installed: requirements-docs.lock
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found: install one or give PYTHON=..."; exit 2; }
+	@test -x $(VENV_DOCS)/bin/python || $(PYTHON) -m venv $(VENV_DOCS)
+	@$(VENV_DOCS)/bin/python -m pip install --quiet --require-hashes --requirement requirements-docs.lock
+	@touch $@
+
+dist: setup ## the wheel and the source archive, in dist/
+	$(PY) -m build --no-isolation
+
+clean: ## remove the environment and what was built
+	rm -rf $(VENV) $(VENV_DOCS) build dist site .cache *.egg-info .pytest_cache .ruff_cache
+
+.PHONY: help setup lock demo test soak bench results format docs dist clean

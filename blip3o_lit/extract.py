@@ -51,6 +51,11 @@ def extract(config: ExtractConfig) -> None:
         ("rejects", f"{index.rejects:,} images{_passed_over(out, index.rejects)}"),
         ("shards", f"{len(index.shards):,}, {sum(s.bytes for s in index.shards) / 1e9:.2f} GB"),
         ("split", index.split_rule),
+        *(
+            (f"{name} in int8", f"mean cosine {spec.cosine:.6f} to its true tokens")
+            for name, spec in index.arrays.items()
+            if spec.cosine is not None
+        ),
     ]
     print(f"{out}" + (" (was complete already)" if outcome.already else ""))
     for name, value in rows:

@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import random
+import tarfile
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from blip3o_lit.extraction.demo import demo_source, demo_store
 from blip3o_lit.extraction.engine import Extraction, device_of, extract, worker_of
 from blip3o_lit.images.item import Item, slices
 from blip3o_lit.images.item import Source as Images
+from blip3o_lit.images.open import open_source
 from blip3o_lit.tokens.classes import Classes
 from blip3o_lit.tokens.heads import Head
 from blip3o_lit.tokens.index import TokenIndex
@@ -128,6 +130,35 @@ def test_rejects_are_named_counted_and_limited(tmp_path, towers):
     with pytest.raises(UserError, match="2 of 20 images.*max_reject_fraction=0.05.*3.jpg"):
         extract(source, towers, tmp_path / "b", config(max_reject_fraction=0.05))
     assert not (tmp_path / "b" / "index.json").exists()
+
+
+def test_hostile_tars_end_as_named_lines_and_never_leave_the_folder(tmp_path, towers):
+    def plain(name, body):
+        info = tarfile.TarInfo(name)
+        info.size = len(body)
+        return info, body
+
+    link = tarfile.TarInfo("link.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    device = tarfile.TarInfo("device.jpg")
+    device.type = tarfile.CHRTYPE
+    members = [plain(f"good{n}.jpg", jpeg(n)) for n in range(5)]
+    members += [plain(f"evil.{kind}", b"\x80\x04boom") for kind in ("pyd", "pkl", "pth")]
+    members += [plain("../../up.jpg", jpeg(0)), plain("/abs.jpg", jpeg(0)), (link, b"")]
+    members += [(device, b""), plain("cut.jpg", jpeg(1)[:300]), plain("text.png", b"no picture")]
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "a.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+        for info, body in members:
+            archive.addfile(info, io.BytesIO(body))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    source = open_source(str(tmp_path / "in" / "a.tar"), 8)
+    outcome = extract(source, towers, tmp_path / "out", config(max_reject_fraction=0.5))
+    assert (outcome.index.samples, outcome.index.rejects) == (5, 2)
+    lines = [json.loads(x) for x in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    reasons = {line["source"].removeprefix("a.tar/"): line["reason"] for line in lines}
+    assert set(reasons) == {info.name for info, _ in members[5:]}
+    assert {name for name, line in zip(reasons, lines) if line["image"]} == {"cut.jpg", "text.png"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "out"])
 
 
 def test_splits_follow_the_rule_and_say_so(tmp_path, towers):

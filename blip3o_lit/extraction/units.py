@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from blip3o_lit.tokens.shards import ShardWriter
 from blip3o_lit.tokens.storage import SCALES_FILE
 
 STATE = ".extract"
+ATTEMPTS, PAUSE = 5, 0.5
+"""Attempts to finish beside another worker that does the same, and seconds between them."""
 UNITS_A_TAR = 10_000
 """Unit numbers set aside for one input tar, whose length is not known beforehand."""
 
@@ -180,6 +183,23 @@ class Ledger:
         Raises:
             UserError: If too many images were lost, or all.
         """
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._finish(arrays, files, split_rule, reduced, max_reject_fraction)
+            except FileNotFoundError:  # another worker finishes at this moment and clears up
+                if attempt == ATTEMPTS - 1:
+                    raise
+                time.sleep(PAUSE)
+        return None
+
+    def _finish(
+        self,
+        arrays: dict[str, ArraySpec],
+        files: Callable[[], dict[str, bytes]],
+        split_rule: str,
+        reduced: str | None,
+        max_reject_fraction: float,
+    ) -> TokenIndex | None:
         records = self.all_records()
         if records is None:
             finished = (self.out / "index.json").exists()

@@ -263,13 +263,18 @@ def write_synced(path: Path, content: bytes | Iterable[bytes]) -> None:
         path: The file.
         content: All of it, or its pieces in order.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     with open(temporary, "wb") as file:
         file.writelines([content] if isinstance(content, bytes) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a hidden name beside `path` that no other process has, on this machine or another."""
+    return path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
 
 
 def sync_folder(folder: Path) -> None:

@@ -25,6 +25,7 @@ from blip3o_lit.tokens.index import (
     TokenIndex,
     check_array_name,
     sync_folder,
+    temporary_name,
     write_synced,
 )
 from blip3o_lit.tokens.storage import encode, load_scales, save_scales, with_token_scales
@@ -77,7 +78,7 @@ class ShardWriter:
         """Start `<name>.tar` in `folder`; `scales` are the channel scales `[N, C]` of int8."""
         self.scales = scales or {}
         self.folder, self.name, self.split, self.arrays = folder, name, split, arrays
-        self._temporary = folder / f".{name}.tar.{os.getpid()}.tmp"
+        self._temporary = temporary_name(folder / f"{name}.tar")
         self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 (closed in close/abort)
         self._hash = hashlib.sha256()
         self._position = 0

@@ -170,6 +170,8 @@ class TranslationModule(LightningModule):
         for name in names:
             if scores[name] is not None:
                 self.log(f"val/{name}", float(scores[name]), logger=False, sync_dist=True)
+        for end, value in zip(("low", "high"), scores["cosine_ci95"], strict=True):
+            self.log(f"val/cosine_{end}", value, logger=False, sync_dist=True)
 
     def configure_gradient_clipping(
         self,

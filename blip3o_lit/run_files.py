@@ -67,17 +67,26 @@ def write_result(
     solver: str,
     overfit: Overfit | None = None,
 ) -> None:
-    """Write result.json: what the run reached, for scripts and sweeps."""
+    """Write result.json: what the run reached, for scripts and sweeps.
+
+    The last scores come from metrics.csv, which has those of before a resumption too.
+    """
+    rows = read_rows(run_dir / "metrics.csv")
+    validated = [row for row in rows if row.get("val/cosine")]
+    best = {"step": checkpoints.best_step, "cosine": checkpoints.best_score}
+    for row in validated:
+        if int(row["step"]) == checkpoints.best_step and row.get("val/cosine_low"):
+            best["cosine_ci95"] = [float(row["val/cosine_low"]), float(row["val/cosine_high"])]
     result = {
         "finished": finished,
         "step": trainer.global_step,
         "seconds": round(seconds, 2),
         "first_step_seconds": run_log.first_step_seconds,
-        "best": {"step": checkpoints.best_step, "cosine": checkpoints.best_score},
+        "best": best,
         "validation": {
             name.removeprefix("val/"): float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("val/")
+            for name, value in (validated[-1] if validated else {}).items()
+            if name.startswith("val/") and value
         },
         "train": {name.removeprefix("train/"): value for name, value in run_log.last.items()},
         "estimator": solver,
@@ -85,18 +94,22 @@ def write_result(
     }
     if overfit is not None:
         result["overfit"] = overfit.to_dict()
-    (run_dir / "result.json").write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
+    text = json.dumps(result, indent=2, sort_keys=True) + "\n"
+    temporary = run_dir / ".result.json.tmp"  # A sweep's page may be reading.
+    temporary.write_text(text)
+    temporary.replace(run_dir / "result.json")
     history: dict[str, list[float | None]] = {}
-    rows = read_rows(run_dir / "metrics.csv")
     for column in rows[0] if rows else ():
         history[column] = [float(row[column]) if row[column] else None for row in rows]
     (run_dir / "history.json").write_text(json.dumps(history) + "\n")
 
 
 def say_how_to_resume(run_dir: Path, step: int) -> None:
-    """Tell an interrupted user where the run stands and how it goes on."""
+    """Tell an interrupted user, or a scheduler's log, where the run stands and how it goes on."""
     last = run_dir / "checkpoints" / "last.ckpt"
     print(f"stopped at step {step}; saved {last}\nto go on, add to the same command: resume={last}")
+    if "SLURM_JOB_ID" in os.environ:
+        print("scripts/train.sbatch requeues on the exit code 75, with resume=auto")
 
 
 def closing_table(
@@ -109,12 +122,14 @@ def closing_table(
 ) -> None:
     """Print what the run reached and the next command to type."""
     table = Table(title=f"{trainer.global_step} steps in {human_time(seconds)}", show_header=False)
-    table.add_row("training loss (last row)", f"{run_log.last.get('train/loss', float('nan')):.4f}")
+    if "train/loss" in run_log.last:
+        table.add_row("training loss (last row)", f"{run_log.last['train/loss']:.4f}")
     if checkpoints.best_score is not None:
         table.add_row(
             f"held-out cosine, EMA, {solver}, best",
             f"{checkpoints.best_score:.4f} at step {checkpoints.best_step}",
         )
+    if "val/cosine" in trainer.callback_metrics:
         last = float(trainer.callback_metrics["val/cosine"])
         table.add_row(f"held-out cosine, EMA, {solver}, last", f"{last:.4f}")
     console.print(table)

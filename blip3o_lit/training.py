@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import sys
@@ -12,12 +14,14 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
 from blip3o_lit import plan as planning
 from blip3o_lit.callbacks.checkpoints import Checkpoints
 from blip3o_lit.callbacks.ema import EmaUpdate
 from blip3o_lit.callbacks.metrics_csv import MetricsCsv
+from blip3o_lit.callbacks.ranks import OneConfig
 from blip3o_lit.callbacks.run_log import RunLog
 from blip3o_lit.callbacks.stop import StopAtStep
 from blip3o_lit.checkpointing import AtomicCheckpointIO
@@ -26,7 +30,7 @@ from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.environment import quiet_libraries
 from blip3o_lit.module import TranslationModule
 from blip3o_lit.overfit import FAILED_CODE, check_overfit, training_images
-from blip3o_lit.resume import resolve_resume
+from blip3o_lit.resume import config_hash, resolve_resume
 from blip3o_lit.run_files import (
     closing_table,
     console,
@@ -143,7 +147,7 @@ def build_trainer(
         num_nodes=config.trainer.num_nodes,
         strategy=strategy,
         precision=precision,  # type: ignore[arg-type]
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *slurm()],
         max_steps=steps,
         max_epochs=-1,
         logger=False,
@@ -156,6 +160,15 @@ def build_trainer(
         use_distributed_sampler=False,
         default_root_dir=run_dir,
     )
+
+
+def slurm() -> list[SLURMEnvironment]:
+    """Return the environment of srun's tasks, where there is one.
+
+    Requeueing is left to scripts/train.sbatch: Lightning's own would save a second kind of file and
+    listen to SIGUSR1 alone.
+    """
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def make_plan(
@@ -230,10 +243,12 @@ def fit(
     peak = planning.peak_flops(choose_device(config), config.precision.name) * the_plan.world
     tokens = config.batch_size * data.shape.target.tokens
     run_log = RunLog(config.trainer.log_every, tokens, the_plan.step_flops, peak)
-    checkpoints = Checkpoints(
-        run_dir / "checkpoints", config.checkpoint.every, config.checkpoint.keep, "val/cosine"
-    )
-    trainer.callbacks.extend([EmaUpdate(config.optimizer.ema_decay), run_log, stop])  # type: ignore[attr-defined]
+    kept = config.checkpoint
+    folder = run_dir / "checkpoints"
+    checkpoints = Checkpoints(folder, kept.every, kept.keep, "val/cosine", config.evaluation.every)
+    digest = rank_digest(config, data)
+    callbacks = [OneConfig(digest), EmaUpdate(config.optimizer.ema_decay), run_log, stop]
+    trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
     if config.evaluation.patience and data.validation:
         from lightning.pytorch.callbacks import EarlyStopping
 
@@ -249,7 +264,7 @@ def fit(
     with stop.listening():
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     seconds = time.perf_counter() - started
-    finished = trainer.global_step >= the_plan.steps
+    finished = stop.received is None or trainer.global_step >= the_plan.steps
     solver = config.solver.label
     bar, overfit = config.evaluation.overfit_at_least, None
     if bar is not None and stop.received is None:
@@ -258,7 +273,8 @@ def fit(
     if trainer.is_global_zero:
         write_result(trainer, run_log, checkpoints, run_dir, seconds, finished, solver, overfit)
     if stop.received is not None and not finished:
-        say_how_to_resume(run_dir, trainer.global_step)
+        if trainer.is_global_zero:
+            say_how_to_resume(run_dir, trainer.global_step)
         sys.exit(INTERRUPTED_CODE if stop.received == signal.SIGINT else PREEMPTED_CODE)
     if trainer.is_global_zero:
         closing_table(trainer, run_log, checkpoints, solver, run_dir, seconds)
@@ -267,3 +283,9 @@ def fit(
     if overfit is not None and not overfit.passed:
         sys.exit(FAILED_CODE)
     return checkpoints.best_score
+
+
+def rank_digest(config: TrainConfig, data: TokenDataModule) -> str:
+    """Return a hash of all that the ranks of a run must agree on."""
+    facts = [config_hash(config), config.micro_batch_size, data.train.content_hash]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

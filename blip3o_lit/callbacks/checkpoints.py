@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 
 STEP_NAME = "step-{:08d}.ckpt"
@@ -16,10 +16,15 @@ STEP_NAME = "step-{:08d}.ckpt"
 class Checkpoints(Callback):
     """Keeps `step-*.ckpt` (the newest few), `best.ckpt` and `last.ckpt` under one folder.
 
+    A step that is validated is saved after its validation: a run that is killed in between does the
+    validation again, and one that goes on from the file has nothing left to do at that step.
+
     `last.ckpt` is a second name of the newest step file, not a second write.
     """
 
-    def __init__(self, folder: Path, every: int, keep: int, monitor: str) -> None:
+    def __init__(
+        self, folder: Path, every: int, keep: int, monitor: str, validate_every: int
+    ) -> None:
         """Plan the files.
 
         Args:
@@ -27,11 +32,13 @@ class Checkpoints(Callback):
             every: Steps between two of them.
             keep: Step files kept beside best and last; -1 keeps all.
             monitor: The logged metric that decides the best; higher is better.
+            validate_every: Steps between two validations.
         """
         self.folder = folder
         self.every = every
         self.keep = keep
         self.monitor = monitor
+        self.validate_every = validate_every
         self.best_score: float | None = None
         self.best_step: int | None = None
         self._saved_step = -1
@@ -58,19 +65,29 @@ class Checkpoints(Callback):
             trainer.val_check_batch = 1  # The last step is always validated.
         if step == self._saved_step:
             return
-        if step % self.every == 0 or step == trainer.max_steps or trainer.should_stop:
+        planned = step % self.validate_every == 0 or step == trainer.max_steps
+        if planned and trainer.enable_validation:
+            return  # on_validation_end saves it.
+        if trainer.should_stop:
+            trainer.limit_val_batches = 0  # Lightning would validate a step that no plan names.
+        if self._due(trainer, step):
             self.save(trainer)
 
+    def _due(self, trainer: Trainer, step: int) -> bool:
+        return step % self.every == 0 or step == trainer.max_steps or trainer.should_stop
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the best by the monitored metric."""
-        value = trainer.callback_metrics.get(self.monitor)
-        if trainer.sanity_checking or value is None or not torch.isfinite(value):
+        """Keep the best by the monitored metric, then the step itself if it is due."""
+        if trainer.sanity_checking:
             return
-        score = float(value)
-        if self.best_score is None or score > self.best_score:
-            self.best_score = score
-            self.best_step = trainer.global_step
+        step = trainer.global_step
+        value = trainer.callback_metrics.get(self.monitor)
+        score = float("nan") if value is None else float(value)
+        if math.isfinite(score) and (self.best_score is None or score > self.best_score):
+            self.best_score, self.best_step = score, step
             trainer.save_checkpoint(self.folder / "best.ckpt")
+        if step != self._saved_step and self._due(trainer, step):
+            self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
         """Save the present step and make it the last."""

@@ -27,8 +27,8 @@ class StopAtStep(Callback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Keep the handlers that were there and put them back after a fit."""
-        before = {number: signal.getsignal(number) for number in SIGNALS}
+        """Listen from now on; put the handlers that were there back after a fit."""
+        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield
         finally:
@@ -43,7 +43,7 @@ class StopAtStep(Callback):
             print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Install the handlers, now that Lightning has installed its own."""
+        """Install the handlers again, now that Lightning has installed its own."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
         self._step = trainer.global_step

@@ -1,0 +1,241 @@
+"""What a large cluster would ask of this repository: the figures of docs/scaling.md.
+
+    python scripts/simulate_cluster.py                        1,000 GPUs, 100 M images
+    python scripts/simulate_cluster.py gpus=64 images=5e6     another size
+
+The order of samples is built for real; failures are drawn; the rest is arithmetic, printed with its
+assumptions. Nothing here was measured on a cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+
+from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.shape import PairShape, TokenShape
+from blip3o_lit.plan import count_parameters
+from blip3o_lit.tokens.index import ShardEntry
+from blip3o_lit.tokens.order import SampleOrder
+
+SAVED_BYTES = 16
+"""fp32 weights 4, EMA 4, Adam's moments 8, a parameter."""
+MODELS = {
+    "base": ModelConfig(width=768, depth=12, heads=12, kv_heads=4, mlp_width=2048),
+    "large": ModelConfig(width=1024, depth=20, heads=16, kv_heads=8, mlp_width=4096),
+    "nextdit": ModelConfig(
+        architecture="nextdit",
+        width=1792,
+        depth=24,
+        heads=28,
+        kv_heads=28,
+        mlp_width=0,
+        conditioning="cross",
+        key_rope=False,
+    ),
+}
+STORES = {
+    "full": PairShape(TokenShape((16, 16), True, 4096), TokenShape((16, 16), True, 1024)),
+    "grid_64": PairShape(TokenShape((8, 8), False, 1280), TokenShape((8, 8), False, 768)),
+}
+
+
+@dataclass
+class Assumptions:
+    """What the figures depend on; each can be given as KEY=VALUE."""
+
+    images: float = 100e6
+    gpus: float = 1000
+    shard_samples: float = 256
+    window: float = 16
+    """Shards that are shuffled together."""
+    batch: float = 8192
+    peak: float = 989e12
+    """bf16 arithmetic a second of one GPU (H100 SXM, dense)."""
+    mfu: float = 0.4
+    gpu_hours_per_failure: float = 50_700
+    """Llama 3 405B: 419 unexpected interruptions in 54 days of 16,384 GPUs (arXiv 2407.21783)."""
+    restart_minutes: float = 10
+    """From a failure to the first new step: scheduler, imports, reading the checkpoint."""
+    write_gbps: float = 10
+    """GB/s at which the file system takes a checkpoint from all ranks together."""
+    days: float = 10
+    """Length of the run without failures."""
+
+
+def token_bytes(shape: PairShape) -> int:
+    """Return the fp16 bytes of one image's tokens."""
+    return 2 * sum(side.tokens * side.width for side in (shape.condition, shape.target))
+
+
+def shards(facts: Assumptions) -> list[list[str]]:
+    """Return shards, bytes and the size of index.json for each store."""
+    count = math.ceil(facts.images / facts.shard_samples)
+    entry = ShardEntry("train-0000000.tar", "train-0000000.idx", "train", 256, 10**9, "0" * 64)
+    index = count * (len(json.dumps(asdict(entry))) + 2)
+    return [
+        [
+            name,
+            f"{count:,}",
+            f"{token_bytes(shape) * facts.shard_samples / 1e6:,.0f} MB",
+            f"{token_bytes(shape) * facts.images / 1e12:,.1f} TB",
+            f"{index / 1e6:,.0f} MB",
+        ]
+        for name, shape in STORES.items()
+    ]
+
+
+def order(facts: Assumptions) -> list[list[str]]:
+    """Build the order of the whole store and time what a start, a step and a resume take."""
+    count = math.ceil(facts.images / facts.shard_samples)
+    sizes = np.full(count, int(facts.shard_samples), np.int64)
+    batch = int(facts.batch)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    plan = SampleOrder(0, sizes, int(facts.window))
+    plan.at(0, batch)
+    first = time.perf_counter() - began
+    began = time.perf_counter()
+    positions = [batch * step for step in range(1, 51)]
+    for position in positions:
+        plan.at(position, batch)
+    step = (time.perf_counter() - began) / len(positions)
+    began = time.perf_counter()
+    SampleOrder(0, sizes, int(facts.window)).at(int(3.7 * facts.images), batch)
+    resume = time.perf_counter() - began
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return [
+        ["start: epoch and first global batch", f"{first:.2f} s"],
+        [f"each further global batch of {batch:,}", f"{1e3 * step:.1f} ms"],
+        ["resume in the middle of epoch 4", f"{resume:.2f} s"],
+        ["memory, each rank", f"{memory:.0f} MB"],
+        ["state in a checkpoint", "two integers"],
+    ]
+
+
+def traffic(facts: Assumptions) -> list[list[str]]:
+    """Return, for each model, images and tokens a second and what a checkpoint is."""
+    rows = []
+    for name, model in MODELS.items():
+        parameters, flops = count_parameters(model, STORES["full"])
+        images = facts.gpus * facts.peak * facts.mfu / (3 * flops)
+        saved = SAVED_BYTES * parameters
+        rows.append(
+            [
+                name,
+                f"{parameters / 1e6:,.0f} M",
+                f"{images:,.0f}",
+                f"{images * token_bytes(STORES['full']) / 1e9:,.0f} GB/s",
+                f"{images * token_bytes(STORES['grid_64']) * flops_ratio(model, flops) / 1e9:,.0f}"
+                " GB/s",
+                f"{saved / 1e9:.1f} GB",
+                f"{saved / facts.gpus / 1e6:,.0f} MB",
+                f"{saved / 1e9 / facts.write_gbps:.1f} s",
+            ]
+        )
+    return rows
+
+
+def flops_ratio(model: ModelConfig, full: int) -> float:
+    """Return how many times more grid_64 images than full ones the same arithmetic takes in."""
+    return full / count_parameters(model, STORES["grid_64"])[1]
+
+
+def simulate(
+    work: float, interval: float, save: float, restart: float, mtbf: float, runs: int = 200
+) -> float:
+    """Return wall time over useful time, failures drawn from an exponential law.
+
+    A failure loses the work since the last checkpoint, takes a restart, and may come during a save
+    or a restart too.
+
+    Args:
+        work: Seconds of useful work.
+        interval: Seconds of work between checkpoints.
+        save: Seconds that training stands while one is written.
+        restart: Seconds from a failure to the next useful second.
+        mtbf: Mean seconds between failures of the whole job.
+        runs: How many runs are averaged.
+    """
+    draw = np.random.default_rng(0)
+    segments = math.ceil(work / interval)
+    left = np.full(runs, segments)
+    wall = np.zeros(runs)
+    restarting = np.zeros(runs, bool)
+    while left.any():
+        active = left > 0
+        needed = interval + save + restart * restarting
+        failure = draw.exponential(mtbf, runs)
+        good = failure >= needed
+        wall[active] += np.minimum(failure, needed)[active]
+        left[active & good] -= 1
+        restarting = ~good
+    return float(wall.mean()) / (segments * interval)
+
+
+def daly(interval: float, save: float, restart: float, mtbf: float) -> float:
+    """Return the same by the closed form of Daly (2006)."""
+    exponent = math.exp(restart / mtbf) * math.expm1((interval + save) / mtbf)
+    return mtbf * exponent / interval
+
+
+def failures(facts: Assumptions, save: float) -> list[list[str]]:
+    """Return lost time by checkpoint interval, simulated and by Daly's form."""
+    mtbf = 3600 * facts.gpu_hours_per_failure / facts.gpus
+    restart, work = 60 * facts.restart_minutes, 86_400 * facts.days
+    best = math.sqrt(2 * save * mtbf)
+    rows = []
+    for minutes in sorted([best / 60, 5, 15, 30, 60, 120, 360]):
+        interval = 60 * minutes
+        simulated = simulate(work, interval, save, restart, mtbf)
+        lost = (simulated - 1) * facts.gpus * facts.days * 24
+        mark = " (Young's best)" if interval == best else ""
+        rows.append(
+            [
+                f"{minutes:.1f} min{mark}",
+                f"{100 * (simulated - 1):.2f} %",
+                f"{100 * (daly(interval, save, restart, mtbf) - 1):.2f} %",
+                f"{100 * save / interval:.2f} %",
+                f"{lost:,.0f}",
+            ]
+        )
+    return rows
+
+
+def show(title: str, heads: list[str], rows: list[list[str]]) -> None:
+    """Print a Markdown table."""
+    print(f"\n{title}\n\n| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def main() -> None:
+    known = {item.name for item in fields(Assumptions)}
+    given = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
+    wrong = [word for word in sys.argv[1:] if word.partition("=")[0] not in known]
+    if wrong:
+        sys.exit(f"error: {wrong[0]} is not KEY=VALUE of: {', '.join(sorted(known))}")
+    facts = Assumptions(**{key: float(value) for key, value in given.items()})
+    for item in fields(Assumptions):
+        print(f"{item.name} = {getattr(facts, item.name):g}")
+    show("Stores", ["store", "shards", "a shard", "tokens", "index.json"], shards(facts))
+    show("Order", ["what", "takes"], order(facts))
+    heads = ["model", "parameters", "images/s", "reads, full", "reads, grid_64", "checkpoint"]
+    heads += ["each rank", "write"]
+    show("Traffic", heads, traffic(facts))
+    parameters, _ = count_parameters(MODELS["nextdit"], STORES["full"])
+    save = SAVED_BYTES * parameters / 1e9 / facts.write_gbps
+    mtbf = facts.gpu_hours_per_failure / facts.gpus
+    title = f"Failures: one in {mtbf:.1f} h, a save stands for {save:.1f} s (nextdit)"
+    heads = ["checkpoint every", "lost, simulated", "lost, Daly", "of it saving", "GPU-hours lost"]
+    show(title, heads, failures(facts, save))
+
+
+if __name__ == "__main__":
+    main()

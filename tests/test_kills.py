@@ -1,0 +1,197 @@
+"""Runs that are killed or preempted again and again, and end as undisturbed ones do.
+
+Each run is a process forked from a server that has the imports done, so a start costs no more than
+the training itself. A run is disturbed at a given file access, not at a given time, so the tests
+mean the same on a busy machine.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import config, differences, state
+
+from blip3o_lit import checkpointing
+from blip3o_lit.callbacks.metrics_csv import read_rows
+from blip3o_lit.config.checkpoint import CheckpointConfig
+from blip3o_lit.config.evaluation import EvaluationConfig
+from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.config.trainer import StrategyConfig, TrainerConfig
+from blip3o_lit.training import run_training
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["blip3o_lit.training", "test_training"])
+
+
+def long_config(steps: int, devices: int = 1) -> TrainConfig:
+    """Many quick steps, each of them saved, every fourth validated."""
+    return replace(
+        config(resume="auto"),
+        trainer=TrainerConfig(steps, log_every=1, accelerator="cpu", devices=str(devices)),
+        strategy=StrategyConfig("ddp" if devices > 1 else "single"),
+        checkpoint=CheckpointConfig(every=1, keep=2),
+        evaluation=EvaluationConfig(every=4, images=20),
+    )
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """At the `count`th access to a file with `part` in its path, send `number` to `ranks`.
+
+    A delay in seconds of the process's own time makes it SIGPROF to this rank: it ends the process
+    as SIGKILL does, between any two machine instructions.
+    """
+
+    part: str
+    count: int
+    number: int = signal.SIGKILL
+    ranks: tuple[int, ...] = (0,)
+    delay: float = 0.0
+
+    def install(self, folder: Path) -> None:
+        """Watch this process's files from now on."""
+        seen = 0
+
+        def look(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal seen
+            if event not in ("open", "os.rename", "os.link") or self.part not in str(arguments[0]):
+                return
+            seen += 1
+            if seen == self.count and self.delay:
+                signal.setitimer(signal.ITIMER_PROF, self.delay)
+            elif seen == self.count:
+                pids = json.loads((folder / "pids.json").read_text())
+                for rank in self.ranks:
+                    os.kill(pids[rank], self.number)
+
+        sys.addaudithook(look)
+
+
+def train_here(
+    wanted: TrainConfig, folder: Path, environment: dict[str, str], planned: Disturbance | None
+) -> None:
+    """What a forked process does: one rank of a run, its words in a file."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    said = (folder / f"said-{environment.get('LOCAL_RANK', '0')}.txt").open("a", buffering=1)
+    sys.stdout = said
+    os.dup2(said.fileno(), 2)
+    while not (folder / "pids.json").is_file():
+        time.sleep(0.001)
+    if planned and environment.get("LOCAL_RANK", "0") == "0":
+        planned.install(folder)
+    run_training(wanted, folder, [])
+
+
+def run(folder: Path, *wanted: TrainConfig, planned: Disturbance | None = None) -> list[int | None]:
+    """Run a job whose ranks have these configs to its end; returns the exit codes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pids.json").unlink(missing_ok=True)
+    environments = [{"BLIP3O_HOME": os.environ["BLIP3O_HOME"]} for _ in wanted]
+    if len(wanted) > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        for rank, variables in enumerate(environments):
+            variables |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        SERVER.Process(target=train_here, args=(one, folder, variables, planned))
+        for one, variables in zip(wanted, environments, strict=True)
+    ]
+    for process in processes:
+        process.start()
+    temporary = folder / "pids.json.tmp"
+    temporary.write_text(json.dumps([process.pid for process in processes]))
+    temporary.replace(folder / "pids.json")
+    for process in processes:
+        process.join(280)
+    return [process.exitcode for process in processes]
+
+
+def step_reached(folder: Path) -> int:
+    rows = read_rows(folder / "metrics.csv")
+    return int(rows[-1]["step"]) if rows else 0
+
+
+def assert_same_end(straight: Path, disturbed: Path) -> None:
+    for name in ("last.ckpt", "best.ckpt"):
+        a, b = (state(folder / "checkpoints" / name) for folder in (straight, disturbed))
+        assert differences(a, b) == []
+    results = [json.loads((folder / "result.json").read_text()) for folder in (straight, disturbed)]
+    assert results[0]["best"] == results[1]["best"]
+    assert results[0]["validation"] == results[1]["validation"]
+    columns = ("step", "train/loss", "val/cosine")
+    rows = [
+        [[row[column] for column in columns] for row in read_rows(folder / "metrics.csv")]
+        for folder in (straight, disturbed)
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.soak)])
+def test_killed_run_ends_as_an_undisturbed_one(tmp_path: Path, kills: int) -> None:
+    wanted = long_config(14 + 6 * kills)
+    assert run(tmp_path / "a" / "straight", wanted) == [0]
+    folder, draw = tmp_path / "b" / "killed", random.Random(kills)
+    for number in range(kills):
+        delay = 0.05 * draw.random() if number % 2 else 0.0
+        planned = Disturbance("/checkpoints/", draw.randint(3, 25), delay=delay)
+        ended = run(folder, wanted, planned=planned)
+        assert ended in ([-signal.SIGKILL], [-signal.SIGPROF]), (folder / "said-0.txt").read_text()
+        found, damaged = checkpointing.newest_sound(folder)
+        assert damaged == []
+        assert found is not None or number == 0
+    assert run(folder, wanted) == [0]
+    assert_same_end(tmp_path / "a" / "straight", folder)
+    hidden = [path.name for path in (folder / "checkpoints").glob(".*")]
+    assert hidden == [], "nothing half-written is left"
+
+
+SIGNALS = [
+    (signal.SIGUSR2, (1,)),
+    (signal.SIGTERM, (0, 1)),
+    *((number, ranks) for number in (signal.SIGTERM, signal.SIGUSR2) for ranks in ((0,), (1,))),
+    *((number, (0, 1)) for number in (signal.SIGUSR1, signal.SIGUSR2)),
+]
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(len(SIGNALS), marks=pytest.mark.soak)])
+def test_preempted_ranks_save_exit_for_a_requeue_and_go_on(tmp_path: Path, count: int) -> None:
+    steps = 10 + 5 * count
+    both = [long_config(steps, 2)] * 2
+    assert run(tmp_path / "a" / "straight", *both) == [0, 0]
+    folder, before = tmp_path / "b" / "preempted", 0
+    for number, ranks in SIGNALS[:count]:
+        planned = Disturbance("/metrics.csv", 5, number, ranks)
+        assert run(folder, *both, planned=planned) == [75, 75], number
+        last = checkpointing.load(folder / "checkpoints" / "last.ckpt")["global_step"]
+        assert before < last < steps
+        said = (folder / "said-0.txt").read_text()
+        assert f"stopped at step {last}" in said
+        assert "to go on, add to the same command: resume=" in said
+        assert not json.loads((folder / "result.json").read_text())["finished"]
+        before = last
+    assert "stopped at step" not in (folder / "said-1.txt").read_text(), "rank 0 speaks"
+    assert run(folder, *both) == [0, 0]
+    assert_same_end(tmp_path / "a" / "straight", folder)
+
+
+def test_ranks_with_different_configs_stop(tmp_path: Path) -> None:
+    one, other = long_config(4, 2), long_config(4, 2)
+    other.optimizer = replace(other.optimizer, lr=2 * one.optimizer.lr)
+    assert run(tmp_path, one, other) == [1, 1]
+    for rank in range(2):
+        said = (tmp_path / f"said-{rank}.txt").read_text()
+        assert "rank 1 trains another config or other tokens than rank 0" in said
+    assert step_reached(tmp_path) == 0

@@ -263,8 +263,11 @@ class Scorer:
 
     def _examples(self, headline: Tally) -> dict[str, Any]:
         """Return best, median and worst images by the headline estimator."""
+        known = self.image_text.read_outs
+        # Without CLS the tower's own read-out is a mean of patches, which it was not trained for.
+        read_out = "tower" if self.shape.cls or "fitted" not in known else "fitted"
         answers = {
-            source: self.image_text.answers[own].recall["tower"]
+            source: self.image_text.answers[own].recall[read_out]
             for source, own in (("generated", OWN), ("true", "true"))
             if own in self.image_text.answers
         }

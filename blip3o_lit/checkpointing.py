@@ -1,7 +1,8 @@
 """Checkpoint files: written whole or not at all, verified before they are trusted, found again.
 
 torch.save writes a zip archive whose every record carries a CRC-32; reading all records back
-is the verification, so no second file can get lost or disagree.
+is the verification, so no second file can get lost or disagree. A sharded checkpoint is a folder of
+the same name; `sharded_checkpoint.py` knows what is in it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from blip3o_lit import sharded_checkpoint
+from blip3o_lit.callbacks.files import put_in_place
 from blip3o_lit.config.errors import UserError
 
 FORMAT = 1
@@ -41,8 +44,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_folder(path.parent)
+            put_in_place(temporary, path)
         except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
             raise UserError(
@@ -50,18 +52,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "another folder with hydra.run.dir"
             ) from error
 
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a checkpoint of either kind, whole, onto the CPU."""
+        return _whole(Path(path))
 
 
 def is_sound(path: Path) -> bool:
-    """Whether every record of a checkpoint file reads back with its checksum."""
+    """Whether all of a checkpoint, file or folder, reads back with its checksums."""
+    if path.is_dir():
+        plain = path / sharded_checkpoint.PLAIN
+        return is_sound(plain) and sharded_checkpoint.files_are_sound(path, facts(path)["files"])
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -69,31 +71,51 @@ def is_sound(path: Path) -> bool:
         return False
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, weights_only: bool = False) -> dict[str, Any]:
     """Load a checkpoint of this project onto the CPU, tensors and plain data only.
 
+    Args:
+        path: A file, or the folder of a sharded one.
+        weights_only: Leave a folder's optimizer state unread.
+
     Raises:
-        UserError: If the file is missing, damaged, of another program or of a newer format.
+        UserError: If it is missing, damaged, of another program or of a newer format.
     """
-    if not path.is_file():
+    if not (path.is_file() or (path / sharded_checkpoint.PLAIN).is_file()):
         raise UserError(f"{path}: no such checkpoint")
     if not is_sound(path):
         raise UserError(f"{path}: the checkpoint is damaged: use another one of its folder")
+    return _whole(path, "state_dict/" if weights_only else "")
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of itself; a file's tensors stay on the disk until touched.
+
+    Raises:
+        UserError: If it is of another program or of a newer format.
+    """
+    file = path / sharded_checkpoint.PLAIN if path.is_dir() else path
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise UserError(
             f"{path}: not a checkpoint that holds tensors and plain data only"
         ) from error
-    facts = checkpoint.get("blip3o") if isinstance(checkpoint, dict) else None
-    if facts is None:
+    about = checkpoint.get("blip3o") if isinstance(checkpoint, dict) else None
+    if about is None:
         raise UserError(f"{path}: not a checkpoint of blip3o_lit")
-    if facts["format"] > FORMAT:
+    if about["format"] > FORMAT:
         raise UserError(
-            f"{path}: format {facts['format']} is newer than this version reads ({FORMAT}): "
+            f"{path}: format {about['format']} is newer than this version reads ({FORMAT}): "
             "update blip3o_lit"
         )
     return checkpoint
+
+
+def _whole(path: Path, prefix: str = "") -> dict[str, Any]:
+    """Return a checkpoint of either kind with its tensors."""
+    checkpoint = facts(path)
+    return sharded_checkpoint.read(path, checkpoint, prefix) if path.is_dir() else checkpoint
 
 
 def step_of(path: Path) -> int:

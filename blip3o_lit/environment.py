@@ -38,6 +38,8 @@ KNOWN_NOISE = (
     "Trying to infer the `batch_size` from an ambiguous collection",
     "You defined a `validation_step` but have no `val_dataloader`",
     "`torch.jit.script` is deprecated",
+    "FSDP2-wrapped module (",
+    "torch.distributed is disabled, unavailable or uninitialized",
     "Starting from v1.9.0, `tensorboardX` has been removed",
 )
 

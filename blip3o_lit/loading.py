@@ -27,6 +27,7 @@ from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.build import build_network
 from blip3o_lit.plan import inference_autocast
+from blip3o_lit.sharded_checkpoint import PLAIN
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.translator import Translator
 
@@ -51,8 +52,9 @@ class Loaded:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 of the weight file."""
-        with self.file.open("rb") as opened:
+        """sha256 of the weight file, or of a folder's list of checksums."""
+        file = self.file / PLAIN if self.file.is_dir() else self.file
+        with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
 
     @property
@@ -66,19 +68,19 @@ def find_weights(source: str | Path) -> Path:
     """Return the weight file that a path or hub id stands for.
 
     Args:
-        source: A .ckpt file, a run directory (best, else last), an exported folder, or the id of a
+        source: A checkpoint, a run directory (best, else last), an exported folder, or the id of a
             repository on the Hugging Face Hub that holds one.
 
     Raises:
         UserError: If there is none.
     """
     path = Path(source).expanduser()
-    if path.is_file():
+    if path.is_file() or (path / PLAIN).is_file():
         return path
     if path.is_dir():
         names = (WEIGHTS_FILE, "checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt")
         for name in (*names, "last.ckpt"):
-            if (path / name).is_file():
+            if (path / name).is_file() or (path / name / PLAIN).is_file():
                 return path / name
         raise UserError(f"{path} holds neither checkpoints/best.ckpt nor {WEIGHTS_FILE}")
     if _HUB_ID.fullmatch(str(source)):
@@ -134,7 +136,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the facts and the translator's state dict; the weight average is its network."""
     from blip3o_lit import checkpointing
 
-    checkpoint = checkpointing.load(file)
+    checkpoint = checkpointing.load(file, weights_only=True)
     state = {}
     for name, tensor in checkpoint["state_dict"].items():
         part, _, rest = name.partition(".")

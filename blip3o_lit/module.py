@@ -83,9 +83,14 @@ class TranslationModule(LightningModule):
         self.shape = shape
         self.tokens = tokens
         self.steps = steps
-        torch.manual_seed(config.seed)
-        self.network = build_network(config.model, shape)
+        with torch.device("meta"):
+            self.network = build_network(config.model, shape)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
+        self.low = torch.bfloat16 if config.precision.name == "bf16_true" else None
+        if self.low is not None:
+            self.network.to(self.low)
+        if config.strategy.name != "fsdp2":
+            self._start(torch.device("cpu"))
         self.objective = FlowObjective(config.flow)
         raw = config.data.scale == "raw"
         self.condition_standardizer = (
@@ -100,12 +105,34 @@ class TranslationModule(LightningModule):
         self.gradient_norm: Tensor | None = None
         self.sums: dict[str, Tensor] = {}
 
+    @torch.no_grad()
+    def _start(self, device: torch.device) -> None:
+        """Give the networks memory and start values: no process ever holds more than its part."""
+        for network in (self.network, self.ema):
+            network.to_empty(device=device)
+        self.network.init_weights(self.config.seed)
+        self.ema.fill_buffers()
+        for average, weight in zip(self.ema.parameters(), self.network.parameters()):
+            average.copy_(weight)
+
+    def configure_model(self) -> None:
+        """Shard both networks by block while they have no memory yet, where the strategy asks."""
+        if self.config.strategy.name != "fsdp2" or not next(self.network.parameters()).is_meta:
+            return
+        from blip3o_lit.sharding import shard
+
+        compute = {"bf16": torch.bfloat16, "bf16_true": torch.bfloat16, "fp16": torch.float16}
+        assert self.device_mesh is not None
+        for network in (self.network, self.ema):
+            mesh = self.device_mesh["data_parallel"]
+            shard(network, mesh, compute.get(self.config.precision.name))
+        self._start(self.trainer.strategy.root_device)
+
     @property
     def translator(self) -> Translator:
         """The averaged network with its flow and scales."""
-        return Translator(
-            self.ema, self.objective, self.condition_standardizer, self.target_standardizer
-        )
+        scales = (self.condition_standardizer, self.target_standardizer)
+        return Translator(self.ema, self.objective, *scales, autocast=self.low)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the flow-matching loss of one micro-batch."""
@@ -124,6 +151,9 @@ class TranslationModule(LightningModule):
         drop_B = (uniforms_B3[:, 2] < share).to(x1_BND.device) if share > 0 else None
         restore = self.target_standardizer.restore
         terms = self.objective.loss(self.network, condition, x1_BND, z_BND, t_B, restore, drop_B)
+        for buffer in self.objective.buffers():  # Scales that it adapts to its batches.
+            if self.trainer.world_size > 1:
+                buffer.copy_(self.trainer.strategy.reduce(buffer, reduce_op="mean"))  # type: ignore[arg-type]
         self._remember("train/loss", terms.total)
         if (self.global_step + 1) % self.config.trainer.log_every == 0:
             estimate, true = restore(terms.x1_hat_BND), batch["target"].float()

@@ -25,6 +25,8 @@ GPU_PEAKS = {
     "RTX 4090": (165e12, 82e12),
     "V100": (125e12, 15.7e12),
 }
+# Their memory in GB.
+GPU_MEMORY = {"H200": 141, "H100": 80, "A100": 80, "L40S": 48, "RTX 4090": 24, "V100": 32}
 # Saved activations, in bytes per token, block and channel: measured 155 in fp32, 122 in bf16.
 ACTIVATION_BYTES = {4: 155, 2: 125}
 # Share of a device's memory that one micro-batch's activations may take.
@@ -33,7 +35,8 @@ LIGHTNING_PRECISION = {
     "fp32": "32-true",
     "tf32": "32-true",
     "bf16": "bf16-mixed",
-    "bf16_true": "bf16-true",
+    # The module itself makes its network bf16; Lightning would the average and the scales too.
+    "bf16_true": "32-true",
     "fp16": "16-mixed",
 }
 
@@ -50,6 +53,8 @@ def set_precision(name: str, device: str) -> str:
     """
     if name in ("fp16", "tf32") and device != "cuda":
         raise UserError(f"precision={name} needs a CUDA GPU, this run is on {device}: use bf16")
+    if name == "tf32" and torch.cuda.get_device_capability() < (8, 0):
+        raise UserError("precision=tf32: this GPU has no TF32: use precision=fp16 or fp32")
     if name.startswith("bf16") and device == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise UserError(f"precision={name}: this GPU has no bf16: use precision=fp16")
     # On a CPU "medium" may compute fp32 products in bf16 (measured relative error 2e-3 with AMX).

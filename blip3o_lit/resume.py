@@ -18,6 +18,7 @@ from blip3o_lit.config.train import TrainConfig
 log = logging.getLogger("blip3o_lit")
 # Keys that do not change what a run computes: they may differ between a run and its resumption.
 FREE_KEYS = ("resume", "dry_run", "logger", "checkpoint", "strategy", "micro_batch_size")
+FREE_KEYS += ("plan", "world", "gpu", "mfu")
 FREE_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "log_every")
 FREE_DATA_KEYS = ("threads", "verify")
 
@@ -51,7 +52,7 @@ def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
         return None
     if config.resume != "auto":
         path = Path(config.resume).expanduser().resolve()
-        if path.is_dir():
+        if path.is_dir() and path.suffix != ".ckpt":
             found, _ = checkpointing.newest_sound(path)
             if found is None:
                 raise UserError(f"resume={path}: no sound checkpoint in this run directory")
@@ -89,7 +90,11 @@ def _same_config(config: TrainConfig, run_dir: Path) -> list[Path]:
 
 def _check_network(config: TrainConfig, path: Path) -> None:
     """Refuse a checkpoint of another network; name every other key that differs."""
-    saved = checkpointing.load(path)["blip3o"]["config"]
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint")
+    if not checkpointing.is_sound(path):
+        raise UserError(f"{path}: the checkpoint is damaged: use another one of its folder")
+    saved = checkpointing.facts(path)["blip3o"]["config"]
     now, then = (_flat(essential(part)) for part in (asdict(config), saved))
     different = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
     fixed = [key for key in different if key.startswith(("model.", "mode.")) or key == "batch_size"]

@@ -17,6 +17,7 @@ from lightning import Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
+from blip3o_lit import checkpointing
 from blip3o_lit import plan as planning
 from blip3o_lit.callbacks.checkpoints import Checkpoints
 from blip3o_lit.callbacks.ema import EmaUpdate
@@ -64,6 +65,12 @@ def run_training(config: TrainConfig, run_dir: Path, overrides: list[str]) -> fl
     """
     quiet_libraries()
     run_dir = run_dir.resolve()
+    if config.plan:
+        from blip3o_lit.forecast import forecast
+
+        for label, value in forecast(config, *open_data(config)):
+            console.print(f"[bold]{label:>15}[/bold]  {value}", highlight=False, soft_wrap=True)
+        return None
     device = choose_device(config)
     lightning_precision = planning.set_precision(config.precision.name, device.type)
     data, steps = open_data(config)
@@ -131,16 +138,21 @@ def build_trainer(
 ) -> Trainer:
     """Build the Trainer without callbacks and loggers; they come when the run is sure to start."""
     name = config.strategy.name
+    if name == "fsdp2" and config.model.compile:
+        raise UserError("model.compile=true does not work with strategy=fsdp2: drop one of them")
     devices: Any = config.trainer.devices
     devices = int(devices) if devices.isdigit() else "auto"
     single = config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
     if name == "single" or (devices == "auto" and single):
         devices = 1
     strategy: Any = "auto"
+    backend = "gloo" if single else "nccl"
     if name == "fsdp2":
-        raise UserError("strategy=fsdp2 is not there yet: use strategy=ddp")
+        from blip3o_lit.sharding import Fsdp2Strategy  # DTensor takes seconds to import
+
+        strategy = Fsdp2Strategy(config.strategy.consolidated, backend)
     if name == "ddp" or (name == "auto" and devices not in (1, "auto")):
-        strategy = DDPStrategy(process_group_backend="gloo" if single else "nccl")
+        strategy = DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
     return Trainer(
         accelerator=config.trainer.accelerator,
         devices=devices,
@@ -257,14 +269,15 @@ def fit(
     trainer.callbacks.append(checkpoints)  # type: ignore[attr-defined]
     start = 0
     if resumed:
-        start = int(torch.load(resumed, map_location="cpu", weights_only=True)["global_step"])
+        start = int(checkpointing.facts(resumed)["global_step"])
     if is_rank_zero():
         trainer.loggers = loggers(config, run_dir, resumed, start)
     started = time.perf_counter()
     with stop.listening():
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     seconds = time.perf_counter() - started
-    finished = stop.received is None or trainer.global_step >= the_plan.steps
+    early = stop.received is None and trainer.global_step < the_plan.steps
+    finished = early or trainer.global_step >= the_plan.steps
     solver = config.solver.label
     bar, overfit = config.evaluation.overfit_at_least, None
     if bar is not None and stop.received is None:
@@ -277,6 +290,13 @@ def fit(
             say_how_to_resume(run_dir, trainer.global_step)
         sys.exit(INTERRUPTED_CODE if stop.received == signal.SIGINT else PREEMPTED_CODE)
     if trainer.is_global_zero:
+        if early:
+            console.print(
+                f"stopped early at step {trainer.global_step} of {the_plan.steps}: no better "
+                f"held-out cosine in {config.evaluation.patience} validations",
+                highlight=False,
+                soft_wrap=True,
+            )
         closing_table(trainer, run_log, checkpoints, solver, run_dir, seconds)
         if overfit is not None:
             console.print(str(overfit), highlight=False, soft_wrap=True)

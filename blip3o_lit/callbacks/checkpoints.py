@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+
+from blip3o_lit.callbacks.files import remove, second_name, tidy
 
 STEP_NAME = "step-{:08d}.ckpt"
 
@@ -53,8 +53,10 @@ class Checkpoints(Callback):
         self.best_step = state_dict["best_step"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the step that training starts from as saved."""
+        """Take the step that training starts from as saved; clear up after a killed run."""
         self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            tidy(self.folder)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -96,18 +98,7 @@ class Checkpoints(Callback):
         path = self.folder / STEP_NAME.format(step)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            _second_name(path, self.folder / "last.ckpt")
+            second_name(path, self.folder / "last.ckpt")
             if self.keep >= 0:
                 for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep or None]:
-                    old.unlink()
-
-
-def _second_name(path: Path, name: Path) -> None:
-    """Give a file a second name, replacing whatever had it, without a moment in between."""
-    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # Some network file systems have no hard links.
-        shutil.copyfile(path, temporary)
-    temporary.replace(name)
+                    remove(old)

@@ -55,9 +55,19 @@ class TrainConfig:
     """auto, or a checkpoint file, to go on with."""
     dry_run: bool = False
     """Build everything and print the plan, but take no step."""
+    plan: bool = False
+    """Print what the run would cost on `world` GPUs, touching none, and stop."""
+    world: int | None = None
+    """plan: processes; null: trainer.devices * trainer.num_nodes."""
+    gpu: str = "H100"
+    """plan: the kind of GPU: H200, H100, A100, L40S, RTX 4090 or V100."""
+    mfu: float = 0.4
+    """plan: the share of the GPU's peak that training is taken to reach."""
 
     def __post_init__(self) -> None:
         """Check the keys of this level and the rules that join groups."""
         positive("batch_size", self.batch_size)
         positive("micro_batch_size", self.micro_batch_size)
+        positive("world", self.world)
+        positive("mfu", self.mfu)
         check_solver(self.flow, self.solver)

@@ -55,6 +55,8 @@ class StrategyConfig:
 
     name: str = "auto"
     """auto (single, or ddp with several devices), single, ddp or fsdp2."""
+    consolidated: bool = False
+    """fsdp2: each checkpoint is one file, gathered on rank 0; false: a folder, written by all."""
 
     def __post_init__(self) -> None:
         """Check the name."""

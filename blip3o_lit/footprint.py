@@ -1,0 +1,156 @@
+"""Bytes that a training step holds, by rehearsing it on tensors that have shapes but no data.
+
+A rehearsal runs the real network and loss and follows every storage from its birth to its death,
+so it knows what each architecture and precision keeps.
+
+Shape suffixes: B images, M condition tokens, C condition width, N target tokens, D target width.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from blip3o_lit.config.flow import FlowConfig
+from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.shape import PairShape
+from blip3o_lit.flow.objective import FlowObjective
+from blip3o_lit.models.build import build_network
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations inside the context make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self._known: set[int] = set()
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Leave a tensor's storage out of the count."""
+        self._watch(tensor, 0)
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._watch(leaf, leaf.untyped_storage().nbytes())
+        return out
+
+    def _watch(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        weakref.finalize(storage, self._died, key, size)
+
+    def _died(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class Units:
+    """Parameters of a network, as FSDP2 shards it."""
+
+    total: int
+    largest: int
+    """Of the largest part that is gathered at once: a block, or the modulation matrix."""
+    rest: int
+    """Outside those parts; gathered during the whole pass."""
+
+
+def units(model: ModelConfig, shape: PairShape) -> Units:
+    """Count a network's parameters without memory."""
+    with torch.device("meta"):
+        network = build_network(model, shape)
+
+    def count(module: nn.Module | None) -> int:
+        return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+    parts = [count(part) for part in (*network.blocks, getattr(network, "modulation", None))]
+    return Units(count(network), max(parts), count(network) - sum(parts))
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a micro-batch holds between forward and backward, and while a block is at work."""
+
+    fixed: int
+    """Whatever the batch: copies of the weights in the format of autocast."""
+    image: int
+    """For each image."""
+
+    def of(self, images: int) -> int:
+        """Return the bytes of a micro-batch."""
+        return self.fixed + images * self.image
+
+
+def activations(
+    model: ModelConfig, flow: FlowConfig, shape: PairShape, precision: str
+) -> Activations:
+    """Measure what a network keeps for its backward pass.
+
+    Kernels are the CPU's, so that no device is touched. What is kept grows by the same amount with
+    each image and each block, so 2 and 3 blocks on 1 and 2 images tell it all. One block more
+    stands for gradients on their way and, with activation checkpointing, for the block recomputed.
+    """
+
+    def kept(saving: bool, depth: int, images: int) -> int:
+        part = replace(model, depth=depth, activation_checkpointing=saving)
+        return _rehearse(part, flow, shape, images, precision)
+
+    def grown(saving: bool, images: int) -> tuple[int, int]:
+        few, more = kept(saving, 2, images), kept(saving, 3, images)
+        return few + (more - few) * (model.depth - 2), more - few
+
+    saving = model.activation_checkpointing
+    (one, block), (two, block_two) = grown(saving, 1), grown(saving, 2)
+    if saving:
+        (_, block), (_, block_two) = grown(False, 1), grown(False, 2)
+    image = two - one
+    return Activations(max(0, one - image), image + block_two - block)
+
+
+def _rehearse(
+    model: ModelConfig, flow: FlowConfig, shape: PairShape, images: int, precision: str
+) -> int:
+    """Return the bytes alive after a forward pass of the whole network and its loss."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    source, target = shape.condition, shape.target
+    with torch.device("meta"):
+        network = build_network(model, shape)
+    if precision == "bf16_true":
+        network.bfloat16()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network.to_empty(device="cpu")
+        objective = FlowObjective(flow)
+        live = LiveBytes()
+        for tensor in (*network.parameters(), *network.buffers()):
+            live.ignore(tensor)
+        dtype = AUTOCAST.get(precision)
+        with live:
+            raw_BMC = torch.empty(images, source.tokens, source.width, dtype=torch.float16)
+            raw_BND = torch.empty(images, target.tokens, target.width, dtype=torch.float16)
+            condition_BMC, x1_BND = raw_BMC.float(), raw_BND.float()
+            z_BND, t_B = torch.empty_like(x1_BND), torch.empty(images)
+            with torch.autocast("cpu", dtype) if dtype else nullcontext():
+                loss = objective.loss(network, condition_BMC, x1_BND, z_BND, t_B).total
+            kept = live.now
+        del loss
+    return kept

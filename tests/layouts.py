@@ -1,0 +1,122 @@
+"""One small run in several layouts of processes.
+
+Starting processes costs more than these runs, so two processes do many jobs: Lightning keeps the
+process group of the first.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tracked import allocator_peak
+
+from blip3o_lit.config.checkpoint import CheckpointConfig
+from blip3o_lit.config.data import DataConfig, LinearGaussianConfig
+from blip3o_lit.config.evaluation import EvaluationConfig
+from blip3o_lit.config.logger import LoggerConfig
+from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.config.trainer import PrecisionConfig, StrategyConfig, TrainerConfig
+from blip3o_lit.training import run_training
+
+PROBLEM = LinearGaussianConfig(images=72, validation_images=20, condition_width=6, target_width=4)
+CROSS = ModelConfig(
+    width=16, depth=2, heads=2, kv_heads=1, mlp_width=16, conditioning="cross", positions="learned"
+)
+STEPS, HALF = 20, 10
+LAYOUTS = {
+    "1": StrategyConfig("single"),
+    "ddp": StrategyConfig("ddp"),
+    "fsdp2": StrategyConfig("fsdp2"),
+    "fsdp2-full": StrategyConfig("fsdp2", consolidated=True),
+}
+MODELS = {
+    "cross": CROSS,
+    "recomputed": replace(CROSS, activation_checkpointing=True),
+    "nextdit": ModelConfig("nextdit", 16, 2, 2, 1, 32, conditioning="cross", key_rope=False),
+    # The official proportions of block and modulation, 8 of 24 blocks.
+    "wide": ModelConfig("nextdit", 256, 8, 4, 4, 1408, conditioning="cross", key_rope=False),
+}
+
+
+def config(layout: str, **changes: Any) -> TrainConfig:
+    """The run: 20 steps of 16 images over 72, so that epochs end within steps."""
+    base = TrainConfig(
+        model=CROSS,
+        data=DataConfig(name="linear_gaussian", linear_gaussian=PROBLEM),
+        precision=PrecisionConfig("fp32"),
+        strategy=LAYOUTS[layout],
+        trainer=TrainerConfig(
+            max_steps=STEPS,
+            log_every=1,
+            accelerator="cpu",
+            devices="1" if layout == "1" else "2",
+        ),
+        evaluation=EvaluationConfig(every=HALF, images=20),
+        checkpoint=CheckpointConfig(every=HALF, keep=-1),
+        logger=LoggerConfig(tensorboard=False),
+        batch_size=16,
+        micro_batch_size=None,
+        seed=7,
+    )
+    return replace(base, **changes)
+
+
+def half(run: Path) -> Path:
+    """The checkpoint in the middle of a run."""
+    return run / "checkpoints" / f"step-{HALF:08d}.ckpt"
+
+
+def run_job(folder: Path, job: dict[str, Any]) -> None:
+    """Do one job: name and layout, and where given model, micro, precision, resume and measure.
+
+    A job to measure takes two steps and leaves the most bytes that its rank had allocated.
+    """
+    changes: dict[str, Any] = {"micro_batch_size": job.get("micro", 8)}
+    changes["model"] = MODELS[job.get("model", "cross")]
+    changes["precision"] = PrecisionConfig(job.get("precision", "fp32"))
+    if "resume" in job:
+        changes["resume"] = str(half(folder / job["resume"]))
+    run = config(job["layout"], **changes)
+    if "measure" not in job:
+        run_training(run, folder / job["name"], [])
+        return
+    run.trainer.max_steps = 2
+    peak = allocator_peak(lambda: run_training(run, folder / job["name"], []))
+    (folder / f"{job['name']} {os.environ['RANK']}").write_text(str(peak))
+
+
+def two_processes(folder: Path, jobs: list[dict[str, Any]], seconds: float = 280) -> None:
+    """Do jobs one after another in two processes, which find each other as torchrun's would."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # so that packages are imported once
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [context.Process(target=_rank, args=(r, port, str(folder), jobs)) for r in "01"]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(seconds)
+        rank.kill()
+    logs = "\n".join((folder / f"rank-{r}.log").read_text()[-3000:] for r in "01")
+    assert [rank.exitcode for rank in ranks] == [0, 0], logs
+
+
+def _rank(rank: str, port: str, folder: str, jobs: list[dict[str, Any]]) -> None:
+    """Be one of the two processes."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank}
+    place |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank, "GROUP_RANK": "0"}
+    os.environ.update(place, TORCHELASTIC_RUN_ID="layouts")
+    torch.set_num_threads(1)
+    with (Path(folder) / f"rank-{rank}.log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    for job in jobs:
+        run_job(Path(folder), job)

@@ -1,0 +1,89 @@
+"""The plan's bytes against what the allocator gives out; checkpointing; the plan command."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from tracked import allocator_peak
+
+from blip3o_lit.callbacks.ema import update_average
+from blip3o_lit.config.flow import FlowConfig
+from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.shape import PairShape, TokenShape
+from blip3o_lit.flow.objective import FlowObjective
+from blip3o_lit.footprint import AUTOCAST, activations, units
+from blip3o_lit.forecast import rank_bytes
+from blip3o_lit.models.build import build_network
+
+SHAPE = PairShape(TokenShape((8, 8), False, 96), TokenShape((8, 8), False, 64))
+DIT = ModelConfig(width=96, depth=6, heads=4, kv_heads=2, mlp_width=256)
+NEXTDIT = ModelConfig("nextdit", 96, 6, 4, 4, 256, conditioning="cross", key_rope=False)
+SAVING = {"activation_checkpointing": True}
+
+
+def train(model: ModelConfig, images: int, precision: str) -> None:
+    """Two optimizer steps of two micro-batches each, as the trainer takes them."""
+    network = build_network(model, SHAPE)
+    if precision == "bf16_true":
+        network.bfloat16()
+    average = copy.deepcopy(network).float().requires_grad_(False)
+    objective = FlowObjective(FlowConfig())
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    for _ in range(2):
+        for _ in range(2):
+            raw_BMC = torch.randn(images, 64, 96).half()
+            raw_BND = torch.randn(images, 64, 64).half()
+            condition_BMC, x1_BND = raw_BMC.float(), raw_BND.float()
+            z_BND, t_B = torch.randn_like(x1_BND), torch.rand(images)
+            with torch.autocast("cpu", AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+                loss = objective.loss(network, condition_BMC, x1_BND, z_BND, t_B).total
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        update_average(average, network, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("model", "precision"),
+    [
+        (DIT, "fp32"),
+        (DIT, "bf16"),
+        (DIT, "bf16_true"),
+        (NEXTDIT, "bf16"),
+        (replace(DIT, **SAVING), "fp32"),
+    ],
+    ids=["fp32", "bf16", "bf16_true", "nextdit", "recomputed"],
+)
+def test_planned_bytes_are_those_of_the_allocator(model: ModelConfig, precision: str) -> None:
+    images = 16
+    planned = rank_bytes("single", units(model, SHAPE), precision, 1)
+    planned += activations(model, FlowConfig(), SHAPE, precision).of(images)
+    measured = allocator_peak(lambda: train(model, images, precision))
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("model", [DIT, NEXTDIT], ids=["dit", "nextdit"])
+def test_checkpointing_halves_the_saved_activations(model: ModelConfig) -> None:
+    """Tensors saved for backward, and the blocks' inputs, which a checkpoint keeps itself."""
+
+    def saved(model: ModelConfig) -> int:
+        network, storages = build_network(model, SHAPE), {}
+        weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage
+            return tensor
+
+        for block in network.blocks:
+            block.register_forward_pre_hook(lambda _, args: (keep(args[0]), *args[1:]))
+        x, t, c = torch.randn(4, 64, 64), torch.rand(4), torch.randn(4, 64, 96)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            network(x, t, c)
+        return sum(storage.nbytes() for storage in storages.values())
+
+    assert saved(replace(model, **SAVING)) <= 0.5 * saved(model)

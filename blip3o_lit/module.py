@@ -17,6 +17,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from blip3o_lit import __version__
+from blip3o_lit.callbacks.bad_steps import StepRecord
 from blip3o_lit.checkpointing import FORMAT
 from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.shape import PairShape
@@ -103,6 +104,8 @@ class TranslationModule(LightningModule):
         )
         self.scores = TokenScores(mean_NC, shape.target)
         self.gradient_norm: Tensor | None = None
+        self.step_records: list[StepRecord] = []
+        self.step_samples: list[Tensor] = []
         self.sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -137,6 +140,7 @@ class TranslationModule(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the flow-matching loss of one micro-batch."""
         who = (batch["sample"], batch["epoch"])
+        self.step_samples.append(batch["sample"])
         if self.config.model.dropout > 0:  # Masks are a function of the step, so resuming is exact.
             torch.manual_seed(hash((self.config.seed, self.global_step, batch_idx)) % 2**63)
         condition = self.condition_standardizer.standardise(batch["condition"])
@@ -167,11 +171,13 @@ class TranslationModule(LightningModule):
         return terms.total
 
     def _remember(self, name: str, value: Tensor) -> None:
-        """Add a value to the sums that the next logged row averages, without a device sync."""
-        total, count = self.sums.get(name), f"{name}/count"
-        one = torch.ones((), device=value.device)
-        self.sums[name] = value.detach() if total is None else total + value.detach()
-        self.sums[count] = self.sums.get(count, torch.zeros_like(one)) + one
+        """Add a value to the sums that the next logged row averages, without a device sync.
+
+        Values that are not finite are left out: they are those of skipped steps.
+        """
+        finite = torch.isfinite(value.detach())
+        for key, number in ((name, value.detach().nan_to_num(0, 0, 0)), (f"{name}/count", finite)):
+            self.sums[key] = self.sums.get(key, torch.zeros_like(value.detach())) + number
 
     def drain(self) -> dict[str, float]:
         """Return the means of what was remembered since the last call, over all processes."""
@@ -180,7 +186,8 @@ class TranslationModule(LightningModule):
         sums = self.trainer.strategy.reduce(sums.double(), reduce_op="sum")
         values = sums.tolist()
         self.sums = {}
-        return {name: values[2 * i] / values[2 * i + 1] for i, name in enumerate(names)}
+        pairs = zip(names, values[::2], values[1::2])
+        return {name: total / count if count else math.nan for name, total, count in pairs}
 
     def on_validation_epoch_start(self) -> None:
         """Start counting afresh."""
@@ -218,6 +225,17 @@ class TranslationModule(LightningModule):
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
         full = getattr(norm, "full_tensor", None)
         self.gradient_norm = norm.detach() if full is None else full().detach()
+        finite = torch.isfinite(self.gradient_norm)
+        self.step_records.append(StepRecord(self.global_step + 1, finite, self.step_samples))
+        self.step_samples = []
+        if self.config.precision.name == "fp16":
+            return  # the loss scaler skips overflowing steps itself
+        if full is None:
+            # What a loss scaler would set: the fused kernel then leaves weights and moments alone,
+            # and nothing waits for the device.
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        elif not finite:
+            optimizer.zero_grad()
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """Return AdamW with weight decay on matrices, and the schedule by step."""

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from blip3o_lit import checkpointing
 from blip3o_lit import plan as planning
+from blip3o_lit.callbacks.bad_steps import BadSteps
 from blip3o_lit.callbacks.checkpoints import Checkpoints
 from blip3o_lit.callbacks.ema import EmaUpdate
 from blip3o_lit.callbacks.metrics_csv import MetricsCsv
@@ -259,7 +260,9 @@ def fit(
     folder = run_dir / "checkpoints"
     checkpoints = Checkpoints(folder, kept.every, kept.keep, "val/cosine", config.evaluation.every)
     digest = rank_digest(config, data)
-    callbacks = [OneConfig(digest), EmaUpdate(config.optimizer.ema_decay), run_log, stop]
+    bad_steps = BadSteps(config.trainer.log_every, config.trainer.max_bad_steps)
+    average = EmaUpdate(config.optimizer.ema_decay)
+    callbacks = [OneConfig(digest), average, run_log, bad_steps, stop]
     trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
     if config.evaluation.patience and data.validation:
         from lightning.pytorch.callbacks import EarlyStopping

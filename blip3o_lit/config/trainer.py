@@ -27,11 +27,13 @@ class TrainerConfig:
     """Nodes."""
     log_every: int = 10
     """Steps between two logged rows."""
+    max_bad_steps: int = 10
+    """Steps in a row with gradients that are not finite, all skipped, before the run stops."""
 
     def __post_init__(self) -> None:
         """Check each value."""
         one_of("trainer.accelerator", self.accelerator, ACCELERATORS)
-        for key in ("max_steps", "max_epochs", "num_nodes", "log_every"):
+        for key in ("max_steps", "max_epochs", "num_nodes", "log_every", "max_bad_steps"):
             positive(f"trainer.{key}", getattr(self, key))
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
             raise UserError(f"trainer.devices={self.devices} must be auto or a number from 1 on")

@@ -24,11 +24,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "outputs" / "objective"
 PAGE = ROOT / "docs" / "objective.md"
-IMAGES = 128
+IMAGES = 96
 SAMPLER = "heun-5"
 BASE = (
     "experiment=demo mode=grid_64 model.width=128 model.depth=2 model.heads=4 model.kv_heads=4 "
-    "model.mlp_width=256 trainer.max_steps=150 trainer.log_every=50 batch_size=16 "
+    "model.mlp_width=256 trainer.max_steps=120 trainer.log_every=50 batch_size=16 "
     "evaluation.every=1000 evaluation.images=16 precision=fp32 logger=csv"
 )
 COMMAND = "python -m blip3o_lit.train " + BASE
@@ -205,7 +205,7 @@ def page(results: list[dict[str, Any]], tokens: str) -> str:
         "norm: the mean length of sampled tokens over that of the true ones. The mean token of",
         f"each position, a constant, has a cosine of {baseline():.4f}. Three seeds of the default",
         f"lie within {max(first) - min(first):.4f} (sample): smaller differences say nothing, and",
-        "150 steps are too few to rank what is close. A noise output has no posterior mean in one",
+        "120 steps are too few to rank what is close. A noise output has no posterior mean in one",
         f"evaluation. Token store {tokens[:12]}.",
     ]
     for title, rows in SECTIONS.items():

@@ -22,6 +22,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluation import EvaluationConfig
 from blip3o_lit.config.logger import LoggerConfig
 from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import PrecisionConfig, TrainerConfig
 from blip3o_lit.training import run_training
@@ -163,6 +164,21 @@ def test_auto_passes_over_a_damaged_checkpoint(
     assert "damaged checkpoint" in said
     assert "goes on from" in said
     assert "step-00000002.ckpt" in said
+
+
+def test_early_stopping_ends_a_run_that_no_longer_improves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    still = OptimizerConfig(lr=1e-12)
+    few = EvaluationConfig(every=2, images=8, patience=2)
+    run_training(config(optimizer=still, evaluation=few), tmp_path, [])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["finished"]
+    assert result["step"] == 6  # the first validation, and two that are no better
+    assert "stopped early at step 6 of 12" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert [value is not None for value in history["val/cosine"]] == [False, True] * 3
 
 
 def test_resume_into_another_network_is_refused(straight: Path, tmp_path: Path) -> None:

@@ -224,8 +224,9 @@ class TranslationModule(LightningModule):
         limit = self.config.optimizer.clip_norm
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
         full = getattr(norm, "full_tensor", None)
-        self.gradient_norm = norm.detach() if full is None else full().detach()
-        finite = torch.isfinite(self.gradient_norm)
+        norm = norm.detach() if full is None else full().detach()
+        finite = torch.isfinite(norm)
+        self.gradient_norm = norm
         self.step_records.append(StepRecord(self.global_step + 1, finite, self.step_samples))
         self.step_samples = []
         if self.config.precision.name == "fp16":

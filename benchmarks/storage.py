@@ -85,8 +85,7 @@ def trained(folder: Path) -> list[dict[str, Any]]:
     extract(demo_source(SCENES, HELD_OUT), towers, folder / "float32", config)
     store, ids = TokenStore.open(folder / "float32"), np.arange(HELD_OUT)
     true = TokenReader(store, "validation").read(ids)["target"]
-    results, scores = [], {}
-    print("  demo tokens, eva and clip, and the model trained on them")
+    results, scores, lines = [], {}, []
     for storage in ("float32", *TARGETS):
         if storage != "float32":
             recode(store, folder / storage, storage)
@@ -100,9 +99,11 @@ def trained(folder: Path) -> list[dict[str, Any]]:
         scores[storage] = mean_cosine(torch.cat(made), true)
         stored = mean_cosine(batch["target"], true)
         lost = scores["float32"] - scores[storage]
-        print(f"  {storage:<9} tokens {stored:.7f}  model {scores[storage]:.5f} ({-lost:+.5f})")
+        model = f"{scores[storage]:.5f} ({0 - lost:+.5f})"
+        lines.append(f"{storage:<9} tokens {stored:.7f}  model {model}")
         if storage != "float32":
             results.append(result(f"storage/{storage}_model_loses", lost, "", LOSS, "lower"))
+    print("  demo tokens, and the model trained on them", *lines, sep="\n  ")
     return results
 
 

@@ -60,6 +60,8 @@ def extract(config: ExtractConfig) -> None:
     print(f"{out}" + (" (was complete already)" if outcome.already else ""))
     for name, value in rows:
         print(f"  {name:<20}{value}")
+    if len(index.splits) < 2:
+        print("one split alone: set split.fraction or split.seed anew, training scores on another")
     mode = "mode=grid_64 " if index.reduced else ""
     print(f"next: python -m blip3o_lit.train data=tokens data.tokens={config.out} {mode}".rstrip())
 
@@ -68,8 +70,8 @@ def _passed_over(out: Path, images: int) -> str:
     """Return what rejects.jsonl holds beside lost images: refused members, useless lines."""
     with open(out / "rejects.jsonl", encoding="utf-8") as file:
         others = sum(1 for _ in file) - images
-    words = f", and {others:,} other entries passed over" if others else ""
-    return f"{words}: see rejects.jsonl" if others or images else ""
+    words = f", and beside them {others:,} refused" if others else ""
+    return f"{words}, see rejects.jsonl" if others or images else ""
 
 
 def _print_price(config: ExtractConfig) -> None:

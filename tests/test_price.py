@@ -26,6 +26,7 @@ def test_the_missions_pair_costs_what_its_shapes_say() -> None:
     assert found["memory of the weights"] == "15.9 GB"  # 2 bytes x 7.95 G
     assert found["arithmetic"] == "406 PFLOP"
     assert found["time on an H100 or H200"] == "0.28 hours at 400 TFLOP/s"
+    assert found["cost on an H100 or H200"] == "0.85 $ at 3 $ an hour"  # 0.282 hours
     assert found["time on two CPU cores"] == "1,128 hours at 0.1 TFLOP/s"
     # 2 bytes x 257 tokens x 5120 channels = 2.632 MB, a caption's 768 numbers, tar headers
     assert found["disk"].startswith("263.")

@@ -21,6 +21,9 @@ SPEEDS = {
 A100: 300 TFLOP/s; estimates), and what two server cores gave in fp32 (`python -m benchmarks
 ONLY=extraction`: 2.6 images/s of 35 GFLOP)."""
 
+PRICED, DOLLARS = "an H100 or H200", 3.0
+"""What the cost is given for, and what an hour of it is taken to cost."""
+
 
 def price(config: ExtractConfig, images: int = IMAGES) -> list[tuple[str, str]]:
     """Return what an extraction would take, as rows of a name and a value.
@@ -59,6 +62,10 @@ def price(config: ExtractConfig, images: int = IMAGES) -> list[tuple[str, str]]:
         (f"time on {name}", f"{_hours(flops * images / speed)} at {speed / 1e12:g} TFLOP/s")
         for name, speed in SPEEDS.items()
     ]
+    seconds = flops * images / SPEEDS[PRICED]
+    rows.append(
+        (f"cost on {PRICED}", f"{seconds / 3600 * DOLLARS:,.2f} $ at {DOLLARS:g} $ an hour")
+    )
     disk = f"{sample * images / 1e9:,.1f} GB, {sample / 1e3:,.0f} kB an image"
     return [*rows, ("disk", f"{disk} (store={config.store} storage={config.storage})")]
 

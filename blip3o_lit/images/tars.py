@@ -115,7 +115,8 @@ class TarPart:
                 failures += 1
                 lasting = "://" not in self.url or isinstance(error, FileNotFoundError)
                 if lasting or failures == ATTEMPTS:
-                    raise UserError(f"{self.url} can't be read ({error})") from error
+                    reason = "it is not there" if isinstance(error, FileNotFoundError) else error
+                raise UserError(f"{self.url} can't be read ({reason})") from error
                 time.sleep(PAUSE * 2 ** (failures - 1))
 
     def _read(self, skip: int) -> Iterator[Item | Lost]:

@@ -116,7 +116,7 @@ class TarPart:
                 lasting = "://" not in self.url or isinstance(error, FileNotFoundError)
                 if lasting or failures == ATTEMPTS:
                     reason = "it is not there" if isinstance(error, FileNotFoundError) else error
-                raise UserError(f"{self.url} can't be read ({reason})") from error
+                    raise UserError(f"{self.url} can't be read ({reason})") from error
                 time.sleep(PAUSE * 2 ** (failures - 1))
 
     def _read(self, skip: int) -> Iterator[Item | Lost]:

@@ -54,7 +54,9 @@ def gathered_bytes(parts: Units, precision: str) -> int:
     return size * (parts.rest + 2 * parts.largest) + (size + 4) * parts.largest
 
 
-def rank_bytes(strategy: str, parts: Units, precision: str, world: int) -> int:
+def rank_bytes(
+    strategy: str, parts: Units, precision: str, world: int, accumulated: bool = False
+) -> int:
     """Return the bytes of weights, gradients, optimizer and average on one process.
 
     Args:
@@ -62,8 +64,12 @@ def rank_bytes(strategy: str, parts: Units, precision: str, world: int) -> int:
         parts: The network's parameters.
         precision: A name of the precision group.
         world: Processes.
+        accumulated: Whether a step has several micro-batches: DDP then sums gradients beside the
+            buckets that it sends.
     """
     held = states(precision).total * parts.total
+    if strategy == "ddp" and accumulated:
+        held += states(precision).gradients * parts.total
     if strategy != "fsdp2":
         return held
     return held // world + gathered_bytes(parts, precision)
@@ -95,6 +101,7 @@ def forecast(config: TrainConfig, data: TokenDataModule, steps: int) -> list[tup
     world = config.world or devices * config.trainer.num_nodes
     parts, needed = units(config.model, shape), activations(config.model, config.flow, shape, name)
     micro = chosen_micro_batch(config, world, needed.image)
+    accumulation = config.batch_size // (world * micro)
     _, flops = count_parameters(config.model, shape)
     step_flops = 3.0 * flops * config.batch_size
     if config.model.activation_checkpointing:
@@ -112,8 +119,7 @@ def forecast(config: TrainConfig, data: TokenDataModule, steps: int) -> list[tup
         ("parameters", human_count(parts.total)),
         (
             "batch",
-            f"{config.batch_size} = {world} x {micro} x "
-            f"{config.batch_size // (world * micro)} accumulated",
+            f"{config.batch_size} = {world} x {micro} x {accumulation} accumulated",
         ),
         (
             "bytes of states",
@@ -123,7 +129,7 @@ def forecast(config: TrainConfig, data: TokenDataModule, steps: int) -> list[tup
         ),
     ]
     for strategy in ("ddp", "fsdp2") if world > 1 else ("single",):
-        own = rank_bytes(strategy, parts, name, world)
+        own = rank_bytes(strategy, parts, name, world, accumulation > 1)
         gathered = f" ({gib(gathered_bytes(parts, name))} gathered)" if strategy == "fsdp2" else ""
         # FSDP2 gathers weights in the format they are used in, so autocast copies none.
         acts = needed.of(micro) if strategy != "fsdp2" else micro * needed.image

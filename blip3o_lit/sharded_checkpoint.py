@@ -55,9 +55,9 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: When the disk is full or the folder cannot be written.
     """
-    from torch.distributed import checkpoint as dcp
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint import state_dict_saver
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
     tensors = take_tensors(checkpoint)
     checkpoint["tensors"] = list(tensors)  # safetensors files forget the order.
@@ -68,7 +68,7 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
             temporary.mkdir(parents=True)
         dist.barrier()
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer)
+        state_dict_saver.save(tensors, storage_writer=writer)
         mine = sorted(temporary.glob("*.safetensors"))[dist.get_rank() :: dist.get_world_size()]
         sums: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(sums, {file.name: measure(file) for file in mine})
@@ -113,8 +113,8 @@ def read(folder: Path, plain: dict[str, Any], prefix: str = "") -> dict[str, Any
         plain: What its `plain.ckpt` holds; changed in place.
         prefix: Only tensors whose flat name begins so.
     """
-    from torch.distributed import checkpoint as dcp
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint import state_dict_loader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     reader = HuggingFaceStorageReader(str(folder))
     stored: Any = reader.read_metadata().state_dict_metadata
@@ -123,7 +123,7 @@ def read(folder: Path, plain: dict[str, Any], prefix: str = "") -> dict[str, Any
         for name in plain.pop("tensors")
         if name.startswith(prefix)
     }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
     put_tensors(plain, tensors)
     del plain["files"]
     return plain
@@ -137,8 +137,8 @@ def read_shards(
     Returns:
         The checkpoint without weights.
     """
-    from torch.distributed import checkpoint as dcp
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint import state_dict_loader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     reader = HuggingFaceStorageReader(str(folder))
     tensors = {f"state_dict/{name}": tensor for name, tensor in module.state_dict().items()}
@@ -150,7 +150,7 @@ def read_shards(
             whole = stored[name].size == parameter.shape
             like = parameter if whole else torch.empty(stored[name].size)
             tensors[name] = torch.zeros_like(like, dtype=stored[name].properties.dtype)
-    dcp.load(tensors, storage_reader=reader)
+    state_dict_loader.load(tensors, storage_reader=reader)
     put_tensors(plain, tensors)
     _load_optimizers(plain, optimizers)
     del plain["state_dict"]

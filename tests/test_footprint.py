@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from layouts import config
 from tracked import allocator_peak
 
 from blip3o_lit.callbacks.ema import update_average
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape, TokenShape
@@ -17,6 +20,7 @@ from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.footprint import AUTOCAST, activations, units
 from blip3o_lit.forecast import rank_bytes
 from blip3o_lit.models.build import build_network
+from blip3o_lit.training import run_training
 
 SHAPE = PairShape(TokenShape((8, 8), False, 96), TokenShape((8, 8), False, 64))
 DIT = ModelConfig(width=96, depth=6, heads=4, kv_heads=2, mlp_width=256)
@@ -87,3 +91,24 @@ def test_checkpointing_halves_the_saved_activations(model: ModelConfig) -> None:
         return sum(storage.nbytes() for storage in storages.values())
 
     assert saved(replace(model, **SAVING)) <= 0.5 * saved(model)
+
+
+def test_the_plan_of_many_gpus_needs_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The official nextdit on the testbed's tokens; no run directory is made, no weight either."""
+    official = ModelConfig("nextdit", 1792, 24, 28, 28, 0, conditioning="cross", key_rope=False)
+    far = {"plan": True, "world": 64, "batch_size": 4096, "model": official}
+    kept = allocator_peak(lambda: run_training(config("1", **far), tmp_path / "run", []))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "64 x H100" in said
+    assert "a rank, ddp 2" in said
+    assert "a rank, fsdp2" in said
+    assert "4096 = 64 x 64 x 1 accumulated" in said
+    assert "GB/s in all" in said
+    assert not (tmp_path / "run").exists()
+    assert kept < 2**28
+    with pytest.raises(UserError, match="does not divide over 48 processes"):
+        run_training(config("1", **far | {"world": 48}), tmp_path, [])
+    with pytest.raises(UserError, match="choose from H200"):
+        run_training(config("1", **far, gpu="H1000"), tmp_path, [])

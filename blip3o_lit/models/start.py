@@ -73,7 +73,8 @@ def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
     """Return a whole tensor in the layout of a parameter: its own slice where that is sharded."""
     if not is_sharded(parameter):
         return whole
-    from torch.distributed.tensor import distribute_tensor  # costs every command a second
+    from torch.distributed.tensor import DTensor, distribute_tensor  # a second for every command
 
+    assert isinstance(parameter, DTensor)
     whole = whole.to(parameter.device)
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)

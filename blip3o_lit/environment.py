@@ -39,6 +39,7 @@ KNOWN_NOISE = (
     "You defined a `validation_step` but have no `val_dataloader`",
     "`torch.jit.script` is deprecated",
     "FSDP2-wrapped module (",
+    "torch.distributed.nn.functional.all_gather is deprecated",
     "torch.distributed is disabled, unavailable or uninitialized",
     "Starting from v1.9.0, `tensorboardX` has been removed",
 )

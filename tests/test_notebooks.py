@@ -35,26 +35,57 @@ def run(shared_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def execute(name: str, monkeypatch: pytest.MonkeyPatch, run: Path) -> nbformat.NotebookNode:
-    monkeypatch.setenv("BLIP3O_RUN", str(run))
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    book = nbformat.read(NOTEBOOKS / name, as_version=4)
-    client = NotebookClient(book, timeout=600, resources={"metadata": {"path": str(NOTEBOOKS)}})
-    return client.execute()
+@pytest.fixture(scope="module")
+def books(run: Path) -> dict[str, nbformat.NotebookNode]:
+    """All notebooks, run one after the other in one kernel that forgets its names in between."""
+    found = {file.stem: nbformat.read(file, as_version=4) for file in NOTEBOOKS.glob("*.ipynb")}
+    whole = nbformat.v4.new_notebook(metadata=found["quickstart"].metadata)
+    for book in found.values():
+        whole.cells += [nbformat.v4.new_code_cell("%reset -f"), *book.cells]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLIP3O_RUN", str(run))
+        patch.setenv("PYTHONWARNINGS", "ignore")
+        where = {"metadata": {"path": str(NOTEBOOKS)}}
+        NotebookClient(whole, timeout=600, resources=where).execute()
+    return found
 
 
-def test_quickstart_runs_to_its_end(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    book = execute("quickstart.ipynb", monkeypatch, run)
-    outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 7  # ladder, map, curve, loss, cosine, scene, map of the scene
-    said = "".join(output.text for output in outputs if output.output_type == "stream")
+def outputs(book: nbformat.NotebookNode) -> tuple[str, int]:
+    """Return what a notebook printed, and the number of its pictures; it may print no warning."""
+    found = [output for cell in book.cells for output in cell.get("outputs", [])]
+    assert not [output for output in found if output.get("name") == "stderr"]
+    pictures = [output for output in found if "image/png" in output.get("data", {})]
+    return "".join(o.text for o in found if o.output_type == "stream"), len(pictures)
+
+
+def test_quickstart_runs_to_its_end(books: dict[str, nbformat.NotebookNode]) -> None:
+    said, pictures = outputs(books["quickstart"])
+    assert pictures == 7  # ladder, map, curve, loss, cosine, scene, map of the scene
     assert "8 images of validation, patch_only" in said
     for label in ("Posterior mean", "Mean token", "Ridge"):
         assert label in said
     assert re.search(r"EVA tokens \(1, 256, 192\) -> CLIP tokens \(1, 256, 128\)", said)
     assert said.count("heun-10") == 2
-    assert not [output for output in outputs if output.get("name") == "stderr"]
+
+
+def test_the_flow_is_understood(books: dict[str, nbformat.NotebookNode]) -> None:
+    said, pictures = outputs(books["understanding_the_flow"])
+    assert pictures == 5  # paths, fields, mean and samples, solvers, a network
+    ratio = re.search(r"ratio (\d\.\d+)", said)
+    assert ratio
+    assert 1.7 < float(ratio[1]) < 2.3
+    apart = re.search(r"exact mean are (\d\.\d+) apart", said)
+    assert apart
+    assert float(apart[1]) < 0.3
+    assert all(float(error) < 1e-5 for error in re.findall(r"error of x1 (\S+)", said))
+
+
+def test_the_report_is_read(books: dict[str, nbformat.NotebookNode]) -> None:
+    said, pictures = outputs(books["reading_a_report"])
+    assert pictures == 2  # maps, curves
+    assert "mean       against mean_token" in said
+    assert "the neighbour's" in said
+    assert re.search(r"image_to_text\n +R@1 +\d\.\d{3}", said)
 
 
 @pytest.mark.parametrize("file", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)

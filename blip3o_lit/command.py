@@ -36,6 +36,10 @@ from blip3o_lit.sweeps import launcher, study
 Config = TypeVar("Config")
 USER_ERROR_CODE = 2
 OPTIONAL_GROUPS = ("experiment", "debug", "hparams_search")
+PLUGIN_GROUPS = {
+    "hydra/launcher": ["basic", "process", "slurm"],
+    "hydra/sweeper": ["basic", "optuna"],
+}
 
 
 def conf_dir() -> Path:
@@ -171,15 +175,16 @@ def _check_arguments(name: str, schema: type[Any], folder: Path) -> None:
         bad = next((word for word in arguments.overrides if "=" not in word), "")
         hint = f"{bad!r} is no override: write key=value" if bad else str(error)
         raise UserError(hint) from error
-    options = groups(folder)
+    options = groups(folder) | PLUGIN_GROUPS
     known = set(keys(schema))
     for override in overrides:
         _check_override(override, known, options)
     if not arguments.multirun:
         swept = [override for override in overrides if override.is_sweep_override()]
+        swept += [item for item in overrides if item.key_or_group == "hparams_search"]
         if swept:
             raise UserError(
-                f"{swept[0].input_line} lists several values: add -m to run one job for each"
+                f"{swept[0].input_line} stands for several runs: add -m to run one job for each"
             )
     with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
         for words in _single_jobs(overrides):
@@ -202,7 +207,7 @@ def _first_line(message: str, known: set[str]) -> str:
 def _check_override(override: Override, known: set[str], options: dict[str, list[str]]) -> None:
     """Refuse an override of an unknown key, group or option, naming the nearest right word."""
     key = override.key_or_group
-    if key.startswith(("hydra.", "hydra/")):
+    if key.startswith(("hydra.", "hydra/")) and key not in options:
         return
     if key in options and override.type != OverrideType.DEL:
         chosen = _values(override)

@@ -25,7 +25,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.errors import UserError, positive
 from blip3o_lit.sweeps.job import CONSOLE_FILE, Job
 from blip3o_lit.sweeps.page import refresh
 
@@ -65,8 +65,6 @@ class ProcessLauncher(Launcher):
 
     def __init__(self, n_jobs: int, command: Sequence[str]) -> None:
         """Take the options of the group `hydra/launcher`."""
-        if n_jobs < 1:
-            raise UserError(f"hydra.launcher.n_jobs={n_jobs} must be at least 1")
         self.n_jobs = n_jobs
         self.command = list(command)
         self.received: int | None = None
@@ -76,6 +74,7 @@ class ProcessLauncher(Launcher):
     ) -> None:
         """Take what Hydra knows."""
         self.hydra_context, self.config = hydra_context, config
+        positive("hydra.launcher.n_jobs", self.n_jobs)
         for variable in ("WORLD_SIZE", "SLURM_NTASKS"):
             if int(os.environ.get(variable, "1")) > 1 and "sbatch" not in self.command:
                 raise UserError(

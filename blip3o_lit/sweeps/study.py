@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import hashlib
+import importlib.util
 import json
 import math
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from blip3o_lit.config.errors import UserError, one_of
+from blip3o_lit.config.errors import UserError, one_of, positive
 from blip3o_lit.sweeps.job import Job
 from blip3o_lit.sweeps.launcher import PLUGIN_MODULE, ProcessLauncher
 
@@ -77,7 +78,6 @@ class OptunaSweeper(Sweeper):
         params: DictConfig,
     ) -> None:
         """Take the options of `hydra.sweeper`."""
-        one_of("hydra.sweeper.pruner", pruner, PRUNERS)
         self.n_trials, self.seed, self.startup_trials = n_trials, seed, startup_trials
         self.pruner, self.pruner_startup = pruner, pruner_startup_trials
         self.pruner_warmup, self.name, self.params = pruner_warmup_steps, study, params
@@ -86,6 +86,8 @@ class OptunaSweeper(Sweeper):
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         """Take what Hydra knows, and the launcher."""
+        one_of("hydra.sweeper.pruner", self.pruner, PRUNERS)
+        positive("hydra.sweeper.n_trials", self.n_trials)
         self._context, self._config = hydra_context, config
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
@@ -98,8 +100,11 @@ class OptunaSweeper(Sweeper):
         """Run the study to its last trial.
 
         Raises:
-            UserError: If nothing is searched, or the folder holds another study or a busy one.
+            UserError: If nothing is searched, Optuna is not installed, or the folder holds another
+                study or a busy one.
         """
+        if importlib.util.find_spec("optuna") is None:
+            raise UserError("hparams_search=optuna needs Optuna: pip install 'blip3o-lit[sweep]'")
         given = [f"{key}={value}" for key, value in self.params.items()] + arguments
         overrides = OverridesParser.create(self._context.config_loader).parse_overrides(given)
         by_key = {item.get_key_element(): item for item in overrides}

@@ -139,6 +139,8 @@ def build_trainer(
 ) -> Trainer:
     """Build the Trainer without callbacks and loggers; they come when the run is sure to start."""
     name = config.strategy.name
+    if name == "fsdp2" and config.trainer.accelerator == "mps":
+        raise UserError("strategy=fsdp2 needs CUDA GPUs or a CPU: use strategy=single")
     if name == "fsdp2" and config.model.compile:
         raise UserError("model.compile=true does not work with strategy=fsdp2: drop one of them")
     devices: Any = config.trainer.devices

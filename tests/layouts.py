@@ -92,7 +92,7 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
     (folder / f"{job['name']} {os.environ['RANK']}").write_text(str(peak))
 
 
-def two_processes(folder: Path, jobs: list[dict[str, Any]], seconds: float = 280) -> None:
+def two_processes(folder: Path, jobs: list[dict[str, Any]], seconds: float = 800) -> None:
     """Do jobs one after another in two processes, which find each other as torchrun's would."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # so that packages are imported once

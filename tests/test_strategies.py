@@ -20,18 +20,20 @@ from blip3o_lit.forecast import rank_bytes
 from blip3o_lit.loading import load
 from blip3o_lit.resume import resolve_resume
 
+pytestmark = pytest.mark.timeout(900)  # The first test waits for two processes and all runs.
 PAIRS = [("fsdp2", "fsdp2"), ("fsdp2-full", "fsdp2"), ("1", "fsdp2"), ("fsdp2", "ddp")]
 ALONE = [("fsdp2", "1"), ("fsdp2-full", "1")]
 SOURCES, TARGETS = ("1", "ddp", "fsdp2", "fsdp2-full"), ("1", "ddp", "fsdp2")
 
 
 def resumption(source: str, target: str) -> dict[str, Any]:
-    return {"name": f"{source} to {target}", "layout": target, "resume": source}
+    name, micro = f"{source} to {target}", 16 if target == "1" else 8
+    return {"name": name, "layout": target, "resume": source, "micro": micro}
 
 
-def losses(run: Path) -> torch.Tensor:
+def losses(run: Path, column: str = "train/loss") -> torch.Tensor:
     rows = read_rows(run / "metrics.csv")
-    return torch.tensor([float(row["train/loss"]) for row in rows if row["train/loss"]])
+    return torch.tensor([float(row[column]) for row in rows if row[column]])
 
 
 def state(run: Path, name: str = "last.ckpt") -> dict[str, Any]:
@@ -78,6 +80,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
 @pytest.mark.parametrize("name", ["accumulated", "ddp", "fsdp2", "fsdp2-full", "recomputed"])
 def test_every_layout_takes_the_same_steps(runs: Path, name: str) -> None:
     assert_same_run(runs / "1", runs / name)
+    held_out = [losses(runs / run, "val/cosine") for run in ("1", name)]
+    torch.testing.assert_close(*held_out, rtol=1e-5, atol=0)
+    assert len(held_out[0]) == 2
 
 
 def test_a_sharded_nextdit_takes_the_same_steps(runs: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
 from blip3o_lit import checkpointing
@@ -30,6 +30,8 @@ from blip3o_lit.checkpointing import AtomicCheckpointIO
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.environment import quiet_libraries
+from blip3o_lit.footprint import units
+from blip3o_lit.forecast import forecast, rank_bytes
 from blip3o_lit.module import TranslationModule
 from blip3o_lit.overfit import FAILED_CODE, check_overfit, training_images
 from blip3o_lit.resume import config_hash, resolve_resume
@@ -67,8 +69,6 @@ def run_training(config: TrainConfig, run_dir: Path, overrides: list[str]) -> fl
     quiet_libraries()
     run_dir = run_dir.resolve()
     if config.plan:
-        from blip3o_lit.forecast import forecast
-
         for label, value in forecast(config, *open_data(config)):
             console.print(f"[bold]{label:>15}[/bold]  {value}", highlight=False, soft_wrap=True)
         return None
@@ -199,6 +199,11 @@ def make_plan(
     micro = config.micro_batch_size or 1
     low = 4 if config.precision.name in ("fp32", "tf32") else 2
     image = planning.activation_bytes(config.model, data.shape.target.tokens, low)
+    many = trainer.world_size > 1
+    kind = "fsdp2" if config.strategy.name == "fsdp2" else "ddp" if many else "single"
+    accumulated = trainer.accumulate_grad_batches > 1
+    run = (config.precision.name, trainer.world_size, accumulated)
+    states = rank_bytes(kind, units(config.model, data.shape), *run)
     return planning.Plan(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         precision=config.precision.name,
@@ -215,7 +220,7 @@ def make_plan(
         tokens=f"{data.store_path} ({config.mode.name})",
         run_dir=run_dir,
         shape=data.shape,
-        state_gib=parameters * 20 / 2**30,
+        state_gib=states / 2**30,
         activation_gib=micro * image / 2**30,
     )
 

@@ -347,3 +347,42 @@ def test_contrastive_is_the_cross_entropy_of_an_images_own_tokens(batch):
     torch.testing.assert_close(terms.total, F.mse_loss(guess, x1) + 0.5 * expected)
     perfect = FlowObjective(config(contrastive_weight=0.5)).loss(constant(x1), None, x1, z, t)
     assert perfect.extra["contrastive"] < 0.1 * expected
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_at_time_zero_a_sample_output_is_computed_from_zeros(batch, path):
+    x1, z, guess, _ = batch
+    t = torch.tensor([0.0, 0.3, 0.0, 0.9])
+    seen = {}
+
+    def network(x, times, condition):
+        seen["x"] = x
+        return guess
+
+    for prediction in PREDICTIONS:
+        for choice in ("zero", "noise"):
+            objective = FlowObjective(
+                config(path=path, prediction=prediction, time_zero_input=choice)
+            )
+            x_t = objective.path.interpolate(x1, z, t)
+            objective.predict(network, None, x_t, t)
+            blank = prediction == "sample" and choice == "zero"
+            assert torch.equal(seen["x"][0::2], torch.zeros_like(x_t[0::2]) if blank else x_t[0::2])
+            assert torch.equal(seen["x"][1::2], x_t[1::2])
+
+
+def test_the_mean_is_the_same_whatever_the_noise():
+    generator = torch.Generator().manual_seed(0)
+    noises = [torch.randn(2, 5, 6, generator=generator) for _ in range(2)]
+    objective = FlowObjective(FlowConfig())
+
+    def network(x, times, condition):
+        return x + condition
+
+    condition = torch.ones(2, 5, 6)
+    means = [sample(objective, network, condition, z, SolverConfig()).x1_BND for z in noises]
+    assert torch.equal(*means)
+    drawn = [
+        sample(objective, network, condition, z, SolverConfig("heun", 3)).x1_BND for z in noises
+    ]
+    assert (drawn[0] - drawn[1]).abs().max() > 0.1

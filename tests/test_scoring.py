@@ -46,7 +46,7 @@ def scored(run: Path, folder: Path, **settings) -> tuple[dict, list[str]]:
 
 @pytest.fixture(scope="module")
 def result(run, home) -> dict:
-    settings = {"solvers": ["euler-1", "heun-3"], "curve": ["euler-1", "euler-2", "rk4-1"]}
+    settings = {"solvers": ["heun-3", "euler-1"], "curve": ["euler-1", "euler-2", "rk4-1"]}
     return scored(run, home / "fits", baselines="all", curve_images=20, **settings)[0]
 
 
@@ -158,10 +158,9 @@ def test_each_estimator_is_compared_with_each_baseline_image_by_image(result):
 
 def test_samples_have_noise_of_their_own(result):
     samples = result["samples"]
-    assert (samples["solver"], samples["samples"], samples["images"]) == ("euler-1", 4, 16)
-    # One Euler step is the network at t = 0, and an untrained one still answers to the noise.
-    assert samples["pairwise_cosine"] < 0.9
-    assert samples["mse_ratio"] == pytest.approx(1, abs=0.2)
+    assert (samples["solver"], samples["samples"], samples["images"]) == ("heun-3", 4, 16)
+    assert samples["pairwise_cosine"] < 0.99
+    assert samples["mse_ratio"] > 1
 
 
 def test_a_checkpoint_is_as_good_as_itself_and_tokens_of_another_seed_are_not_it(run, home):

@@ -9,6 +9,7 @@ from blip3o_lit.config.errors import UserError, one_of, positive, within
 PATHS = ("linear", "trigonometric", "seed_linear", "seed_cosine")
 PREDICTIONS = ("velocity", "sample", "noise")
 TIMES = ("uniform", "logit_normal", "u_shaped")
+TIME_ZERO_INPUTS = ("zero", "noise")
 NORMALISE = ("none", "l2")
 WEIGHTINGS = ("none", "velocity", "sample")
 
@@ -39,6 +40,9 @@ class FlowConfig:
     """Noise-level shift s: sigma' = s sigma / (1 + (s - 1) sigma); above 1 favours noise."""
     time_zero_share: float = 0.25
     """Share of training draws at exactly t = 0, where one evaluation is the posterior mean."""
+    time_zero_input: str = "zero"
+    """zero: at t = 0, where x_t is noise alone and says nothing of x1, a sample output is computed
+    from zeros; noise: from the noise, as at all other times. Other outputs always see the noise."""
     weighting: str = "none"
     """Quantity whose squared error is minimised: none (the output itself), velocity or sample."""
     cosine_weight: float = 0.0
@@ -70,6 +74,7 @@ class FlowConfig:
         one_of("flow.path", self.path, PATHS)
         one_of("flow.prediction", self.prediction, PREDICTIONS)
         one_of("flow.time", self.time, TIMES)
+        one_of("flow.time_zero_input", self.time_zero_input, TIME_ZERO_INPUTS)
         one_of("flow.normalise", self.normalise, NORMALISE)
         one_of("flow.weighting", self.weighting, WEIGHTINGS)
         within("flow.sigma_min", self.sigma_min, 0.0, 0.5)

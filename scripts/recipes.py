@@ -7,7 +7,7 @@ table says otherwise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 SEEDS = (0, 1, 2)
@@ -75,8 +75,14 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a result to count as this run's."""
         from blip3o_lit import __version__
+        from blip3o_lit.config.train import TrainConfig
 
-        return {"train": self.overrides, "evaluate": self.evaluation, "version": __version__}
+        return {
+            "train": self.overrides,
+            "evaluate": self.evaluation,
+            "defaults": asdict(TrainConfig()),
+            "version": __version__,
+        }
 
 
 ALL = tuple(TESTBEDS)

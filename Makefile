@@ -11,6 +11,8 @@ UV := $(or $(shell command -v uv 2>/dev/null),$(VENV)/bin/uv)
 export HF_HUB_OFFLINE ?= 1
 DEMO := outputs/demo
 MINUTES ?= 60
+# Test processes of one thread each; a tiny machine still gets two, a large one is not flooded.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 2 ? 2 : n > 8 ? 8 : n)))
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -39,7 +41,7 @@ test: setup ## the whole suite
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright blip3o_lit
-	$(PY) -m pytest -m "not soak"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not soak" -n $(WORKERS) --dist loadfile
 
 soak: setup ## the long loops: kills, all resume pairs, fuzzing (MINUTES=60)
 	BLIP3O_SOAK_MINUTES=$(MINUTES) $(PY) -m pytest -m soak

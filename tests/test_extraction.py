@@ -14,6 +14,7 @@ import torch
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import EngineConfig, ExtractConfig, SplitConfig
+from blip3o_lit.extraction import units
 from blip3o_lit.extraction.classes import read_classes
 from blip3o_lit.extraction.demo import demo_source, demo_store
 from blip3o_lit.extraction.engine import Extraction, device_of, extract, worker_of
@@ -109,6 +110,24 @@ def test_rebuilding_workers_and_interruptions_give_the_same_bytes(tmp_path, towe
     assert content(tmp_path / "workers") == expected
     assert content(tmp_path / "broken") == expected
     assert extract(source, towers, tmp_path / "plain", config()).already
+
+
+def test_two_workers_may_finish_at_the_same_moment(tmp_path, towers, monkeypatch):
+    monkeypatch.setattr(units, "PAUSE", 0.0)
+    source = demo_source(4, 2, 8)
+    extract(source, towers, tmp_path / "plain", config())
+    first, second = (Extraction(source, towers, tmp_path / "both", config()) for _ in range(2))
+    own, calls = first._files, []
+
+    def files():
+        if not calls:
+            calls.append(second.run())
+            raise FileNotFoundError("a file that the other worker cleared away")
+        return own()
+
+    first._files = files
+    assert first.run().index == calls[0].index
+    assert content(tmp_path / "both") == content(tmp_path / "plain")
 
 
 def test_another_recipe_may_not_go_on_in_a_folder(tmp_path, towers):

@@ -88,15 +88,19 @@ def load(path: Path, weights_only: bool = False) -> dict[str, Any]:
     return _whole(path, "state_dict/" if weights_only else "")
 
 
-def facts(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of itself; a file's tensors stay on the disk until touched.
+def facts(path: Path, lazily: bool = True) -> dict[str, Any]:
+    """Return what a checkpoint says of itself.
+
+    Args:
+        path: A file or a folder.
+        lazily: A file's tensors stay on the disk until touched: not for tensors that outlive it.
 
     Raises:
         UserError: If it is of another program or of a newer format.
     """
     file = path / sharded_checkpoint.PLAIN if path.is_dir() else path
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=lazily)
     except Exception as error:
         raise UserError(
             f"{path}: not a checkpoint that holds tensors and plain data only"
@@ -114,7 +118,7 @@ def facts(path: Path) -> dict[str, Any]:
 
 def _whole(path: Path, prefix: str = "") -> dict[str, Any]:
     """Return a checkpoint of either kind with its tensors."""
-    checkpoint = facts(path)
+    checkpoint = facts(path, lazily=False)
     return sharded_checkpoint.read(path, checkpoint, prefix) if path.is_dir() else checkpoint
 
 

@@ -176,9 +176,11 @@ def spread(
     for optimizer, state in zip(optimizers, checkpoint["optimizer_states"]):
         for index, parameter in enumerate(parameters_of(optimizer)):
             for key, value in state["state"].get(index, {}).items():
+                mine = value.clone()
                 if value.shape == parameter.shape:
-                    empty = torch.empty_like(parameter.detach(), dtype=value.dtype)
-                    state["state"][index][key] = empty.copy_(shard_like(value, parameter))
+                    mine = torch.empty_like(parameter.detach(), dtype=value.dtype)
+                    mine.copy_(shard_like(value, parameter))
+                state["state"][index][key] = mine
     _load_optimizers(checkpoint, optimizers)
     return checkpoint
 

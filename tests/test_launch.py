@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -29,7 +30,7 @@ def launch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
         check=False,
     )
 
@@ -56,26 +57,38 @@ def test_a_sweep_leaves_complete_runs(sweep: Path) -> None:
         assert f"optimizer.lr={rate}" in (run / "overrides.txt").read_text()
         assert json.loads((run / "result.json").read_text())["finished"]
         assert (run / "checkpoints" / "best.ckpt").is_file()
+    assert (sweep / "sweep.html").is_file()
+    assert (sweep / "sweep.csv").is_file()
     assert losses(sweep / "0")[0] == losses(sweep / "1")[0]
     assert losses(sweep / "0")[-1] != losses(sweep / "1")[-1]
 
 
-def test_two_processes_train_as_one_does(sweep: Path, tmp_path: Path) -> None:
-    words = ("strategy=ddp", "trainer.devices=2", f"hydra.run.dir={tmp_path / 'run'}")
-    done = launch(*words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "run") == pytest.approx(losses(sweep / "1"), rel=1e-5)
+def test_two_processes_inside_a_sweep_train_as_one_does(sweep: Path, tmp_path: Path) -> None:
+    words = ("strategy=ddp", "trainer.devices=2", "optimizer.lr=3e-3", "micro_batch_size=8,5")
+    launcher = ("hydra/launcher=process", "hydra.sweep.dir=two")
+    done = launch("-m", *launcher, *words, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "2 jobs: 1 done, 1 failed" in done.stdout
+    assert "  1: micro_batch_size=5 does not divide" in done.stdout
+    run = tmp_path / "two" / "0"
+    assert "2 ranks train one config: " in (run / "train.log").read_text()
+    assert {path.name for path in run.parent.iterdir() if path.is_dir()} == {"0", "1"}
+    assert losses(run) == pytest.approx(losses(sweep / "1"), rel=1e-5)
     validation = [
         json.loads((folder / "result.json").read_text())["validation"]["cosine"]
-        for folder in (tmp_path / "run", sweep / "1")
+        for folder in (run, sweep / "1")
     ]
     assert validation[0] == pytest.approx(validation[1], rel=1e-5)
+    rows = list(csv.DictReader((run.parent / "sweep.csv").open()))
+    assert [row["run"] for row in rows] == ["0", "1"]
+    assert rows[1]["ended"].startswith("failed: micro_batch_size=5")
 
 
 def test_several_devices_in_a_sweep_are_refused(tmp_path: Path) -> None:
     done = launch("-m", "seed=1,2", "trainer.devices=2", "strategy=ddp", cwd=tmp_path)
     assert done.returncode == 2
-    assert "trainer.devices=1" in done.stderr
+    assert "hydra/launcher=process" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_loggers_write_beside_metrics_csv(tmp_path: Path) -> None:

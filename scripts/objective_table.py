@@ -17,18 +17,18 @@ import shutil
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "outputs" / "objective"
 PAGE = ROOT / "docs" / "objective.md"
-IMAGES = 96
+IMAGES = 64
 SAMPLER = "heun-5"
 BASE = (
-    "experiment=demo mode=grid_64 model.width=128 model.depth=2 model.heads=4 model.kv_heads=4 "
-    "model.mlp_width=256 trainer.max_steps=120 trainer.log_every=50 batch_size=16 "
+    "experiment=demo mode=grid_64 model.width=64 model.depth=2 model.heads=4 model.kv_heads=4 "
+    "model.mlp_width=128 trainer.max_steps=100 trainer.log_every=50 batch_size=16 "
     "evaluation.every=1000 evaluation.images=16 precision=fp32 logger=csv"
 )
 COMMAND = "python -m blip3o_lit.train " + BASE
@@ -47,7 +47,7 @@ class Row:
     """Guidance scale of the sampler and of the mean."""
 
 
-NOISE_OUTPUT = "flow.prediction=noise flow.time_zero_share=0 solver=heun solver.start=0.02"
+NOISE_OUTPUT = "flow.prediction=noise flow.time_zero_share=0 solver=heun"
 L2 = "flow.normalise=l2"
 SECTIONS: dict[str, list[Row]] = {
     "The default, and how much a seed matters": [
@@ -58,6 +58,10 @@ SECTIONS: dict[str, list[Row]] = {
     "Output of the network": [
         Row("velocity", "flow.prediction=velocity"),
         Row("noise (the seeds' epsilon)", NOISE_OUTPUT, start=0.02),
+        Row("the same, sampled from later on", NOISE_OUTPUT, start=0.2),
+        Row(
+            "the same, error of the velocity", f"{NOISE_OUTPUT} flow.weighting=velocity", start=0.2
+        ),
     ],
     "Path": [
         Row("trigonometric", "flow=trigonometric"),
@@ -80,8 +84,9 @@ SECTIONS: dict[str, list[Row]] = {
     ],
     "Training times and their weight": [
         Row("no draws at t = 0", "flow.time_zero_share=0"),
+        Row("noise as input there, not zeros", "flow.time_zero_input=noise"),
         Row("U-shaped", "flow.time=u_shaped"),
-        Row("logit-normal", "flow.time=logit_normal"),
+        Row("logit-normal", "flow.time=logit_normal flow.time_mean=-0.5 flow.time_std=1.2"),
         Row("shifted towards noise", "flow.time_shift=3"),
         Row("error of the velocity", "flow.weighting=velocity"),
         Row("error of the sample", "flow.prediction=velocity flow.weighting=sample"),
@@ -113,8 +118,20 @@ def store_hash() -> str:
 def place(row: Row, tokens: str) -> Path:
     """Return where a row's result is kept."""
     from blip3o_lit import __version__
+    from blip3o_lit.config.flow import FlowConfig
 
-    key = json.dumps([__version__, tokens, BASE, row.overrides, row.start, row.guidance, IMAGES])
+    key = json.dumps(
+        [
+            __version__,
+            asdict(FlowConfig()),
+            tokens,
+            BASE,
+            row.overrides,
+            row.start,
+            row.guidance,
+            IMAGES,
+        ]
+    )
     return FOLDER / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
@@ -133,6 +150,7 @@ def measure(row: Row, tokens: str) -> dict[str, Any]:
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     OmegaConf.register_new_resolver("run_stamp", lambda: "table", replace=True)
     overrides = [*BASE.split(), *row.overrides.split()]
+    overrides += [f"solver.start={row.start}"] * (row.start > 0)
     with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
         config = typed(compose("train", overrides=overrides), TrainConfig)
     folder = FOLDER / f".{place(row, tokens).stem}"
@@ -205,7 +223,7 @@ def page(results: list[dict[str, Any]], tokens: str) -> str:
         "norm: the mean length of sampled tokens over that of the true ones. The mean token of",
         f"each position, a constant, has a cosine of {baseline():.4f}. Three seeds of the default",
         f"lie within {max(first) - min(first):.4f} (sample): smaller differences say nothing, and",
-        "120 steps are too few to rank what is close. A noise output has no posterior mean in one",
+        "100 steps are too few to rank what is close. A noise output has no posterior mean in one",
         f"evaluation. Token store {tokens[:12]}.",
     ]
     for title, rows in SECTIONS.items():
@@ -216,6 +234,7 @@ def page(results: list[dict[str, Any]], tokens: str) -> str:
             mean, sample = result["mean"], result["sample"]
             words = [f"`{word}`" for word in row.overrides.split()]
             words += [f"`solver.guidance_scale={row.guidance}`"] * (row.guidance != 1)
+            words += [f"`solver.start={row.start}`"] * (row.start > 0)
             cells = [
                 row.what,
                 " ".join(words) or "-",

@@ -6,6 +6,7 @@ process group of the first.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tracked import allocator_peak
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from blip3o_lit.config.checkpoint import CheckpointConfig
 from blip3o_lit.config.data import DataConfig, LinearGaussianConfig
@@ -76,7 +77,7 @@ def half(run: Path) -> Path:
 def run_job(folder: Path, job: dict[str, Any]) -> None:
     """Do one job: name and layout, and where given model, micro, precision, resume and measure.
 
-    A job to measure takes two steps and leaves the most bytes that its rank had allocated.
+    A job to measure takes two steps and leaves the bytes of all tensors alive after a step.
     """
     changes: dict[str, Any] = {"micro_batch_size": job.get("micro", 8)}
     changes["model"] = MODELS[job.get("model", "cross")]
@@ -88,8 +89,23 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
         run_training(run, folder / job["name"], [])
         return
     run.trainer.max_steps = 2
-    peak = allocator_peak(lambda: run_training(run, folder / job["name"], []))
-    (folder / f"{job['name']} {os.environ['RANK']}").write_text(str(peak))
+    found: list[int] = []
+    hook = register_optimizer_step_post_hook(lambda *_: found.append(bytes_alive()))
+    run_training(run, folder / job["name"], [])
+    hook.remove()
+    (folder / f"{job['name']} {os.environ['RANK']}").write_text(str(max(found)))
+
+
+def bytes_alive() -> int:
+    """Count the storages of all tensors of this process: weights, gradients, states, and others."""
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None and not tensor.is_meta:
+                    local = tensor.to_local() if hasattr(tensor, "placements") else tensor
+                    storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    return sum(storages.values())
 
 
 def two_processes(folder: Path, jobs: list[dict[str, Any]], seconds: float = 800) -> None:

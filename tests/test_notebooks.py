@@ -37,11 +37,11 @@ def run(shared_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def books(run: Path) -> dict[str, nbformat.NotebookNode]:
-    """All notebooks, run one after the other in one kernel that forgets its names in between."""
+    """All notebooks, run one after the other in one kernel (ruff knows each one's own names)."""
     found = {file.stem: nbformat.read(file, as_version=4) for file in NOTEBOOKS.glob("*.ipynb")}
     whole = nbformat.v4.new_notebook(metadata=found["quickstart"].metadata)
     for book in found.values():
-        whole.cells += [nbformat.v4.new_code_cell("%reset -f"), *book.cells]
+        whole.cells += book.cells
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BLIP3O_RUN", str(run))
         patch.setenv("PYTHONWARNINGS", "ignore")

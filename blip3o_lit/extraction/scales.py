@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from itertools import islice
 from pathlib import Path
@@ -27,7 +28,8 @@ def stored_arrays(
     """Return the arrays as they are stored, and the channel scales `[N, C]` of int8 ones.
 
     The result of the first pass is kept in `state`, so that a later run and other workers use the
-    same scales.
+    same scales. Of workers that start at once, one measures and the others wait for it: on a GPU
+    two measurements need not agree to the last bit.
 
     Raises:
         UserError: If none of the first images can be read.
@@ -35,11 +37,13 @@ def stored_arrays(
     if config.storage != "int8":
         return towers.arrays, {}
     kept = state / "arrays.json"
-    if not kept.is_file():
-        arrays, scales = _first_pass(towers, source, config.extract.batch_size)
-        save_scales(state, scales)
-        entries = {name: spec.to_dict() for name, spec in arrays.items()}
-        write_synced(kept, json.dumps(entries, sort_keys=False).encode())
+    with open(state / "arrays.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # A killed worker's lock ends with it.
+        if not kept.is_file():
+            arrays, scales = _first_pass(towers, source, config.extract.batch_size)
+            save_scales(state, scales)
+            entries = {name: spec.to_dict() for name, spec in arrays.items()}
+            write_synced(kept, json.dumps(entries, sort_keys=False).encode())
     arrays = {
         name: ArraySpec.from_dict(name, entry)
         for name, entry in json.loads(kept.read_bytes()).items()

@@ -7,17 +7,15 @@ CPU, of a measured matmul).
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
-from benchmarks.timing import result, save, show
+from benchmarks.timing import interleaved, result, save, show
+from benchmarks.training import SHAPE, model_config
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape, TokenShape
@@ -27,31 +25,27 @@ from blip3o_lit.flow.solvers import sample
 from blip3o_lit.models.build import build_network
 from blip3o_lit.plan import peak_flops
 
-CONF = Path(__file__).resolve().parent.parent / "conf" / "model"
-PATCH = PairShape(TokenShape((16, 16), False, 4096), TokenShape((16, 16), False, 1024))
 CLS = PairShape(TokenShape((16, 16), True, 4096), TokenShape((16, 16), True, 1024))
 GRID = PairShape(TokenShape((8, 8), False, 1280), TokenShape((8, 8), False, 768))
 CASES = (
-    ("tiny", "patch_only", PATCH, 128, None),
-    ("base", "patch_only", PATCH, 64, 0.40),
+    ("tiny", "patch_only", SHAPE, 128, None),
+    ("base", "patch_only", SHAPE, 64, 0.40),
     ("base", "cls_patch", CLS, 64, None),
-    ("large", "patch_only", PATCH, 32, None),
+    ("large", "patch_only", SHAPE, 32, None),
     ("nextdit", "grid_64", GRID, 64, 0.50),
 )
 """Model, mode, shapes, images a step, target MFU."""
 
 
 def seconds_a_call(call: Callable[[], None], device: torch.device, calls: int) -> float:
-    """Return the median seconds of a call after two that don't count."""
-    times = []
-    for number in range(calls + 2):
-        began = time.perf_counter()
+    """Return the median seconds of a call, the device's work included."""
+
+    def whole() -> None:
         call()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        if number >= 2:
-            times.append(time.perf_counter() - began)
-    return sorted(times)[len(times) // 2]
+
+    return interleaved({"call": whole}, rounds=calls, warm_up=2)["call"]
 
 
 def run() -> list[dict[str, Any]]:
@@ -64,7 +58,7 @@ def run() -> list[dict[str, Any]]:
     )
     found: list[dict[str, Any]] = []
     for name, mode, shape, batch, target in CASES:
-        config = ModelConfig(**yaml.safe_load((CONF / f"{name}.yaml").read_text()))
+        config = model_config(name)
         if not cuda:
             config = replace(config, width=64, depth=2, heads=4, kv_heads=4, mlp_width=128)
             batch = 2

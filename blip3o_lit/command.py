@@ -12,7 +12,7 @@ import importlib
 import os
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -69,8 +69,7 @@ def run_command(name: str, schema: type[Config], task: Callable[[Config], Any]) 
         task: The command itself.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    OmegaConf.register_new_resolver("run_stamp", run_stamp, replace=True)
-    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    _register(name, schema)
     register_plugins()
     folder = conf_dir()
 
@@ -89,6 +88,28 @@ def run_command(name: str, schema: type[Config], task: Callable[[Config], Any]) 
         hydra_main(version_base="1.3", config_path=str(folder), config_name=name)(job)()
     except UserError as error:
         fail(str(error))
+
+
+def composed(name: str, schema: type[Config], words: Iterable[str]) -> Config:
+    """Return the config that a command line gives, for scripts that run commands themselves.
+
+    Args:
+        name: The command's word.
+        schema: Its dataclass.
+        words: The overrides.
+
+    Raises:
+        UserError: Naming the override, in one line.
+    """
+    _register(name, schema)
+    with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+        return typed(compose(name, overrides=list(words)), schema)
+
+
+def _register(name: str, schema: type[Any]) -> None:
+    """Tell Hydra of a command's schema, and OmegaConf how runs are named."""
+    OmegaConf.register_new_resolver("run_stamp", run_stamp, replace=True)
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
 
 def register_plugins() -> None:
@@ -189,12 +210,12 @@ def _check_arguments(name: str, schema: type[Any], folder: Path) -> None:
     with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
         for words in _single_jobs(overrides):
             try:
-                composed = compose(name, overrides=words)
+                found = compose(name, overrides=words)
             except (HydraException, OmegaConfBaseException) as error:
                 cause = error.__cause__
                 message = str(cause) if isinstance(cause, OmegaConfBaseException) else str(error)
                 raise UserError(_first_line(message, known)) from error
-            typed(composed, schema)
+            typed(found, schema)
 
 
 def _first_line(message: str, known: set[str]) -> str:

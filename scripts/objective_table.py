@@ -137,22 +137,15 @@ def place(row: Row, tokens: str) -> Path:
 
 def measure(row: Row, tokens: str) -> dict[str, Any]:
     """Train a row's network and score it on held-out scenes."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
-
     from blip3o_lit import BLIP3oInference
-    from blip3o_lit.command import conf_dir, typed
+    from blip3o_lit.command import composed
     from blip3o_lit.config.solver import SolverConfig
     from blip3o_lit.config.train import TrainConfig
     from blip3o_lit.training import run_training
 
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-    OmegaConf.register_new_resolver("run_stamp", lambda: "table", replace=True)
     overrides = [*BASE.split(), *row.overrides.split()]
     overrides += [f"solver.start={row.start}"] * (row.start > 0)
-    with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-        config = typed(compose("train", overrides=overrides), TrainConfig)
+    config = composed("train", TrainConfig, overrides)
     folder = FOLDER / f".{place(row, tokens).stem}"
     shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()

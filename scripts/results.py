@@ -72,6 +72,7 @@ def finished(run: Run) -> bool:
 
 def measure(run: Run) -> dict[str, Any]:
     """Train and score one run; returns its evaluation."""
+    from blip3o_lit.command import composed
     from blip3o_lit.config.evaluate import EvaluateConfig
     from blip3o_lit.config.home import home
     from blip3o_lit.config.train import TrainConfig
@@ -101,20 +102,6 @@ def measure(run: Run) -> dict[str, Any]:
     shutil.rmtree(folder / "checkpoints")  # 100 runs of them would fill a small disk
     write_json(folder / "recipe.json", run.identity)
     return scores
-
-
-def composed(command: str, schema: type, overrides: Any) -> Any:
-    """Compose a command's config as its command line would."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
-
-    from blip3o_lit.command import conf_dir, typed
-
-    ConfigStore.instance().store(name=f"{command}_schema", node=schema)
-    OmegaConf.register_new_resolver("run_stamp", lambda: "results", replace=True)
-    with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-        return typed(compose(command, overrides=list(overrides)), schema)
 
 
 def evaluations(runs: list[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:

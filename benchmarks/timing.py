@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from blip3o_lit.config.files import write_json
+
 OUTPUT = Path("outputs") / "bench.json"
 
 
@@ -53,7 +55,7 @@ def result(
 
 def show(results: list[dict[str, Any]]) -> None:
     """Print results as a table."""
-    width = max(len(entry["name"]) for entry in results)
+    width = max((len(entry["name"]) for entry in results), default=0)
     for entry in results:
         sign = ">=" if entry["better"] == "higher" else "<="
         verdict = "ok" if entry["ok"] else "MISSED"
@@ -65,9 +67,6 @@ def show(results: list[dict[str, Any]]) -> None:
 
 def save(results: list[dict[str, Any]], path: Path = OUTPUT) -> None:
     """Merge results into bench.json: an entry replaces the older one of its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(path.read_text()) if path.is_file() else []
     merged = {entry["name"]: entry for entry in [*known, *results]}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(list(merged.values()), indent=1) + "\n")
-    temporary.replace(path)
+    write_json(path, list(merged.values()))

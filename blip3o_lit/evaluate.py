@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from blip3o_lit.command import run_command
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
+from blip3o_lit.config.files import write_json
 from blip3o_lit.config.home import home
 
 if TYPE_CHECKING:
@@ -81,15 +80,6 @@ def progress() -> Iterator[Report]:
                 active = None
 
         yield report
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write sorted, finite JSON through a temporary name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
-    temporary.write_text(text + "\n", "utf-8")
-    temporary.replace(path)
 
 
 def show(result: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from blip3o_lit.command import run_command
 from blip3o_lit.config.errors import UserError, one_of
+from blip3o_lit.config.files import write_json
 from blip3o_lit.config.generate import GenerateConfig
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
 
 def generate(config: GenerateConfig) -> Path:
     """Translate a store's condition tokens; return the folder of the generated store."""
-    from blip3o_lit.evaluate import progress, write_json
+    from blip3o_lit.evaluate import progress
     from blip3o_lit.loading import best_device, load
     from blip3o_lit.tokens.index import TokenIndex
     from blip3o_lit.tokens.reader import TokenReader, TokenStore

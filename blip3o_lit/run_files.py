@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from blip3o_lit.callbacks.checkpoints import Checkpoints
 from blip3o_lit.callbacks.metrics_csv import read_rows
 from blip3o_lit.callbacks.run_log import RunLog, human_time
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.files import write_json
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.environment import environment
 from blip3o_lit.overfit import Overfit
@@ -54,7 +56,7 @@ def write_run_files(
         raise UserError(f"{run_dir}: cannot write ({error}): set hydra.run.dir") from error
     (run_dir / "overrides.txt").write_text("".join(f"{o}\n" for o in overrides))
     facts = environment() | {"tokens": tokens_hash, "config_hash": config_hash(config)}
-    (run_dir / "environment.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+    write_json(run_dir / "environment.json", facts)
 
 
 def write_result(
@@ -88,16 +90,16 @@ def write_result(
             for name, value in (validated[-1] if validated else {}).items()
             if name.startswith("val/") and value
         },
-        "train": {name.removeprefix("train/"): value for name, value in run_log.last.items()},
+        "train": {
+            name.removeprefix("train/"): value if math.isfinite(value) else None
+            for name, value in run_log.last.items()
+        },
         "estimator": solver,
         "split": "validation",
     }
     if overfit is not None:
         result["overfit"] = overfit.to_dict()
-    text = json.dumps(result, indent=2, sort_keys=True) + "\n"
-    temporary = run_dir / ".result.json.tmp"  # A sweep's page may be reading.
-    temporary.write_text(text)
-    temporary.replace(run_dir / "result.json")
+    write_json(run_dir / "result.json", result)  # whole at once: a sweep's page may be reading
     history: dict[str, list[float | None]] = {}
     for column in rows[0] if rows else ():
         history[column] = [float(row[column]) if row[column] else None for row in rows]

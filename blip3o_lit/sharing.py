@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.files import replacing, write_json
 from blip3o_lit.loading import CONFIG_FILE, HEADS_FILE, WEIGHTS_FILE, Loaded
 from blip3o_lit.tokens.index import TokenIndex
 
@@ -32,16 +33,14 @@ def write_export(loaded: Loaded, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     facts = _shareable(loaded)
     state = {name: value.contiguous() for name, value in loaded.translator.state_dict().items()}
-    temporary = out / f".{WEIGHTS_FILE}.tmp"
-    save_file(state, temporary, metadata={"format": "pt"})
-    temporary.replace(out / WEIGHTS_FILE)
+    with replacing(out / WEIGHTS_FILE) as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
     heads = Path(loaded.facts["tokens"]["path"]) / HEADS_FILE
     if not heads.is_file():
         heads = loaded.file.with_name(HEADS_FILE)
     if heads.is_file():
         shutil.copyfile(heads, out / HEADS_FILE)
-    content = json.dumps(facts, indent=1, sort_keys=True, allow_nan=False)
-    (out / CONFIG_FILE).write_text(content + "\n", "utf-8")
+    write_json(out / CONFIG_FILE, facts)
     (out / CARD_FILE).write_text(model_card(loaded, facts), "utf-8")
 
 

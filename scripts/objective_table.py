@@ -99,6 +99,10 @@ SECTIONS: dict[str, list[Row]] = {
         Row("contrastive over an image's tokens", "flow.contrastive_weight=0.1"),
         Row("norm of the output", "flow.regularization_weight=0.05"),
     ],
+    "The CLS token (257 raw tokens: these rows compare with each other alone)": [
+        Row("CLS and patches", "mode=cls_patch"),
+        Row("the CLS token counts 16 times", "mode=cls_patch flow.cls_weight=16"),
+    ],
     "Guidance": [
         Row("condition dropped, no guidance", "flow.condition_dropout=0.1"),
         Row("guidance 1.5", "flow.condition_dropout=0.1", guidance=1.5),
@@ -256,6 +260,8 @@ def main(words: list[str]) -> int:
         for row in ROWS:
             print(f"{row.what}\n  {COMMAND} {row.overrides}")
         return 0
+    from blip3o_lit.config.files import write_json
+
     most = next((int(word[5:]) for word in words if word.startswith("rows=")), len(ROWS))
     tokens = store_hash()
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -264,9 +270,7 @@ def main(words: list[str]) -> int:
     for row in missing[:most]:
         result = measure(row, tokens)
         file = place(row, tokens)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result) + "\n", "utf-8")
-        temporary.replace(file)
+        write_json(file, result)
         mean = result["mean"]["cosine"] if result["mean"] else "-"
         print(
             f"{row.what:<40} mean {mean} sample {result['sample']['cosine']} "

@@ -74,9 +74,9 @@ def measure(run: Run) -> dict[str, Any]:
     """Train and score one run; returns its evaluation."""
     from blip3o_lit.command import composed
     from blip3o_lit.config.evaluate import EvaluateConfig
+    from blip3o_lit.config.files import write_json
     from blip3o_lit.config.home import home
     from blip3o_lit.config.train import TrainConfig
-    from blip3o_lit.evaluate import write_json
     from blip3o_lit.loading import load
     from blip3o_lit.scoring.readers import open_readers
     from blip3o_lit.scoring.score import Scorer

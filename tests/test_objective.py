@@ -48,6 +48,15 @@ def test_loss_is_the_mean_squared_error_to_the_chosen_output(batch, path, predic
     assert seen["condition"] == "condition"
 
 
+def test_cls_weight_counts_token_zero_so_many_times_and_stays_a_mean(batch):
+    x1, z, guess, t = batch
+    terms = FlowObjective(config(cls_weight=3.0)).loss(constant(guess), None, x1, z, t)
+    error_BN = (guess - x1).square().mean(-1)
+    repeated = torch.cat([error_BN[:, :1], error_BN[:, :1], error_BN], 1)  # the first thrice
+    torch.testing.assert_close(terms.total, repeated.mean())
+    torch.testing.assert_close(terms.mse, error_BN.mean())
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_true_output_has_no_loss_and_gives_back_x1(batch, prediction):
     x1, z, _, t = batch

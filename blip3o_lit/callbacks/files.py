@@ -10,17 +10,10 @@ import os
 import shutil
 from pathlib import Path
 
+from blip3o_lit.config.files import sync_folder
+
 ASIDE = ".{}.old"
 TEMPORARY = ".{}.tmp"
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def put_in_place(temporary: Path, path: Path) -> None:

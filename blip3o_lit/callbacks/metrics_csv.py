@@ -11,6 +11,8 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
 
+from blip3o_lit.config.files import replacing
+
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Return the rows of a metrics.csv, or none when it does not exist."""
@@ -83,10 +85,7 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def _rewrite(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".csv.tmp")
-        with temporary.open("w", newline="") as file:
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns, restval="")
             writer.writeheader()
             writer.writerows(self._rows)
-        temporary.replace(self.path)

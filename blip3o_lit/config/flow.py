@@ -45,6 +45,8 @@ class FlowConfig:
     from zeros; noise: from the noise, as at all other times. Other outputs always see the noise."""
     weighting: str = "none"
     """Quantity whose squared error is minimised: none (the output itself), velocity or sample."""
+    cls_weight: float = 1.0
+    """Weight of the CLS token's squared error beside a patch token's, in mode=cls_patch."""
     cosine_weight: float = 0.0
     """Weight of 1 - cosine between the restored estimate of x1 and x1; it moves the minimiser."""
     consistency_weight: float = 0.0
@@ -82,6 +84,7 @@ class FlowConfig:
         within("flow.auxiliary_from", self.auxiliary_from, 0.0, 1.0)
         within("flow.condition_dropout", self.condition_dropout, 0.0, 1.0)
         for key in (
+            "cls_weight",
             "velocity_scale",
             "output_scale",
             "target_norm_scale",

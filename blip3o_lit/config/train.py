@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from blip3o_lit.config.checkpoint import CheckpointConfig
 from blip3o_lit.config.data import DataConfig
-from blip3o_lit.config.errors import positive
+from blip3o_lit.config.errors import UserError, positive
 from blip3o_lit.config.evaluation import EvaluationConfig
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.logger import LoggerConfig
@@ -71,3 +71,8 @@ class TrainConfig:
         positive("world", self.world)
         positive("mfu", self.mfu)
         check_solver(self.flow, self.solver)
+        if self.flow.cls_weight != 1 and self.mode.name != "cls_patch":
+            raise UserError(
+                f"flow.cls_weight={self.flow.cls_weight:g}: mode={self.mode.name} has no CLS token "
+                "to weigh: set mode=cls_patch or flow.cls_weight=1"
+            )

@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.tokens.index import ShardEntry, write_synced
+from blip3o_lit.config.files import write_synced
+from blip3o_lit.tokens.index import ShardEntry
 
 NAME = ".convert.jsonl"
 OURS = re.compile(

@@ -20,9 +20,10 @@ import numpy as np
 from safetensors.torch import save
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.files import write_synced
 from blip3o_lit.images.item import Part, Source
 from blip3o_lit.tokens import tar
-from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex, write_synced
+from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex
 from blip3o_lit.tokens.shards import ShardWriter
 from blip3o_lit.tokens.storage import SCALES_FILE
 

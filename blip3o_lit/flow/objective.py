@@ -141,7 +141,7 @@ class FlowObjective(nn.Module):
 
         The squared error is taken between the scaled output and velocity_scale times the target:
 
-            total = velocity_scale^2 mean_B(weight(t) mse_B)
+            total = velocity_scale^2 mean_B(weight(t) mean_N(weight(token) squared error))
                     + regularization_weight velocity_scale mean |output token|
                     + sum of the terms on the estimate of x1, each with its weight.
 
@@ -168,8 +168,9 @@ class FlowObjective(nn.Module):
         out_BND = self._unadapted(network, condition, x_BND, t_B)
         if config.adaptive_scale:
             out_BND = out_BND * self._adapted(out_BND, target_BND)
-        mse_B = (out_BND - target_BND).square().flatten(1).mean(1)
-        total = config.velocity_scale**2 * (self._weight(t_B) * mse_B).mean()
+        error_BN = (out_BND - target_BND).square().mean(-1)
+        mse_B = error_BN.mean(1)
+        total = config.velocity_scale**2 * (self._weight(t_B) * self._weighed(error_BN)).mean()
         y1_hat_BND = path.x1_from(config.prediction, out_BND, x_BND, t_B, check=False)
         x1_hat_BND = self.to_tokens(y1_hat_BND)
         extra: dict[str, Tensor] = {}
@@ -241,6 +242,14 @@ class FlowObjective(nn.Module):
             return torch.ones_like(t_B)
         gain_B = self.path.gain(self.config.prediction, self.config.weighting, t_B)
         return gain_B.square().clamp(max=LARGEST_WEIGHT)
+
+    def _weighed(self, error_BN: Tensor) -> Tensor:
+        """Average over an image's tokens: the first, the CLS token, counts cls_weight times."""
+        if self.config.cls_weight == 1:
+            return error_BN.mean(1)
+        weight_N = torch.ones_like(error_BN[0])
+        weight_N[0] = self.config.cls_weight
+        return (error_BN * weight_N).sum(1) / weight_N.sum()
 
     def _late(self, term_B: Tensor, t_B: Tensor) -> Tensor:
         """Average a term over the batch, counting zero before flow.auxiliary_from."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from functools import cache
 from html import escape
 from importlib import resources
@@ -20,6 +19,7 @@ from typing import Any
 import vl_convert
 
 from blip3o_lit import __version__
+from blip3o_lit.config.files import replacing
 from blip3o_lit.report.about_run import about_run
 from blip3o_lit.report.held_out import held_out, lede
 from blip3o_lit.report.record import RunRecord
@@ -56,9 +56,8 @@ def write_report(run_dir: Path) -> Path:
 
 def publish(target: Path, page: str) -> Path:
     """Write a page under another name first, so that no reader ever sees half of it."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    part.write_text(page, "utf-8")
-    part.replace(target)
+    with replacing(target) as part:
+        part.write_text(page, "utf-8")
     return target
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from blip3o_lit.config.files import replacing
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.models.baselines import MeanToken, PatchMLP, Regression, Ridge
@@ -123,11 +123,9 @@ class BaselineFits:
 
             passes = _Shuffled(self)
             baseline.fit(passes, steps, bf16=settings.bf16, progress=progress, **lr)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
         state = {key: value.contiguous().cpu() for key, value in baseline.state_dict().items()}
-        save_file(state, temporary)
-        temporary.replace(file)
+        with replacing(file) as temporary:
+            save_file(state, temporary)
         return baseline.eval()  # type: ignore[return-value]
 
     def batch(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:

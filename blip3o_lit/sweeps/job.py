@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.files import write_json
 
 STATE_FILE = "job.json"
 CONSOLE_FILE = "console.log"
@@ -139,9 +140,7 @@ class Job:
             "error": self.error,
             "seconds": self.seconds,
         }
-        temporary = self.folder / f".{STATE_FILE}.tmp"
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.replace(self.folder / STATE_FILE)
+        write_json(self.folder / STATE_FILE, content)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

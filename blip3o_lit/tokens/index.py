@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 
 from blip3o_lit import __version__
 from blip3o_lit.config.errors import UserError, one_of
+from blip3o_lit.config.files import write_synced
 from blip3o_lit.config.shape import TokenShape
 from blip3o_lit.tokens import tar
 
@@ -254,33 +253,3 @@ def check_array_name(name: str) -> None:
     """Refuse array names that would not survive as part of a file name."""
     if not name or not tar.KEY_CHARACTERS.issuperset(name) or name == "json":
         raise UserError(f"array name {name!r} may hold letters, digits, - and _ alone")
-
-
-def write_synced(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Write a file through a temporary name: complete and on disk, or not there at all.
-
-    Args:
-        path: The file.
-        content: All of it, or its pieces in order.
-    """
-    temporary = temporary_name(path)
-    with open(temporary, "wb") as file:
-        file.writelines([content] if isinstance(content, bytes) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def temporary_name(path: Path) -> Path:
-    """Return a hidden name beside `path` that no other process has, on this machine or another."""
-    return path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's own entries (new names) to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

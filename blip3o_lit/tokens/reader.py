@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.files import write_synced
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.heads import Head
-from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex, write_synced
+from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex
 from blip3o_lit.tokens.mode import pair_of_views
 from blip3o_lit.tokens.shards import pack_offsets, unpack_offsets
 from blip3o_lit.tokens.storage import (

@@ -18,15 +18,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.files import sync_folder, temporary_name, write_synced
 from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.index import (
     ArraySpec,
     ShardEntry,
     TokenIndex,
     check_array_name,
-    sync_folder,
-    temporary_name,
-    write_synced,
 )
 from blip3o_lit.tokens.storage import encode, load_scales, save_scales, with_token_scales
 

@@ -9,7 +9,6 @@ Shape suffixes: B samples, N tokens, R rows (tokens of several samples), C chann
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.files import replacing
 from blip3o_lit.config.home import home
 from blip3o_lit.config.shape import PairShape, TokenShape
 from blip3o_lit.tokens.loader import Batch, prefetch
@@ -196,10 +196,8 @@ def _save(file: Path, moments: tuple[TokenMoments, TokenMoments]) -> None:
                 tensors[f"{side}.{name}.count"] = torch.tensor(channel.count)
                 tensors[f"{side}.{name}.mean"] = channel.mean_C
                 tensors[f"{side}.{name}.m2"] = channel.m2_C
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary)
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        save_file(tensors, temporary)
 
 
 def _from_tensors(saved: dict[str, Tensor], side: str) -> TokenMoments:

@@ -21,7 +21,8 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.tokens.index import ArraySpec, temporary_name
+from blip3o_lit.config.files import replacing
+from blip3o_lit.tokens.index import ArraySpec
 
 LARGEST = 6e4
 """Magnitudes from here on are refused: fp16 ends at 65504."""
@@ -214,9 +215,8 @@ def with_token_scales(specs: dict[str, ArraySpec]) -> dict[str, ArraySpec]:
 def save_scales(folder: Path, scales: dict[str, np.ndarray]) -> None:
     """Write the channel scales `[K, C]` of all int8 arrays."""
     content = {name: scales[name].astype(np.float32) for name in sorted(scales)}
-    temporary = temporary_name(folder / SCALES_FILE)
-    save_file(content, temporary)
-    temporary.replace(folder / SCALES_FILE)
+    with replacing(folder / SCALES_FILE) as temporary:
+        save_file(content, temporary)
 
 
 def load_scales(folder: Path, specs: dict[str, ArraySpec]) -> dict[str, np.ndarray]:

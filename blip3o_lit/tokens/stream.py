@@ -30,12 +30,13 @@ from webdataset.tariterators import group_by_keys
 
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.files import write_synced
 from blip3o_lit.config.home import home
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.heads import Head
-from blip3o_lit.tokens.index import ShardEntry, TokenIndex, write_synced
+from blip3o_lit.tokens.index import ShardEntry, TokenIndex
 from blip3o_lit.tokens.loader import Batch, prefetch
 from blip3o_lit.tokens.mode import pair_of_views
 from blip3o_lit.tokens.order import random_permutation

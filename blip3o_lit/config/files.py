@@ -1,0 +1,66 @@
+"""Writing files so that no reader, and no power cut, ever sees half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` to write to; what was written there then takes the place of `path`.
+
+    Missing folders are made. A failed write leaves the old file as it was, and nothing else.
+
+    Args:
+        path: The file that is to be replaced, or to come into being.
+
+    Yields:
+        The name to write to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_synced(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a file that is complete and on disk when this returns, or is not there at all.
+
+    Args:
+        path: The file; its folder exists.
+        content: All of it, or its pieces in order.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.writelines([content] if isinstance(content, bytes) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
+    """Write sorted, finite JSON."""
+    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", "utf-8")
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a hidden name beside `path` that no other process has, on this machine or another."""
+    return path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's own entries (new names) to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

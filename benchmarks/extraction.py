@@ -2,8 +2,9 @@
 
 The bare passes take preloaded batches and write nothing. On a CPU there are two: with a batch's
 sums spread over the cores, torch's default, and with a batch a core, which is faster and what
-the engine does; decoding takes its own share of the same cores there. Nor is 2x over single images
-a CPU's figure (1.5 to 1.9 on two cores): one image is enough to fill a core, but not a GPU.
+the engine does; decoding takes its own share of the same cores there. The loop of single images
+runs twice: in the engine's own bf16, where 2x is not a CPU's figure (1.5 on two cores: one image is
+enough to fill a core, but not a GPU), and in the fp32 that the seeds' scripts ran in on a CPU.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -33,8 +35,8 @@ from blip3o_lit.towers.tower import Tower
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMAGES, BATCH = (2048, 64) if DEVICE == "cuda" else (24, 4)
 PAIR = {
-    "eva": TowerConfig("open_clip", "EVA02-B-16", "merged2b_s8b_b131k"),
-    "clip": TowerConfig("open_clip", "ViT-B-16", "openai"),
+    "eva": TowerConfig("open_clip", "EVA02-B-16", "merged2b_s8b_b131k", precision="bf16"),
+    "clip": TowerConfig("open_clip", "ViT-B-16", "openai", precision="bf16"),
 }
 """Random weights; 17.6 GFLOP an image each. A larger pair hides the rest better still."""
 
@@ -52,15 +54,18 @@ def photographs(number: int) -> list[Item]:
     return items
 
 
-def towers() -> dict[str, Tower]:
+def towers(precision: str = "bf16") -> dict[str, Tower]:
     """Build the pair."""
-    return {name: load_tower(config, False, DEVICE) for name, config in PAIR.items()}
+    return {
+        name: load_tower(replace(config, precision=precision), False, DEVICE)
+        for name, config in PAIR.items()
+    }
 
 
 def run() -> list[dict[str, Any]]:
-    """Time the three over the same images; every one ends with the tokens on the host."""
+    """Time them over the same images; every one ends with the tokens on the host."""
     threads = torch.get_num_threads()
-    items, pair = photographs(IMAGES), towers()
+    items, pair, single = photographs(IMAGES), towers(), towers("fp32")
     ready = [
         {name: tower.preprocess(decode(item.read())) for name, tower in pair.items()}
         for item in items
@@ -89,11 +94,11 @@ def run() -> list[dict[str, Any]]:
         list(lanes.map(forward, batches))
 
     @torch.inference_mode()
-    def one_by_one() -> None:
+    def one_by_one(given: dict[str, Tower]) -> None:
         torch.set_num_threads(threads)
         for item in items:
             image = decode(item.read())
-            for tower in pair.values():
+            for tower in given.values():
                 tower.tokens(tower.preprocess(image)[None].to(DEVICE)).cpu()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +108,8 @@ def run() -> list[dict[str, Any]]:
                 "extract": lambda: extract(source, pair, Path(folder, str(next(number))), config),
                 "bare": bare,
                 **({"bare, a batch a core": bare_lanes} if DEVICE == "cpu" else {}),
-                "one by one": one_by_one,
+                "one by one": lambda: one_by_one(pair),
+                "one by one, fp32": lambda: one_by_one(single),
             },
             rounds=3,
         )
@@ -115,6 +121,7 @@ def run() -> list[dict[str, Any]]:
     found = [
         result("extraction/share_of_bare_forward", ratio["bare"], "x", 0.95),
         result("extraction/over_one_image_a_forward", ratio["one by one"], "x", 2),
+        result("extraction/over_the_seeds_loop_fp32", ratio["one by one, fp32"], "x", 2),
     ]
     if DEVICE == "cpu":
         lane = ratio["bare, a batch a core"]

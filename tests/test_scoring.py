@@ -17,7 +17,7 @@ from blip3o_lit.scoring.readers import open_readers
 from blip3o_lit.scoring.score import Scorer
 from blip3o_lit.scoring.swapped import swapped
 from blip3o_lit.scoring.tally import exact_estimators, known_problem
-from blip3o_lit.scoring.verdict import check_finite, verdict, verdict_note
+from blip3o_lit.scoring.verdict import check_finite, verdict, verdict_note, word
 from blip3o_lit.tokens.classes import Classes
 from blip3o_lit.tokens.shards import ArraySpec, TokenWriter
 
@@ -351,8 +351,18 @@ def test_without_a_train_split_only_baselines_none_works(run, home, tmp_path):
         assert "no baseline was fitted" in report["verdict_note"]
 
 
-def test_verdicts_stand_beside_the_baselines():
-    words = [verdict(cosine) for cosine in (0.29, 0.3, 0.6, 0.8)]
+@pytest.mark.parametrize(
+    ("mean", "ridge", "place"),
+    [
+        ([0.1, 0.2], [0.01, 0.02], "above every baseline"),
+        ([0.1, 0.2], [-0.02, -0.01], "below ridge"),
+        ([0.1, 0.2], [-0.01, 0.02], "level with ridge"),
+        ([-0.2, -0.1], [-0.01, 0.0], "below mean token, level with ridge"),
+        ([-0.2, -0.1], [-0.02, -0.01], "below mean token and ridge"),
+    ],
+)
+def test_verdicts_stand_beside_the_baselines(mean, ridge, place):
+    words = [word(cosine) for cosine in (0.29, 0.3, 0.6, 0.8)]
     assert words == ["failing", "works", "good", "excellent"]
     report = {
         "headline": "mean",
@@ -360,10 +370,12 @@ def test_verdicts_stand_beside_the_baselines():
         "split": "validation",
         "estimators": {"mean": {"cosine": 0.85}},
         "baselines": {"mean_token": {"cosine": 0.9}, "ridge": {"cosine": 0.8}},
+        "against": {"mean": {"mean_token": {"ci95": mean}, "ridge": {"ci95": ridge}}},
     }
-    assert "not above mean_token" in verdict_note(report)
-    report["estimators"]["mean"]["cosine"] = 0.95
-    assert "above every baseline" in verdict_note(report)
+    assert verdict(report) == f"excellent by the seeds' thresholds, {place}"
+    assert verdict_note(report).endswith("against mean token 0.9000, ridge 0.8000")
+    report |= {"baselines": {}, "against": {"mean": {}}}
+    assert verdict(report).endswith("compared with no baseline")
 
 
 def test_numbers_that_are_not_finite_name_their_place():

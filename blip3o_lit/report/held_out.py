@@ -269,15 +269,12 @@ def _grid(value: object) -> list[list[float]] | None:
 
 
 def _against(row: Row, baselines: list[Row]) -> str:
-    """Return the end of the opening sentence: every baseline's cosine, and who is above whom."""
-    scored = [(item, value) for item in baselines if (value := item.number("cosine")) is not None]
+    """Return the end of the opening sentence: every baseline's cosine."""
+    scored = [item for item in baselines if item.number("cosine") is not None]
     if not scored:
         return ", with no baseline beside it, so the number says little."
-    best, value = max(scored, key=lambda pair: pair[1])
-    above = (row.number("cosine") or 0.0) > value
-    place = "above every baseline" if above else f"not above {inline(best.label)}"
-    listed = _listed([f"{inline(item.label)} {text('cosine', item)}" for item, _ in scored])
-    return escape(f", against {listed}: {place}.")
+    listed = _listed([f"{inline(item.label)} {text('cosine', item)}" for item in scored])
+    return escape(f", against {listed}.")
 
 
 def _listed(words: list[str]) -> str:

@@ -113,13 +113,14 @@ def details(summary: str, body: str) -> str:
 
 
 def tile(label: str, value: str, beside: Sequence[tuple[str, str]], foot: str) -> str:
-    """Return a summary tile: a number, what stands beside it, and what it belongs to."""
+    """Return a summary tile: a number or phrase, what stands beside it, and what it belongs to."""
     lines = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(number)}</dd></div>" for name, number in beside
     )
     against = f"<dl>{lines}</dl>" if lines else ""
+    size = "big" if len(value) < 12 else "phrase"
     return (
-        f'<article class="tile"><h3>{escape(label)}</h3><p class="big">{escape(value)}</p>'
+        f'<article class="tile"><h3>{escape(label)}</h3><p class="{size}">{escape(value)}</p>'
         f'{against}<p class="foot">{escape(foot)}</p></article>'
     )
 

@@ -154,7 +154,7 @@ class Scorer:
         for block in (block for group in groups for block in group.values()):
             del block["position_cosine"], block["position_std"]
             block["split"] = self.held.split
-        report["verdict"] = verdict(report["estimators"][headline]["cosine"])
+        report["verdict"] = verdict(report)
         report["verdict_note"] = verdict_note(report)
         check_finite(report, "")
         return report

@@ -1,4 +1,4 @@
-"""What an evaluation comes to: a word, one line beside the baselines, and a guard."""
+"""What an evaluation comes to: one phrase, one line beside the baselines, and a guard."""
 
 from __future__ import annotations
 
@@ -6,13 +6,37 @@ import math
 from typing import Any
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.report.scores import baseline, inline
 
-VERDICTS = ((0.8, "excellent"), (0.6, "good"), (0.3, "works"))
+WORDS = ((0.8, "excellent"), (0.6, "good"), (0.3, "works"))
 
 
-def verdict(cosine: float) -> str:
-    """Return the seeds' word for a cosine; read it beside the baselines."""
-    return next((word for least, word in VERDICTS if cosine >= least), "failing")
+def word(cosine: float) -> str:
+    """Return the seeds' word for a cosine; alone it says little."""
+    return next((name for least, name in WORDS if cosine >= least), "failing")
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """Return the seeds' word together with its place among the baselines, as one phrase.
+
+    A difference to a baseline counts where its paired 95 % interval over images leaves zero.
+    """
+    said = f"{word(report['estimators'][report['headline']]['cosine'])} by the seeds' thresholds"
+    against = report["against"][report["headline"]]
+    if not against:
+        return f"{said}, compared with no baseline"
+    below = [inline(baseline(name)) for name, found in against.items() if found["ci95"][1] < 0]
+    level = [
+        inline(baseline(name))
+        for name, found in against.items()
+        if found["ci95"][0] <= 0 <= found["ci95"][1]
+    ]
+    places = [
+        f"{place} {' and '.join(names)}"
+        for place, names in (("below", below), ("level with", level))
+        if names
+    ]
+    return f"{said}, {', '.join(places) or 'above every baseline'}"
 
 
 def verdict_note(report: dict[str, Any]) -> str:
@@ -22,10 +46,8 @@ def verdict_note(report: dict[str, Any]) -> str:
     others = {name: scores["cosine"] for name, scores in report["baselines"].items()}
     if not others:
         return f"{where}; no baseline was fitted, so the number says little"
-    listed = ", ".join(f"{name} {value:.4f}" for name, value in others.items())
-    name, best = max(others.items(), key=lambda item: item[1])
-    place = "above every baseline" if cosine > best else f"not above {name}"
-    return f"{where}, {place} ({listed})"
+    listed = ", ".join(f"{inline(baseline(name))} {value:.4f}" for name, value in others.items())
+    return f"{where}, against {listed}"
 
 
 def check_finite(value: Any, place: str) -> None:

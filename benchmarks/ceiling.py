@@ -1,4 +1,4 @@
-"""The most that this machine's matrix arithmetic gives, at a network's own shapes."""
+"""The most that this machine gives at a network's own shapes: products, and passes over memory."""
 
 from __future__ import annotations
 
@@ -28,3 +28,15 @@ def matmul_flops(model: ModelConfig, tokens: int, dtype: torch.dtype, rounds: in
 
     flops = 2 * tokens * sum(inner * outer for inner, outer in pairs)
     return flops / interleaved({"products": products}, rounds=rounds)["products"]
+
+
+def addition_bytes(model: ModelConfig, tokens: int, dtype: torch.dtype, rounds: int = 9) -> float:
+    """Return bytes/s of adding two activations into a third, the median; arguments as above."""
+    left, right, out = (torch.randn(tokens, model.width).to(dtype) for _ in range(3))
+
+    def additions() -> None:
+        for _ in range(50):
+            torch.add(left, right, out=out)
+
+    moved = 50 * 3 * out.numel() * out.element_size()
+    return moved / interleaved({"additions": additions}, rounds=rounds)["additions"]

@@ -7,6 +7,7 @@ too (minutes of compilation).
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Callable
@@ -19,8 +20,11 @@ from torch import Tensor, nn
 
 from benchmarks.ceiling import matmul_flops
 from benchmarks.timing import interleaved, result, save, show
+from blip3o_lit.callbacks.ema import update_average
+from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape, TokenShape
+from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.build import build_network
 
 SHAPE = PairShape(TokenShape((16, 16), False, 4096), TokenShape((16, 16), False, 1024))
@@ -95,6 +99,26 @@ def stepper(network: nn.Module, batch: int, dtype: torch.dtype) -> Callable[[], 
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def real_step(config: ModelConfig, batch: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Return a whole step of a run: the flow objective, clipping, AdamW and the weight average."""
+    network, objective = build_network(config, SHAPE), FlowObjective(FlowConfig())
+    average = copy.deepcopy(network).requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
+    x1_BND, z_BND = (torch.randn(batch, TOKENS, 1024) for _ in range(2))
+    condition, t_B = torch.randn(batch, TOKENS, 4096), torch.rand(batch)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = objective.loss(network, condition, x1_BND, z_BND, t_B).total
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        update_average(average, network, 0.99)
         optimizer.zero_grad()
 
     return step

@@ -93,7 +93,7 @@ DEFAULT = Recipe(
 PARTS = (
     Recipe("velocity", "velocity output", "flow.prediction=velocity"),
     Recipe("noise", "noise output",
-           f"flow.prediction=noise {NO_MEAN} solver=heun solver.start=0.02"),
+           f"flow.prediction=noise {NO_MEAN} solver=heun solver.start=0.2"),
     Recipe("noise_at_zero", "noise, not zeros, as input at t = 0", "flow.time_zero_input=noise"),
     Recipe("share_0", "no draws at t = 0", NO_MEAN),
     Recipe("share_8", "an eighth at t = 0", "flow.time_zero_share=0.125"),

@@ -101,7 +101,7 @@ SIZES = {
 }
 PREDICTIONS = {
     "v_prediction": "flow.prediction=velocity",
-    "epsilon": "flow.prediction=noise solver.start=0.02",
+    "epsilon": "flow.prediction=noise solver.start=0.2",
     "sample": "flow.prediction=sample",
 }
 TRAINING_TYPES = {

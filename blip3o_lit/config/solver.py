@@ -61,12 +61,12 @@ def check_solver(flow: FlowConfig, solver: SolverConfig) -> None:
     if solver.name == "mean" and not flow.has_mean:
         raise UserError(
             f"solver=mean {outputs}: at t = 0 this output says nothing about x1: use "
-            "flow.prediction=sample, or an ODE solver (solver=heun solver.start=0.02)"
+            "flow.prediction=sample, or an ODE solver (solver=heun solver.start=0.2)"
         )
     if solver.name != "mean" and flow.prediction == "noise" and solver.start == 0:
         raise UserError(
             f"solver={solver.name} {outputs}: the velocity has no value at t = 0 (alpha = 0): "
-            "set solver.start=0.02"
+            "set solver.start=0.2"
         )
     if solver.guidance_scale != 1 and flow.condition_dropout == 0:
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,16 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0].strip("/")
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.answer({"error": "Invalid username or password."}, 401)
+        elif "/paths-info/" in path:
+            name = path.removeprefix("api/datasets/").partition("/paths-info/")[0]
+            files = hub.repositories.get(name, {})
+            asked = [line.partition("=")[2] for line in body.decode().split("&")]
+            if "json" in self.headers.get("Content-Type", ""):
+                asked = json.loads(body)["paths"]
+            rows = ((p, len(files[p])) for p in asked if p in files)
+            self.answer(
+                [{"type": "file", "path": p, "size": size, "oid": "2" * 40} for p, size in rows]
+            )
         elif path == "api/repos/create":
             asked = json.loads(body)
             name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
@@ -106,7 +117,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0].strip("/")
-        repository = "/".join(path.removeprefix("api/models/").split("/")[:2])
+        plain = path.removeprefix("api/").removeprefix("models/").removeprefix("datasets/")
+        repository = "/".join(plain.split("/")[:2])
         files = self.server.repositories.get(repository)
         name = path.rpartition("/")[2]
         if files is None:
@@ -116,13 +128,20 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(
                 [{"type": "file", "path": p, "size": size, "oid": "2" * 40} for p, size in rows]
             )
-        elif path.startswith("api/models/"):
+        elif path.startswith("api/"):
             siblings = [{"rfilename": name} for name in files]
             facts = {"id": repository, "modelId": repository, "private": False, "tags": []}
             self.answer({**facts, "sha": "1" * 40, "siblings": siblings, "downloads": 0})
         elif name in files:
             etag = f'"{hashlib.sha256(files[name]).hexdigest()}"'
-            self.answer(files[name], ETag=etag, X_Repo_Commit="1" * 40)
+            found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if found:
+                first, last = int(found[1]), int(found[2] or len(files[name]) - 1)
+                whole = f"bytes {first}-{last}/{len(files[name])}"
+                part = files[name][first : last + 1]
+                self.answer(part, 206, ETag=etag, X_Repo_Commit="1" * 40, Content_Range=whole)
+            else:
+                self.answer(files[name], ETag=etag, X_Repo_Commit="1" * 40)
         else:
             self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
 

@@ -13,6 +13,7 @@ import zlib
 
 import numpy as np
 import pytest
+from hub_server import serving
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -296,6 +297,21 @@ def test_tars_behind_http_are_read_and_a_missing_one_is_named_at_once(tmp_path):
             read_all(open_source(f"{url}/7.tar", 8))
         assert time.monotonic() - before < tars.PAUSE
         server.shutdown()
+
+
+@pytest.mark.parametrize("names", ["{0..1}.tar", "*.tar"])
+def test_tars_of_the_hub_are_read_in_place(tmp_path, names):
+    for n in range(2):
+        make_tar(tmp_path / f"{n}.tar", [(f"{m}.jpg", jpeg(m)) for m in range(3)])
+    with serving(tmp_path / "cache") as hub:
+        hub.repositories[f"org/{len(names)}"] = {  # the client remembers a repository's files
+            f"{n}.tar": (tmp_path / f"{n}.tar").read_bytes() for n in range(2)
+        }
+        found = read_all(open_source(f"hf://datasets/org/{len(names)}/{names}", 8))
+        assert [entry.source for entry in found] == [
+            f"{n}.tar/{m}.jpg" for n in "01" for m in "012"
+        ]
+        assert found[4].read() == jpeg(1)
 
 
 @pytest.mark.parametrize("url", ["hf://datasets/none/none/0.tar", "s3://none/0.tar"])

@@ -7,12 +7,14 @@ import pytest
 import torch
 from made_run import make_run, small_config
 
+from blip3o_lit import progress
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.generate import GenerateConfig
 from blip3o_lit.config.mode import ModeConfig
+from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.generate import caption
 from blip3o_lit.inference import BLIP3oInference
-from blip3o_lit.pictures import picture_files, picture_tokens, rank_captions
+from blip3o_lit.pictures import embed_captions, picture_files, picture_tokens, rank_captions
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.shards import ArraySpec, TokenWriter
 from blip3o_lit.towers import demo, scenes
@@ -58,16 +60,15 @@ def test_captions_rank_as_the_tower_ranks_its_own_pictures(towers, store):
     reader = TokenReader(TokenStore.open(store), "train", mode=view)
     tokens = reader.read(torch.arange(6).numpy())["target"]
     captions = [scene.caption for scene in SCENES]
-    scores = rank_captions(tokens, reader.shape.target, view, clip, captions)
+    text = embed_captions(clip, captions)
+    scores = rank_captions(tokens, reader.shape.target, view, clip, text)
     pixels = torch.stack([clip.preprocess(scene.image) for scene in SCENES])
     with torch.no_grad():
         image = clip.model.encode_image(pixels, normalize=True)  # open_clip's own way
         expected = image @ clip.encode_text(captions).T
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="has no text side"):
-        rank_captions(
-            tokens[..., :1].expand(-1, -1, 192), reader.shape.target, view, towers[0], ["a"]
-        )
+        embed_captions(towers[0], ["a"])
 
 
 def test_the_command_prints_captions_of_picture_files(store, tmp_path, capsys):
@@ -87,10 +88,41 @@ def test_the_command_prints_captions_of_picture_files(store, tmp_path, capsys):
     assert SCENES[0].key in capsys.readouterr().out
     model = BLIP3oInference(run, "cpu")
     tokens = model.from_images([SCENES[0].image], solver="mean")
-    expected = rank_captions(
-        tokens, model.shape.target, model.config.mode, demo.load("clip"), [found_caption(found)]
-    )
+    clip = demo.load("clip")
+    text = embed_captions(clip, [found_caption(found)])
+    expected = rank_captions(tokens, model.shape.target, model.config.mode, clip, text)
     assert float(expected) == pytest.approx(next(iter(found.values()))[0][1], abs=1e-4)
+
+
+def test_captioning_reports_its_progress_and_goes_by_batches(store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    config = replace(small_config(), mode=ModeConfig("cls_patch"))
+    run = make_run(tmp_path / "run", store, config)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for scene in SCENES[:5]:
+        scene.image.save(folder / f"{scene.key}.png")
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a red seven\na blue three\n")
+    solver = SolverConfig("heun", 2)  # draws noise, a function of the picture's place
+    whole, parts = (
+        caption(
+            GenerateConfig(
+                str(run),
+                images=str(folder),
+                captions=str(captions),
+                solver=solver,
+                batch_size=size,
+                device="cpu",
+            )
+        )
+        for size in (64, 2)
+    )
+    said = capsys.readouterr().err
+    for line in ("5/5 pictures", "2/5 pictures", "4/5 pictures"):
+        assert f"captioning: {line}" in said
+    for rows, again in zip(whole.values(), parts.values()):
+        assert [value for _, value in rows] == pytest.approx([v for _, v in again], abs=1e-5)
 
 
 def found_caption(found: dict) -> str:

@@ -39,11 +39,13 @@ def run(config: GenerateConfig) -> None:
 
 def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
     """Print and return the best captions of each picture, by cosine."""
+    import torch
     from rich.console import Console
     from rich.table import Table
 
     from blip3o_lit.inference import BLIP3oInference
-    from blip3o_lit.pictures import picture_files, rank_captions
+    from blip3o_lit.pictures import embed_captions, picture_files, rank_captions
+    from blip3o_lit.progress import Work
     from blip3o_lit.towers.load import load_tower
 
     assert config.images
@@ -60,15 +62,30 @@ def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
         load_tower(encoder, config.towers.pretrained, str(model.device)) for encoder in encoders
     )
     files = picture_files(config.images)
-    made = model.from_images(
-        files, condition, solver=config.solver, seed=config.seed, batch_size=config.batch_size
-    )
-    assert not isinstance(made, tuple)
-    scores = rank_captions(made, model.shape.target, model.config.mode, target, captions)
-    values, places = scores.topk(min(config.best, len(captions)))
+    text_TP = embed_captions(target, captions)
+    values: list[list[float]] = []
+    places: list[list[int]] = []
+    # A batch at a time: the tokens of one picture are megabytes.
+    with Work("captioning", len(files), "pictures") as work:
+        for start in range(0, len(files), config.batch_size):
+            part = files[start : start + config.batch_size]
+            made = model.from_images(
+                part,
+                condition,
+                solver=config.solver,
+                seed=config.seed,
+                sample_ids=torch.arange(start, start + len(part)),
+                batch_size=config.batch_size,
+            )
+            assert not isinstance(made, tuple)
+            scores = rank_captions(made, model.shape.target, model.config.mode, target, text_TP)
+            top = scores.topk(min(config.best, len(captions)))
+            values += top.values.tolist()
+            places += top.indices.tolist()
+            work.advance(len(part))
     table = Table("picture", "cosine", "caption")
     found: dict[str, list[tuple[str, float]]] = {}
-    for picture, row, order in zip(files, values.tolist(), places.tolist()):
+    for picture, row, order in zip(files, values, places):
         found[str(picture)] = [(captions[place], value) for place, value in zip(order, row)]
         for number, (text, value) in enumerate(found[str(picture)]):
             table.add_row("" if number else picture.name, f"{value:.3f}", text)

@@ -24,6 +24,7 @@ from blip3o_lit.tokens.mode import View, view_of
 from blip3o_lit.towers.tower import Tower
 
 _BATCH = 16
+_CAPTIONS = 256
 
 
 def picture_files(place: str | Path) -> list[Path]:
@@ -79,8 +80,24 @@ def picture_tokens(
 
 
 @torch.no_grad()
+def embed_captions(tower: Tower, captions: Sequence[str]) -> Tensor:
+    """Return the unit embeddings `[T, P]` (fp32) that a tower's text side gives captions.
+
+    Raises:
+        UserError: If the tower has no text side.
+    """
+    parts = []
+    for start in range(0, len(captions), _CAPTIONS):
+        text_TP = tower.encode_text(list(captions[start : start + _CAPTIONS]))
+        if text_TP is None:
+            raise UserError(f"tower {tower.info.name} has no text side: choose towers with one")
+        parts.append(F.normalize(text_TP.float(), dim=-1))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
 def rank_captions(
-    tokens_BND: Tensor, shape: TokenShape, mode: ModeConfig, tower: Tower, captions: Sequence[str]
+    tokens_BND: Tensor, shape: TokenShape, mode: ModeConfig, tower: Tower, text_TP: Tensor
 ) -> Tensor:
     """Return the cosine `[B, T]` between generated target tokens and captions.
 
@@ -91,20 +108,16 @@ def rank_captions(
         tokens_BND: Target tokens, in the tower's own scale.
         shape: Their shape.
         mode: The view that they are in.
-        tower: The target tower, with its text side.
-        captions: The captions.
+        tower: The target tower.
+        text_TP: The captions, as `embed_captions` gives them.
 
     Raises:
-        UserError: If the tower has no text side or no projection.
+        UserError: If the tower has no projection.
     """
-    text_TP = tower.encode_text(list(captions))
-    if text_TP is None:
-        raise UserError(f"tower {tower.info.name} has no text side: choose towers with one")
     tokens_BND = tokens_BND.to(tower.device)
     chosen = tokens_BND[:, :1] if shape.cls else tokens_BND
     projected = chosen.float() if mode.projected else tower_head(tower)(chosen)
-    image_BP = F.normalize(projected.mean(1), dim=-1)
-    return image_BP @ F.normalize(text_TP.float(), dim=-1).T
+    return F.normalize(projected.mean(1), dim=-1) @ text_TP.T
 
 
 def tower_head(tower: Tower) -> Head:

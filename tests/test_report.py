@@ -1,6 +1,5 @@
 import json
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, QUIET
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.report import charts, page, tradeoffs
@@ -514,22 +514,18 @@ def test_page_in_a_browser(run: Path, tmp_path: Path) -> None:
 
     Without it, the scripts and the data that they read are at least there.
     """
-    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
     found = read(run)
     places = [attrs for attrs in found.all("div") if "data-chart" in attrs]
-    if browser is None:
+    if CHROMIUM is None:
         assert len(places) == len(json.loads(found.data["charts"])["specs"])
         return
     probe = run / "probe.html"
     probe.write_text(PROBE)
-    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
-    quiet += " --disable-background-networking --disable-component-update --disable-extensions"
     done = subprocess.run(
         [
-            browser,
-            *quiet.split(),
+            CHROMIUM,
+            *QUIET,
             "--allow-file-access-from-files",
-            "--enable-logging=stderr",
             f"--user-data-dir={tmp_path / 'profile'}",
             "--host-resolver-rules=MAP * ~NOTFOUND",
             "--virtual-time-budget=20000",

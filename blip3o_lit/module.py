@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from blip3o_lit import __version__
@@ -28,6 +27,7 @@ from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.times import training_times
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.models.build import build_network
+from blip3o_lit.models.optimizer import make_optimizer
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.tokens.world import align_checkpoint
 from blip3o_lit.translator import Translator
@@ -239,16 +239,10 @@ class TranslationModule(LightningModule):
             optimizer.zero_grad()
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return AdamW with weight decay on matrices, and the schedule by step."""
+        """Return the optimizer and its schedule by step."""
         config = self.config.optimizer
-        matrices, rest = self.network.parameter_groups()
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
         # Fused AdamW unscales fp16 gradients itself, after they were clipped: keep it apart.
-        fused = self.config.precision.name != "fp16"
-        optimizer = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=fused)
+        optimizer = make_optimizer(self.network, config, self.config.precision.name != "fp16")
         schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step, self.steps))
         return {
             "optimizer": optimizer,

@@ -7,6 +7,7 @@ import torch
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.shape import PairShape, TokenShape
 from blip3o_lit.models.baselines import (
     MeanToken,
@@ -100,9 +101,15 @@ TINY = ModelConfig(width=32, depth=2, heads=4, kv_heads=2, mlp_width=64)
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(
-    "build", [lambda s: PatchMLP(s, hidden=32), lambda s: Regression(TINY, s)], ids=["mlp", "dit"]
+    ("build", "options"),
+    [
+        (lambda s: PatchMLP(s, hidden=32), {}),
+        (lambda s: Regression(TINY, s), {"config": OptimizerConfig(lr=1e-2)}),
+        (lambda s: Regression(TINY, s), {"config": OptimizerConfig("muon", lr=1e-2)}),
+    ],
+    ids=["mlp", "dit", "dit-muon"],
 )
-def test_trained_baselines_learn_and_come_back_from_their_state_dict(build, bf16):
+def test_trained_baselines_learn_and_come_back_from_their_state_dict(build, options, bf16):
     torch.manual_seed(0)
     shape = pair()
     condition, target = linear_data(shape, images=64, noise=0.0)
@@ -110,9 +117,9 @@ def test_trained_baselines_learn_and_come_back_from_their_state_dict(build, bf16
     baseline, losses = build(shape), []
     batches = in_batches(condition, target, 16)
     baseline.fit(
-        batches, steps=120, lr=1e-2, bf16=bf16, progress=lambda s, x: losses.append((s, x))
+        batches, steps=400, bf16=bf16, progress=lambda s, x: losses.append((s, x)), **options
     )
-    assert [step for step, _ in losses] == list(range(1, 121))
+    assert [step for step, _ in losses] == list(range(1, 401))
     held = (baseline.predict(held_condition) - held_target).square().mean()
     assert held < 0.25 * held_target.var()
     again = build(shape)

@@ -1,4 +1,4 @@
-"""Optimizer group: AdamW, its schedule and the weight average."""
+"""Optimizer group: AdamW or Muon, the schedule and the weight average."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from blip3o_lit.config.errors import UserError, one_of, positive, within
 
-OPTIMIZERS = ("adamw",)
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -15,13 +15,15 @@ class OptimizerConfig:
     """The optimizer, its learning-rate schedule, gradient clipping and EMA."""
 
     name: str = "adamw"
-    """adamw."""
+    """adamw, or muon: Muon on the matrices of the blocks, AdamW on the rest."""
     lr: float = 1e-3
     """Peak learning rate."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.95
     """Decay of the second moment."""
+    momentum: float = 0.95
+    """Muon's momentum."""
     weight_decay: float = 0.01
     """Decoupled weight decay, on matrices only."""
     schedule: str = "cosine"
@@ -41,7 +43,7 @@ class OptimizerConfig:
         one_of("optimizer.schedule", self.schedule, SCHEDULES)
         for key in ("lr", "clip_norm"):
             positive(f"optimizer.{key}", getattr(self, key))
-        for key in ("beta1", "beta2", "final_lr_fraction", "ema_decay"):
+        for key in ("beta1", "beta2", "momentum", "final_lr_fraction", "ema_decay"):
             within(f"optimizer.{key}", getattr(self, key), 0.0, 1.0)
         if self.warmup_steps < 0 or self.weight_decay < 0:
             raise UserError(

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.models.build import build_network
+from blip3o_lit.models.optimizer import make_optimizer
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Each call starts one pass over the training split: standardised (condition, target) batches."""
@@ -219,12 +221,12 @@ class PatchMLP(nn.Module):
         self,
         batches: Batches,
         steps: int,
-        lr: float = 1e-3,
         bf16: bool = True,
         progress: Progress | None = None,
     ) -> None:
         """Train for `steps` batches; see `train_regression`."""
-        train_regression(self, batches, steps, lr, bf16, progress)
+        optimizer = make_optimizer(self, OptimizerConfig())
+        train_regression(self, optimizer, batches, steps, bf16, progress)
 
     @torch.no_grad()
     def predict(self, condition_BMC: Tensor) -> Tensor:
@@ -251,12 +253,13 @@ class Regression(nn.Module):
         self,
         batches: Batches,
         steps: int,
-        lr: float = 1e-3,
+        config: OptimizerConfig | None = None,
         bf16: bool = True,
         progress: Progress | None = None,
     ) -> None:
         """Train for `steps` batches; see `train_regression`."""
-        train_regression(self, batches, steps, lr, bf16, progress)
+        optimizer = make_optimizer(self.network, config or OptimizerConfig())
+        train_regression(self, optimizer, batches, steps, bf16, progress)
 
     @torch.no_grad()
     def predict(self, condition_BMC: Tensor) -> Tensor:
@@ -266,30 +269,26 @@ class Regression(nn.Module):
 
 def train_regression(
     network: nn.Module,
+    optimizer: torch.optim.Optimizer,
     batches: Batches,
     steps: int,
-    lr: float,
     bf16: bool,
     progress: Progress | None,
 ) -> None:
     """Train condition -> target by mean squared error, in place, on the network's device.
 
-    AdamW (0.9, 0.95; weight decay 0.01 on matrices), warm-up over a twentieth of the steps, cosine
-    decay to a hundredth, gradients clipped to norm 1; passes over the data follow one another.
+    Warm-up over a twentieth of the steps, cosine decay to a hundredth, gradients clipped to norm 1;
+    passes over the data follow one another.
 
     Args:
         network: Maps [B, M, C] to [B, N, D].
+        optimizer: Of its parameters, at the peak learning rate.
         batches: The training split.
         steps: Optimizer steps.
-        lr: Peak learning rate.
         bf16: Run the network under bf16 autocast; the loss is fp32.
         progress: Told of each step.
     """
     device = next(network.parameters()).device
-    matrices = [p for p in network.parameters() if p.ndim >= 2]
-    rest = [p for p in network.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     network.train()
     for step, (condition_BMC, target_BND) in zip(range(1, steps + 1), _forever(batches)):

@@ -115,9 +115,3 @@ class Network(nn.Module):
         """Compile each block in place; names in the state dict stay as they are."""
         for block in self.blocks:
             block.compile(backend=backend, fullgraph=True)
-
-    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Return the parameters for weight decay (weight matrices) and those without (the rest)."""
-        chosen = {id(module.weight) for module in self.modules() if isinstance(module, nn.Linear)}
-        matrices = [p for p in self.parameters() if id(p) in chosen]
-        return matrices, [p for p in self.parameters() if id(p) not in chosen]

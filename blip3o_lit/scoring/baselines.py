@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from blip3o_lit.config.files import replacing
 from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.models.baselines import MeanToken, PatchMLP, Regression, Ridge
 from blip3o_lit.tokens.reader import TokenReader
 from blip3o_lit.translator import Translator
 
-FORMAT = 1
+FORMAT = 2
 CLOSED_FORM = ("mean_token", "ridge")
 _BATCH = 64
 
@@ -53,8 +54,8 @@ class FitSettings:
     """Training steps of MLP and transformer."""
     batch_size: int
     """Images a training step."""
-    lr: float
-    """Peak learning rate of the transformer: the run's own."""
+    optimizer: OptimizerConfig
+    """Optimizer of the transformer, with the peak learning rate: the run's own."""
     bf16: bool
     """Whether training runs under bf16 autocast, as the run did."""
     images: int
@@ -69,7 +70,7 @@ class FitSettings:
         shared = asdict(self)
         del shared["images"]
         if name == "mlp":
-            del shared["model"], shared["lr"]
+            del shared["model"], shared["optimizer"]
         return shared
 
 
@@ -115,14 +116,14 @@ class BaselineFits:
             baseline.fit(lambda: self._in_order(name))
         else:
             assert isinstance(baseline, PatchMLP | Regression)
-            lr = {} if name == "mlp" else {"lr": settings.lr}
+            own = {} if name == "mlp" else {"config": settings.optimizer}
             steps = settings.steps
 
             def progress(step: int, loss: Tensor) -> None:
                 self.report(name, step, steps)
 
             passes = _Shuffled(self)
-            baseline.fit(passes, steps, bf16=settings.bf16, progress=progress, **lr)
+            baseline.fit(passes, steps, bf16=settings.bf16, progress=progress, **own)
         state = {key: value.contiguous().cpu() for key, value in baseline.state_dict().items()}
         with replacing(file) as temporary:
             save_file(state, temporary)

@@ -341,7 +341,7 @@ def fit_settings(loaded: Loaded, config: EvaluateConfig) -> FitSettings:
         model=run.model,
         steps=min(loaded.facts["step"] or run.trainer.max_steps, config.baseline_steps),
         batch_size=run.batch_size,
-        lr=run.optimizer.lr,
+        optimizer=run.optimizer,
         bf16=run.precision.name in ("bf16", "bf16_true"),
         images=config.baseline_images,
         seed=run.seed,

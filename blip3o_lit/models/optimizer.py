@@ -1,0 +1,107 @@
+"""The optimizer of a network: AdamW, or Muon on the matrices of its blocks and AdamW on the rest.
+
+Muon orthogonalises the momentum of a matrix before it is a step (Jordan et al. 2024,
+https://kellerjordan.github.io/posts/muon/). Steps are scaled to the size of AdamW's (0.2
+sqrt(max(rows, columns)), Liu et al. 2025, arXiv:2502.16982), so one learning rate serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from blip3o_lit.config.optimizer import OptimizerConfig
+
+
+def make_optimizer(network: nn.Module, config: OptimizerConfig, fused: bool = True) -> AdamW:
+    """Build the optimizer of all parameters of a network.
+
+    Weight decay is on the weights of linear layers alone.
+
+    Args:
+        network: The network; Muon's matrices are those of the linear layers of `network.blocks`.
+        config: Names the optimizer and its settings.
+        fused: Use the fused kernel of AdamW, which leaves everything as it was where its attribute
+            `found_inf` is 1.
+    """
+    linear = {id(layer.weight) for layer in network.modules() if isinstance(layer, nn.Linear)}
+    hidden: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in network.named_parameters():
+        if id(parameter) not in linear:
+            rest.append(parameter)
+        elif config.name == "muon" and name.startswith("blocks."):
+            hidden.append(parameter)
+        else:
+            matrices.append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "fused": fused}
+    if config.name == "adamw":
+        return AdamW(groups, lr=config.lr, **options)
+    return MuonAdamW(hidden, groups, config.lr, config.weight_decay, config.momentum, **options)
+
+
+class MuonAdamW(AdamW):
+    """AdamW whose last group of parameters takes the steps of torch's Muon.
+
+    One optimizer to Lightning, to schedules and in checkpoints: one list of groups, one state.
+    """
+
+    def __init__(
+        self,
+        hidden: list[nn.Parameter],
+        groups: list[dict[str, Any]],
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        **options: Any,
+    ) -> None:
+        """Join the two.
+
+        Args:
+            hidden: Matrices for Muon.
+            groups: Groups of all other parameters.
+            lr: Learning rate of both.
+            weight_decay: Decoupled weight decay of Muon's matrices.
+            momentum: Muon's.
+            options: AdamW's.
+        """
+        self._muon = Muon(
+            hidden,
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        super().__init__([*groups, *self._muon.param_groups], lr=lr, **options)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step of both; neither moves anything where `found_inf` is 1."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        try:
+            self.param_groups = groups[:-1]
+            super().step()
+        finally:
+            self.param_groups = groups
+        found: Tensor | None = getattr(self, "found_inf", None)
+        if found is None or not bool(found):  # waits for the device; AdamW's part does not
+            self._muon.param_groups, self._muon.state = groups[-1:], self.state
+            self._muon.step()
+        return loss
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a loaded state as it is: AdamW's own way looks for its step counter in Muon's."""
+        Optimizer.__setstate__(self, state)

@@ -1,0 +1,113 @@
+"""The optimizers: Muon and AdamW in one, against torch's own two."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon
+
+from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.optimizer import OptimizerConfig
+from blip3o_lit.config.shape import PairShape, TokenShape
+from blip3o_lit.models.build import build_network
+from blip3o_lit.models.network import Network
+from blip3o_lit.models.optimizer import make_optimizer
+
+SHAPE = PairShape(TokenShape((2, 2), False, 6), TokenShape((2, 2), False, 4))
+CONFIG = OptimizerConfig("muon", lr=1e-2, weight_decay=0.1)
+
+
+@pytest.fixture
+def network() -> Network:
+    torch.manual_seed(0)
+    size = ModelConfig(width=16, depth=2, heads=2, kv_heads=1, mlp_width=32)
+    made = build_network(size, SHAPE)
+    for parameter in made.parameters():  # nothing stays at zero
+        nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+def draw_gradients(network: nn.Module, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_it_steps_as_torchs_two_optimizers_apart(network: Network) -> None:
+    other = copy.deepcopy(network)
+    joined = make_optimizer(network, CONFIG)
+    linear = [layer.weight for layer in other.modules() if isinstance(layer, nn.Linear)]
+    hidden = [p for name, p in other.named_parameters() if "blocks." in name and p.ndim == 2]
+    own = {id(p) for p in hidden}
+    decayed = {id(p) for p in linear} - own
+    muon = Muon(hidden, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    groups = [
+        {"params": [p for p in other.parameters() if id(p) in decayed], "weight_decay": 0.1},
+        {
+            "params": [p for p in other.parameters() if id(p) not in decayed | own],
+            "weight_decay": 0.0,
+        },
+    ]
+    adamw = AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True)
+    before = copy.deepcopy(network)
+    for step in range(3):
+        for made in (network, other):
+            draw_gradients(made, step)
+        joined.step()
+        muon.step()
+        adamw.step()
+    assert equal(network, other)
+    assert not any(torch.equal(x, y) for x, y in zip(network.parameters(), before.parameters()))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group(network: Network, name: str) -> None:
+    optimizer = make_optimizer(network, OptimizerConfig(name))
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_only_the_weights_of_linear_layers_decay(network: Network, name: str) -> None:
+    optimizer = make_optimizer(network, OptimizerConfig(name, weight_decay=0.1))
+    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    assert decayed == {id(m.weight) for m in network.modules() if isinstance(m, nn.Linear)}
+
+
+def test_saved_and_loaded_it_goes_on_to_the_last_bit(network: Network) -> None:
+    first = make_optimizer(network, CONFIG)
+    for step in range(2):
+        draw_gradients(network, step)
+        first.step()
+    other = copy.deepcopy(network)
+    second = make_optimizer(other, CONFIG)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for made, optimizer in ((network, first), (other, second)):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3  # as a schedule does
+        draw_gradients(made, 2)
+        optimizer.step()
+    assert equal(network, other)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_moves_nothing(network: Network, name: str) -> None:
+    optimizer = make_optimizer(network, OptimizerConfig(name))
+    draw_gradients(network, 0)
+    optimizer.step()
+    weights, state = copy.deepcopy(network), copy.deepcopy(optimizer.state_dict()["state"])
+    draw_gradients(network, 1)
+    network.blocks[0].get_parameter("mlp.layer.down.weight").grad.fill_(float("nan"))  # type: ignore[union-attr]
+    optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
+    optimizer.step()
+    assert equal(network, weights)
+    for number, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            assert torch.equal(value, state[number][key]), (number, key)

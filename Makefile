@@ -66,10 +66,13 @@ $(VENV_DOCS)/installed: requirements-docs.lock
 	@$(VENV_DOCS)/bin/python -m pip install --quiet --require-hashes --requirement requirements-docs.lock
 	@touch $@
 
+audit: setup $(VENV_DOCS)/installed ## licences of the locked packages, and known holes (pip-audit; asks api.osv.dev)
+	@PATH="$(dir $(UV)):$$PATH" $(PY) scripts/audit.py
+
 dist: setup ## the wheel and the source archive, in dist/
 	$(PY) -m build --no-isolation
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) $(VENV_DOCS) build dist site .cache *.egg-info .pytest_cache .ruff_cache
 
-.PHONY: help setup lock demo test soak bench results format docs dist clean
+.PHONY: help setup lock demo test soak bench results format docs audit dist clean

@@ -97,7 +97,8 @@ def _check_network(config: TrainConfig, path: Path) -> None:
     saved = checkpointing.facts(path)["blip3o"]["config"]
     now, then = (_flat(essential(part)) for part in (asdict(config), saved))
     different = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
-    fixed = [key for key in different if key.startswith(("model.", "mode.")) or key == "batch_size"]
+    whole = ("batch_size", "optimizer.name")
+    fixed = [key for key in different if key.startswith(("model.", "mode.")) or key in whole]
     fixed = [key for key in fixed if key not in ("model.compile", "model.activation_checkpointing")]
     if fixed:
         key = fixed[0]

@@ -22,6 +22,7 @@ from blip3o_lit.config.data import DataConfig, LinearGaussianConfig
 from blip3o_lit.config.evaluation import EvaluationConfig
 from blip3o_lit.config.logger import LoggerConfig
 from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import PrecisionConfig, StrategyConfig, TrainerConfig
 from blip3o_lit.training import run_training
@@ -75,13 +76,15 @@ def half(run: Path) -> Path:
 
 
 def run_job(folder: Path, job: dict[str, Any]) -> None:
-    """Do one job: name and layout, and where given model, micro, precision, resume and measure.
+    """Do one job: name and layout, and where given model, micro, precision, optimizer, resume and
+    measure.
 
     A job to measure takes two steps and leaves the bytes of all tensors alive after a step.
     """
     changes: dict[str, Any] = {"micro_batch_size": job.get("micro", 8)}
     changes["model"] = MODELS[job.get("model", "cross")]
     changes["precision"] = PrecisionConfig(job.get("precision", "fp32"))
+    changes["optimizer"] = OptimizerConfig(job.get("optimizer", "adamw"))
     if "resume" in job:
         changes["resume"] = str(half(folder / job["resume"]))
     run = config(job["layout"], **changes)

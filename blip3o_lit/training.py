@@ -26,6 +26,7 @@ from blip3o_lit.callbacks.metrics_csv import MetricsCsv
 from blip3o_lit.callbacks.ranks import OneConfig
 from blip3o_lit.callbacks.run_log import RunLog
 from blip3o_lit.callbacks.stop import StopAtStep
+from blip3o_lit.callbacks.watch import Watch
 from blip3o_lit.checkpointing import AtomicCheckpointIO
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
@@ -276,7 +277,7 @@ def fit(
 
         patience = config.evaluation.patience
         trainer.callbacks.append(EarlyStopping("val/cosine", mode="max", patience=patience))  # type: ignore[attr-defined]
-    trainer.callbacks.append(checkpoints)  # type: ignore[attr-defined]
+    trainer.callbacks += [checkpoints, Watch(str(data.store_path))]  # type: ignore[attr-defined]
     start = 0
     if resumed:
         start = int(checkpointing.facts(resumed)["global_step"])

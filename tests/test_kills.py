@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -23,6 +24,7 @@ import torch
 from test_training import config, differences, state
 
 from blip3o_lit import checkpointing
+from blip3o_lit.callbacks import watch
 from blip3o_lit.callbacks.metrics_csv import read_rows
 from blip3o_lit.config.checkpoint import CheckpointConfig
 from blip3o_lit.config.evaluation import EvaluationConfig
@@ -58,6 +60,7 @@ class Disturbance:
     number: int = signal.SIGKILL
     ranks: tuple[int, ...] = (0,)
     delay: float = 0.0
+    patience: float = watch.RANK_SECONDS
 
     def install(self, folder: Path) -> None:
         """Watch this process's files from now on."""
@@ -89,6 +92,8 @@ def train_here(
     os.dup2(said.fileno(), 2)
     while not (folder / "pids.json").is_file():
         time.sleep(0.001)
+    if planned:
+        watch.RANK_SECONDS = planned.patience
     if planned and environment.get("LOCAL_RANK", "0") == "0":
         planned.install(folder)
     run_training(wanted, folder, [])
@@ -115,6 +120,8 @@ def run(folder: Path, *wanted: TrainConfig, planned: Disturbance | None = None) 
     temporary.write_text(json.dumps([process.pid for process in processes]))
     temporary.replace(folder / "pids.json")
     for process in processes:
+        if planned and planned.number == signal.SIGSTOP and process is not processes[0]:
+            process.kill()
         process.join(280)
     return [process.exitcode for process in processes]
 
@@ -195,3 +202,20 @@ def test_ranks_with_different_configs_stop(tmp_path: Path) -> None:
         said = (tmp_path / f"said-{rank}.txt").read_text()
         assert "rank 1 trains another config or other tokens than rank 0" in said
     assert step_reached(tmp_path) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+def test_a_rank_that_dies_or_hangs_is_named_with_the_collective(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    planned = Disturbance("/metrics.csv", 5, number, (1,), patience=4.0)
+    assert run(tmp_path, *[long_config(20, 2)] * 2, planned=planned) == [1, -signal.SIGKILL]
+    said = (tmp_path / "said-0.txt").read_text()
+    assert re.search(
+        r"rank 1 died or hangs, last seen in (the wait for data|the gradients' all-reduce) of step "
+        r"\d+; rank 0 waits in the gradients' all-reduce of step \d+ since \d",
+        said,
+    ), said
+    found, damaged = checkpointing.newest_sound(tmp_path)
+    assert found is not None
+    assert damaged == [], "nothing is lost"

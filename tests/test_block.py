@@ -9,9 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.shape import PairShape, TokenShape
 from blip3o_lit.models.block import Branch
 from blip3o_lit.models.dit import DiT
+from blip3o_lit.models.optimizer import make_optimizer
 
 TINY = ModelConfig(width=32, depth=2, heads=4, kv_heads=2, mlp_width=48)
 SHAPE = PairShape(TokenShape((3, 3), False, 24), TokenShape((3, 3), False, 20))
@@ -101,7 +103,7 @@ def test_key_rope_decides_whether_cross_attention_knows_where_the_condition_is()
 
 def test_learned_positions_reach_each_token_and_are_not_decayed():
     network = build(positions="learned", conditioning="cross")
-    _, rest = network.parameter_groups()
+    rest = make_optimizer(network, OptimizerConfig()).param_groups[1]["params"]
     for vectors in (network.positions, network.positions_condition):
         assert any(vectors is p for p in rest)
     assert network.positions.shape == (9, 32)
@@ -168,5 +170,5 @@ def test_each_switch_trains_counts_its_flops_and_comes_from_meta(changes):
     assert network.forward_flops(2) == counter.get_total_flops()
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in network.parameters())
-    matrices, rest = network.parameter_groups()
-    assert len(matrices) + len(rest) == len(list(network.parameters()))
+    groups = make_optimizer(network, OptimizerConfig()).param_groups
+    assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))

@@ -11,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.shape import PairShape, TokenShape
 from blip3o_lit.models.dit import DiT
+from blip3o_lit.models.optimizer import make_optimizer
 
 TINY = ModelConfig(width=32, depth=2, heads=4, kv_heads=2, mlp_width=48)
 CROSS = dataclasses.replace(TINY, conditioning="cross")
@@ -262,7 +264,9 @@ def test_half_precision_runs_near_fp32_and_returns_the_input_dtype(config):
 
 def test_weight_decay_goes_to_matrices_alone():
     network = DiT(TINY, pair(target_cls=True))
-    matrices, rest = network.parameter_groups()
+    groups = make_optimizer(network, OptimizerConfig()).param_groups
+    matrices, rest = (group["params"] for group in groups)
+    assert groups[0]["weight_decay"] > 0 and groups[1]["weight_decay"] == 0
     assert len(matrices) + len(rest) == len(list(network.parameters()))
     assert all(p.ndim == 2 for p in matrices)
     assert any(p is network.cls_condition for p in rest)

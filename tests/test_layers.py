@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from blip3o_lit.config.shape import TokenShape
 from blip3o_lit.models import layers
+from blip3o_lit.models.gated import silu_product
 from blip3o_lit.models.layers import (
     GELUMLP,
     DeepAdapter,
@@ -106,6 +107,18 @@ def test_query_key_norm_makes_attention_blind_to_their_scale():
     before = layer(x, None)
     layer.qkv.weight.data[:48] *= 100
     torch.testing.assert_close(layer(x, None), before, atol=1e-4, rtol=1e-4)
+
+
+def test_gated_product_has_autograds_own_gradients():
+    torch.manual_seed(0)
+    gate_up = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(silu_product, gate_up)
+    low = torch.randn(2, 3, 12, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(2, 3, 6, dtype=torch.bfloat16)
+    gate, up = low.chunk(2, -1)
+    (expected,) = torch.autograd.grad(F.silu(gate) * up, low, weight)
+    (found,) = torch.autograd.grad(silu_product(low), low, weight)
+    assert torch.equal(found, expected)
 
 
 def test_swiglu_is_its_formula():

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from blip3o_lit.models.rms_norm import RMSNorm, modulate, scaled_rms_norm
+from blip3o_lit.config.shape import TokenShape
+from blip3o_lit.models.layers import rope_table
+from blip3o_lit.models.rms_norm import RMSNorm, modulate, rotated, rotated_rms_norm, scaled_rms_norm
 
 
 def doubles(*shape):
@@ -18,6 +20,18 @@ def test_gradients_of_norm_scale_and_shift_are_right():
     x, scale, shift = doubles(2, 3, 8), doubles(2, 1, 8), doubles(2, 1, 8)
     assert torch.autograd.gradcheck(lambda *a: scaled_rms_norm(*a, 1e-2), (x, scale, shift))
     assert torch.autograd.gradcheck(lambda a, b: scaled_rms_norm(a, b, None, 1e-2), (x, doubles(8)))
+
+
+def test_norm_and_rotation_in_one_are_the_two_in_turn_with_right_gradients():
+    torch.manual_seed(0)
+    rope = rope_table(TokenShape((2, 2), True, 1), 8).double()
+    x, weight = doubles(2, 5, 3, 8), doubles(3, 8)
+    in_turn = rotated(scaled_rms_norm(x, weight, None, 1e-2), rope)
+    torch.testing.assert_close(rotated_rms_norm(x, weight, rope, 1e-2), in_turn)
+    assert torch.autograd.gradcheck(lambda *a: rotated_rms_norm(*a, rope, 1e-2), (x, weight))
+    torch.testing.assert_close(
+        rotated_rms_norm(x, weight[0], None, 1e-2), scaled_rms_norm(x, weight[0], None, 1e-2)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

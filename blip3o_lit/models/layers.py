@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_lit.config.shape import TokenShape
-from blip3o_lit.models.rms_norm import RMSNorm
+from blip3o_lit.models.gated import silu_product
+from blip3o_lit.models.rms_norm import RMSNorm, rotated, rotated_rms_norm
 
 
 def rope_table(
@@ -52,11 +53,7 @@ def rope_table(
 
 def rotate(x_BNHK: Tensor, rope: Tensor | None) -> Tensor:
     """Rotate queries or keys by a table of `rope_table`; None leaves them as they are."""
-    if rope is None:
-        return x_BNHK
-    cosine, signed_sine = rope.to(x_BNHK.dtype)
-    half = x_BNHK.shape[-1] // 2
-    return torch.addcmul(x_BNHK * cosine, x_BNHK.roll(half, -1), signed_sine)
+    return x_BNHK if rope is None else rotated(x_BNHK, rope.to(x_BNHK.dtype))
 
 
 def attend(q_BNHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor) -> Tensor:
@@ -105,10 +102,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BNW: Tensor, rope: Tensor | None) -> Tensor:
         """Mix the tokens of [B, N, W]."""
-        joint = self.qkv(x_BNW).unflatten(-1, (self.heads + 2 * self.kv_heads, -1))
-        q_BNHK, k_BNGK, v_BNGK = joint.split((self.heads, self.kv_heads, self.kv_heads), 2)
-        q_BNHK = rotate(self.query_norm(q_BNHK), rope)
-        k_BNGK = rotate(self.key_norm(k_BNGK), rope)
+        heads, kv_heads = self.heads, self.kv_heads
+        joint = self.qkv(x_BNW).unflatten(-1, (heads + 2 * kv_heads, -1))
+        both, v_BNGK = joint.split((heads + kv_heads, kv_heads), 2)
+        # Queries and keys are normed and rotated at once.
+        norms = self.query_norm.weight.expand(heads, -1), self.key_norm.weight.expand(kv_heads, -1)
+        both = rotated_rms_norm(both, torch.cat(norms), rope, self.query_norm.eps)
+        q_BNHK, k_BNGK = both.split((heads, kv_heads), 2)
         return self.out(attend(q_BNHK, k_BNGK, v_BNGK))
 
 
@@ -130,14 +130,15 @@ class CrossAttention(nn.Module):
         """Project condition tokens to normed, rotated keys and to values, each [B, M, G, K]."""
         joint = self.key_value(condition_BMW).unflatten(-1, (2 * self.kv_heads, -1))
         k_BMGK, v_BMGK = joint.chunk(2, 2)
-        return rotate(self.key_norm(k_BMGK), rope), v_BMGK
+        return rotated_rms_norm(k_BMGK, self.key_norm.weight, rope, self.key_norm.eps), v_BMGK
 
     def forward(
         self, x_BNW: Tensor, keys_values: tuple[Tensor, Tensor], rope: Tensor | None
     ) -> Tensor:
         """Let each token of [B, N, W] read the condition."""
         q_BNHK = self.query(x_BNW).unflatten(-1, (self.heads, -1))
-        q_BNHK = rotate(self.query_norm(q_BNHK), rope)
+        norm = self.query_norm
+        q_BNHK = rotated_rms_norm(q_BNHK, norm.weight, rope, norm.eps)
         return self.out(attend(q_BNHK, *keys_values))
 
 
@@ -152,8 +153,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BNW: Tensor) -> Tensor:
         """Transform each token of [B, N, W]."""
-        gate_BNF, up_BNF = self.gate_up(x_BNW).chunk(2, -1)
-        return self.down(F.silu(gate_BNF) * up_BNF)
+        return self.down(silu_product(self.gate_up(x_BNW)))
 
 
 class GELUMLP(nn.Module):

@@ -27,14 +27,31 @@ def scaled_rms_norm(x: Tensor, scale: Tensor, shift: Tensor | None, eps: float) 
     return normed * scale if shift is None else torch.addcmul(shift, normed, scale)
 
 
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """Return 1 / rms(x) of each row, [..., 1], accumulated in fp32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
+
+
+def _norm_gradients(
+    gradient: Tensor, x: Tensor, inverse: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients by x and by scale of x * inverse * scale, inverse = 1 / rms(x)."""
+    normed = x * inverse
+    product = gradient * normed
+    by_scale = product.sum_to_size(scale.shape)
+    along = product.mul_(scale).mean(-1, keepdim=True)
+    by_x = torch.addcmul(gradient * scale, normed, along, value=-1).mul_(inverse)
+    return by_x, by_scale
+
+
 class _ScaledRMSNorm(torch.autograd.Function):
     """Keeps x and one number a row for the backward pass, nothing of x's size besides."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor | None, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
+        inverse = _inverse_rms(x, eps)
         ctx.save_for_backward(x, inverse, scale)
         ctx.shift_shape = None if shift is None else shift.shape
         normed = x * inverse
@@ -44,13 +61,63 @@ class _ScaledRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, inverse, scale = ctx.saved_tensors
         (gradient,) = gradients
-        normed = x * inverse
-        product = gradient * normed
-        by_scale = product.sum_to_size(scale.shape)
         by_shift = None if ctx.shift_shape is None else gradient.sum_to_size(ctx.shift_shape)
-        along = product.mul_(scale).mean(-1, keepdim=True)
-        by_x = torch.addcmul(gradient * scale, normed, along, value=-1).mul_(inverse)
-        return by_x, by_scale, by_shift, None
+        return *_norm_gradients(gradient, x, inverse, scale), by_shift, None
+
+
+def rotated_rms_norm(x_BNHK: Tensor, weight: Tensor, rope: Tensor | None, eps: float) -> Tensor:
+    """Return the RMS norm over the heads' width, times a weight, rotated by a table.
+
+    Args:
+        x_BNHK: Queries, keys, or both one after the other.
+        weight: [K], or [H, K] where heads have different ones.
+        rope: A table of `layers.rope_table`, [2, N, 1, K]; None: nothing is rotated.
+        eps: Added to the mean square.
+    """
+    weight = weight.to(x_BNHK.dtype)
+    if rope is None:
+        return scaled_rms_norm(x_BNHK, weight, None, eps)
+    rope = rope.to(x_BNHK.dtype)
+    if x_BNHK.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _RotatedRMSNorm.apply(x_BNHK, weight, rope, eps)  # type: ignore[return-value]
+    return rotated(scaled_rms_norm(x_BNHK, weight, None, eps), rope)
+
+
+def rotated(x_BNHK: Tensor, rope: Tensor) -> Tensor:
+    """Rotate by a table: x cosine + (x with its halves swapped) signed sine."""
+    cosine, signed_sine = rope
+    half = x_BNHK.shape[-1] // 2
+    return torch.addcmul(x_BNHK * cosine, x_BNHK.roll(half, -1), signed_sine)
+
+
+def _add_swapped(out: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """Add x with the halves of its last axis swapped, times a factor, in place."""
+    half = x.shape[-1] // 2
+    out[..., :half].addcmul_(x[..., half:], factor[..., :half])
+    out[..., half:].addcmul_(x[..., :half], factor[..., half:])
+    return out
+
+
+class _RotatedRMSNorm(torch.autograd.Function):
+    """Norm, weight and rotation in four passes forward; keeps x and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rope: Tensor, eps: float) -> Tensor:
+        inverse = _inverse_rms(x, eps)
+        ctx.save_for_backward(x, inverse, weight, rope)
+        half = x.shape[-1] // 2
+        out = x * (rope[0] * weight)
+        return _add_swapped(out, x, rope[1] * weight.roll(half, -1)).mul_(inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, inverse, weight, rope = ctx.saved_tensors
+        (gradient,) = gradients
+        half = x.shape[-1] // 2
+        # The transposed rotation: the sine goes with the half that it comes from.
+        turned = _add_swapped(gradient * rope[0], gradient, rope[1].roll(half, -1))
+        by_x, by_weight = _norm_gradients(turned, x, inverse, weight)
+        return by_x, by_weight, None, None
 
 
 class RMSNorm(nn.Module):

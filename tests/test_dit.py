@@ -266,7 +266,8 @@ def test_weight_decay_goes_to_matrices_alone():
     network = DiT(TINY, pair(target_cls=True))
     groups = make_optimizer(network, OptimizerConfig()).param_groups
     matrices, rest = (group["params"] for group in groups)
-    assert groups[0]["weight_decay"] > 0 and groups[1]["weight_decay"] == 0
+    assert groups[0]["weight_decay"] > 0
+    assert groups[1]["weight_decay"] == 0
     assert len(matrices) + len(rest) == len(list(network.parameters()))
     assert all(p.ndim == 2 for p in matrices)
     assert any(p is network.cls_condition for p in rest)

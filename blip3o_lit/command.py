@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import string
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator
@@ -84,6 +85,8 @@ def run_command(name: str, schema: type[Config], task: Callable[[Config], Any]) 
     # argparse takes no overrides on both sides of a flag: put -m before all of them.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     try:
+        if _show_help(name, folder):
+            return
         _check_arguments(name, schema, folder)
         hydra_main(version_base="1.3", config_path=str(folder), config_name=name)(job)()
     except UserError as error:
@@ -183,10 +186,30 @@ def groups(folder: Path) -> dict[str, list[str]]:
     return found
 
 
+def _show_help(name: str, folder: Path) -> bool:
+    """Print the command's page if --help asks for it; return whether it did.
+
+    Hydra's own page lists the groups through copies of all that it knows, which takes a second.
+    """
+    arguments, _ = get_args_parser().parse_known_args()
+    if not arguments.help:
+        return False
+    try:
+        with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
+            config = compose(name, overrides=arguments.overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    template = string.Template(config.hydra.help.template)
+    options = "".join(f"{group}: {', '.join(known)}\n" for group, known in groups(folder).items())
+    shown = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    print(template.substitute(APP_CONFIG_GROUPS=options, CONFIG=OmegaConf.to_yaml(shown)))
+    return True
+
+
 def _check_arguments(name: str, schema: type[Any], folder: Path) -> None:
     """Check the command line's overrides; composing is tried once, so errors come as one line."""
     arguments, unknown_flags = get_args_parser().parse_known_args()
-    if arguments.help or arguments.hydra_help or arguments.shell_completion:
+    if arguments.hydra_help or arguments.shell_completion:
         return
     if unknown_flags:
         raise UserError(f"{unknown_flags[0]} is no flag of this command: overrides are key=value")

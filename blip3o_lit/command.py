@@ -32,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from blip3o_lit.config.errors import UserError, nearest
+from blip3o_lit.config.secrets import masked
 from blip3o_lit.sweeps import launcher, study
 
 Config = TypeVar("Config")
@@ -73,8 +74,11 @@ def run_command(name: str, schema: type[Config], task: Callable[[Config], Any]) 
     _register(name, schema)
     register_plugins()
     folder = conf_dir()
+    began = False
 
     def job(config: DictConfig) -> Any:
+        nonlocal began
+        began = True
         try:
             return task(typed(config, schema))
         except UserError as error:
@@ -91,6 +95,10 @@ def run_command(name: str, schema: type[Config], task: Callable[[Config], Any]) 
         hydra_main(version_base="1.3", config_path=str(folder), config_name=name)(job)()
     except UserError as error:
         fail(str(error))
+    except OSError as error:
+        if began:
+            raise
+        fail(f"{error.filename}: {error.strerror}: choose another folder with hydra.run.dir")
 
 
 def composed(name: str, schema: type[Config], words: Iterable[str]) -> Config:
@@ -139,8 +147,8 @@ def register_plugins() -> None:
 
 
 def fail(message: str) -> typing.NoReturn:
-    """Print a one-line error and exit with 2."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    """Print a one-line error without secrets and exit with 2."""
+    print("error: " + " ".join(masked(message).split()), file=sys.stderr)
     sys.exit(USER_ERROR_CODE)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from blip3o_lit.command import run_command
 from blip3o_lit.config.errors import UserError, one_of
-from blip3o_lit.config.files import write_json
+from blip3o_lit.config.files import claimed, write_json
 from blip3o_lit.config.generate import GenerateConfig
 
 if TYPE_CHECKING:
@@ -117,11 +117,11 @@ def generate(config: GenerateConfig) -> Path:
             f"{loaded.shape.condition}: give a matching store"
         )
     settings = _settings(config, loaded, store)
-    _claim(out, settings)
     spec = _spec(loaded, store, settings)
     entries: list[ShardEntry] = []
-    write_json(out / SETTINGS_FILE, settings)
-    with progress() as report:
+    with claimed(out, "out"), progress() as report:
+        _claim(out, settings)
+        write_json(out / SETTINGS_FILE, settings)
         for split, reader in readers.items():
             first = 0
             for number, samples in enumerate(reader.shard_sizes.tolist()):
@@ -133,9 +133,9 @@ def generate(config: GenerateConfig) -> Path:
                 entries.append(entry)
                 first += samples
                 report(split, first, len(reader))
-    reduced = mode.name if mode.name == "grid_64" else None
-    index = TokenIndex({data.target: spec}, entries, reduced, store.index.split_rule)
-    index.write(out)
+        reduced = mode.name if mode.name == "grid_64" else None
+        index = TokenIndex({data.target: spec}, entries, reduced, store.index.split_rule)
+        index.write(out)
     print(f"{index.samples} generated samples in {len(entries)} shards: {out}")
     return out
 

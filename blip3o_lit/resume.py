@@ -13,6 +13,7 @@ import yaml
 
 from blip3o_lit import checkpointing
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.secrets import masked
 from blip3o_lit.config.train import TrainConfig
 
 log = logging.getLogger("blip3o_lit")
@@ -95,7 +96,7 @@ def _check_network(config: TrainConfig, path: Path) -> None:
     if not checkpointing.is_sound(path):
         raise UserError(f"{path}: the checkpoint is damaged: use another one of its folder")
     saved = checkpointing.facts(path)["blip3o"]["config"]
-    now, then = (_flat(essential(part)) for part in (asdict(config), saved))
+    now, then = (_flat(essential(part)) for part in (masked(asdict(config)), saved))
     different = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
     whole = ("batch_size", "optimizer.name")
     fixed = [key for key in different if key.startswith(("model.", "mode.")) or key in whole]

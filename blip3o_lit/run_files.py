@@ -19,6 +19,7 @@ from blip3o_lit.callbacks.metrics_csv import read_rows
 from blip3o_lit.callbacks.run_log import RunLog, human_time
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import write_json
+from blip3o_lit.config.secrets import masked
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.environment import environment
 from blip3o_lit.overfit import Overfit
@@ -37,11 +38,12 @@ def is_rank_zero() -> bool:
 
 def show_plan(the_plan: Plan, resumed: Path | None) -> None:
     """Print the plan, one labelled line each."""
-    for label, value in the_plan.rows():
+    for label, value in masked(list(the_plan.rows())):
         console.print(f"[bold]{label:>14}[/bold]  {value}", highlight=False, soft_wrap=True)
         log.info("%s: %s", label, value)
     if resumed:
-        console.print(f"[bold]{'resumes from':>14}[/bold]  {resumed}", highlight=False)
+        label = f"[bold]{'resumes from':>14}[/bold]"
+        console.print(f"{label}  {resumed}", highlight=False, soft_wrap=True)
         log.info("resumes from: %s", resumed)
 
 
@@ -51,11 +53,13 @@ def write_run_files(
     """Write config.yaml, overrides.txt and environment.json."""
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        (run_dir / "config.yaml").write_text(
+            yaml.safe_dump(masked(asdict(config)), sort_keys=False)
+        )
     except OSError as error:
         raise UserError(f"{run_dir}: cannot write ({error}): set hydra.run.dir") from error
-    (run_dir / "overrides.txt").write_text("".join(f"{o}\n" for o in overrides))
-    facts = environment() | {"tokens": tokens_hash, "config_hash": config_hash(config)}
+    (run_dir / "overrides.txt").write_text("".join(f"{o}\n" for o in masked(overrides)))
+    facts = masked(environment()) | {"tokens": tokens_hash, "config_hash": config_hash(config)}
     write_json(run_dir / "environment.json", facts)
 
 

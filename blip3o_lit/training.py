@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ from blip3o_lit.callbacks.stop import StopAtStep
 from blip3o_lit.callbacks.watch import Watch
 from blip3o_lit.checkpointing import AtomicCheckpointIO
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.files import claimed
+from blip3o_lit.config.secrets import masked
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.environment import quiet_libraries
+from blip3o_lit.environment import keep_freed_memory, quiet_libraries
 from blip3o_lit.footprint import units
 from blip3o_lit.forecast import forecast, rank_bytes
 from blip3o_lit.module import TranslationModule
@@ -68,6 +71,7 @@ def run_training(config: TrainConfig, run_dir: Path, overrides: list[str]) -> fl
         UserError: For anything in the configuration, data or machine that the user can mend.
     """
     quiet_libraries()
+    keep_freed_memory()
     run_dir = run_dir.resolve()
     if config.plan:
         for label, value in forecast(config, *open_data(config)):
@@ -86,24 +90,25 @@ def run_training(config: TrainConfig, run_dir: Path, overrides: list[str]) -> fl
     trainer.val_check_interval = accumulation * config.evaluation.every
     the_plan = make_plan(config, data, steps, trainer, run_dir, device)
     resumed = resolve_resume(config, run_dir)
-    if is_rank_zero():
-        write_run_files(config, run_dir, overrides, data.train.content_hash)
-        show_plan(the_plan, resumed)
-    if config.dry_run:
-        console.print("dry run: everything was built, no step was taken")
-        return None
-    module = TranslationModule(
-        config,
-        asdict(config),
-        data.shape,
-        data.condition_standardizer,
-        data.target_standardizer,
-        {"path": str(data.store_path), "hash": data.train.content_hash},
-        steps,
-    )
-    if config.model.compile:
-        module.network.compile_blocks()
-    return fit(config, trainer, module, data, the_plan, resumed, run_dir)
+    with claimed(run_dir, "hydra.run.dir") if is_rank_zero() else nullcontext():
+        if is_rank_zero():
+            write_run_files(config, run_dir, overrides, data.train.content_hash)
+            show_plan(the_plan, resumed)
+        if config.dry_run:
+            console.print("dry run: everything was built, no step was taken")
+            return None
+        module = TranslationModule(
+            config,
+            masked(asdict(config)),
+            data.shape,
+            data.condition_standardizer,
+            data.target_standardizer,
+            {"path": masked(str(data.store_path)), "hash": data.train.content_hash},
+            steps,
+        )
+        if config.model.compile:
+            module.network.compile_blocks()
+        return fit(config, trainer, module, data, the_plan, resumed, run_dir)
 
 
 def choose_device(config: TrainConfig) -> torch.device:
@@ -244,7 +249,7 @@ def loggers(config: TrainConfig, run_dir: Path, resumed: Path | None, step: int)
                 project=config.logger.wandb_project,
                 name=config.logger.wandb_name,
                 offline=offline,
-                config=asdict(config),
+                config=masked(asdict(config)),
             )
         )
     return made
@@ -277,7 +282,7 @@ def fit(
 
         patience = config.evaluation.patience
         trainer.callbacks.append(EarlyStopping("val/cosine", mode="max", patience=patience))  # type: ignore[attr-defined]
-    trainer.callbacks += [checkpoints, Watch(str(data.store_path))]  # type: ignore[attr-defined]
+    trainer.callbacks += [checkpoints, Watch(masked(str(data.store_path)))]  # type: ignore[attr-defined]
     start = 0
     if resumed:
         start = int(checkpointing.facts(resumed)["global_step"])

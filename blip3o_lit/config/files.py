@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from blip3o_lit.config.errors import UserError
 
 
 @contextmanager
@@ -50,6 +53,40 @@ def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", "utf-8")
+
+
+@contextmanager
+def claimed(folder: Path, key: str) -> Iterator[None]:
+    """Make a folder and hold it, so that no other process writes into it at the same time.
+
+    The claim ends with the process, however it ends. Where a file system has no locks, nothing is
+    claimed.
+
+    Args:
+        folder: The folder.
+        key: The override that chooses it.
+
+    Raises:
+        UserError: If another process holds it, or it can't be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{key}={folder}: {error.strerror}: choose another {key}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{key}={folder}: another process writes into this folder: wait for its end or "
+                f"choose another {key}"
+            ) from None
+        except OSError:
+            pass  # a network file system without locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def temporary_name(path: Path) -> Path:

@@ -1,0 +1,176 @@
+"""The bad day of a run: full and slow disks, folders in use, clocks that jump, secrets on show."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_faults import NOBODY, in_child, open_folder  # noqa: F401 (a fixture)
+from test_training import config, differences, state
+
+from blip3o_lit import checkpointing
+from blip3o_lit.callbacks import watch
+from blip3o_lit.callbacks.metrics_csv import read_rows
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.files import claimed
+from blip3o_lit.config.secrets import masked
+from blip3o_lit.tokens.reader import TokenReader
+from blip3o_lit.training import run_training
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
+    os.environ["BLIP3O_HOME"] = str(shared_home)
+    folder = tmp_path_factory.mktemp("straight")
+    run_training(config(), folder, [])
+    return folder
+
+
+def same_end(straight: Path, folder: Path) -> bool:
+    a, b = (state(run / "checkpoints" / "last.ckpt") for run in (straight, folder))
+    return differences(a, b) == []
+
+
+def stopped_at(straight: Path, step: int, folder: Path) -> Path:
+    """A run directory as a kill after that step would leave it."""
+    (folder / "checkpoints").mkdir(parents=True)
+    name = f"checkpoints/step-{step:08d}.ckpt"
+    return Path(shutil.copyfile(straight / name, folder / name))
+
+
+def test_a_full_disk_stops_training_and_loses_nothing(straight: Path, tmp_path: Path) -> None:
+    saved = stopped_at(straight, 4, tmp_path)
+    room = saved.stat().st_size // 2
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        with pytest.raises(UserError, match=r"the checkpoint could not be written.*free disk"):
+            run_training(config(resume="auto"), tmp_path, [])
+
+    in_child(work)
+    assert checkpointing.newest_sound(tmp_path) == (saved, [])
+    assert not list((tmp_path / "checkpoints").glob(".*")), "no half file"
+    run_training(config(resume="auto"), tmp_path, [])
+    assert same_end(straight, tmp_path)
+
+
+def test_a_run_directory_that_cannot_be_written_is_named(
+    open_folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    open_folder.chmod(0o555)
+
+    def work() -> None:
+        with (
+            pytest.raises(UserError, match=f"hydra.run.dir={open_folder}/run: Permission denied"),
+            claimed(open_folder / "run", "hydra.run.dir"),
+        ):
+            pass
+
+    in_child(work, NOBODY)
+    (tmp_path / "file").touch()
+    words = ["-m", "blip3o_lit.train", f"hydra.run.dir={tmp_path}/file/run"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"error: .*/file/run: Not a directory: .*hydra\.run\.dir\n", done.stderr)
+
+
+def test_two_runs_in_one_folder_are_refused(straight: Path, tmp_path: Path) -> None:
+    with claimed(tmp_path, "hydra.run.dir"):
+
+        def work() -> None:
+            with pytest.raises(UserError, match="another process writes into this folder"):
+                run_training(config(), tmp_path, [])
+
+        in_child(work)
+    assert list(tmp_path.iterdir()) == []
+    run_training(config(), tmp_path, [])  # and once that one has ended, it goes
+    assert same_end(straight, tmp_path)
+
+
+def test_a_slow_disk_is_told_of_and_changes_nothing(
+    straight: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    read = TokenReader.read
+
+    def slowly(self: TokenReader, ids: np.ndarray, pin: bool = False) -> dict[str, torch.Tensor]:
+        time.sleep(0.3 if self.split == "train" else 0.0)
+        return read(self, ids, pin)
+
+    monkeypatch.setattr(TokenReader, "read", slowly)
+    monkeypatch.setattr(watch, "DATA_SECONDS", 0.05)
+    monkeypatch.setattr(watch, "POLL", 0.02)
+    run_training(config(), tmp_path, [])
+    assert same_end(straight, tmp_path)
+    said = capsys.readouterr().err
+    assert re.search(r"warning: no batch for 0\.\ds: \S+ is slow or does not answer; data\.", said)
+
+
+def test_a_quick_disk_is_not_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_training(config(), tmp_path, [])
+    assert "no batch for" not in capsys.readouterr().err
+
+
+def test_clocks_that_jump_leave_a_run_as_it_is(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, jumps = time.time, cycle([3600.0, -7200.0, 0.0, 1e8, -1e8])
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    saved = stopped_at(straight, 6, tmp_path)
+    os.utime(saved, (4e9, 4e9))  # written "in the future"
+    run_training(config(resume="auto"), tmp_path, [])
+    assert same_end(straight, tmp_path)
+    assert float(read_rows(tmp_path / "metrics.csv")[-1]["train/tokens_per_s"]) > 0
+
+
+def test_secrets_are_in_no_file_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret, password = "hf_" + "S3cretValue" * 2, "user:hunter22"
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "MY_SECRET"):
+        monkeypatch.setenv(name, secret + name)
+    monkeypatch.setattr(sys, "argv", ["train", f"logger.wandb_name={secret}HF_TOKEN"])
+    run = config()
+    address = f"https://{password}@host/store"
+    run.logger = replace(run.logger, wandb_name=f"{secret}HF_TOKEN", wandb_project=address)
+    run_training(run, tmp_path, [f"logger.wandb_name={secret}HF_TOKEN"])
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 8
+    for path in files:
+        content = path.read_bytes()
+        for text in (secret, password):
+            assert text.encode() not in content, path.name
+    saved = checkpointing.load(tmp_path / "checkpoints" / "last.ckpt")["blip3o"]["config"]
+    assert secret not in json.dumps(saved)
+    assert saved["logger"]["wandb_project"] == "https://***@host/store"
+    said = capsys.readouterr()
+    assert secret not in said.out + said.err
+
+
+def test_masks_cover_names_that_hold_secrets_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "api_key"):
+        monkeypatch.setenv(name, "0123456789")
+        assert masked({"a": ["x 0123456789 y"]}) == {"a": ["x *** y"]}
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_TOKEN", "true")
+    for name in ("TOKENIZERS_PARALLELISM", "MONKEY", "PATH_TO_TOKENS"):
+        monkeypatch.setenv(name, "0123456789")
+        assert masked("0123456789 true") == "0123456789 true"
+    assert masked("s3://bucket/a@b:c") == "s3://bucket/a@b:c"
+    assert masked({"n": 3, "none": None}) == {"n": 3, "none": None}

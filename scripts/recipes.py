@@ -88,7 +88,7 @@ class Run:
 ALL = tuple(TESTBEDS)
 REAL = ("demo",)
 DEFAULT = Recipe(
-    "default", "default: sample output, a quarter of draws at t = 0", "", ALL, SEEDS, FULL
+    "default", "default: sample output, half of the draws at t = 0, Muon", "", ALL, SEEDS, FULL
 )
 PARTS = (
     Recipe("velocity", "velocity output", "flow.prediction=velocity"),
@@ -97,7 +97,12 @@ PARTS = (
     Recipe("noise_at_zero", "noise, not zeros, as input at t = 0", "flow.time_zero_input=noise"),
     Recipe("share_0", "no draws at t = 0", NO_MEAN),
     Recipe("share_8", "an eighth at t = 0", "flow.time_zero_share=0.125"),
-    Recipe("share_2", "half at t = 0", "flow.time_zero_share=0.5"),
+    Recipe("share_4", "a quarter at t = 0", "flow.time_zero_share=0.25"),
+    Recipe("share_34", "three quarters at t = 0", "flow.time_zero_share=0.75"),
+    Recipe("adamw", "AdamW on all matrices", "optimizer=adamw"),
+    Recipe("adamw_slower", "the same, lower learning rate", "optimizer=adamw optimizer.lr=4e-3",
+           REAL),
+    Recipe("u_shaped", "U-shaped times", "flow.time=u_shaped"),
     Recipe("logit_normal", "logit-normal times", "flow.time=logit_normal"),
     Recipe("shift_3", "times shifted towards noise by 3", "flow.time_shift=3"),
     Recipe("velocity_loss", "error weighted as the velocity's", "flow.weighting=velocity"),
@@ -106,6 +111,9 @@ PARTS = (
     Recipe("raw", "tokens as stored, not standardised", "data.scale=raw"),
     Recipe("trigonometric", "trigonometric path", "flow=trigonometric"),
     Recipe("ema_99", "weight average over 100 steps", "optimizer.ema_decay=0.99"),
+    Recipe("cls", "with the CLS token", "mode=cls_patch", REAL),
+    Recipe("cls_16", "with the CLS token, which counts 16 times",
+           "mode=cls_patch flow.cls_weight=16", REAL),
     Recipe("cross", "cross-attention, rotated keys", "model.conditioning=cross", REAL),
     Recipe("dropout", "guidance training: condition dropped in a tenth",
            "flow.condition_dropout=0.1", REAL),

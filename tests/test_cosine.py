@@ -120,18 +120,19 @@ def test_mean_token_of_another_shape_is_refused():
         TokenScores(torch.zeros(6, 5), SHAPE)
 
 
-def _rank(rank: int, store: str, out: str) -> None:
+def _rank(rank: int, cut: int, store: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     generated, true, mean = tokens(4)
     metric = TokenScores(mean, SHAPE)
-    part = slice(0, 11) if rank == 0 else slice(11, 17)
-    metric.update(generated[part], true[part])
+    valid = torch.arange(17) < cut if rank == 0 else torch.arange(17) >= cut
+    metric.update(generated, true, valid)
     torch.save(metric.compute(), f"{out}.{rank}")
     dist.destroy_process_group()
 
 
-def test_two_processes_give_what_one_gives(tmp_path):
-    mp.spawn(_rank, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)  # type: ignore
+@pytest.mark.parametrize("cut", [11, 17], ids=["shared", "second-has-padding-alone"])
+def test_two_processes_give_what_one_gives(tmp_path, cut):
+    mp.spawn(_rank, (cut, str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)  # type: ignore
     generated, true, mean = tokens(4)
     metric = TokenScores(mean, SHAPE)
     metric.update(generated, true)

@@ -89,6 +89,8 @@ class TokenScores(Metric):
         if valid_B is not None:
             generated_BND, true_BND = generated_BND[valid_B], true_BND[valid_B]
         if not len(generated_BND):
+            # A rank of padding alone still takes part when the ranks' images are gathered.
+            self.image_cosine.append(generated_BND.new_zeros(0, dtype=torch.float64))
             return
         first = int(self.shape.cls)
         generated, true = generated_BND.double(), true_BND.double()

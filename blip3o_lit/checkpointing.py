@@ -19,6 +19,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from blip3o_lit import sharded_checkpoint
 from blip3o_lit.callbacks.files import put_in_place
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.files import check_format
 
 FORMAT = 1
 STEP_FILE = "step-{step:08d}.ckpt"
@@ -106,13 +107,9 @@ def facts(path: Path, lazily: bool = True) -> dict[str, Any]:
             f"{path}: not a checkpoint that holds tensors and plain data only"
         ) from error
     about = checkpoint.get("blip3o") if isinstance(checkpoint, dict) else None
-    if about is None:
+    if not isinstance(about, dict) or not {"format", "config", "shape", "tokens"} <= set(about):
         raise UserError(f"{path}: not a checkpoint of blip3o_lit")
-    if about["format"] > FORMAT:
-        raise UserError(
-            f"{path}: format {about['format']} is newer than this version reads ({FORMAT}): "
-            "update blip3o_lit"
-        )
+    check_format(path, about["format"], FORMAT)
     return checkpoint
 
 

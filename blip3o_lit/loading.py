@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.files import check_format
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.train import TrainConfig
@@ -148,6 +149,8 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _read_export(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the facts and state dict of an exported folder."""
+    from blip3o_lit import checkpointing
+
     config = file.with_name(CONFIG_FILE)
     try:
         facts = json.loads(config.read_text("utf-8"))
@@ -159,6 +162,7 @@ def _read_export(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"{file.parent}: the export is damaged: export again") from error
     if not known:
         raise UserError(f"{config} was not written by blip3o_lit's export")
+    check_format(config, facts.get("format", checkpointing.FORMAT), checkpointing.FORMAT)
     return facts, state
 
 

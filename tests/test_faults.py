@@ -244,16 +244,16 @@ def linked_copies(folder: Path, shards: int) -> TokenIndex:
     return index
 
 
-def test_two_thousand_tiny_shards_with_few_open_files(tmp_path: Path) -> None:
-    linked_copies(tmp_path / "s", 2000)
+def test_ten_thousand_tiny_shards_with_few_open_files(tmp_path: Path) -> None:
+    linked_copies(tmp_path / "s", 10_000)
     expected = read(tmp_path / "s", "train", "size")[0]
 
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
         opened = TokenStore.open(tmp_path / "s")
         reader = TokenReader(opened, "train", mode=ModeConfig("patch_only"))
-        assert len(reader) == 2000
-        order = np.random.default_rng(0).permutation(2000)
+        assert len(reader) == 10_000
+        order = np.random.default_rng(0).permutation(10_000)
         for part in np.array_split(order, 100):
             tokens = reader.read(part)["target"]
             assert torch.equal(tokens, expected.expand_as(tokens))

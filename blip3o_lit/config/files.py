@@ -55,6 +55,20 @@ def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
         temporary.write_text(text + "\n", "utf-8")
 
 
+def check_format(path: Path, found: object, known: int) -> None:
+    """Refuse a file of a format that this version does not know.
+
+    Raises:
+        UserError: That says whether the file is newer, or not of this project.
+    """
+    if isinstance(found, bool) or not isinstance(found, int):
+        raise UserError(f"{path}: its format is {found!r}, not a number: it is damaged")
+    if found > known:
+        raise UserError(
+            f"{path}: format {found} is newer than this version reads ({known}): update blip3o_lit"
+        )
+
+
 @contextmanager
 def claimed(folder: Path, key: str) -> Iterator[None]:
     """Make a folder and hold it, so that no other process writes into it at the same time.

@@ -23,7 +23,7 @@ from blip3o_lit.conversion.journal import Journal, clear_unfinished
 from blip3o_lit.conversion.split import Split
 from blip3o_lit.conversion.survey import KEY_LENGTH, Survey, clean, key_digest, take_survey
 from blip3o_lit.progress import Work
-from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex
+from blip3o_lit.tokens.index import SCHEMA, ArraySpec, ShardEntry, TokenIndex
 from blip3o_lit.tokens.legacy import LegacyFile
 from blip3o_lit.tokens.shards import ShardWriter
 from blip3o_lit.tokens.storage import fit_int8, load_scales, save_scales, with_token_scales
@@ -74,7 +74,7 @@ def fingerprint(survey: Survey, config: ConvertConfig) -> dict[str, Any]:
     names = ("mode", "missing_cls", "split_rule", "validation_fraction", "seed", "shard_samples")
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in survey.files]
     options = {name: getattr(config, name) for name in (*names, "storage")}
-    return {"files": files, "options": options, "part": PART_SAMPLES}
+    return {"schema": SCHEMA, "files": files, "options": options, "part": PART_SAMPLES}
 
 
 def check_space(out: Path, survey: Survey, journal: Journal) -> None:

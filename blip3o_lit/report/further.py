@@ -11,7 +11,17 @@ from blip3o_lit.report.scores import estimator, finite, mapping
 from blip3o_lit.report.section import Section, source
 
 SHOWN = {
-    *("split", "images", "mode", "tokens", "checkpoint", "headline", "verdict", "verdict_note"),
+    *(
+        "format",
+        "split",
+        "images",
+        "mode",
+        "tokens",
+        "checkpoint",
+        "headline",
+        "verdict",
+        "verdict_note",
+    ),
     *("estimators", "baselines", "optimum", "frechet_floor", "nfe_curve", "position_cosine"),
     *("position_std", "retrieval", "zero_shot", "worst", "examples", "samples", "time_bins"),
     *("paired", "against", "swapped"),

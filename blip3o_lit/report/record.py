@@ -18,7 +18,10 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.files import check_format
 
+FORMAT = 1
+"""Format of `evaluation.json`; without a number it is the first."""
 ROWS = 600
 """Points kept of a training curve; more can't be told apart on a screen."""
 
@@ -61,7 +64,7 @@ class RunRecord:
         config_file = path / "config.yaml"
         return cls(
             path=path,
-            evaluation=_json(path / "evaluation.json"),
+            evaluation=_evaluation(path / "evaluation.json"),
             result=_json(path / "result.json"),
             environment=_json(path / "environment.json"),
             job=_json(path / "job.json"),
@@ -104,12 +107,18 @@ class RunRecord:
         return []
 
 
+def _evaluation(path: Path) -> dict[str, Any]:
+    content = _json(path)
+    check_format(path, content.get("format", FORMAT), FORMAT)
+    return content
+
+
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): write it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not an object: write it again")

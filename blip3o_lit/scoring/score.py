@@ -21,6 +21,7 @@ from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.loading import Loaded, solver_from_label
 from blip3o_lit.metrics.calibration import Calibration
 from blip3o_lit.metrics.paired import compare
+from blip3o_lit.report.record import FORMAT
 from blip3o_lit.scoring.baselines import BaselineFits, FitSettings, Report
 from blip3o_lit.scoring.examples import examples, worst
 from blip3o_lit.scoring.image_text import ImageText
@@ -108,6 +109,7 @@ class Scorer:
         sources = {headline: OWN, **{name: name for name in baselines if name != "mean_token"}}
         reference = self._pass(tallies, images, "scoring", sources)
         report: dict[str, Any] = {
+            "format": FORMAT,
             "split": self.held.split,
             "images": images,
             "mode": self.held.mode.name,

@@ -72,6 +72,8 @@ class Units:
     """Of the largest part that is gathered at once: a block, or the modulation matrix."""
     rest: int
     """Outside those parts; gathered during the whole pass."""
+    hidden: int
+    """In the weights of the blocks' linear layers, which Muon steps."""
 
 
 def units(model: ModelConfig, shape: PairShape) -> Units:
@@ -83,7 +85,9 @@ def units(model: ModelConfig, shape: PairShape) -> Units:
         return 0 if module is None else sum(p.numel() for p in module.parameters())
 
     parts = [count(part) for part in (*network.blocks, getattr(network, "modulation", None))]
-    return Units(count(network), max(parts), count(network) - sum(parts))
+    linear = (m for m in network.blocks.modules() if isinstance(m, nn.Linear))
+    hidden = sum(layer.weight.numel() for layer in linear)
+    return Units(count(network), max(parts), count(network) - sum(parts), hidden)
 
 
 @dataclass(frozen=True)

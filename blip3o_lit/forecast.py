@@ -21,12 +21,12 @@ ACTIVATION_SHARE = 0.5
 
 @dataclass(frozen=True)
 class States:
-    """Bytes a parameter of what lasts from step to step."""
+    """Bytes of what lasts from step to step."""
 
     weights: int
     gradients: int
     optimizer: int
-    average: int = 4
+    average: int
 
     @property
     def total(self) -> int:
@@ -39,9 +39,14 @@ class States:
         return self.total - self.gradients
 
 
-def states(precision: str) -> States:
-    """Return the bytes a parameter in a precision: AdamW's two moments have the weights' format."""
-    return States(2, 2, 4) if precision == "bf16_true" else States(4, 4, 8)
+def states(parts: Units, precision: str, optimizer: str) -> States:
+    """Return the bytes of a whole network's states.
+
+    AdamW's two moments, and Muon's one, have the weights' format; the average is fp32.
+    """
+    size = 2 if precision == "bf16_true" else 4
+    moments = 2 * parts.total - (parts.hidden if optimizer == "muon" else 0)
+    return States(size * parts.total, size * parts.total, size * moments, 4 * parts.total)
 
 
 def gathered_bytes(parts: Units, precision: str) -> int:
@@ -55,7 +60,12 @@ def gathered_bytes(parts: Units, precision: str) -> int:
 
 
 def rank_bytes(
-    strategy: str, parts: Units, precision: str, world: int, accumulated: bool = False
+    strategy: str,
+    parts: Units,
+    precision: str,
+    optimizer: str,
+    world: int,
+    accumulated: bool = False,
 ) -> int:
     """Return the bytes of weights, gradients, optimizer and average on one process.
 
@@ -63,13 +73,15 @@ def rank_bytes(
         strategy: single, ddp or fsdp2.
         parts: The network's parameters.
         precision: A name of the precision group.
+        optimizer: A name of the optimizer group.
         world: Processes.
         accumulated: Whether a step has several micro-batches: DDP then sums gradients beside the
             buckets that it sends.
     """
-    held = states(precision).total * parts.total
+    kept = states(parts, precision, optimizer)
+    held = kept.total
     if strategy == "ddp" and accumulated:
-        held += states(precision).gradients * parts.total
+        held += kept.gradients
     if strategy != "fsdp2":
         return held
     return held // world + gathered_bytes(parts, precision)
@@ -108,8 +120,9 @@ def forecast(config: TrainConfig, data: TokenDataModule, steps: int) -> list[tup
         step_flops *= 4 / 3
     peak = GPU_PEAKS[config.gpu][int(name in ("fp32", "tf32"))]
     seconds = step_flops / (world * peak * config.mfu)
-    kept = states(name)
-    checkpoint = kept.saved * parts.total
+    optimizer = config.optimizer.name
+    kept = states(parts, name, optimizer)
+    checkpoint = kept.saved
     images = config.batch_size / seconds
     rows = [
         (
@@ -123,13 +136,12 @@ def forecast(config: TrainConfig, data: TokenDataModule, steps: int) -> list[tup
         ),
         (
             "bytes of states",
-            f"weights {gib(kept.weights * parts.total)}, gradients "
-            f"{gib(kept.gradients * parts.total)}, optimizer {gib(kept.optimizer * parts.total)}, "
-            f"EMA {gib(kept.average * parts.total)}",
+            f"weights {gib(kept.weights)}, gradients {gib(kept.gradients)}, "
+            f"optimizer {gib(kept.optimizer)}, EMA {gib(kept.average)}",
         ),
     ]
     for strategy in ("ddp", "fsdp2") if world > 1 else ("single",):
-        own = rank_bytes(strategy, parts, name, world, accumulation > 1)
+        own = rank_bytes(strategy, parts, name, optimizer, world, accumulation > 1)
         gathered = f" ({gib(gathered_bytes(parts, name))} gathered)" if strategy == "fsdp2" else ""
         # FSDP2 gathers weights in the format they are used in, so autocast copies none.
         acts = needed.of(micro) if strategy != "fsdp2" else micro * needed.image

@@ -208,7 +208,7 @@ def make_plan(
     many = trainer.world_size > 1
     kind = "fsdp2" if config.strategy.name == "fsdp2" else "ddp" if many else "single"
     accumulated = trainer.accumulate_grad_batches > 1
-    run = (config.precision.name, trainer.world_size, accumulated)
+    run = (config.precision.name, config.optimizer.name, trainer.world_size, accumulated)
     states = rank_bytes(kind, units(config.model, data.shape), *run)
     return planning.Plan(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

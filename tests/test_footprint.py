@@ -15,11 +15,13 @@ from blip3o_lit.callbacks.ema import update_average
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.shape import PairShape, TokenShape
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.footprint import AUTOCAST, activations, units
 from blip3o_lit.forecast import rank_bytes
 from blip3o_lit.models.build import build_network
+from blip3o_lit.models.optimizer import make_optimizer
 from blip3o_lit.training import run_training
 
 SHAPE = PairShape(TokenShape((8, 8), False, 96), TokenShape((8, 8), False, 64))
@@ -28,14 +30,14 @@ NEXTDIT = ModelConfig("nextdit", 96, 6, 4, 4, 256, conditioning="cross", key_rop
 SAVING = {"activation_checkpointing": True}
 
 
-def train(model: ModelConfig, images: int, precision: str) -> None:
+def train(model: ModelConfig, images: int, precision: str, name: str) -> None:
     """Two optimizer steps of two micro-batches each, as the trainer takes them."""
     network = build_network(model, SHAPE)
     if precision == "bf16_true":
         network.bfloat16()
     average = copy.deepcopy(network).float().requires_grad_(False)
     objective = FlowObjective(FlowConfig())
-    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    optimizer = make_optimizer(network, OptimizerConfig(name))
     for _ in range(2):
         for _ in range(2):
             raw_BMC = torch.randn(images, 64, 96).half()
@@ -51,21 +53,23 @@ def train(model: ModelConfig, images: int, precision: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "precision"),
+    ("model", "precision", "optimizer"),
     [
-        (DIT, "fp32"),
-        (DIT, "bf16"),
-        (DIT, "bf16_true"),
-        (NEXTDIT, "bf16"),
-        (replace(DIT, **SAVING), "fp32"),
+        (DIT, "fp32", "muon"),
+        (DIT, "bf16", "adamw"),
+        (DIT, "bf16_true", "muon"),
+        (NEXTDIT, "bf16", "muon"),
+        (replace(DIT, **SAVING), "fp32", "adamw"),
     ],
     ids=["fp32", "bf16", "bf16_true", "nextdit", "recomputed"],
 )
-def test_planned_bytes_are_those_of_the_allocator(model: ModelConfig, precision: str) -> None:
+def test_planned_bytes_are_those_of_the_allocator(
+    model: ModelConfig, precision: str, optimizer: str
+) -> None:
     images = 16
-    planned = rank_bytes("single", units(model, SHAPE), precision, 1)
+    planned = rank_bytes("single", units(model, SHAPE), precision, optimizer, 1)
     planned += activations(model, FlowConfig(), SHAPE, precision).of(images)
-    measured = allocator_peak(lambda: train(model, images, precision))
+    measured = allocator_peak(lambda: train(model, images, precision, optimizer))
     assert planned == pytest.approx(measured, rel=0.15)
 
 

@@ -14,6 +14,7 @@ from blip3o_lit.config.train import TrainConfig
 
 def train(config: TrainConfig) -> float | None:
     """Run one training job and return its best held-out cosine."""
+    import blip3o_lit.metrics  # noqa: F401  (before Lightning imports torchmetrics with all it has)
     from blip3o_lit.training import run_training
 
     _refuse_unsafe_multirun(config)

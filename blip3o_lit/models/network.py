@@ -6,6 +6,7 @@ W network width, G key and value heads, K head width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from blip3o_lit.config.home import home
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.models.start import Rules, apply_rules, rules_of_layers
@@ -112,6 +114,10 @@ class Network(nn.Module):
         return x_BNW
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile each block in place; names in the state dict stay as they are."""
+        """Compile each block in place; names in the state dict stay as they are.
+
+        The kernels are kept in the project's cache folder, where the next run finds them.
+        """
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "kernels"))
         for block in self.blocks:
             block.compile(backend=backend, fullgraph=True)

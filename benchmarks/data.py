@@ -1,9 +1,14 @@
-"""Reading an indexed shard, beside webdataset's decoding and a plain copy of the same bytes."""
+"""Reading an indexed shard, beside webdataset's decoding and a plain copy of the same bytes.
+
+Then int8 beside fp16, and how long a loop waits for its batches that computes as fast as `base`
+trains on two cores, and 20 times as fast (it sleeps in place of computing).
+"""
 
 from __future__ import annotations
 
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +17,16 @@ import torch
 import webdataset
 
 from benchmarks.timing import interleaved, result, save, show
+from blip3o_lit.tokens.loader import TokenLoader
+from blip3o_lit.tokens.order import SampleOrder
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.recode import recode
 from blip3o_lit.tokens.shards import ArraySpec, TokenWriter
+from blip3o_lit.tokens.world import BatchPlan
 
 SAMPLES, BATCH = 64, 8
+BASE = 3.0
+"""Images a second that `base` trains on two cores."""
 ARRAYS = {
     "eva": ArraySpec("tokens", "float16", (256, 4096), grid=(16, 16)),
     "clip": ArraySpec("tokens", "float16", (256, 1024), grid=(16, 16)),
@@ -34,6 +45,21 @@ def write(folder: Path) -> None:
             writer.add("train", f"{number:06d}", arrays, "a caption", "a source")
 
 
+def waiting(reader: TokenReader, images_a_second: float, batches: int) -> float:
+    """Return the share of a consumer's time spent waiting, the first batch left out."""
+    plan = BatchPlan(BATCH, 1, BATCH)
+    loader = TokenLoader(reader, SampleOrder(0, reader.shard_sizes, 4), plan, batches)
+    source = iter(loader)
+    next(source)
+    waited, began = 0.0, time.perf_counter()
+    while True:
+        time.sleep(BATCH / images_a_second)
+        asked = time.perf_counter()
+        if next(source, None) is None:
+            return waited / (time.perf_counter() - began)
+        waited += time.perf_counter() - asked
+
+
 def run() -> list[dict[str, Any]]:
     """Time the three ways of getting every token once, from a warm page cache, on one thread."""
     threads = torch.get_num_threads()
@@ -47,6 +73,9 @@ def run() -> list[dict[str, Any]]:
         raw = np.memmap(path, np.uint8, "r")
         step = BATCH * sum(spec.nbytes for spec in ARRAYS.values())
         order = np.random.default_rng(0).permutation(SAMPLES).reshape(-1, BATCH)
+
+        recode(store, folder / "int8", "int8")
+        small = TokenReader(TokenStore.open(folder / "int8"), "train")
 
         def read(source: TokenReader) -> None:
             for ids in order:
@@ -68,18 +97,27 @@ def run() -> list[dict[str, Any]]:
                 "first": lambda: read(TokenReader(store, "train")),
                 "webdataset": decode,
                 "copy": copy,
+                "int8": lambda: read(small),
             }
         )
+        halved = sum(path.stat().st_size for path in (folder / "int8").glob("*.tar"))
+        halved /= sum(path.stat().st_size for path in folder.glob("*.tar"))
+        waits = [waiting(reader, speed, 4 if speed == BASE else 24) for speed in (BASE, 20 * BASE)]
     torch.set_num_threads(threads)
     megabytes = SAMPLES * sum(spec.nbytes for spec in ARRAYS.values()) / 1e6
     for case, value in seconds.items():
         print(f"  {case:<10} {megabytes / value:8.0f} MB/s  {SAMPLES / value:8.0f} samples/s")
     ratio = {case: seconds[case] / seconds["indexed"] for case in seconds}
+    ratio["fp16 over int8"] = seconds["indexed"] / seconds["int8"]
     first = seconds["webdataset"] / seconds["first"]
     return [
         result("data/indexed_over_webdataset", ratio["webdataset"], "x", 8),
         result("data/indexed_over_plain_copy", ratio["copy"], "x", 0.6),
         result("data/first_pass_over_webdataset", first, "x", 6),
+        result("data/int8_bytes_over_fp16", halved, "x", 0.51, "lower"),
+        result("data/int8_over_fp16_samples", ratio["fp16 over int8"], "x", 1.0),
+        result("data/wait_at_base_speed", waits[0], "share", 0.01, "lower"),
+        result("data/wait_at_20x_base_speed", waits[1], "share", 0.01, "lower"),
     ]
 
 

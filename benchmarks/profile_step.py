@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.ceiling import addition_bytes, matmul_flops
 from benchmarks.timing import interleaved
 from benchmarks.training import TOKENS, model_config, real_step
+from blip3o_lit.environment import keep_freed_memory
 
 ROWS = (
     ("matrix products", r"addmm|mm|linear|mkldnn|convolution"),
@@ -83,6 +84,7 @@ class Bytes(TorchDispatchMode):
 
 def table(name: str, batch: int, dtype: torch.dtype, steps: int) -> list[tuple[str, float, float]]:
     """Return row, measured ms and ms by arithmetic, the longest first, the whole step last."""
+    keep_freed_memory()  # as a training run does
     config = model_config(name)
     step: Callable[[], None] = real_step(config, batch, dtype)
     flops = matmul_flops(config, batch * TOKENS, dtype)

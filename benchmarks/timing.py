@@ -6,10 +6,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from blip3o_lit.config.files import write_json
+from blip3o_lit.environment import commit
 
 OUTPUT = Path("outputs") / "bench.json"
 
@@ -66,7 +68,15 @@ def show(results: list[dict[str, Any]]) -> None:
 
 
 def save(results: list[dict[str, Any]], path: Path = OUTPUT) -> None:
-    """Merge results into bench.json: an entry replaces the older one of its name."""
+    """Merge results into bench.json: an entry replaces the older one of its name.
+
+    A line a run goes to the history file, with the commit: what was measured when.
+    """
     known = json.loads(path.read_text()) if path.is_file() else []
     merged = {entry["name"]: entry for entry in [*known, *results]}
     write_json(path, list(merged.values()))
+    values = {entry["name"]: entry["value"] for entry in results}
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    line = {"time": when, "commit": commit(), "values": values}
+    with path.with_name("bench_history.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")

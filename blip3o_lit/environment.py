@@ -65,12 +65,12 @@ def environment() -> dict[str, Any]:
         "gpus": devices,
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": commit(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the checkout's commit, with a mark when it has changes; None outside one."""
     folder = Path(__file__).resolve().parent
     try:

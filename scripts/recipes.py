@@ -151,10 +151,14 @@ WIDTHS = tuple(
 )
 RECIPES = (DEFAULT, *SEED_RECIPES, *PARTS, *WIDTHS)
 RUNS = tuple(
-    Run(recipe, testbed, seed)
-    for seed in SEEDS
-    for recipe in RECIPES
-    for testbed in recipe.testbeds
-    if seed in recipe.seeds
+    sorted(
+        (
+            Run(recipe, testbed, seed)
+            for recipe in RECIPES
+            for testbed in recipe.testbeds
+            for seed in recipe.seeds
+        ),
+        key=lambda run: (run.seed, run.recipe is not DEFAULT, run.testbed != "demo"),
+    )
 )
-"""In the order of their worth: all recipes with the first seed come first."""
+"""In the order of their worth: the first seed first, in it the default, then all recipes on demo."""

@@ -68,7 +68,7 @@ def is_sound(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile, EOFError):
+    except Exception:  # zipfile raises a dozen classes on a damaged archive
         return False
 
 
@@ -110,6 +110,8 @@ def facts(path: Path, lazily: bool = True) -> dict[str, Any]:
     if not isinstance(about, dict) or not {"format", "config", "shape", "tokens"} <= set(about):
         raise UserError(f"{path}: not a checkpoint of blip3o_lit")
     check_format(path, about["format"], FORMAT)
+    if not all(isinstance(about[part], dict) for part in ("config", "shape", "tokens")):
+        raise UserError(f"{path}: the checkpoint is damaged: use another one of its folder")
     return checkpoint
 
 

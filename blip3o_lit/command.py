@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import os
 import string
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -24,7 +26,14 @@ from hydra import main as hydra_main
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    Glob,
+    IntervalSweep,
+    Override,
+    OverrideType,
+    RangeSweep,
+)
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -37,6 +46,9 @@ from blip3o_lit.sweeps import launcher, study
 
 Config = TypeVar("Config")
 USER_ERROR_CODE = 2
+MOST_RUNS = 100_000
+MOST_TRIED = 64
+"""Values of one key that are composed before a sweep starts, to see that they are right."""
 OPTIONAL_GROUPS = ("experiment", "debug", "hparams_search")
 PLUGIN_GROUPS = {
     "hydra/launcher": ["basic", "process", "slurm"],
@@ -229,6 +241,7 @@ def _check_arguments(name: str, schema: type[Any], folder: Path) -> None:
         raise UserError(hint) from error
     options = groups(folder) | PLUGIN_GROUPS
     known = set(keys(schema))
+    _check_runs(overrides)
     for override in overrides:
         _check_override(override, known, options)
     if not arguments.multirun:
@@ -242,7 +255,7 @@ def _check_arguments(name: str, schema: type[Any], folder: Path) -> None:
         for words in _single_jobs(overrides):
             try:
                 found = compose(name, overrides=words)
-            except (HydraException, OmegaConfBaseException) as error:
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
                 cause = error.__cause__
                 message = str(cause) if isinstance(cause, OmegaConfBaseException) else str(error)
                 raise UserError(_first_line(message, known)) from error
@@ -254,6 +267,30 @@ def _first_line(message: str, known: set[str]) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     key = next((line.split(":", 1)[1].strip() for line in lines if "full_key" in line), "")
     return f"{key}: {lines[0]}" if key in known else lines[0]
+
+
+def _check_runs(overrides: list[Override]) -> None:
+    """Refuse sweeps of more runs than anybody starts, and those whose values are not named."""
+    runs = 1
+    for item in overrides:
+        value = item.value() if item.is_sweep_override() else None
+        if isinstance(value, Glob):
+            raise UserError(f"{item.input_line}: name the values one by one, with commas")
+        if isinstance(value, RangeSweep):
+            runs *= _steps(value)
+        elif isinstance(value, ChoiceSweep):
+            runs *= max(1, len(value.list))
+        if runs > MOST_RUNS:
+            raise UserError(
+                f"{item.input_line} makes it more than {MOST_RUNS:,} runs: take fewer values"
+            )
+
+
+def _steps(sweep: RangeSweep) -> int:
+    """Return how many values a range has, without making them."""
+    start, stop, step = (float(number or 0) for number in (sweep.start, sweep.stop, sweep.step))
+    count = (stop - start) / step if step else math.inf
+    return max(0, math.ceil(count)) if math.isfinite(count) else MOST_RUNS + 1
 
 
 def _check_override(override: Override, known: set[str], options: dict[str, list[str]]) -> None:
@@ -293,7 +330,7 @@ def _unknown(key: str, known: set[str]) -> str:
 
 
 def _single_jobs(overrides: list[Override]) -> Iterator[list[str]]:
-    """Yield override lists that try every value of every sweep at least once."""
+    """Yield override lists that try the values of every sweep at least once."""
     plain = [item.input_line or "" for item in overrides if not item.is_sweep_override()]
     swept = [item for item in overrides if item.is_sweep_override()]
     columns = [[f"{item.get_key_element()}={value}" for value in _tried(item)] for item in swept]
@@ -303,11 +340,11 @@ def _single_jobs(overrides: list[Override]) -> Iterator[list[str]]:
 
 
 def _tried(override: Override) -> list[str]:
-    """Return the values of a sweep that are tried: all, or the two ends of an interval."""
+    """Return the values of a sweep that are tried: the first, or the two ends of an interval."""
     value = override.value()
     if isinstance(value, IntervalSweep):
         return [str(value.start), str(value.end)]
-    return list(override.sweep_string_iterator())
+    return list(islice(override.sweep_string_iterator(), MOST_TRIED))
 
 
 def run_directory() -> Path:

@@ -115,22 +115,32 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> Loaded:
         config = OmegaConf.to_object(
             OmegaConf.merge(OmegaConf.structured(TrainConfig), facts["config"])
         )
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file}: its config is of another version ({reason})") from error
     assert isinstance(config, TrainConfig)
     shape = PairShape.from_dict(facts["shape"])
-    parts: list[nn.Module] = [build_network(config.model, shape), FlowObjective(config.flow)]
-    parts += [Standardizer.like(shape.condition), Standardizer.like(shape.target)]
-    autocast = inference_autocast(config.precision.name, device)
-    translator = Translator(*parts, autocast=autocast)  # type: ignore[arg-type]
     try:
+        if config.model.depth > len(state):
+            raise RuntimeError(f"{config.model.depth} blocks, {len(state)} tensors")
+        with torch.device("meta"):  # what the config asks for may not fit into any memory
+            sizes = {name: tensor.to("meta") for name, tensor in state.items()}
+            _translator(config, shape, "cpu").load_state_dict(sizes)
+        translator = _translator(config, shape, device)
         translator.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file}: its weights do not fit its config: {reason}") from error
     translator.to(device).eval().requires_grad_(False)
     return Loaded(translator, config, shape, facts, file)
+
+
+def _translator(config: TrainConfig, shape: PairShape, device: str | torch.device) -> Translator:
+    """Return a translator of a config, its weights as the initialisation leaves them."""
+    parts: list[nn.Module] = [build_network(config.model, shape), FlowObjective(config.flow)]
+    parts += [Standardizer.like(shape.condition), Standardizer.like(shape.target)]
+    autocast = inference_autocast(config.precision.name, device)
+    return Translator(*parts, autocast=autocast)  # type: ignore[arg-type]
 
 
 def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -138,8 +148,12 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from blip3o_lit import checkpointing
 
     checkpoint = checkpointing.load(file, weights_only=True)
-    state = {}
-    for name, tensor in checkpoint["state_dict"].items():
+    saved, state = checkpoint.get("state_dict"), {}
+    if not isinstance(saved, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in saved.items()
+    ):
+        raise UserError(f"{file}: the checkpoint is damaged: use another one of its folder")
+    for name, tensor in saved.items():
         part, _, rest = name.partition(".")
         part = {"ema": "network", "network": "trained"}.get(part, part)
         if part in PARTS:
@@ -174,12 +188,18 @@ def best_device() -> str:
 
 
 def solver_from_label(label: str) -> SolverConfig:
-    """Return the solver that a label of the reports stands for: `mean`, `heun-10`, `dopri5`.
+    """Return the solver that a label of the reports stands for: `mean`, `heun-10`, `heun-10@1.5`.
 
     Raises:
-        UserError: If it names no solver or no number of steps.
+        UserError: If it names no solver, no number of steps, or no guidance scale.
     """
-    name, dash, steps = label.partition("-")
+    plain, at, scale = label.partition("@")
+    name, dash, steps = plain.partition("-")
     if dash and not (steps.isdigit() and int(steps)):
         raise UserError(f"solver {label!r}: write a name and its steps, for example heun-10")
-    return SolverConfig(name=name, steps=int(steps)) if dash else SolverConfig(name=name)
+    try:
+        guidance = float(scale) if at else 1.0
+    except ValueError:
+        raise UserError(f"solver {label!r}: write a guidance scale as in heun-10@1.5") from None
+    given = {"steps": int(steps)} if dash else {}
+    return SolverConfig(name=name, guidance_scale=guidance, **given)

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from blip3o_lit.config.errors import UserError
+
+LARGEST = 65_536
+"""Largest side of a grid, or width of a token, that a file may claim."""
+
 
 @dataclass(frozen=True)
 class TokenShape:
@@ -41,9 +46,23 @@ class PairShape:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PairShape:
-        """Rebuild from `to_dict`."""
-        sides = (
-            TokenShape(tuple(data[side]["grid"]), data[side]["cls"], data[side]["width"])
-            for side in ("condition", "target")
-        )
+        """Rebuild from `to_dict`.
+
+        Raises:
+            UserError: On anything but two grids of a plausible size.
+        """
+        sides = []
+        for side in ("condition", "target"):
+            try:
+                grid, has_cls, width = (data[side][key] for key in ("grid", "cls", "width"))
+                rows, columns = grid
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"shape.{side} is damaged: {data.get(side)!r:.100}") from error
+            numbers = (rows, columns, width)
+            if not (
+                all(type(number) is int and 0 < number <= LARGEST for number in numbers)
+                and isinstance(has_cls, bool)
+            ):
+                raise UserError(f"shape.{side} is damaged: {data[side]!r:.100}")
+            sides.append(TokenShape((rows, columns), has_cls, width))
         return cls(*sides)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from tokenize import TokenError
 
 import numpy as np
 
@@ -99,7 +100,7 @@ def npy_start(content: bytes, dtype: str, shape: tuple[int, ...], where: str) ->
             else np.lib.format.read_array_header_2_0
         )
         found_shape, fortran, found = read(stream, max_header_size=NPY_HEADER_LIMIT)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, TokenError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{where} is no plain npy file ({reason}): extract it again") from error
     if fortran or found.str != np.dtype(dtype).str or found_shape != shape:

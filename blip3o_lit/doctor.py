@@ -10,6 +10,8 @@ from blip3o_lit.config.doctor import DoctorConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.inspection.finding import Finding, show, show_table
 
+COMPLETION = 'eval "$(blip3o-train -sc install=bash)"'
+
 
 def doctor(config: DoctorConfig) -> None:
     """Check, print, and exit with 2 when a check failed."""
@@ -17,6 +19,7 @@ def doctor(config: DoctorConfig) -> None:
         from blip3o_lit.inspection.machine import machine_findings
 
         findings = show(machine_findings(), "this machine")
+        print(f"tab completion (bash; zsh, fish alike): {COMPLETION}")
     else:
         findings = _store(config.tokens, config.repair)
     counts = {level: sum(f.level == level for f in findings) for level in ("ok", "warn", "fail")}

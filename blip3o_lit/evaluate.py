@@ -33,6 +33,7 @@ COLUMNS = {
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score one checkpoint; write evaluation.json and report.html; return the former's content."""
     from blip3o_lit.loading import best_device, find_weights, load
+    from blip3o_lit.relief import batch_limit
     from blip3o_lit.report.page import write_report
     from blip3o_lit.scoring.readers import open_readers
     from blip3o_lit.scoring.score import Scorer
@@ -47,7 +48,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     rival = load(config.vs, device) if config.vs else None
     if rival is not None and rival.shape != loaded.shape:
         raise UserError(f"vs={config.vs} translates other token shapes than ckpt={config.ckpt}")
-    with progress() as report:
+    with progress() as report, batch_limit("batch_size", config.batch_size):
         scorer = Scorer(loaded, held, train, config, home() / "baselines", report, rival)
         result = scorer.run()
     write_json(folder / "evaluation.json", result)

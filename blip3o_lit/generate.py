@@ -46,6 +46,7 @@ def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
     from blip3o_lit.inference import BLIP3oInference
     from blip3o_lit.pictures import embed_captions, picture_files, rank_captions
     from blip3o_lit.progress import Work
+    from blip3o_lit.relief import batch_limit
     from blip3o_lit.towers.load import load_tower
 
     assert config.images
@@ -66,7 +67,8 @@ def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
     values: list[list[float]] = []
     places: list[list[int]] = []
     # A batch at a time: the tokens of one picture are megabytes.
-    with Work("captioning", len(files), "pictures") as work:
+    limit = batch_limit("batch_size", config.batch_size)
+    with Work("captioning", len(files), "pictures") as work, limit:
         for start in range(0, len(files), config.batch_size):
             part = files[start : start + config.batch_size]
             made = model.from_images(
@@ -97,6 +99,7 @@ def generate(config: GenerateConfig) -> Path:
     """Translate a store's condition tokens; return the folder of the generated store."""
     from blip3o_lit.evaluate import progress
     from blip3o_lit.loading import best_device, load
+    from blip3o_lit.relief import batch_limit
     from blip3o_lit.tokens.index import TokenIndex
     from blip3o_lit.tokens.reader import TokenReader, TokenStore
 
@@ -119,7 +122,8 @@ def generate(config: GenerateConfig) -> Path:
     settings = _settings(config, loaded, store)
     spec = _spec(loaded, store, settings)
     entries: list[ShardEntry] = []
-    with claimed(out, "out"), progress() as report:
+    limit = batch_limit("batch_size", config.batch_size)
+    with claimed(out, "out"), progress() as report, limit:
         _claim(out, settings)
         write_json(out / SETTINGS_FILE, settings)
         for split, reader in readers.items():

@@ -38,6 +38,7 @@ from blip3o_lit.footprint import units
 from blip3o_lit.forecast import forecast, rank_bytes
 from blip3o_lit.module import TranslationModule
 from blip3o_lit.overfit import FAILED_CODE, check_overfit, training_images
+from blip3o_lit.relief import training_limit
 from blip3o_lit.resume import config_hash, resolve_resume
 from blip3o_lit.run_files import (
     closing_table,
@@ -289,7 +290,7 @@ def fit(
     if is_rank_zero():
         trainer.loggers = loggers(config, run_dir, resumed, start)
     started = time.perf_counter()
-    with stop.listening():
+    with stop.listening(), training_limit(config, the_plan):
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     seconds = time.perf_counter() - started
     early = stop.received is None and trainer.global_step < the_plan.steps

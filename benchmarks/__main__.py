@@ -25,8 +25,9 @@ def main() -> int:
         if hasattr(module, "run"):
             print(f"\n{name}: {(module.__doc__ or '').splitlines()[0]}", flush=True)
             results = module.run()
-            show(results)
-            save(results)
+            if results:
+                show(results)
+                save(results)
     return 0
 
 

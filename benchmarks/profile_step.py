@@ -1,7 +1,5 @@
 """Where the time of a training step goes, beside what arithmetic says it should take.
 
-    python -m benchmarks.profile_step model=tiny batch=8 precision=bf16
-
 Times are torch.profiler's self times of a median-like step (the mean of several); the arithmetic
 takes the FLOPs of the products over the matmul ceiling and the bytes of everything else (inputs
 read once, outputs written once) over the speed of an addition, both measured in this process at
@@ -29,6 +27,8 @@ from benchmarks.timing import interleaved
 from benchmarks.training import TOKENS, model_config, real_step
 from blip3o_lit.environment import keep_freed_memory
 
+CASES = (("tiny", 8), ("base", 4))
+"""Model and batch."""
 ROWS = (
     ("matrix products", r"addmm|mm|linear|mkldnn|convolution"),
     ("attention products", r"bmm|baddbmm|scaled_dot.*|_flash_attention.*"),
@@ -82,14 +82,16 @@ class Bytes(TorchDispatchMode):
         return out
 
 
-def table(name: str, batch: int, dtype: torch.dtype, steps: int) -> list[tuple[str, float, float]]:
+def table(
+    name: str, batch: int, dtype: torch.dtype, steps: int = 4
+) -> list[tuple[str, float, float]]:
     """Return row, measured ms and ms by arithmetic, the longest first, the whole step last."""
     keep_freed_memory()  # as a training run does
     config = model_config(name)
     step: Callable[[], None] = real_step(config, batch, dtype)
     flops = matmul_flops(config, batch * TOKENS, dtype)
     speed = addition_bytes(config, batch * TOKENS, dtype)
-    print(f"ceilings: {flops / 1e9:.0f} GFLOP/s, {speed / 1e9:.1f} GB/s")
+    print(f"  ceilings: {flops / 1e9:.0f} GFLOP/s, {speed / 1e9:.1f} GB/s")
     step()
     with FlopCounterMode(display=False) as counter, Bytes() as bytes_moved:
         step()
@@ -111,7 +113,7 @@ def table(name: str, batch: int, dtype: torch.dtype, steps: int) -> list[tuple[s
     rows = [(row, value, ideal.get(row, 0.0)) for row, value in measured.items()]
     rows.sort(key=lambda entry: -entry[1])
     outside = 1e3 * profiled - sum(measured.values())
-    print(f"a step takes {1e3 * whole:.1f} ms, {1e3 * profiled:.1f} ms under the profiler")
+    print(f"  a step takes {1e3 * whole:.1f} ms, {1e3 * profiled:.1f} ms under the profiler")
     return [
         *rows,
         ("Python, dispatch", outside, 0.0),
@@ -119,22 +121,22 @@ def table(name: str, batch: int, dtype: torch.dtype, steps: int) -> list[tuple[s
     ]
 
 
-def main() -> int:
-    """Print the table as Markdown."""
-    options = dict(word.partition("=")[::2] for word in sys.argv[1:])
-    name, batch = options.get("model", "tiny"), int(options.get("batch", "8"))
-    dtype = torch.bfloat16 if options.get("precision", "bf16") == "bf16" else torch.float32
-    rows = table(name, batch, dtype, int(options.get("steps", "5")))
-    whole = rows[-1][1]
-    print("| part | ms | share | ms by arithmetic | share by arithmetic | gap, ms |")
-    print("|---|---|---|---|---|---|")
-    for row, value, ideal in rows:
-        print(
-            f"| {row} | {value:.1f} | {value / whole:.0%} | {ideal:.1f} | {ideal / whole:.0%} "
-            f"| {value - ideal:.1f} |"
-        )
-    return 0
+def run() -> list[dict[str, Any]]:
+    """Print both tables as Markdown; nothing here has a target."""
+    for name, batch in CASES:
+        print(f"  {name}, batch {batch}, bf16")
+        rows = table(name, batch, torch.bfloat16)
+        whole = rows[-1][1]
+        print("| part | ms | share | ms by arithmetic | share by arithmetic | gap, ms |")
+        print("|---|---|---|---|---|---|")
+        for row, value, ideal in rows:
+            print(
+                f"| {row} | {value:.1f} | {value / whole:.0%} | {ideal:.1f} "
+                f"| {ideal / whole:.0%} | {value - ideal:.1f} |"
+            )
+    return []
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
+    sys.exit(0)

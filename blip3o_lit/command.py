@@ -255,7 +255,7 @@ def _check_arguments(name: str, schema: type[Any], folder: Path) -> None:
         for words in _single_jobs(overrides):
             try:
                 found = compose(name, overrides=words)
-            except (HydraException, OmegaConfBaseException, ValueError) as error:
+            except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
                 cause = error.__cause__
                 message = str(cause) if isinstance(cause, OmegaConfBaseException) else str(error)
                 raise UserError(_first_line(message, known)) from error

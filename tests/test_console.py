@@ -150,7 +150,14 @@ def test_a_clean_run_prints_no_warning(tmp_path: Path) -> None:
     words += " data.linear_gaussian.images=64 data.linear_gaussian.validation_images=8 batch_size=8"
     steps = [
         ["-m", "blip3o_lit.train", *words.split(), f"hydra.run.dir={tmp_path}/run"],
-        ["-m", "blip3o_lit.evaluate", f"ckpt={tmp_path}/run", "curve=[]", "samples=0"],
+        [
+            "-m",
+            "blip3o_lit.evaluate",
+            f"ckpt={tmp_path}/run",
+            "curve=[]",
+            "samples=0",
+            "solvers=[]",
+        ],
     ]
     for step in steps:
         done = subprocess.run(

@@ -263,9 +263,11 @@ def _grid(value: object) -> list[list[float]] | None:
     """Return a map of finite numbers, or None for anything else."""
     if not isinstance(value, list) or not all(isinstance(line, list) for line in value):
         return None
+    if len({len(line) for line in value}) != 1:
+        return None
     numbers = [[finite(item) for item in line] for line in value]
     whole = [[item for item in line if item is not None] for line in numbers]
-    return whole if whole and whole[0] and whole == numbers else None
+    return whole if whole[0] and whole == numbers else None
 
 
 def _against(row: Row, baselines: list[Row]) -> str:

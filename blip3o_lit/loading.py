@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -201,5 +201,5 @@ def solver_from_label(label: str) -> SolverConfig:
         guidance = float(scale) if at else 1.0
     except ValueError:
         raise UserError(f"solver {label!r}: write a guidance scale as in heun-10@1.5") from None
-    given = {"steps": int(steps)} if dash else {}
-    return SolverConfig(name=name, guidance_scale=guidance, **given)
+    solver = SolverConfig(name=name, guidance_scale=guidance)
+    return replace(solver, steps=int(steps)) if dash else solver

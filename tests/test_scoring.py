@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
+from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.loading import load
+from blip3o_lit.loading import load, solver_from_label
 from blip3o_lit.scoring.readers import open_readers
 from blip3o_lit.scoring.score import Scorer
 from blip3o_lit.scoring.swapped import swapped
@@ -381,3 +382,29 @@ def test_verdicts_stand_beside_the_baselines(mean, ridge, place):
 def test_numbers_that_are_not_finite_name_their_place():
     with pytest.raises(UserError, match=r"estimators\.heun-10\.mse is nan"):
         check_finite({"estimators": {"heun-10": {"mse": float("nan")}}}, "")
+
+
+def test_guided_estimators_are_scored_and_need_dropout(home, run, tmp_path):
+    config = replace(small_config(), flow=FlowConfig(condition_dropout=0.1))
+    guided = make_run(tmp_path / "guided", config=config)
+    names = ["euler-2", "euler-2@1.5", "mean@1.5"]
+    settings = {"baselines": "none", "curve": [], "samples": 0, "images": 16}
+    found, _ = scored(guided, home / "fits", solvers=names, **settings)
+    blocks = found["estimators"]
+    assert list(blocks) == ["mean", *names]
+    assert [blocks[name]["nfe"] for name in blocks] == [1, 2, 4, 2]
+    loaded, (held, _) = load(guided), open_readers(load(guided), EvaluateConfig(str(guided)))
+    batch = held.read(np.arange(16))
+    solver = solver_from_label("mean@1.5")
+    made = loaded.translator.generate(batch["condition"], torch.arange(16), 0, solver).x1_BND
+    wanted = torch.cosine_similarity(made, batch["target"].float(), dim=-1).mean()
+    assert blocks["mean@1.5"]["cosine"] == pytest.approx(float(wanted), abs=1e-6)
+    assert blocks["mean@1.5"]["cosine"] != blocks["mean"]["cosine"]
+    with pytest.raises(UserError, match="condition_dropout above 0"):
+        scored(run, home / "fits", solvers=["mean@1.5"], **settings)
+
+
+@pytest.mark.parametrize("label", ["heun-10@", "heun-10@x"])
+def test_a_guidance_that_is_no_number_is_refused(label):
+    with pytest.raises(UserError, match=r"as in heun-10@1\.5"):
+        solver_from_label(label)

@@ -47,8 +47,10 @@ class SolverConfig:
 
     @property
     def label(self) -> str:
-        """Name of the estimator in reports, for example `heun-10`."""
-        return self.name if self.name in ("mean", "dopri5") else f"{self.name}-{self.steps}"
+        """Name of the estimator in reports, for example `heun-10`, or `heun-10@1.5` guided."""
+        guided = "" if self.guidance_scale == 1 else f"@{self.guidance_scale:g}"
+        steps = "" if self.name in ("mean", "dopri5") else f"-{self.steps}"
+        return f"{self.name}{steps}{guided}"
 
 
 def check_solver(flow: FlowConfig, solver: SolverConfig) -> None:

@@ -25,7 +25,7 @@ from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.classes import Classes
 from blip3o_lit.tokens.heads import Head
 from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex
-from blip3o_lit.tokens.reader import scan
+from blip3o_lit.tokens.mapped_shard import scan
 from blip3o_lit.tokens.shards import unpack_offsets
 from blip3o_lit.tokens.storage import TORCH_TYPES, dequantise, finite, load_scales, scale_array
 

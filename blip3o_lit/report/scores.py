@@ -106,12 +106,13 @@ def headline(found: list[Row]) -> Row | None:
 
 
 def estimator(key: str) -> str:
-    """Return the label of an estimator: `heun-10` -> `Heun, 10 steps`."""
-    name, _, steps = key.partition("-")
-    if name == "mean":
-        return "Posterior mean"
-    word = {"rk4": "RK4", "dopri5": "Dopri5"}.get(name, name.capitalize())
-    return f"{word}, {steps} steps" if steps else word
+    """Return the label of an estimator: `heun-10@1.5` -> `Heun, 10 steps, guidance 1.5`."""
+    plain, _, guidance = key.partition("@")
+    name, _, steps = plain.partition("-")
+    known = {"mean": "Posterior mean", "rk4": "RK4"}
+    parts = [known.get(name, name.capitalize())]
+    parts += [f"{steps} steps"] * bool(steps) + [f"guidance {guidance}"] * bool(guidance)
+    return ", ".join(parts)
 
 
 def baseline(key: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
-from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.config.solver import SolverConfig, check_solver
 from blip3o_lit.loading import Loaded, solver_from_label
 from blip3o_lit.metrics.calibration import Calibration
 from blip3o_lit.metrics.paired import compare
@@ -32,7 +32,7 @@ from blip3o_lit.scoring.verdict import check_finite, verdict, verdict_note
 from blip3o_lit.tokens.ambiguous import coverage
 from blip3o_lit.tokens.reader import TokenReader
 
-NOISE_START = 0.02
+NOISE_START = 0.2
 """Where a noise output's ODE starts unless the run says otherwise: it has no velocity at 0."""
 COVERAGE_IMAGES = 1024
 """Images that mode coverage is counted on, at most."""
@@ -178,6 +178,7 @@ class Scorer:
         run = loaded.config
         if solver.name != "mean" and run.flow.prediction == "noise":
             solver = replace(solver, start=run.solver.start or NOISE_START)
+        check_solver(run.flow, solver)
         seed = self.config.seed + draw
 
         def generate(condition_BMC: Tensor, sample_B: Tensor) -> tuple[Tensor, int]:

@@ -43,7 +43,7 @@ test: setup ## the whole suite
 	$(PY) -m pyright blip3o_lit
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not soak" -n $(WORKERS) --dist loadfile
 
-soak: setup ## the long loops: kills, all resume pairs, fuzzing (MINUTES=60)
+soak: setup ## the long loops: kills, all resume pairs, the pages, and MINUTES=60 of fuzzing
 	BLIP3O_SOAK_MINUTES=$(MINUTES) $(PY) -m pytest -m soak
 
 bench: setup ## benchmarks, each beside its ceiling and its peers (ONLY=name for one)

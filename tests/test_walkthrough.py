@@ -29,7 +29,7 @@ SMALL = {
     "evaluate": SCORE,
     "extract images=/data/photos": "towers=demo out=tokens_again split.fraction=0.2",
     "extract images=photos towers=demo": "",
-    "convert": "",
+    "convert": "out=converted",
     "generate ckpt=exported": "batch_size=8 solver.steps=2",
     "generate ckpt=outputs/demo images": "towers=demo",
     "generate ckpt=outputs/train": "batch_size=8",

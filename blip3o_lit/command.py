@@ -108,7 +108,7 @@ def run_command(name: str, schema: type[Config], task: Callable[[Config], Any]) 
     except UserError as error:
         fail(str(error))
     except OSError as error:
-        if began:
+        if began or error.filename is None:  # a closed pipe, for one
             raise
         fail(f"{error.filename}: {error.strerror}: choose another folder with hydra.run.dir")
 

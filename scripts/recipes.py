@@ -161,4 +161,4 @@ RUNS = tuple(
         key=lambda run: (run.seed, run.recipe is not DEFAULT, run.testbed != "demo"),
     )
 )
-"""In the order of their worth: the first seed first, in it the default, then all recipes on demo."""
+"""In the order of their worth: the first seed first; of a seed the default, then the demo."""

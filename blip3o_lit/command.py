@@ -107,8 +107,11 @@ def run_command(name: str, schema: type[Config], task: Callable[[Config], Any]) 
         hydra_main(version_base="1.3", config_path=str(folder), config_name=name)(job)()
     except UserError as error:
         fail(str(error))
+    except BrokenPipeError:  # of a page that was piped into `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
-        if began or error.filename is None:  # a closed pipe, for one
+        if began:
             raise
         fail(f"{error.filename}: {error.strerror}: choose another folder with hydra.run.dir")
 

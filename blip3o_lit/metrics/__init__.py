@@ -18,7 +18,10 @@ def _import_torchmetrics() -> None:
     """Import torchmetrics as if the unused packages were missing; others find them as ever."""
     from lightning_utilities.core import imports
 
-    check, available = imports.RequirementCache._check_requirement, imports.package_available
+    check = getattr(imports.RequirementCache, "_check_requirement", None)
+    available = getattr(imports, "package_available", None)
+    if check is None or available is None:
+        return  # another version of the library: torchmetrics then imports what it likes
 
     def checked(self: imports.RequirementCache) -> None:
         check(self)

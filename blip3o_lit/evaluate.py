@@ -84,7 +84,7 @@ def progress() -> Iterator[Report]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print estimators and baselines, best cosine first, and the verdict."""
+    """Print estimators and baselines, best cosine first, and where the headline stands."""
     from rich.console import Console
     from rich.table import Table
 
@@ -106,7 +106,9 @@ def show(result: dict[str, Any]) -> None:
             f"better on {100 * found['wins']:.0f} % of images",
             highlight=False,
         )
-    console.print(f"{result['verdict']}: {result['verdict_note']}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{result['standing']}: {result['verdict_note']}", highlight=False, soft_wrap=True
+    )
 
 
 def main() -> None:

@@ -84,7 +84,8 @@ def evaluation() -> dict:
         "nfe_curve": curve,
         "position_cosine": [[0.9 + 0.0001 * (16 * i + j) for j in range(16)] for i in range(16)],
         "retrieval": {"read_out": "cls", "generated": recall, "true": recall},
-        "verdict": "excellent by the seeds' thresholds, below noise-free transformer",
+        "verdict": "excellent",
+        "standing": "excellent by the seeds' thresholds, below noise-free transformer",
         "zero_shot": {
             "classes": 10,
             "images": 130,
@@ -237,7 +238,7 @@ def test_numbers_name_what_they_belong_to(run: Path) -> None:
     assert len(tiles) == 5
     assert found.text.count(f"Posterior mean, 1 NFE, {about}") >= len(tiles)
     assert "Solvers on 64 images; rules" in found.text
-    phrase = evaluation()["verdict"]
+    phrase = evaluation()["standing"]
     assert found.text.count("excellent") == found.text.count(phrase) == 2, "no word without place"
 
 
@@ -289,7 +290,7 @@ def test_map_has_one_colour_range_for_all_runs() -> None:
 def test_strings_of_a_run_are_escaped(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run <b>bold</b>")
     report = evaluation()
-    report["verdict"] = report["split"] = report["checkpoint"] = report["mode"] = HOSTILE
+    report["standing"] = report["split"] = report["checkpoint"] = report["mode"] = HOSTILE
     report["estimators"][HOSTILE] = report["estimators"].pop("heun-10")
     report["baselines"][HOSTILE] = report["baselines"].pop("ridge")
     report["nfe_curve"][0]["solver"] = HOSTILE
@@ -327,7 +328,7 @@ def test_run_without_evaluation_says_how_to_get_one(tmp_path: Path) -> None:
 
 
 BLOCKS = [{name} for name in ("estimators", "baselines", "nfe_curve", "position_cosine")]
-BLOCKS.append({"split", "images", "mode", "tokens", "checkpoint", "headline", "verdict"})
+BLOCKS.append({"split", "images", "mode", "tokens", "checkpoint", "headline", "standing"})
 BLOCKS.append({"retrieval", "frechet_floor"})
 BLOCKS.append({"zero_shot", "samples", "time_bins", "paired", "worst", "examples", "surprise"})
 

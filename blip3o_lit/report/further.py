@@ -20,6 +20,7 @@ SHOWN = {
         "checkpoint",
         "headline",
         "verdict",
+        "standing",
         "verdict_note",
     ),
     *("estimators", "baselines", "optimum", "frechet_floor", "nfe_curve", "position_cosine"),

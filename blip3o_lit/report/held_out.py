@@ -52,8 +52,8 @@ def lede(record: RunRecord) -> str:
         )
     found = rows(record)
     row = headline(found)
-    verdict = record.evaluation.get("verdict")
-    said = f"Verdict: <strong>{escape(str(verdict))}</strong>. " if verdict else ""
+    standing = record.evaluation.get("standing")
+    said = f"Verdict: <strong>{escape(str(standing))}</strong>. " if standing else ""
     if row is not None and row.number("cosine") is not None:
         pair = row.interval
         said += (
@@ -190,9 +190,9 @@ def _tiles(record: RunRecord, found: list[Row], row: Row) -> list[str]:
     """Return the summary tiles: each number with the baselines' beside it."""
     about = source(record, row)
     baselines = [item for item in found if item.kind == "baseline"]
-    verdict = record.evaluation.get("verdict")
+    standing = record.evaluation.get("standing")
     tiles: list[str] = []
-    if verdict:
+    if standing:
         gaps = [
             (item.label, signed(mine - theirs))
             for item in baselines
@@ -200,7 +200,7 @@ def _tiles(record: RunRecord, found: list[Row], row: Row) -> list[str]:
             and (theirs := item.number("cosine")) is not None
         ]
         tiles.append(
-            html.tile("Verdict", str(verdict), gaps, f"Cosine above each baseline. {about}")
+            html.tile("Verdict", str(standing), gaps, f"Cosine above each baseline. {about}")
         )
     for name, title in (
         ("cosine", "Cosine, held out"),

@@ -28,7 +28,7 @@ from blip3o_lit.scoring.image_text import ImageText
 from blip3o_lit.scoring.swapped import swapped
 from blip3o_lit.scoring.tally import Estimator, Reference, Tally, exact_estimators, known_problem
 from blip3o_lit.scoring.time_bins import time_bins
-from blip3o_lit.scoring.verdict import check_finite, verdict, verdict_note
+from blip3o_lit.scoring.verdict import check_finite, standing, verdict, verdict_note
 from blip3o_lit.tokens.ambiguous import coverage
 from blip3o_lit.tokens.reader import TokenReader
 
@@ -156,7 +156,7 @@ class Scorer:
         for block in (block for group in groups for block in group.values()):
             del block["position_cosine"], block["position_std"]
             block["split"] = self.held.split
-        report["verdict"] = verdict(report)
+        report["verdict"], report["standing"] = verdict(report), standing(report)
         report["verdict_note"] = verdict_note(report)
         check_finite(report, "")
         return report

@@ -17,11 +17,16 @@ def word(cosine: float) -> str:
 
 
 def verdict(report: dict[str, Any]) -> str:
+    """Return the seeds' word for the headline's cosine."""
+    return word(report["estimators"][report["headline"]]["cosine"])
+
+
+def standing(report: dict[str, Any]) -> str:
     """Return the seeds' word together with its place among the baselines, as one phrase.
 
     A difference to a baseline counts where its paired 95 % interval over images leaves zero.
     """
-    said = f"{word(report['estimators'][report['headline']]['cosine'])} by the seeds' thresholds"
+    said = f"{verdict(report)} by the seeds' thresholds"
     against = report["against"][report["headline"]]
     if not against:
         return f"{said}, compared with no baseline"

@@ -42,7 +42,7 @@ def state(run: Path, name: str = "last.ckpt") -> dict[str, Any]:
 
 
 def assert_same_run(a: Path, b: Path, exactly: bool = False) -> None:
-    close = {"rtol": 0, "atol": 0} if exactly else {"rtol": 1e-5, "atol": 1e-6}
+    close = {"rtol": 0, "atol": 0} if exactly else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(losses(a), losses(b), rtol=close["rtol"], atol=0)
     assert len(losses(a)) == 20
     one, other = state(a), state(b)

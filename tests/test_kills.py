@@ -204,6 +204,7 @@ def test_ranks_with_different_configs_stop(tmp_path: Path) -> None:
     assert step_reached(tmp_path) == 0
 
 
+@pytest.mark.soak  # seconds of patience: not on a machine that is busy with other tests
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
 def test_a_rank_that_dies_or_hangs_is_named_with_the_collective(
     tmp_path: Path, number: signal.Signals

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import torch
@@ -24,12 +24,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def batch_limit(key: str, size: int) -> Iterator[None]:
-    """Name the next batch size when memory runs out inside.
-
-    Args:
-        key: The override of the batch size.
-        size: Its value now.
+def memory_limit(advice: Callable[[], str]) -> Iterator[None]:
+    """Give advice, one line, when memory runs out inside.
 
     Raises:
         UserError: In place of the error about memory.
@@ -39,24 +35,18 @@ def batch_limit(key: str, size: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(
-            f"out of memory with {key}={size}: try {key}={max(size // 2, 1)}"
-        ) from error
+        raise UserError(advice()) from error
 
 
-@contextmanager
-def training_limit(config: TrainConfig, plan: Plan) -> Iterator[None]:
-    """Name the next micro-batch and the option that saves most when memory runs out inside.
+def batch_limit(key: str, size: int) -> AbstractContextManager[None]:
+    """Name the next batch size when memory runs out inside; `key` is its override, `size` now."""
+    said = f"out of memory with {key}={size}: try {key}={max(size // 2, 1)}"
+    return memory_limit(lambda: said)
 
-    Raises:
-        UserError: In place of the error about memory.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(relief(config, plan)) from error
+
+def training_limit(config: TrainConfig, plan: Plan) -> AbstractContextManager[None]:
+    """Name the next micro-batch and the option that saves most when memory runs out inside."""
+    return memory_limit(lambda: relief(config, plan))
 
 
 def relief(config: TrainConfig, plan: Plan) -> str:

@@ -63,6 +63,7 @@ class Watch(Callback):
         if self._world > 1:
             place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
             self._peers = TCPStore(*place, timeout=timedelta(seconds=30))
+            self._beat(self._peers)  # before the first collective, so that every rank is known
         threading.Thread(target=self._run, daemon=True, name="watch").start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

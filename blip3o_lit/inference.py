@@ -235,7 +235,7 @@ class BLIP3oInference:
         default = self.config.solver.name if self.config.solver.name != "mean" else "heun"
         label = solver or default
         if steps is not None and "-" not in label:
-            return SolverConfig(name=label, steps=steps, start=self.config.solver.start)
+            return SolverConfig.named(label, steps=steps, start=self.config.solver.start)
         return solver_from_label(label)
 
     def _checked(self, given: Tensor | np.ndarray) -> tuple[Tensor, bool]:

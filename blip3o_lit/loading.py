@@ -201,5 +201,5 @@ def solver_from_label(label: str) -> SolverConfig:
         guidance = float(scale) if at else 1.0
     except ValueError:
         raise UserError(f"solver {label!r}: write a guidance scale as in heun-10@1.5") from None
-    solver = SolverConfig(name=name, guidance_scale=guidance)
+    solver = SolverConfig.named(name, guidance_scale=guidance)
     return replace(solver, steps=int(steps)) if dash else solver

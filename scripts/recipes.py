@@ -19,20 +19,21 @@ TESTBEDS = {
     "demo": f"experiment=demo {QUIET} {SMALL} trainer.max_steps=300 batch_size=16",
     "demo_masked": f"experiment=demo {QUIET} {SMALL} data=demo_masked trainer.max_steps=300 "
     "batch_size=16",
+    "linear_gaussian_size": f"experiment=linear_gaussian {QUIET}",
     "demo_size": f"experiment=demo {QUIET}",
     "demo_masked_size": f"experiment=demo {QUIET} data=demo_masked",
     "ambiguous": f"experiment=ambiguous {QUIET} trainer.max_steps=1500 batch_size=128 "
     "optimizer.warmup_steps=75",
 }
 """Overrides of every run on a testbed."""
-SCORED = "baselines=none solvers=[heun-10] curve=[] samples=0 images=256"
+SCORED = "baselines=none solvers=[ab2-8] curve=[] samples=0 images=256"
 """How a part is scored."""
-FULL = "baselines=all solvers=[euler-4,heun-10] curve=[euler-1,euler-2,euler-4,euler-8,euler-16"
-FULL += ",euler-50,heun-2] curve_images=256 sample_images=64 images=256"
+FULL = "baselines=all solvers=[euler-4,ab2-4,ab2-8,heun-10] curve=[euler-1,euler-2,euler-4,euler-8"
+FULL += ",euler-50,ab2-2,ab2-4,ab2-8] curve_images=256 sample_images=64 images=256"
 """How the default is scored: beside the baselines, with the curve over network evaluations."""
-CONFIRMED = "baselines=all solvers=[euler-4,heun-10] curve=[] samples=0 images=512"
-"""How the default is scored at the demo's size, on all of its held-out images."""
-GUESSED = "baselines=none solvers=[euler-4,heun-10] curve=[] samples=0 images=256"
+CONFIRMED = "baselines=all solvers=[ab2-4,ab2-8,heun-10] curve=[] samples=0 images=512"
+"""How the default is scored at its preset's size, on 512 held-out images."""
+GUESSED = "baselines=none solvers=[ab2-4,ab2-8,heun-10] curve=[] samples=0 images=256"
 """The same where the target must be guessed."""
 NO_MEAN = "flow.time_zero_share=0"
 
@@ -96,10 +97,12 @@ REAL = ("demo",)
 DEFAULT = Recipe(
     "default", "default: sample output, half of the draws at t = 0, Muon", "", SHORT, SEEDS, FULL
 )
-CONFIRMATIONS = (
-    Recipe("confirmed", "the default at the demo's size", "", ("demo_size",), (0,), CONFIRMED),
-    Recipe("guessed", "the default at the demo's size", "", ("demo_masked_size",), SEEDS, GUESSED),
-)
+LONG = Recipe("long", "the default at the preset's length", "", ("linear_gaussian_size",), SEEDS,
+              CONFIRMED)  # fmt: skip
+CONFIRMED_DEMO = Recipe("confirmed", "the default at the demo's size", "", ("demo_size",), (0,),
+                        CONFIRMED)  # fmt: skip
+CONFIRMED_MASKED = Recipe("guessed", "the default at the demo's size", "", ("demo_masked_size",),
+                          SEEDS, GUESSED)  # fmt: skip
 PARTS = (
     Recipe("velocity", "velocity output", "flow.prediction=velocity"),
     Recipe("noise", "noise output",
@@ -156,7 +159,7 @@ WIDTHS = tuple(
     for output in ("sample", "velocity")
     if width != 128  # the default and the velocity row are 128 wide, the target's own width
 )
-CLAIMED = (DEFAULT, *SEED_RECIPES, *CONFIRMATIONS)
+CLAIMED = (DEFAULT, *SEED_RECIPES, LONG, CONFIRMED_DEMO, CONFIRMED_MASKED)
 RECIPES = (*CLAIMED, *PARTS, *WIDTHS)
 RUNS = tuple(
     sorted(

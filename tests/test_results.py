@@ -84,7 +84,7 @@ def seen(cosine: float) -> Found:
     runs = found(DEFAULT, "demo", [cosine, cosine])
     points = [{"solver": s, "nfe": n, "cosine": 0.9, "frechet": 1.0} for s, n in CURVE]
     for block in runs.values():
-        against = {name: {"regression": {"difference": 0.001}} for name in ("mean", "euler-4")}
+        against = {name: {"regression": {"difference": 0.001}} for name in ("mean", "ab2-4")}
         block |= {"nfe_curve": points, "against": against}
     return runs
 
@@ -99,7 +99,7 @@ def test_the_optimum_is_compared_estimator_by_estimator() -> None:
     block |= {
         "optimum": {"mean": exact, "sample": {"cosine": 0.9, "variance_ratio": 1.03}},
         "frechet_floor": {"frechet_token": 1.0},
-        "against": {n: {"regression": {"difference": 0.0}} for n in ("mean", "euler-4")},
+        "against": {n: {"regression": {"difference": 0.0}} for n in ("mean", "ab2-4")},
     }
     lines = claims(runs)
     assert any("exact mean's" in line and "met" in line for line in lines)

@@ -43,12 +43,13 @@ class EvaluateConfig:
     """Training steps of MLP and noise-free transformer: the run's own number, but at most these."""
     baseline_images: int = 20000
     """Training images that mean token and ridge are fitted on; all of them if fewer exist."""
-    solvers: list[str] = field(default_factory=lambda: ["heun-10", "euler-4"])
+    solvers: list[str] = field(default_factory=lambda: ["heun-10", "ab2-4"])
     """Estimators beside the posterior mean, as solver-steps, or guided: heun-10@1.5, mean@1.5."""
     curve: list[str] = field(
         default_factory=lambda: [
             *("euler-1", "euler-2", "euler-4", "euler-8", "euler-16"),
-            *("heun-1", "heun-2", "heun-4", "heun-8"),
+            *("heun-2", "heun-4", "heun-8"),
+            *("ab2-2", "ab2-4", "ab2-8"),
         ]
     )
     """Points of the curve over network evaluations, as solver-steps; [] leaves it out."""

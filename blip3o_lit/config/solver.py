@@ -62,6 +62,16 @@ class SolverConfig:
         return f"{self.name}{steps}{guided}"
 
 
+def needs_later_start(flow: FlowConfig, solver: SolverConfig) -> bool:
+    """Tell whether an ODE solver's first evaluation would have no value at t = 0.
+
+    A noise output has no velocity there (alpha = 0); ab2 needs the estimate of x1.
+    """
+    if solver.name == "mean":
+        return False
+    return flow.prediction == "noise" or (solver.name == "ab2" and not flow.has_mean)
+
+
 def check_solver(flow: FlowConfig, solver: SolverConfig) -> None:
     """Raise where this flow has no value at the solver's first time, or knows no guidance.
 
@@ -74,14 +84,9 @@ def check_solver(flow: FlowConfig, solver: SolverConfig) -> None:
             f"solver=mean {outputs}: at t = 0 this output says nothing about x1: use "
             "flow.prediction=sample, or an ODE solver (solver=heun solver.start=0.2)"
         )
-    if solver.name == "ab2" and not flow.has_mean and solver.start == 0:
+    if needs_later_start(flow, solver) and solver.start == 0:
         raise UserError(
-            f"solver=ab2 {outputs}: at t = 0 this output says nothing about x1: set "
-            "solver.start=0.2"
-        )
-    if solver.name != "mean" and flow.prediction == "noise" and solver.start == 0:
-        raise UserError(
-            f"solver={solver.name} {outputs}: the velocity has no value at t = 0 (alpha = 0): "
+            f"solver={solver.name} {outputs}: its first evaluation has no value at t = 0: "
             "set solver.start=0.2"
         )
     if solver.guidance_scale != 1 and flow.condition_dropout == 0:

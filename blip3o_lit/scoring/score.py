@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
-from blip3o_lit.config.solver import SolverConfig, check_solver
+from blip3o_lit.config.solver import SolverConfig, check_solver, needs_later_start
 from blip3o_lit.loading import Loaded, solver_from_label
 from blip3o_lit.metrics.calibration import Calibration
 from blip3o_lit.metrics.paired import compare
@@ -176,7 +176,7 @@ class Scorer:
     def _generate(self, loaded: Loaded, solver: SolverConfig, draw: int = 0) -> Estimator:
         """Return a translator as an estimator; another `draw` has other noise."""
         run = loaded.config
-        if solver.name != "mean" and run.flow.prediction == "noise":
+        if needs_later_start(run.flow, solver):
             solver = replace(solver, start=run.solver.start or NOISE_START)
         check_solver(run.flow, solver)
         seed = self.config.seed + draw

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,18 +37,15 @@ def prefetch(jobs: Iterable[Callable[[], T]], threads: int) -> Iterator[T]:
     lock, so threads do; handing 20 MB batches between processes costs 7 times as much.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="tokens")
-    waiting: deque[Future[T]] = deque()
     source = iter(jobs)
     try:
-        while True:
-            while len(waiting) <= threads:
-                job = next(source, None)
-                if job is None:
-                    break
-                waiting.append(pool.submit(job))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
+        waiting = deque(pool.submit(job) for job in islice(source, threads + 1))
+        while waiting:
+            result = waiting.popleft().result()
+            # Last of all: the thread that this wakes competes for the interpreter.
+            waiting.extend(pool.submit(job) for job in islice(source, 1))
+            yield result
+            del result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -90,9 +88,9 @@ class TokenLoader:
         step, micro = divmod(number, self.plan.accumulation)
         position = self._start_samples + step * self.plan.batch_size
         position += self.plan.offset(self.rank, micro)
-        ids, epochs = self.order.at(position, self.plan.micro_batch_size)
 
         def job() -> PackedBatch:
+            ids, epochs = self.order.at(position, self.plan.micro_batch_size)
             batch = self.reader.read_packed(ids, self.pin)
             batch["sample"], batch["epoch"] = torch.from_numpy(ids), torch.from_numpy(epochs)
             return batch
@@ -106,6 +104,7 @@ class TokenLoader:
         for batch in prefetch((self._job(i) for i in range(count)), self.threads):
             self._taken += 1
             yield batch
+            del batch  # Freeing lets go of the interpreter: do it before a thread is woken.
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last whole step, equal on every rank.

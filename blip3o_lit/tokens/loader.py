@@ -45,7 +45,6 @@ def prefetch(jobs: Iterable[Callable[[], T]], threads: int) -> Iterator[T]:
             # Last of all: the thread that this wakes competes for the interpreter.
             waiting.extend(pool.submit(job) for job in islice(source, 1))
             yield result
-            del result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

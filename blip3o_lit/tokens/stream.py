@@ -358,6 +358,7 @@ class StreamLoader:
         for batch in prefetch(jobs, threads=1):
             self._taken += 1
             yield batch
+            del batch  # As in TokenLoader.
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in global samples; which of them is known to a shard only."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.loader import TokenLoader, ValidationLoader, prefetch
 from blip3o_lit.tokens.order import SampleOrder
+from blip3o_lit.tokens.packed import PackedBatch
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.world import align_checkpoint, batch_plan
 
@@ -131,6 +135,37 @@ def test_error_in_a_reader_thread_reaches_the_loop() -> None:
     assert next(batches) == {}
     with pytest.raises(UserError, match="cat"):
         next(batches)
+
+
+def test_the_order_is_computed_in_reader_threads(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, threads = SampleOrder.at, set()
+
+    def noted(self: SampleOrder, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        threads.add(threading.current_thread().name.partition("_")[0])
+        return at(self, position, count)
+
+    monkeypatch.setattr(SampleOrder, "at", noted)
+    assert len(list(loader(folder))) == 6
+    assert threads == {"tokens"}
+
+
+def test_a_batch_is_freed_before_a_thread_is_woken_for_another(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, freed = TokenLoader._job, []
+    last: list[weakref.ref[torch.Tensor]] = []
+
+    def noted(self: TokenLoader, number: int) -> Callable[[], PackedBatch]:
+        freed.extend(ref() is None for ref in last)
+        return make(self, number)
+
+    monkeypatch.setattr(TokenLoader, "_job", noted)
+    batches = iter(loader(folder, steps=8))
+    for _ in range(8):
+        last = [weakref.ref(next(batches)["target"])]
+    assert freed == [True] * 4  # 3 jobs wait before the first batch, one is added with it
 
 
 @pytest.mark.parametrize(("world", "batch_size"), [(1, 3), (2, 2), (3, 4), (1, 100), (4, 100)])

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 from test_faults import NOBODY, in_child, open_folder  # noqa: F401 (a fixture)
 from test_training import config, differences, state
@@ -27,6 +26,7 @@ from blip3o_lit.callbacks.metrics_csv import read_rows
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import claimed
 from blip3o_lit.config.secrets import masked
+from blip3o_lit.tokens.packed import PackedBatch
 from blip3o_lit.tokens.reader import TokenReader
 from blip3o_lit.training import run_training
 
@@ -107,13 +107,13 @@ def test_a_slow_disk_is_told_of_and_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    read = TokenReader.read
+    read = TokenReader.read_packed
 
-    def slowly(self: TokenReader, ids: np.ndarray, pin: bool = False) -> dict[str, torch.Tensor]:
+    def slowly(self: TokenReader, ids: np.ndarray, pin: bool = False) -> PackedBatch:
         time.sleep(0.3 if self.split == "train" else 0.0)
         return read(self, ids, pin)
 
-    monkeypatch.setattr(TokenReader, "read", slowly)
+    monkeypatch.setattr(TokenReader, "read_packed", slowly)
     monkeypatch.setattr(watch, "DATA_SECONDS", 0.05)
     monkeypatch.setattr(watch, "POLL", 0.02)
     run_training(config(), tmp_path, [])

@@ -17,6 +17,7 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.tokens.loader import Batch, TokenLoader, ValidationLoader
 from blip3o_lit.tokens.order import SampleOrder
+from blip3o_lit.tokens.packed import PackedBatch, restored
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.statistics import Standardizer, cached_standardizers, reader_batches
 from blip3o_lit.tokens.stream import RemoteStore, StreamLoader, StreamReader, is_url
@@ -130,14 +131,15 @@ class TokenDataModule(pl.LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size, cuda
 
     def transfer_batch_to_device(
-        self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int
+        self, batch: PackedBatch, device: torch.device, dataloader_idx: int
     ) -> dict[str, Tensor]:
-        """Move tokens; sample ids and epochs stay on the CPU, where seeds are mixed from them."""
+        """Move tokens, restore int8 ones there; ids and epochs stay on the CPU, for the seeds."""
         stays = ("sample", "epoch")
-        return {
+        moved = {
             key: value if key in stays else value.to(device, non_blocking=True)
             for key, value in batch.items()
         }
+        return restored(moved)
 
     def train_dataloader(self) -> TokenLoader | StreamLoader:
         """Return this rank's loader for the whole run.

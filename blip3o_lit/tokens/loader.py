@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,31 +22,29 @@ from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.order import SampleOrder
+from blip3o_lit.tokens.packed import PackedBatch
 from blip3o_lit.tokens.reader import TokenReader
 from blip3o_lit.tokens.world import BatchPlan
 
 Batch = dict[str, Tensor]
+T = TypeVar("T")
 
 
-def prefetch(jobs: Iterable[Callable[[], Batch]], threads: int) -> Iterator[Batch]:
+def prefetch(jobs: Iterable[Callable[[], T]], threads: int) -> Iterator[T]:
     """Run jobs ahead in threads and yield their results in order.
 
     At most `threads + 1` finished or running results wait. Copying tokens releases the interpreter
     lock, so threads do; handing 20 MB batches between processes costs 7 times as much.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="tokens")
-    waiting: deque[Future[Batch]] = deque()
     source = iter(jobs)
     try:
-        while True:
-            while len(waiting) <= threads:
-                job = next(source, None)
-                if job is None:
-                    break
-                waiting.append(pool.submit(job))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
+        waiting = deque(pool.submit(job) for job in islice(source, threads + 1))
+        while waiting:
+            result = waiting.popleft().result()
+            # Last of all: the thread that this wakes competes for the interpreter.
+            waiting.extend(pool.submit(job) for job in islice(source, 1))
+            yield result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -83,27 +82,28 @@ class TokenLoader:
         """Micro-batches of the whole run, those before a resume included (Lightning counts on)."""
         return self.steps * self.plan.accumulation
 
-    def _job(self, number: int) -> Callable[[], Batch]:
+    def _job(self, number: int) -> Callable[[], PackedBatch]:
         """Return the function that reads the `number`-th micro-batch from the starting point."""
         step, micro = divmod(number, self.plan.accumulation)
         position = self._start_samples + step * self.plan.batch_size
         position += self.plan.offset(self.rank, micro)
-        ids, epochs = self.order.at(position, self.plan.micro_batch_size)
 
-        def job() -> Batch:
-            batch = self.reader.read(ids, self.pin)
+        def job() -> PackedBatch:
+            ids, epochs = self.order.at(position, self.plan.micro_batch_size)
+            batch = self.reader.read_packed(ids, self.pin)
             batch["sample"], batch["epoch"] = torch.from_numpy(ids), torch.from_numpy(epochs)
             return batch
 
         return job
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[PackedBatch]:
         """Yield the micro-batches from the starting point (0, or the loaded state) on."""
         self._taken = 0
         count = (self.steps - self._start_step) * self.plan.accumulation
         for batch in prefetch((self._job(i) for i in range(count)), self.threads):
             self._taken += 1
             yield batch
+            del batch  # Freeing lets go of the interpreter: do it before a thread is woken.
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last whole step, equal on every rank.
@@ -163,20 +163,20 @@ class ValidationLoader:
         """Batches of each rank."""
         return -(-len(self.reader) // (self.batch_size * self.world_size))
 
-    def _job(self, number: int) -> Callable[[], Batch]:
+    def _job(self, number: int) -> Callable[[], PackedBatch]:
         first = (number * self.world_size + self.rank) * self.batch_size
         ids = np.arange(first, first + self.batch_size)
         valid = torch.from_numpy(ids < len(self.reader))
         ids = np.minimum(ids, len(self.reader) - 1)
 
-        def job() -> Batch:
-            batch = self.reader.read(ids, self.pin)
+        def job() -> PackedBatch:
+            batch = self.reader.read_packed(ids, self.pin)
             batch["sample"], batch["valid"] = torch.from_numpy(ids), valid
             batch["epoch"] = torch.zeros_like(batch["sample"])
             return batch
 
         return job
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[PackedBatch]:
         """Yield the batches of this rank."""
         yield from prefetch((self._job(i) for i in range(len(self))), self.threads)

@@ -26,13 +26,8 @@ from blip3o_lit.tokens.heads import Head
 from blip3o_lit.tokens.index import TokenIndex
 from blip3o_lit.tokens.mapped_shard import Shard
 from blip3o_lit.tokens.mode import pair_of_views
-from blip3o_lit.tokens.storage import (
-    TORCH_TYPES,
-    dequantise,
-    finite,
-    load_scales,
-    scale_array,
-)
+from blip3o_lit.tokens.packed import PackedBatch, PackedTokens, restored
+from blip3o_lit.tokens.storage import TORCH_TYPES, finite, load_scales, scale_array
 
 OPEN_SHARDS = 64
 """Shards kept mapped; the default shuffle window is 16."""
@@ -89,8 +84,8 @@ class TokenStore:
                 self._shards.move_to_end(number)
             return shard
 
-    def gather(self, located: list[Place], array: str, first: int = 0, pin: bool = False) -> Tensor:
-        """Copy one array of some samples, from row `first` on, into one tensor `[B, N, C]`.
+    def stored(self, located: list[Place], array: str, first: int = 0, pin: bool = False) -> Tensor:
+        """Copy one array of some samples as it is stored, from row `first` on, into one tensor.
 
         Args:
             located: Where the samples are.
@@ -98,14 +93,16 @@ class TokenStore:
             first: First row that is taken.
             pin: Use page-locked memory.
 
+        Returns:
+            `[B, N, C]`, int8 included.
+
         Raises:
             UserError: If a stored number is not finite; each sample is checked on its first read.
         """
         spec = self.index.arrays[array]
         dtype = TORCH_TYPES[spec.dtype]
-        int8 = spec.dtype == "int8"
         shape = (len(located), spec.shape[0] - first, *spec.shape[1:])
-        out = torch.empty(shape, dtype=dtype, pin_memory=pin and not int8)
+        out = torch.empty(shape, dtype=dtype, pin_memory=pin)
         flat = (out.view(torch.int16) if dtype == torch.bfloat16 else out).numpy()
         column = self._columns[array]
         for i, place in enumerate(located):
@@ -123,14 +120,27 @@ class TokenStore:
                         "extract it again or drop it (doctor lists all)"
                     )
                 known[place.sample] = True
-        if not int8:
-            return out
+        return out
+
+    def packed(
+        self, located: list[Place], array: str, first: int = 0, pin: bool = False
+    ) -> Tensor | PackedTokens:
+        """Copy as `stored` does; int8 tokens get their scales."""
+        spec = self.index.arrays[array]
+        stored_BNC = self.stored(located, array, first, pin)
+        if spec.dtype != "int8":
+            return stored_BNC
         if self._scales is None:
             self._scales = load_scales(self.path, self.index.arrays)
+        scale_KC = torch.from_numpy(self._scales[array][first : int(spec.cls) + 1])
         by_token = spec.scale == "token"
-        token_BN = self.gather(located, scale_array(array), first) if by_token else None
-        tokens = dequantise(out, torch.from_numpy(self._scales[array][first:]), token_BN)
-        return tokens.pin_memory() if pin else tokens
+        token_BN = self.stored(located, scale_array(array), first, pin) if by_token else None
+        return PackedTokens(stored_BNC, scale_KC.pin_memory() if pin else scale_KC, token_BN)
+
+    def gather(self, located: list[Place], array: str, first: int = 0) -> Tensor:
+        """Copy as `stored` does; int8 tokens are restored to fp16."""
+        tokens = self.packed(located, array, first)
+        return tokens.restore() if isinstance(tokens, PackedTokens) else tokens
 
     def head(self, array: str) -> Head:
         """Return the norm and projection of an array's tower."""
@@ -219,8 +229,12 @@ class TokenReader:
             for p, i in zip(places.tolist(), local.tolist())
         ]
 
-    def read(self, ids: np.ndarray, pin: bool = False) -> dict[str, Tensor]:
-        """Read a batch.
+    def read(self, ids: np.ndarray) -> dict[str, Tensor]:
+        """Read a batch: `read_packed` with int8 tokens restored to fp16."""
+        return restored(self.read_packed(ids))
+
+    def read_packed(self, ids: np.ndarray, pin: bool = False) -> PackedBatch:
+        """Read a batch whose int8 tokens are restored later, on the device.
 
         Args:
             ids: `[B]` int64 sample ids, in any order, repeats allowed.
@@ -234,14 +248,14 @@ class TokenReader:
             UserError: If a shard is damaged, or a token is not finite.
         """
         located = self._locate(ids)
-        out: dict[str, Tensor] = {}
+        out: PackedBatch = {}
         for side, array in (("condition", self.condition), ("target", self.target)):
             view = self._views[side]
             if view.computes:
                 tokens = view.compute(self.store.gather(located, array, view.first))
                 out[side] = tokens.pin_memory() if pin else tokens
             else:
-                out[side] = self.store.gather(located, array, view.first, pin)
+                out[side] = self.store.packed(located, array, view.first, pin)
         return out
 
     def text(self, ids: np.ndarray) -> Tensor | None:

@@ -40,15 +40,9 @@ from blip3o_lit.tokens.index import ShardEntry, TokenIndex
 from blip3o_lit.tokens.loader import Batch, prefetch
 from blip3o_lit.tokens.mode import pair_of_views
 from blip3o_lit.tokens.order import random_permutation
+from blip3o_lit.tokens.packed import PackedBatch, PackedTokens, restored
 from blip3o_lit.tokens.reader import TokenStore, view_hash
-from blip3o_lit.tokens.storage import (
-    SCALES_FILE,
-    TORCH_TYPES,
-    dequantise,
-    finite,
-    load_scales,
-    scale_array,
-)
+from blip3o_lit.tokens.storage import SCALES_FILE, TORCH_TYPES, finite, load_scales, scale_array
 from blip3o_lit.tokens.world import BatchPlan
 
 SCHEMES = ("http", "https", "s3", "gs", "hf", "file")
@@ -254,20 +248,28 @@ class StreamReader:
                 time.sleep(PAUSE * 4**failures)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Stack samples and apply the mode."""
-        out: dict[str, Tensor] = {}
+        """Stack samples and apply the mode; int8 tokens are restored to fp16."""
+        return restored(self.collate_packed(samples))
+
+    def collate_packed(self, samples: list[dict[str, Any]]) -> PackedBatch:
+        """Stack samples and apply the mode; int8 tokens are restored later, on the device."""
+        out: PackedBatch = {}
         for side, name in zip(("condition", "target"), self.arrays):
             view, spec = self._views[side], self.index.arrays[name]
             stacked = np.stack([sample[name][view.first :] for sample in samples])
+            tokens: Tensor | PackedTokens
             tokens = torch.from_numpy(stacked).view(TORCH_TYPES[spec.dtype])
             if spec.dtype == "int8":
                 token_BN = None
                 if spec.scale == "token":
                     rows = [sample[scale_array(name)][view.first :] for sample in samples]
                     token_BN = torch.from_numpy(np.stack(rows))
-                scale_NC = torch.from_numpy(self._scales[name][view.first :])
-                tokens = dequantise(tokens, scale_NC, token_BN)
-            out[side] = view.compute(tokens) if view.computes else tokens
+                scale_KC = torch.from_numpy(self._scales[name][view.first : int(spec.cls) + 1])
+                tokens = PackedTokens(tokens, scale_KC, token_BN)
+            if view.computes:
+                plain = tokens.restore() if isinstance(tokens, PackedTokens) else tokens
+                tokens = view.compute(plain)
+            out[side] = tokens
         out["sample"] = torch.tensor([sample["id"] for sample in samples])
         return out
 
@@ -340,22 +342,23 @@ class StreamLoader:
             for sample in self.reader.samples(number):
                 yield sample | {"epoch": epoch}
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[PackedBatch]:
         """Yield this rank's micro-batches from the starting point on."""
         self._taken = 0
         samples = self._samples()
 
-        def job() -> Batch:
+        def job() -> PackedBatch:
             chosen = list(itertools.islice(samples, self.plan.micro_batch_size))
-            batch = self.reader.collate(chosen)
+            batch = self.reader.collate_packed(chosen)
             batch["epoch"] = torch.tensor([sample["epoch"] for sample in chosen])
             return batch
 
         count = (self.steps - self._start_step) * self.plan.accumulation
-        jobs: Iterator[Callable[[], Batch]] = itertools.repeat(job, count)
+        jobs: Iterator[Callable[[], PackedBatch]] = itertools.repeat(job, count)
         for batch in prefetch(jobs, threads=1):
             self._taken += 1
             yield batch
+            del batch  # As in TokenLoader.
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in global samples; which of them is known to a shard only."""

@@ -23,13 +23,13 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from PIL import Image
 
-from blip3o_lit.command import conf_dir, typed
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.doctor import DoctorConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.schema import conf_dir, typed
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import from_seed

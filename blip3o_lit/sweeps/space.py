@@ -25,7 +25,6 @@ def distribution(override: Override) -> optuna.distributions.BaseDistribution:
     )
 
     value = override.value()
-    key = override.get_key_element()
     if isinstance(value, ChoiceSweep):
         return CategoricalDistribution(list(override.sweep_string_iterator()))
     if isinstance(value, RangeSweep):
@@ -37,7 +36,7 @@ def distribution(override: Override) -> optuna.distributions.BaseDistribution:
         if isinstance(value.start, int) and isinstance(value.end, int):
             return IntDistribution(value.start, value.end, log=log)
         return FloatDistribution(float(value.start), float(value.end), log=log)
-    raise UserError(f"{key}={override.input_line}: search by choice(), range() or interval()")
+    raise UserError(f"{override.input_line}: search by choice(), range() or interval()")
 
 
 def suggest(trial: optuna.Trial, key: str, within: optuna.distributions.BaseDistribution) -> object:

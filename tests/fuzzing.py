@@ -32,12 +32,14 @@ from made_run import make_run
 from omegaconf import OmegaConf
 from small_store import write_store
 
-from blip3o_lit import command
+from blip3o_lit import schema
+from blip3o_lit.arguments import check_arguments
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.loading import load
 from blip3o_lit.report.page import write_report
+from blip3o_lit.sweeps.plugins import register_plugins
 from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.index import TokenIndex
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
@@ -174,10 +176,10 @@ def config_target(folder: Path) -> Target:
     """The words of a command line, one a line: parsed, composed and merged, nothing is started."""
     OmegaConf.register_new_resolver("run_stamp", lambda: "test", replace=True)
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-    command.register_plugins()
-    options = command.groups(command.conf_dir())
+    register_plugins()
+    options = schema.groups(schema.conf_dir())
     keys = [
-        *command.keys(TrainConfig),
+        *schema.keys(TrainConfig),
         *options,
         "hydra.run.dir",
         "hydra/launcher",
@@ -220,7 +222,7 @@ def config_target(folder: Path) -> Target:
     def feed(case: bytes) -> None:
         given = case.decode("utf-8", "replace").replace("\0", "").splitlines()
         sys.argv = ["train", *(word for word in given if not word.startswith("-") or word == "-m")]
-        command._check_arguments("train", TrainConfig, command.conf_dir())
+        check_arguments("train", TrainConfig, schema.conf_dir())
 
     return Target([b"model=tiny", b"-m\nmodel=tiny,small"], damage, feed)
 

@@ -9,13 +9,8 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.shape import PairShape, TokenShape
-from blip3o_lit.models.baselines import (
-    MeanToken,
-    PatchMLP,
-    Regression,
-    Ridge,
-    condition_at_targets,
-)
+from blip3o_lit.models.baselines import MeanToken, Ridge, condition_at_targets
+from blip3o_lit.models.regression import PatchMLP, Regression
 
 
 def pair(source=(3, 2), target=(3, 2), source_cls=False, target_cls=False):

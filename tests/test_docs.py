@@ -22,7 +22,7 @@ from made_run import make_run
 from omegaconf import OmegaConf
 
 import blip3o_lit
-from blip3o_lit import command
+from blip3o_lit.arguments import check_arguments
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.doctor import DoctorConfig
 from blip3o_lit.config.evaluate import EvaluateConfig
@@ -31,6 +31,8 @@ from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.config.generate import GenerateConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.export import export
+from blip3o_lit.schema import conf_dir
+from blip3o_lit.sweeps.plugins import register_plugins
 
 SCHEMAS = {
     "convert": ConvertConfig,
@@ -86,7 +88,7 @@ def check_overrides(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch
     """Check a command's words as the command itself does before it starts."""
     words = [word for word in words if word != "..."]
     monkeypatch.setattr(sys, "argv", [name, *sorted(words, key=lambda word: word != "-m")])
-    command._check_arguments(name, SCHEMAS[name], command.conf_dir())
+    check_arguments(name, SCHEMAS[name], conf_dir())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,7 +96,7 @@ def _schemas() -> None:
     OmegaConf.register_new_resolver("run_stamp", lambda: "test", replace=True)
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
-    command.register_plugins()
+    register_plugins()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

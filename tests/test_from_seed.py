@@ -22,14 +22,15 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from PIL import Image
+from test_convert import embeddings
 
-from blip3o_lit.command import conf_dir, typed
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.doctor import DoctorConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.schema import conf_dir, typed
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import from_seed
@@ -189,28 +190,16 @@ def go(line: str, *before: str) -> int:
     return from_seed.main([*before, "--", *words(line)], run_here)
 
 
-def embeddings(samples: int, tokens: int, widths: tuple[int, int], seed: int = 0) -> dict[str, Any]:
-    draw = torch.Generator().manual_seed(seed)
-    return {
-        "eva_blip3o_embeddings": torch.randn(samples, tokens, widths[0], generator=draw),
-        "clip_blip3o_embeddings": torch.randn(samples, tokens, widths[1], generator=draw),
-        "captions": [f"picture {seed}.{number}" for number in range(samples)],
-        "keys": [f"{seed:03d}{number:04d}" for number in range(samples)],
-        "total_samples": samples,
-        "config": {"clip_model": "openai/clip-vit-large-patch14", "eva_model": "BAAI/EVA-CLIP-8B"},
-    }
-
-
 def write_64(file: Path, widths: tuple[int, int] = (1280, 768)) -> None:
     file.parent.mkdir(parents=True)
-    file.write_bytes(pickle.dumps(embeddings(20, 64, widths), protocol=4))
+    file.write_bytes(pickle.dumps(embeddings(20, 64, widths=widths), protocol=4))
 
 
 def write_chunks(folder: Path, tokens: int) -> None:
     folder.mkdir(parents=True)
     mode = "cls_patch" if tokens == 257 else "patch_only"
     for number in range(2):
-        shard = pickle.dumps(embeddings(8, tokens, (48, 24), number), protocol=5)
+        shard = pickle.dumps(embeddings(8, tokens, number, (48, 24)), protocol=5)
         (folder / f"embeddings_shard_{number:05d}_{mode}.pkl").write_bytes(shard)
 
 

@@ -16,7 +16,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.towers import TowerConfig
-from blip3o_lit.towers.huggingface_tower import NAMES, ClipFolder, ClipParts
+from blip3o_lit.towers.clip_folder import ClipFolder
+from blip3o_lit.towers.huggingface_tower import NAMES, ClipParts
 from blip3o_lit.towers.load import load_tower
 from blip3o_lit.towers.renaming import rename
 

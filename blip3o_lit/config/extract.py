@@ -71,7 +71,7 @@ class ExtractConfig:
     storage: str = "float16"
     """float16, bfloat16 (towers with large outliers), float32, or int8 (with measured scales)."""
     store: str = "full"
-    """full: all tokens; grid_64: 8x8 averages of projected tokens, some 24 times smaller."""
+    """full: all tokens; grid_64: 8x8 averages of projected tokens, 5 to 10 times smaller."""
     classes: str | None = None
     """Class names for zero-shot: a .txt, one a line, or a .json of names and their prompts."""
     max_reject_fraction: float = 0.1

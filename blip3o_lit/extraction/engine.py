@@ -26,7 +26,8 @@ from blip3o_lit.extraction.classes import embed_classes, read_classes
 from blip3o_lit.extraction.encoding import TowerSet
 from blip3o_lit.extraction.pipeline import Pipeline
 from blip3o_lit.extraction.scales import stored_arrays
-from blip3o_lit.extraction.units import Ledger, check_rejects, my_parts, sorted_safetensors
+from blip3o_lit.extraction.sorted_safetensors import sorted_safetensors
+from blip3o_lit.extraction.units import Ledger, check_rejects
 from blip3o_lit.images.item import Part, Source
 from blip3o_lit.images.split import Splitter
 from blip3o_lit.progress import Work
@@ -148,7 +149,7 @@ class Extraction:
 
     def _work(self, pipeline: Pipeline) -> int:
         """Run the pipeline with progress; returns the images read."""
-        parts = list(my_parts(self.source.parts, self.worker, self.workers))
+        parts = list(enumerate(self.source.parts))[self.worker :: self.workers]
         done = {number: self.ledger.done(number) for number, _ in parts}
         records = [record for found in done.values() for record in found]
         before = seen = sum(record.seen for record in records)

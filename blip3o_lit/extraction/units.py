@@ -11,17 +11,16 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import save
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import write_synced
-from blip3o_lit.images.item import Part, Source
+from blip3o_lit.images.item import Source
 from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex
 from blip3o_lit.tokens.shards import ShardWriter
@@ -288,17 +287,3 @@ def check_rejects(rejects: int, seen: int, limit: float, lost: list[dict[str, An
         f"{rejects} of {seen} images can't be read, more than max_reject_fraction={limit:g}; "
         f"the first is {first['source']}: {first['reason']}"
     )
-
-
-def sorted_safetensors(tensors: dict[str, Any], metadata: dict[str, str]) -> bytes:
-    """Serialise with a sorted header; the library writes metadata in random order."""
-    content = save(tensors, metadata)
-    size = int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + content[8 + size :]
-
-
-def my_parts(parts: list[Part], worker: int, workers: int) -> Iterator[tuple[int, Part]]:
-    """Yield the parts of one worker with their numbers: every n-th."""
-    yield from ((n, part) for n, part in enumerate(parts) if n % workers == worker)

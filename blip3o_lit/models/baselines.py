@@ -1,4 +1,4 @@
-"""Baselines without a flow: what a score must beat before it means anything.
+"""Closed-form baselines: what a score must beat before it means anything.
 
 All work in standardised space, are fitted on the training split alone, and keep what they learned
 in their state dict. Where grids differ the condition is resampled to the target's grid.
@@ -8,25 +8,17 @@ Shape suffixes: B images, N target tokens, D target width, M condition tokens, C
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.shape import PairShape
-from blip3o_lit.models.build import build_network
-from blip3o_lit.models.optimizer import make_optimizer
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Each call starts one pass over the training split: standardised (condition, target) batches."""
-
-Progress = Callable[[int, Tensor], None]
-"""Called after each training step with the steps done and the loss (a tensor: no forced sync)."""
 
 
 def condition_at_targets(condition_BMC: Tensor, shape: PairShape) -> Tensor:
@@ -199,125 +191,3 @@ def _ridge(xx: Tensor, xy: Tensor, penalty: float) -> Tensor:
         xx + shift * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
     )
     return torch.cholesky_solve(xy, factor)
-
-
-class PatchMLP(nn.Module):
-    """Two-layer network on the condition token at each position, with a bias a position."""
-
-    def __init__(self, shape: PairShape, hidden: int = 1024) -> None:
-        """Make the layers."""
-        super().__init__()
-        self.shape = shape
-        self.first = nn.Linear(shape.condition.width, hidden)
-        self.position = nn.Parameter(torch.zeros(shape.target.tokens, hidden))
-        self.second = nn.Linear(hidden, shape.target.width)
-
-    def forward(self, condition_BMC: Tensor) -> Tensor:
-        """Predict the target tokens, [B, N, D]."""
-        x_BNC = condition_at_targets(condition_BMC, self.shape)
-        return self.second(F.gelu(self.first(x_BNC) + self.position))
-
-    def fit(
-        self,
-        batches: Batches,
-        steps: int,
-        bf16: bool = True,
-        progress: Progress | None = None,
-    ) -> None:
-        """Train for `steps` batches; see `train_regression`."""
-        optimizer = make_optimizer(self, OptimizerConfig())
-        train_regression(self, optimizer, batches, steps, bf16, progress)
-
-    @torch.no_grad()
-    def predict(self, condition_BMC: Tensor) -> Tensor:
-        """Predict the target tokens, [B, N, D] fp32."""
-        return self(condition_BMC.to(self.first.weight)).float()
-
-
-class Regression(nn.Module):
-    """The same transformer trained without noise (x_t = 0, t = 0) to output the target."""
-
-    def __init__(self, config: ModelConfig, shape: PairShape) -> None:
-        """Make the transformer."""
-        super().__init__()
-        self.shape = shape
-        self.network = build_network(config, shape)
-
-    def forward(self, condition_BMC: Tensor) -> Tensor:
-        """Predict the target tokens, [B, N, D]."""
-        batch, target = len(condition_BMC), self.shape.target
-        x_BND = condition_BMC.new_zeros(batch, target.tokens, target.width)
-        return self.network(x_BND, condition_BMC.new_zeros(batch), condition_BMC)
-
-    def fit(
-        self,
-        batches: Batches,
-        steps: int,
-        config: OptimizerConfig | None = None,
-        bf16: bool = True,
-        progress: Progress | None = None,
-    ) -> None:
-        """Train for `steps` batches; see `train_regression`."""
-        optimizer = make_optimizer(self.network, config or OptimizerConfig())
-        train_regression(self, optimizer, batches, steps, bf16, progress)
-
-    @torch.no_grad()
-    def predict(self, condition_BMC: Tensor) -> Tensor:
-        """Predict the target tokens, [B, N, D] fp32."""
-        return self(condition_BMC.to(next(self.network.parameters()))).float()
-
-
-def train_regression(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Batches,
-    steps: int,
-    bf16: bool,
-    progress: Progress | None,
-) -> None:
-    """Train condition -> target by mean squared error, in place, on the network's device.
-
-    Warm-up over a twentieth of the steps, cosine decay to a hundredth, gradients clipped to norm 1;
-    passes over the data follow one another.
-
-    Args:
-        network: Maps [B, M, C] to [B, N, D].
-        optimizer: Of its parameters, at the peak learning rate.
-        batches: The training split.
-        steps: Optimizer steps.
-        bf16: Run the network under bf16 autocast; the loss is fp32.
-        progress: Told of each step.
-    """
-    device = next(network.parameters()).device
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    network.train()
-    for step, (condition_BMC, target_BND) in zip(range(1, steps + 1), _forever(batches)):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            guess_BND = network(condition_BMC.to(device, torch.float32))
-        loss = F.mse_loss(guess_BND.float(), target_BND.to(device, torch.float32))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if progress is not None:
-            progress(step, loss.detach())
-    network.eval()
-
-
-def _rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate: a rising line, then a half cosine down to 0.01."""
-    warm_up = max(1, steps // 20)
-    decay = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / max(1, steps)))
-    return min(1.0, (step + 1) / warm_up) * (0.01 + 0.99 * decay)
-
-
-def _forever(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield pass after pass."""
-    while True:
-        empty = True
-        for batch in batches():
-            empty = False
-            yield batch
-        if empty:
-            raise UserError("baselines: the training split has no batch; add data")

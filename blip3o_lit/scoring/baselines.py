@@ -20,11 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.files import replacing
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.shape import PairShape
-from blip3o_lit.models.baselines import MeanToken, PatchMLP, Regression, Ridge
+from blip3o_lit.loading import Loaded
+from blip3o_lit.models.baselines import MeanToken, Ridge
+from blip3o_lit.models.regression import PatchMLP, Regression
 from blip3o_lit.tokens.reader import TokenReader
 from blip3o_lit.translator import Translator
 
@@ -72,6 +75,20 @@ class FitSettings:
         if name == "mlp":
             del shared["model"], shared["optimizer"]
         return shared
+
+
+def fit_settings(loaded: Loaded, config: EvaluateConfig) -> FitSettings:
+    """Return how trained baselines are fitted: as the run was, for at most `baseline_steps`."""
+    run = loaded.config
+    return FitSettings(
+        model=run.model,
+        steps=min(loaded.facts["step"] or run.trainer.max_steps, config.baseline_steps),
+        batch_size=run.batch_size,
+        optimizer=run.optimizer,
+        bf16=run.precision.name in ("bf16", "bf16_true"),
+        images=config.baseline_images,
+        seed=run.seed,
+    )
 
 
 class BaselineFits:

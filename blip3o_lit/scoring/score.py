@@ -7,7 +7,6 @@ K samples.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,28 @@ from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
-from blip3o_lit.config.solver import SolverConfig, check_solver, needs_later_start
+from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.loading import Loaded, solver_from_label
 from blip3o_lit.metrics.calibration import Calibration
 from blip3o_lit.metrics.paired import compare
 from blip3o_lit.report.record import FORMAT
-from blip3o_lit.scoring.baselines import BaselineFits, FitSettings, Report
+from blip3o_lit.scoring.baselines import BaselineFits, Report, fit_settings
+from blip3o_lit.scoring.estimators import (
+    Estimator,
+    exact_estimators,
+    fitted,
+    generated,
+    known_problem,
+)
 from blip3o_lit.scoring.examples import examples, worst
 from blip3o_lit.scoring.image_text import ImageText
 from blip3o_lit.scoring.swapped import swapped
-from blip3o_lit.scoring.tally import Estimator, Reference, Tally, exact_estimators, known_problem
+from blip3o_lit.scoring.tally import Reference, Tally
 from blip3o_lit.scoring.time_bins import time_bins
 from blip3o_lit.scoring.verdict import check_finite, standing, verdict, verdict_note
 from blip3o_lit.tokens.ambiguous import coverage
 from blip3o_lit.tokens.reader import TokenReader
 
-NOISE_START = 0.2
-"""Where a noise output's ODE starts unless the run says otherwise: it has no velocity at 0."""
 COVERAGE_IMAGES = 1024
 """Images that mode coverage is counted on, at most."""
 OWN = "generated"
@@ -168,37 +172,18 @@ class Scorer:
             solvers = solvers[1:]
         if not solvers:
             raise UserError("this flow has no posterior mean at t = 0: name a solver in solvers=[]")
-        return {solver.label: self._tally(self._generate(loaded, solver)) for solver in solvers}
+        return {
+            solver.label: self._tally(generated(loaded, solver, self.config.seed))
+            for solver in solvers
+        }
 
     def _tally(self, predict: Estimator, breadth: bool = True) -> Tally:
         return Tally(predict, self.mean_ND, self.shape, self.device, breadth)
 
-    def _generate(self, loaded: Loaded, solver: SolverConfig, draw: int = 0) -> Estimator:
-        """Return a translator as an estimator; another `draw` has other noise."""
-        run = loaded.config
-        if needs_later_start(run.flow, solver):
-            solver = replace(solver, start=run.solver.start or NOISE_START)
-        check_solver(run.flow, solver)
-        seed = self.config.seed + draw
-
-        def generate(condition_BMC: Tensor, sample_B: Tensor) -> tuple[Tensor, int]:
-            made = loaded.translator.generate(condition_BMC, sample_B, seed, solver)
-            return made.x1_BND, made.nfe
-
-        return generate
-
     def _baseline(self, name: str) -> Estimator:
-        """Return a fitted baseline as an estimator."""
+        """Return a baseline as an estimator, fitted if it was not."""
         assert self.fits is not None
-        baseline = self.fits.get(name)
-        condition_scale = self.translator.condition_standardizer
-        target_scale = self.translator.target_standardizer
-
-        def predict(condition_BMC: Tensor, sample_B: Tensor) -> tuple[Tensor, int]:
-            made_BND = baseline.predict(condition_scale.standardise(condition_BMC))
-            return target_scale.restore(made_BND), 0
-
-        return predict
+        return fitted(self.fits.get(name), self.translator)
 
     def _read(self, ids: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Return condition and target on the device, and the sample ids on the CPU."""
@@ -249,7 +234,9 @@ class Scorer:
         """Return the scores at each point of the curve over network evaluations."""
         solvers = [solver_from_label(label) for label in self.config.curve]
         tallies = {
-            solver.label: self._tally(self._generate(self.loaded, solver), breadth=False)
+            solver.label: self._tally(
+                generated(self.loaded, solver, self.config.seed), breadth=False
+            )
             for solver in solvers
         }
         if not tallies:
@@ -303,8 +290,8 @@ class Scorer:
             return {}
         solver = solver_from_label(config.solvers[0])
         images = min(config.sample_images, len(self.held))
-        draws = [self._generate(self.loaded, solver, draw) for draw in range(count)]
-        mean = self._generate(self.loaded, SolverConfig())
+        draws = [generated(self.loaded, solver, config.seed + draw) for draw in range(count)]
+        mean = generated(self.loaded, SolverConfig(), config.seed)
         metric = Calibration(count).to(self.device)
         for ids in self._batches(images, "samples"):
             condition, true_BND, sample_B = self._read(ids)
@@ -335,17 +322,3 @@ class Scorer:
                 if name in rivals
             },
         }
-
-
-def fit_settings(loaded: Loaded, config: EvaluateConfig) -> FitSettings:
-    """Return how trained baselines are fitted: as the run was, for at most `baseline_steps`."""
-    run = loaded.config
-    return FitSettings(
-        model=run.model,
-        steps=min(loaded.facts["step"] or run.trainer.max_steps, config.baseline_steps),
-        batch_size=run.batch_size,
-        optimizer=run.optimizer,
-        bf16=run.precision.name in ("bf16", "bf16_true"),
-        images=config.baseline_images,
-        seed=run.seed,
-    )

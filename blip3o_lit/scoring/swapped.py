@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.metrics.cosine import cosine
-from blip3o_lit.scoring.tally import Estimator
+from blip3o_lit.scoring.estimators import Estimator
 
 
 def swapped(

@@ -6,8 +6,6 @@ Shape suffixes: B images, M condition tokens, C condition width, N target tokens
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +16,7 @@ from blip3o_lit.config.shape import TokenShape
 from blip3o_lit.metrics.breadth import Breadth
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.metrics.frechet import Moments, frechet_distance
-from blip3o_lit.tokens.linear_gaussian import PROBLEM, Problem
-from blip3o_lit.tokens.reader import TokenReader
-
-Estimator = Callable[[Tensor, Tensor], tuple[Tensor, int]]
-"""(raw condition [B, M, C], sample ids [B]) -> (raw target tokens [B, N, D], evaluations)."""
+from blip3o_lit.scoring.estimators import Estimator
 
 _HALVES = 2
 
@@ -111,31 +105,6 @@ class Reference:
             name: frechet_distance(*(half.compute() for half in both)) for name, both in pairs
         }
         return {**distances, "images_a_half": images}
-
-
-def known_problem(reader: TokenReader) -> Problem | None:
-    """Return the law of the tokens where the store was drawn from a known one."""
-    plain = reader.mode.name == "patch_only" and reader.condition == "eva"
-    path = Path(reader.store.path)
-    return Problem.load(path) if plain and (path / PROBLEM).is_file() else None
-
-
-def exact_estimators(problem: Problem | None) -> dict[str, Estimator]:
-    """Return the exact posterior mean and an exact posterior sample as estimators, in this order.
-
-    Their squared errors are tr Cov[x1|c] / D and twice that, in expectation.
-    """
-    if problem is None:
-        return {}
-    random = torch.Generator().manual_seed(0)
-
-    def mean(condition_BMC: Tensor, sample_B: Tensor) -> tuple[Tensor, int]:
-        return problem.posterior_mean(condition_BMC.cpu()).to(condition_BMC.device), 0
-
-    def sample(condition_BMC: Tensor, sample_B: Tensor) -> tuple[Tensor, int]:
-        return problem.posterior_sample(condition_BMC.cpu(), random).to(condition_BMC.device), 0
-
-    return {"mean": mean, "sample": sample}
 
 
 def _wait_for(device: torch.device) -> None:

@@ -30,7 +30,7 @@ from blip3o_lit.sweeps.job import CONSOLE_FILE, Job
 from blip3o_lit.sweeps.page import refresh
 
 PLUGIN_MODULE = "hydra_plugins.blip3o_lit"
-"""Hydra takes plugins by this prefix only; they are registered by `command.py`."""
+"""Hydra takes plugins by this prefix only; they are registered by `plugins.py`."""
 SECONDS_BETWEEN_LOOKS = 0.2
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 OWN_KEYS = ("hydra.sweep", "hydra.launcher", "hydra/launcher", "hydra/sweeper", "hydra.mode")

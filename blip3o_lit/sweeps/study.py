@@ -17,11 +17,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from blip3o_lit.config.errors import UserError, one_of, positive
 from blip3o_lit.sweeps.job import Job
 from blip3o_lit.sweeps.launcher import PLUGIN_MODULE, ProcessLauncher
+from blip3o_lit.sweeps.space import distribution, suggest
 
 if TYPE_CHECKING:
     import optuna
@@ -211,46 +212,6 @@ class OptunaSweeper(Sweeper):
         for job in work:
             watch(job)
             tell(study, by_number[job.number], job, job.number in pruned)
-
-
-def distribution(override: Override) -> optuna.distributions.BaseDistribution:
-    """Return Optuna's form of one of Hydra's sweeps: choice, range, interval, with a log tag.
-
-    Raises:
-        UserError: For any other sweep.
-    """
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
-
-    value = override.value()
-    key = override.get_key_element()
-    if isinstance(value, ChoiceSweep):
-        return CategoricalDistribution(list(override.sweep_string_iterator()))
-    if isinstance(value, RangeSweep):
-        values: list[Any] = list(value.range())
-        kind = IntDistribution if all(isinstance(v, int) for v in values) else FloatDistribution
-        return kind(values[0], values[-1], step=value.step)  # type: ignore[arg-type]
-    if isinstance(value, IntervalSweep) and value.start is not None and value.end is not None:
-        log = "log" in value.tags
-        if isinstance(value.start, int) and isinstance(value.end, int):
-            return IntDistribution(value.start, value.end, log=log)
-        return FloatDistribution(float(value.start), float(value.end), log=log)
-    raise UserError(f"{key}={override.input_line}: search by choice(), range() or interval()")
-
-
-def suggest(trial: optuna.Trial, key: str, within: optuna.distributions.BaseDistribution) -> object:
-    """Return the trial's value of a parameter, as it is written in an override."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if isinstance(within, FloatDistribution):
-        return trial.suggest_float(key, within.low, within.high, step=within.step, log=within.log)
-    if isinstance(within, IntDistribution):
-        return trial.suggest_int(key, within.low, within.high, step=within.step, log=within.log)
-    assert isinstance(within, CategoricalDistribution)
-    return trial.suggest_categorical(key, within.choices)
 
 
 def follow(study: optuna.Study, trial: optuna.Trial, job: Job) -> bool:

@@ -22,7 +22,7 @@ from blip3o_lit.translator import Translator
 Estimator = Callable[[Tensor, Tensor], tuple[Tensor, int]]
 """(raw condition [B, M, C], sample ids [B]) -> (raw target tokens [B, N, D], evaluations)."""
 LATER_START = 0.2
-"""Where an ODE starts whose first evaluation has no value at t = 0, unless the run says otherwise."""
+"""Where an ODE starts that has no value at t = 0, unless the run says otherwise."""
 
 
 def generated(loaded: Loaded, solver: SolverConfig, seed: int) -> Estimator:

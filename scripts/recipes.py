@@ -8,18 +8,17 @@ images and steps, hence the same network FLOPs, unless the table says otherwise.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 SEEDS = (0, 1, 2)
 SMALL = "model.width=128 model.depth=3 model.heads=4 model.kv_heads=4 model.mlp_width=256"
 QUIET = "logger=csv evaluation.every=100000 evaluation.images=16 trainer.log_every=50"
 TESTBEDS = {
-    "linear_gaussian": f"experiment=linear_gaussian {QUIET} trainer.max_steps=400 batch_size=128 "
-    "optimizer.warmup_steps=20",
+    "linear_gaussian": f"experiment=linear_gaussian {QUIET}",
     "demo": f"experiment=demo {QUIET} {SMALL} trainer.max_steps=300 batch_size=16",
     "demo_masked": f"experiment=demo {QUIET} {SMALL} data=demo_masked trainer.max_steps=300 "
     "batch_size=16",
-    "linear_gaussian_size": f"experiment=linear_gaussian {QUIET}",
     "demo_size": f"experiment=demo {QUIET}",
     "demo_masked_size": f"experiment=demo {QUIET} data=demo_masked",
     "ambiguous": f"experiment=ambiguous {QUIET} trainer.max_steps=1500 batch_size=128 "
@@ -78,16 +77,19 @@ class Run:
         """The words after `python -m blip3o_lit.evaluate ckpt=RUN`."""
         return self.recipe.scored.split()
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a result to count as this run's."""
+        """What must be the same for a result to count as this run's: all of its configuration."""
         from blip3o_lit import __version__
+        from blip3o_lit.command import composed
+        from blip3o_lit.config.evaluate import EvaluateConfig
         from blip3o_lit.config.train import TrainConfig
 
         return {
-            "train": self.overrides,
-            "evaluate": self.evaluation,
-            "defaults": asdict(TrainConfig()),
+            "train": asdict(composed("train", TrainConfig, self.overrides)),
+            "evaluate": asdict(
+                composed("evaluate", EvaluateConfig, ["ckpt=RUN", *self.evaluation])
+            ),
             "version": __version__,
         }
 
@@ -97,8 +99,6 @@ REAL = ("demo",)
 DEFAULT = Recipe(
     "default", "default: sample output, half of the draws at t = 0, Muon", "", SHORT, SEEDS, FULL
 )
-LONG = Recipe("long", "the default at the preset's length", "", ("linear_gaussian_size",), SEEDS,
-              CONFIRMED)  # fmt: skip
 CONFIRMED_DEMO = Recipe("confirmed", "the default at the demo's size", "", ("demo_size",), (0,),
                         CONFIRMED)  # fmt: skip
 CONFIRMED_MASKED = Recipe("guessed", "the default at the demo's size", "", ("demo_masked_size",),
@@ -159,7 +159,7 @@ WIDTHS = tuple(
     for output in ("sample", "velocity")
     if width != 128  # the default and the velocity row are 128 wide, the target's own width
 )
-CLAIMED = (DEFAULT, *SEED_RECIPES, LONG, CONFIRMED_DEMO, CONFIRMED_MASKED)
+CLAIMED = (DEFAULT, *SEED_RECIPES, CONFIRMED_DEMO, CONFIRMED_MASKED)
 RECIPES = (*CLAIMED, *PARTS, *WIDTHS)
 RUNS = tuple(
     sorted(

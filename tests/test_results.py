@@ -13,7 +13,7 @@ from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.train import TrainConfig
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from recipes import DEFAULT, LONG, PARTS, RECIPES, RUNS, SEED_RECIPES, Recipe, Run
+from recipes import DEFAULT, PARTS, RECIPES, RUNS, SEED_RECIPES, Recipe, Run
 from results_claims import claims
 from results_found import Found, interval
 from results_page import verdict, write_page
@@ -93,10 +93,12 @@ CURVE = (("ab2", 4), ("euler", 50))
 
 
 def test_the_optimum_is_compared_estimator_by_estimator() -> None:
-    runs = found(LONG, "linear_gaussian_size", [0.9])
+    runs = found(DEFAULT, "linear_gaussian", [0.9])
     block = next(iter(runs.values()))
     exact = {"cosine": 0.9, "variance_ratio": 1.0}
+    points = [{"solver": s, "nfe": n, "cosine": 0.9, "frechet": 1.0} for s, n in CURVE]
     block |= {
+        "nfe_curve": points,
         "optimum": {"mean": exact, "sample": {"cosine": 0.9, "variance_ratio": 1.03}},
         "frechet_floor": {"frechet_token": 1.0},
         "against": {n: {"regression": {"difference": 0.0}} for n in ("mean", "ab2-4")},

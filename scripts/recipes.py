@@ -120,6 +120,7 @@ PARTS = (
     Recipe("cosine", "cosine term of weight 0.1", "flow.cosine_weight=0.1"),
     Recipe("cosine_1", "cosine term of weight 1", "flow.cosine_weight=1.0"),
     Recipe("raw", "tokens as stored, not standardised", "data.scale=raw"),
+    Recipe("position", "standardised at each position of the grid", "data.scale=position"),
     Recipe("ema_99", "weight average over 100 steps", "optimizer.ema_decay=0.99"),
     Recipe("cls", "with the CLS token", "mode=cls_patch", REAL),
     Recipe("cls_16", "with the CLS token, which counts 16 times",

@@ -84,6 +84,18 @@ def test_cls_and_patches_are_scaled_apart() -> None:
     assert torch.equal(standardizer.std_NC[1], standardizer.std_NC[4])
 
 
+def test_each_position_can_have_its_own_scale() -> None:
+    shape = TokenShape((2, 2), True, 3)
+    tokens = torch.randn(300, 5, 3) * torch.arange(1, 6)[:, None] + torch.arange(5)[:, None]
+    pieces = [TokenMoments.of(tokens[:7], True, True), TokenMoments.of(tokens[7:], True, True)]
+    standardizer = Standardizer.of(pieces[0].merge(pieces[1]), shape)
+    torch.testing.assert_close(standardizer.mean_NC, tokens.mean(0))
+    torch.testing.assert_close(standardizer.std_NC, tokens.std(0, correction=0))
+    scaled = standardizer.standardise(tokens)
+    torch.testing.assert_close(scaled.std(0, correction=0), torch.ones(5, 3))
+    torch.testing.assert_close(standardizer.restore(scaled), tokens, rtol=0, atol=1e-5)
+
+
 def test_constant_channel_is_floored() -> None:
     tokens = torch.randn(100, 4, 3)
     tokens[..., 1] = 5.0
@@ -108,8 +120,13 @@ def test_cache_is_used_and_depends_on_content(
     again = cached_standardizers(reader.content_hash, reader.shape, 22, batches)
     assert len(calls) == 1
     assert torch.equal(first[1].std_NC, again[1].std_NC)
-    cached_standardizers("other", reader.shape, 22, batches)
+    own, _ = cached_standardizers(reader.content_hash, reader.shape, 22, batches, by_position=True)
+    assert not torch.equal(own.mean_NC, first[0].mean_NC)
+    again, _ = cached_standardizers(reader.content_hash, reader.shape, 22, batches, True)
+    assert torch.equal(own.mean_NC, again.mean_NC)
     assert len(calls) == 2
+    cached_standardizers("other", reader.shape, 22, batches)
+    assert len(calls) == 3
     for file in (home() / "statistics").iterdir():
         file.write_bytes(b"broken")
     with pytest.raises(UserError, match="delete it"):

@@ -1,4 +1,4 @@
-"""Per-channel mean and standard deviation of tokens, and the scaling that uses them.
+"""Mean and standard deviation of tokens a channel, or a channel and position, and their use.
 
 Networks train on standardised tokens: a few CLIP channels are 30 times larger than the rest, and on
 raw targets training hardly learns. Patches and CLS have statistics of their own.
@@ -27,7 +27,7 @@ from blip3o_lit.tokens.loader import Batch, prefetch
 from blip3o_lit.tokens.reader import TokenReader
 
 READ_SAMPLES = 16
-CHUNK_ROWS = 64
+CHUNK_ROWS, CHUNK_NUMBERS = 64, 64 * 4096
 """Rows converted to fp64 at a time: 64 x 4096 stay in cache, 5 times faster than a whole batch."""
 FLOOR = 1e-3
 """Channels whose std is below this share of the median std count as constant."""
@@ -47,7 +47,7 @@ class ChannelMoments:
     @classmethod
     def of(cls, rows_RC: Tensor) -> ChannelMoments:
         """Compute the moments of rows; sums are taken around the first chunk's mean."""
-        chunks = rows_RC.split(CHUNK_ROWS)
+        chunks = rows_RC.split(max(1, min(CHUNK_ROWS, CHUNK_NUMBERS // rows_RC.shape[1])))
         centre_C = chunks[0].double().mean(0)
         sum_C, squares_C = torch.zeros_like(centre_C), torch.zeros_like(centre_C)
         for chunk in chunks:
@@ -77,14 +77,16 @@ class TokenMoments:
     """Moments of one side: patches, and CLS where there is one."""
 
     patch: ChannelMoments
+    """Of all patches together (C numbers), or of each position (patches x C numbers)."""
     cls: ChannelMoments | None
 
     @classmethod
-    def of(cls, tokens_BNC: Tensor, has_cls: bool) -> TokenMoments:
-        """Compute the moments of a batch."""
+    def of(cls, tokens_BNC: Tensor, has_cls: bool, by_position: bool = False) -> TokenMoments:
+        """Compute the moments of a batch, of all its patches together or of each position."""
         first = ChannelMoments.of(tokens_BNC[:, 0]) if has_cls else None
         patches = tokens_BNC[:, 1:] if has_cls else tokens_BNC
-        return cls(ChannelMoments.of(patches.reshape(-1, patches.shape[-1])), first)
+        rows = patches.flatten(1) if by_position else patches.flatten(0, 1)
+        return cls(ChannelMoments.of(rows), first)
 
     def merge(self, other: TokenMoments) -> TokenMoments:
         """Return the moments of both sets together."""
@@ -114,8 +116,9 @@ class Standardizer(nn.Module):
     def of(cls, moments: TokenMoments, shape: TokenShape) -> Standardizer:
         """Spread the moments of patches and CLS over the positions of `shape`."""
         parts = [(moments.cls, 1), (moments.patch, shape.patches)]
-        means = [part.mean_C.expand(n, -1) for part, n in parts if part]
-        stds = [part.std_C.expand(n, -1) for part, n in parts if part]
+        width = shape.width
+        means = [part.mean_C.view(-1, width).expand(n, -1) for part, n in parts if part]
+        stds = [part.std_C.view(-1, width).expand(n, -1) for part, n in parts if part]
         return cls(torch.cat(means), torch.cat(stds))
 
     def standardise(self, x_BNC: Tensor) -> Tensor:
@@ -127,12 +130,14 @@ class Standardizer(nn.Module):
         return x_BNC.float() * self.std_NC + self.mean_NC
 
 
-def pair_moments(batches: Iterable[Batch], shape: PairShape) -> tuple[TokenMoments, TokenMoments]:
+def pair_moments(
+    batches: Iterable[Batch], shape: PairShape, by_position: bool = False
+) -> tuple[TokenMoments, TokenMoments]:
     """Stream over batches; the result depends on the batches and their order alone."""
     totals: list[TokenMoments] = []
     for batch in batches:
         new = [
-            TokenMoments.of(batch[side], side_shape.cls)
+            TokenMoments.of(batch[side], side_shape.cls, by_position)
             for side, side_shape in zip(SIDES, (shape.condition, shape.target))
         ]
         totals = [a.merge(b) for a, b in zip(totals, new)] if totals else new
@@ -159,6 +164,7 @@ def cached_standardizers(
     shape: PairShape,
     images: int,
     batches: Callable[[], Iterable[Batch]],
+    by_position: bool = False,
 ) -> tuple[Standardizer, Standardizer]:
     """Return the standardizers of condition and target, computing them once per content.
 
@@ -167,14 +173,16 @@ def cached_standardizers(
         shape: Shapes of both sides.
         images: How many images `batches` covers; part of the cache key.
         batches: Called when nothing is cached.
+        by_position: Whether each position of the grid has a mean and std of its own.
 
     Raises:
         UserError: If the cached file is damaged.
     """
-    name = hashlib.sha256(f"{content_hash}/{images}/{VERSION}".encode()).hexdigest()[:32]
+    key = f"{content_hash}/{images}/{VERSION}" + ("/position" if by_position else "")
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
     file = home() / "statistics" / f"{name}.safetensors"
     if not file.is_file():
-        _save(file, pair_moments(batches(), shape))
+        _save(file, pair_moments(batches(), shape, by_position))
     try:
         saved = load_file(file)
     except SafetensorError as error:

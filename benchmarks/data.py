@@ -122,8 +122,8 @@ def run() -> list[dict[str, Any]]:
     ratio = {case: seconds[case] / seconds["indexed"] for case in seconds}
     first = seconds["webdataset"] / seconds["first"]
     return [
-        result("data/indexed_over_webdataset", ratio["webdataset"], "x", 8),
-        result("data/indexed_over_plain_copy", ratio["copy"], "x", 0.6),
+        result("data/indexed_over_webdataset", ratio["webdataset"], "x", 10),
+        result("data/indexed_over_plain_copy", ratio["copy"], "x", 0.8),
         result("data/first_pass_over_webdataset", first, "x", 6),
         result("data/int8_bytes_over_fp16", halved, "x", 0.51, "lower"),
         result("data/int8_handed_over_over_fp16_samples", 1 / ratio["int8, handed over"], "x", 1.0),

@@ -7,6 +7,7 @@ take follows from it, since every batch costs the same.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.solvers import sample
+from blip3o_lit.loading import solver_from_label
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.models.build import build_network
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.translator import Translator
 
 BATCH = 4
+SOLVERS = ("euler-4", "ab2-4", "ab2-8", "heun-10", "rk4-10")
 MIDPOINT = 50
 """Steps; two evaluations each."""
 
@@ -55,6 +58,9 @@ def run() -> list[dict[str, Any]]:
                 "midpoint-50": lambda: draw(SolverConfig("midpoint", MIDPOINT)),
             },
             rounds=3,
+        )
+        seconds |= interleaved(
+            {label: partial(draw, solver_from_label(label)) for label in SOLVERS}, rounds=3
         )
         seconds |= interleaved(
             {

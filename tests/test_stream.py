@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import io
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from small_store import sample, write_store
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
+from blip3o_lit.config.remote import open_remote, read_whole
 from blip3o_lit.tokens import stream, tar
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
@@ -52,6 +54,25 @@ def reader(url: str, **options: int) -> StreamReader:
 
 def loader(url: str, steps: int = 5, rank: int = 0, world: int = 1, seed: int = 0) -> StreamLoader:
     return StreamLoader(reader(url), seed, batch_plan(4, None, world), steps, rank)
+
+
+def test_reads_that_return_less_than_asked_for_are_put_together() -> None:
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            return super().read(min(size or 0, 3))
+
+    assert read_whole(Slow(b"0123456789"), 8) == b"01234567"
+    assert read_whole(Slow(b"01"), 8) == b"01"
+    assert read_whole(io.BytesIO(b""), 4) == b""
+
+
+def test_a_large_shard_of_a_server_without_ranges_is_read(url: str, folder: Path) -> None:
+    """fsspec takes a file of up to 5 MiB whole; beyond that it asks for ranges."""
+    big = folder / "big.bin"
+    big.write_bytes(bytes(range(256)) * 40_000)
+    with open_remote(f"{url}/big.bin") as file:
+        assert read_whole(file, 12_000_000) == big.read_bytes()
+    big.unlink()
 
 
 def test_streamed_samples_equal_local_ones(folder: Path, url: str) -> None:

@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 import aiohttp
 import fsspec
 from braceexpand import braceexpand
 
 from blip3o_lit.config.errors import UserError, one_of
+from blip3o_lit.config.remote import open_remote
 from blip3o_lit.images.folder import CAPTION_BYTES, CAPTIONS, caption_of
 from blip3o_lit.images.item import EXTENSIONS, MAX_BYTES, Item, Lost
 
@@ -192,7 +193,7 @@ def open_tar(url: str) -> BinaryIO:
     if "://" not in url:
         return open(url, "rb")
     try:
-        return cast(BinaryIO, fsspec.open(url, "rb").open())  # type: ignore[union-attr]
+        return open_remote(url)
     except ImportError as error:
         raise UserError(f"{url}: {error}") from error
 

@@ -33,6 +33,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import write_synced
 from blip3o_lit.config.home import home
 from blip3o_lit.config.mode import ModeConfig
+from blip3o_lit.config.remote import open_remote, read_whole
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.heads import Head
@@ -71,7 +72,7 @@ def open_url(url: str) -> BinaryIO:
     if scheme not in SCHEMES or "://" not in url or "::" in url:
         raise UserError(f"{url}: {scheme}: is not read; use one of {', '.join(SCHEMES)}")
     try:
-        return fsspec.open(url, "rb").open()  # type: ignore[return-value]
+        return open_remote(url)
     except ImportError as error:
         raise UserError(f"{url}: {error}") from error
     except OSError as error:
@@ -134,7 +135,7 @@ def shard_members(stream: BinaryIO, url: str, index: TokenIndex) -> Iterator[dic
     sizes = {f"{name}.npy": s.nbytes + tar.NPY_HEADER_LIMIT for name, s in index.arrays.items()}
     sizes["json"] = tar.JSON_LIMIT
     while True:
-        block = stream.read(tar.BLOCK)
+        block = read_whole(stream, tar.BLOCK)
         parsed = tar.parse_header(block, url) if block else None
         if parsed is None:
             if not block:
@@ -145,10 +146,11 @@ def shard_members(stream: BinaryIO, url: str, index: TokenIndex) -> Iterator[dic
         if size > limit:
             reason = "is not in index.json" if limit < 0 else f"claims {size} bytes"
             raise UserError(f"{url}: member {name} {reason}: the store is damaged or hostile")
-        content = stream.read(size)
-        if len(content) != size or len(stream.read(-size % tar.BLOCK)) != -size % tar.BLOCK:
+        padded = size + -size % tar.BLOCK
+        content = read_whole(stream, padded)
+        if len(content) != padded:
             raise UserError(f"{url}: sample {name.partition('.')[0]} is cut off")
-        yield {"fname": name, "data": content, "__url__": url}
+        yield {"fname": name, "data": content[:size], "__url__": url}
     yield {}
 
 

@@ -8,7 +8,7 @@ from blip3o_lit.config.ambiguous import AmbiguousConfig
 from blip3o_lit.config.errors import UserError, one_of, positive
 
 DATA_NAMES = ("demo", "demo_masked", "tokens", "linear_gaussian", "ambiguous")
-SCALES = ("channel", "raw")
+SCALES = ("channel", "position", "raw")
 VERIFY = ("size", "full")
 
 

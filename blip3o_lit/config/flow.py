@@ -68,6 +68,8 @@ class FlowConfig:
     """Scale the output by the running ratio of target to output norm; undone in sampling."""
     adaptive_noise: bool = False
     """Noise of the target's own size: 0.3 root mean square + 0.7 std, running averages."""
+    residual_noise: float | None = None
+    """Start the flow at the predicted mean plus noise of this size (posterior-mean rectified)."""
     condition_dropout: float = 0.0
     """Share of samples trained without their condition, which solver.guidance_scale needs."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from blip3o_lit.config.errors import UserError, one_of, positive, within
 
 ARCHITECTURES = ("dit", "nextdit")
-CONDITIONINGS = ("aligned", "cross")
+CONDITIONINGS = ("aligned", "cross", "both")
 POSITIONS = ("rope", "learned", "none")
 TIMES = ("adaln", "tokens")
 MLPS = ("swiglu", "gelu")
@@ -67,6 +67,8 @@ class ModelConfig:
     """Share of each branch's output that is dropped in training."""
     zero_init_output: bool = True
     """Start with an output of exactly zero."""
+    head_width: int | None = None
+    """Trial: a wide shallow head of this width that sees the noisy tokens themselves."""
     adapter_depth: int = 0
     """Layers of a deep adapter on the condition, with a gated shortcut; 0: one linear map."""
     activation_checkpointing: bool = False

@@ -71,6 +71,18 @@ class FlowObjective(nn.Module):
         """Turn standard normal noise into the noise of this flow: what z is on its path."""
         return z_BND * self.get_buffer("noise") if self.config.adaptive_noise else z_BND
 
+    def source(self, network: Network, condition: Any, z_BND: Tensor) -> Tensor:
+        """Return the flow's starting points: noise, or the predicted mean plus small noise.
+
+        Posterior-mean rectified flow (Ohayon et al. 2024, arXiv:2410.00418).
+        """
+        if self.config.residual_noise is None:
+            return self.scaled_noise(z_BND)
+        with torch.no_grad():
+            zero_B = torch.zeros(len(z_BND), device=z_BND.device)
+            mean_BND = self.estimate(network, condition, z_BND, zero_B, check=False)
+        return mean_BND + self.config.residual_noise * z_BND
+
     def to_flow(self, x1_BND: Tensor) -> Tensor:
         """Turn tokens into the points y1 at which the path ends."""
         if self.config.normalise == "l2":
@@ -162,7 +174,7 @@ class FlowObjective(nn.Module):
         y1_BND = self.to_flow(x1_BND)
         if config.adaptive_noise and self.training:
             self._measure_noise(y1_BND)
-        z_BND = self.scaled_noise(z_BND)
+        z_BND = self.source(network, condition, z_BND)
         x_BND = path.interpolate(y1_BND, z_BND, t_B)
         target_BND = path.output(config.prediction, y1_BND, z_BND, t_B)
         out_BND = self._unadapted(network, condition, x_BND, t_B)

@@ -178,7 +178,7 @@ def sample(
         return objective.estimate(evaluated, condition, x_BND, times(t), check=False)
 
     first = objective.path.sigma(torch.tensor(solver.start, dtype=torch.float64)).item()
-    x_BND = first * objective.scaled_noise(noise_BND.float())
+    x_BND = first * objective.source(evaluated, condition, noise_BND.float())
     if solver.name == "mean":
         states = [estimate(x_BND, 0.0)]
     else:

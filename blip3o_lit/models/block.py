@@ -61,7 +61,7 @@ class Block(nn.Module):
         sizes = (config.width, config.heads, config.kv_heads)
         feed_forward = SwiGLU if config.mlp == "swiglu" else GELUMLP
         self.attention = Branch(SelfAttention(*sizes), config)
-        cross = config.conditioning == "cross"
+        cross = config.conditioning != "aligned"
         self.cross = Branch(CrossAttention(*sizes), config) if cross else None
         self.mlp = Branch(feed_forward(config.width, config.mlp_width), config)
 

@@ -36,7 +36,8 @@ class DiT(Network):
         """Build the network for one pair of token shapes."""
         super().__init__(config, shape)
         source, target, width = shape.condition, shape.target, config.width
-        self.aligned = config.conditioning == "aligned"
+        self.aligned = config.conditioning != "cross"
+        self.both = config.conditioning == "both"
         if self.aligned and source.grid != target.grid:
             raise UserError(
                 f"model.conditioning=aligned needs equal grids, but the condition has "
@@ -59,13 +60,20 @@ class DiT(Network):
             nn.Parameter(torch.empty(source.tokens, width)) if learned else None
         )
         self.time = TimeEmbedding(width)
-        self.rows = 2 + config.depth * (6 if self.aligned else 9)
+        self.rows = 2 + config.depth * (6 if config.conditioning == "aligned" else 9)
         # One matmul makes the shifts, scales and gates of all blocks and of the output norm.
         adaln = config.time == "adaln"
         self.modulation = nn.Linear(width, self.rows * width) if adaln else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.output_norm = None if adaln else norm_layer(config.norm, width)
-        self.output = nn.Linear(width, target.width)
+        wide = config.head_width
+        self.output = nn.Linear(wide or width, target.width)
+        if wide:
+            self.head_trunk = nn.Linear(width, wide)
+            self.head_input = nn.Linear(target.width, wide)
+            self.head_norm = norm_layer("rms", wide)
+            self.head_up = nn.Linear(wide + width, 2 * wide)
+            self.head_down = nn.Linear(2 * wide, wide)
         for name, side in (("rope", "target"), ("rope_condition", "condition")):
             self.register_buffer(name, self._rope_table(side), persistent=False)
         self.init_weights()
@@ -75,7 +83,9 @@ class DiT(Network):
         config = self.config
         if config.positions != "rope":
             return None
-        if side == "condition" and (self.aligned or not config.key_rope):
+        if side == "condition" and config.conditioning == "aligned":
+            return None
+        if side == "condition" and not config.key_rope:
             return None
         head_width = config.width // config.heads
         return rope_table(getattr(self.shape, side), head_width, self.shape.target.grid)
@@ -114,6 +124,9 @@ class DiT(Network):
         if self.shape.condition.cls and not self.shape.target.cls:
             condition_BMC = condition_BMC[:, 1:]
         tokens_BNW = self.condition(condition_BMC)
+        if self.both:
+            pairs = tuple(b.keys_values(tokens_BNW, self.rope_condition) for b in self.blocks)
+            return EncodedCondition(tokens_BNW, pooled_BW, pairs)
         if self.cls_condition is not None:
             cls_BNW = self.cls_condition.to(tokens_BNW.dtype).expand(len(tokens_BNW), 1, -1)
             tokens_BNW = torch.cat((cls_BNW, tokens_BNW), 1)
@@ -141,6 +154,10 @@ class DiT(Network):
             x_BNW = self.output_norm(x_BNW)
         else:
             x_BNW = modulate(x_BNW, *last.unbind(2), self.config.norm)  # type: ignore[union-attr]
+        if self.config.head_width:
+            h = self.head_trunk(x_BNW) + self.head_input(x_BND.to(self.input.weight.dtype))
+            both = torch.cat((self.head_norm(h), x_BNW.to(h.dtype)), -1)
+            x_BNW = h + self.head_down(F.silu(self.head_up(both)))
         return self.output(x_BNW).to(x_BND.dtype)
 
     def encode_flops(self, batch: int = 1) -> int:

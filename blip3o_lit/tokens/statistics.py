@@ -80,8 +80,10 @@ class TokenMoments:
     cls: ChannelMoments | None
 
     @classmethod
-    def of(cls, tokens_BNC: Tensor, has_cls: bool) -> TokenMoments:
+    def of(cls, tokens_BNC: Tensor, has_cls: bool, by_position: bool = False) -> TokenMoments:
         """Compute the moments of a batch."""
+        if by_position:  # Every number of an image is a channel of its own.
+            return cls(ChannelMoments.of(tokens_BNC.flatten(1)), None)
         first = ChannelMoments.of(tokens_BNC[:, 0]) if has_cls else None
         patches = tokens_BNC[:, 1:] if has_cls else tokens_BNC
         return cls(ChannelMoments.of(patches.reshape(-1, patches.shape[-1])), first)
@@ -113,6 +115,9 @@ class Standardizer(nn.Module):
     @classmethod
     def of(cls, moments: TokenMoments, shape: TokenShape) -> Standardizer:
         """Spread the moments of patches and CLS over the positions of `shape`."""
+        if len(moments.patch.mean_C) == shape.tokens * shape.width > shape.width:
+            sizes = (shape.tokens, shape.width)
+            return cls(moments.patch.mean_C.view(sizes), moments.patch.std_C.view(sizes))
         parts = [(moments.cls, 1), (moments.patch, shape.patches)]
         means = [part.mean_C.expand(n, -1) for part, n in parts if part]
         stds = [part.std_C.expand(n, -1) for part, n in parts if part]
@@ -127,12 +132,14 @@ class Standardizer(nn.Module):
         return x_BNC.float() * self.std_NC + self.mean_NC
 
 
-def pair_moments(batches: Iterable[Batch], shape: PairShape) -> tuple[TokenMoments, TokenMoments]:
+def pair_moments(
+    batches: Iterable[Batch], shape: PairShape, by_position: bool = False
+) -> tuple[TokenMoments, TokenMoments]:
     """Stream over batches; the result depends on the batches and their order alone."""
     totals: list[TokenMoments] = []
     for batch in batches:
         new = [
-            TokenMoments.of(batch[side], side_shape.cls)
+            TokenMoments.of(batch[side], side_shape.cls, by_position)
             for side, side_shape in zip(SIDES, (shape.condition, shape.target))
         ]
         totals = [a.merge(b) for a, b in zip(totals, new)] if totals else new
@@ -159,6 +166,7 @@ def cached_standardizers(
     shape: PairShape,
     images: int,
     batches: Callable[[], Iterable[Batch]],
+    by_position: bool = False,
 ) -> tuple[Standardizer, Standardizer]:
     """Return the standardizers of condition and target, computing them once per content.
 
@@ -171,10 +179,10 @@ def cached_standardizers(
     Raises:
         UserError: If the cached file is damaged.
     """
-    name = hashlib.sha256(f"{content_hash}/{images}/{VERSION}".encode()).hexdigest()[:32]
+    name = hashlib.sha256(f"{content_hash}/{images}/{VERSION}{'/position' * by_position}".encode()).hexdigest()[:32]
     file = home() / "statistics" / f"{name}.safetensors"
     if not file.is_file():
-        _save(file, pair_moments(batches(), shape))
+        _save(file, pair_moments(batches(), shape, by_position))
     try:
         saved = load_file(file)
     except SafetensorError as error:

@@ -45,16 +45,23 @@ def interval(values: list[float]) -> tuple[float, float] | None:
     return mean(values) - half, mean(values) + half
 
 
-def differences(found: Found, recipe: Recipe, base: Recipe, testbed: str, name: str) -> list[float]:
-    """Return an estimator's cosine minus that of another recipe, for each seed that both have."""
+def gains(found: Found, recipe: Recipe, base: Recipe, testbed: str, name: str) -> list[float]:
+    """Return by how much an estimator is better than another recipe's, for each seed of both.
+
+    The mean is compared in cosine, samples in the logarithm of their token Frechet distance: a
+    sample whose cosine is higher than a true sample's is not better.
+    """
     of_base = {r.seed: s for r, s in found.items() if (r.recipe, r.testbed) == (base, testbed)}
-    return [
-        scores["estimators"][name]["cosine"] - of_base[run.seed]["estimators"][name]["cosine"]
+    pairs = [
+        (scores["estimators"][name], of_base[run.seed]["estimators"][name])
         for run, scores in found.items()
         if (run.recipe, run.testbed) == (recipe, testbed)
         and run.seed in of_base
         and name in scores["estimators"]
     ]
+    if name == "mean":
+        return [ours["cosine"] - theirs["cosine"] for ours, theirs in pairs]
+    return [math.log(theirs["frechet_token"] / ours["frechet_token"]) for ours, theirs in pairs]
 
 
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:

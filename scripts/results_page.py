@@ -19,16 +19,16 @@ from recipes import (
 from results_claims import claims
 from results_found import (
     Found,
-    differences,
     estimator,
+    gains,
     interval,
     over_seeds,
     scores_of,
     table,
 )
 
-SMALLEST = 0.001
-"""Differences of cosine below this count as none, however sure they are."""
+SMALLEST = {"mean": 0.001, "samples": 0.1}
+"""Gains below this count as none, however sure: of cosine, and of log Frechet distance."""
 
 
 def write_page(path: Path, found: Found) -> None:
@@ -74,13 +74,12 @@ def _head(found: Found) -> list[str]:
 
 def verdict(found: Found, recipe: Recipe, testbed: str, name: str) -> str:
     """Say whether a part is better or worse than the default: its 95 % interval over seeds."""
-    found_differences = differences(found, recipe, DEFAULT, testbed, name)
-    bounds = interval(found_differences)
-    if not found_differences:
+    found_gains = gains(found, recipe, DEFAULT, testbed, name)
+    if not found_gains:
         return "-"
-    middle = mean(found_differences)
+    bounds, middle = interval(found_gains), mean(found_gains)
     sure = bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
-    if abs(middle) < SMALLEST or (bounds is not None and not sure):
+    if abs(middle) < SMALLEST["mean" if name == "mean" else "samples"]:
         return "same"
     return ("better" if middle > 0 else "worse") + ("" if sure else "?")
 
@@ -103,10 +102,11 @@ def _choices(found: Found) -> list[str]:
     return [
         "## Choosing options",
         "",
-        "Each part against the default: its mean estimate, then its samples (ab2-8), in cosine.",
-        "*same*: the 95 % interval of the difference over seeds (same seeds, Student's t) holds 0,",
-        f"or the difference is below {SMALLEST}. A question mark stands where only one seed is",
-        "there. A part becomes the default only where it is better on both testbeds.",
+        "Each part against the default: its mean estimate in cosine, then its samples (ab2-8) in",
+        "token Frechet distance. *same*: they differ by less than 0.001, or by less than a tenth.",
+        "A question mark stands where the 95 % interval over seeds (Student's t of the gains, seed",
+        "by seed) holds 0, or where one seed alone is there. A part becomes the default only where",
+        "it gains on two testbeds.",
         "",
         *table(["part", "overrides", "linear_gaussian", "demo"], rows),
     ]

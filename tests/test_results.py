@@ -60,7 +60,7 @@ def test_an_interval_is_student_s() -> None:
     [
         ([0.92, 0.93, 0.925], "better"),
         ([0.88, 0.885, 0.87], "worse"),
-        ([0.96, 0.88, 0.90], "same"),  # the interval holds 0
+        ([0.96, 0.88, 0.90], "better?"),  # the interval holds 0
         ([0.9003, 0.9103, 0.8903], "same"),  # below the smallest difference, on each seed
         ([0.93], "better?"),
     ],
@@ -69,6 +69,14 @@ def test_a_part_is_better_only_when_its_seeds_say_so(cosines: list[float], said:
     base = found(DEFAULT, "demo", [0.90, 0.91, 0.89])
     part = PARTS[0]
     assert verdict(base | found(part, "demo", cosines), part, "demo", "mean") == said
+
+
+def test_samples_are_compared_by_their_distance_not_their_cosine() -> None:
+    runs = found(DEFAULT, "demo", [0.9, 0.9]) | found(PARTS[0], "demo", [0.9, 0.9])
+    for run, block in runs.items():
+        if run.recipe is PARTS[0]:
+            block["estimators"]["ab2-8"] |= {"cosine": 0.99, "frechet_token": 1.8}
+    assert verdict(runs, PARTS[0], "demo", "ab2-8") == "worse"
 
 
 def test_a_claim_is_missed_when_the_figure_misses_the_target() -> None:

@@ -88,12 +88,29 @@ def test_each_position_can_have_its_own_scale() -> None:
     shape = TokenShape((2, 2), True, 3)
     tokens = torch.randn(300, 5, 3) * torch.arange(1, 6)[:, None] + torch.arange(5)[:, None]
     pieces = [TokenMoments.of(tokens[:7], True, True), TokenMoments.of(tokens[7:], True, True)]
-    standardizer = Standardizer.of(pieces[0].merge(pieces[1]), shape)
-    torch.testing.assert_close(standardizer.mean_NC, tokens.mean(0))
-    torch.testing.assert_close(standardizer.std_NC, tokens.std(0, correction=0))
+    moments = pieces[0].merge(pieces[1])
+    patches = tokens[:, 1:].double()
+    own = moments.patch.mean_C.view(4, 3), (moments.patch.m2_C / 300).sqrt().view(4, 3)
+    torch.testing.assert_close(own[0], patches.mean(0))
+    torch.testing.assert_close(own[1], patches.std(0, correction=0))
+    standardizer = Standardizer.of(moments, shape)
+    torch.testing.assert_close(standardizer.mean_NC[0], tokens[:, 0].mean(0))
     scaled = standardizer.standardise(tokens)
-    torch.testing.assert_close(scaled.std(0, correction=0), torch.ones(5, 3))
+    torch.testing.assert_close(scaled.mean(0), torch.zeros(5, 3), rtol=0, atol=0.02)
+    torch.testing.assert_close(scaled.std(0, correction=0), torch.ones(5, 3), rtol=0, atol=0.05)
     torch.testing.assert_close(standardizer.restore(scaled), tokens, rtol=0, atol=1e-5)
+
+
+def test_positions_of_few_images_keep_close_to_their_channel() -> None:
+    shape = TokenShape((2, 2), False, 3)
+    tokens = torch.randn(2, 4, 3)
+    tokens[:, 0] = 1.0  # the same in both images: no std of its own
+    mean_C, std_C = tokens.flatten(0, 1).mean(0), tokens.flatten(0, 1).std(0, correction=0)
+    standardizer = Standardizer.of(TokenMoments.of(tokens, False, True), shape)
+    expected = (2 * tokens[:, 0].mean(0) + 4 * mean_C) / 6
+    torch.testing.assert_close(standardizer.mean_NC[0], expected)
+    variance_C = (4 * std_C**2 + 2 * 4 / 6 * (1 - mean_C) ** 2) / 6
+    torch.testing.assert_close(standardizer.std_NC[0], variance_C.sqrt())
 
 
 def test_constant_channel_is_floored() -> None:

@@ -31,6 +31,8 @@ CHUNK_ROWS, CHUNK_NUMBERS = 64, 64 * 4096
 """Rows converted to fp64 at a time: 64 x 4096 stay in cache, 5 times faster than a whole batch."""
 FLOOR = 1e-3
 """Channels whose std is below this share of the median std count as constant."""
+PRIOR_IMAGES = 4
+"""Images drawn from the whole channel that each position counts as seen beside its own."""
 SIDES = ("condition", "target")
 VERSION = 2
 """Part of the cache key; raised when the same tokens would give other numbers."""
@@ -85,17 +87,39 @@ class TokenMoments:
         """Compute the moments of a batch, of all its patches together or of each position."""
         first = ChannelMoments.of(tokens_BNC[:, 0]) if has_cls else None
         patches = tokens_BNC[:, 1:] if has_cls else tokens_BNC
-        rows = patches.flatten(1) if by_position else patches.flatten(0, 1)
-        return cls(ChannelMoments.of(rows), first)
+        if not by_position:
+            return cls(ChannelMoments.of(patches.flatten(0, 1)), first)
+        means, m2s = [], []
+        for rows_BC in patches.unbind(1):
+            values_BC = rows_BC.double()
+            means.append(values_BC.mean(0))
+            m2s.append(values_BC.sub_(means[-1]).square_().sum(0))
+        return cls(ChannelMoments(len(patches), torch.cat(means), torch.cat(m2s)), first)
 
     def merge(self, other: TokenMoments) -> TokenMoments:
         """Return the moments of both sets together."""
         both = self.cls.merge(other.cls) if self.cls and other.cls else None
         return TokenMoments(self.patch.merge(other.patch), both)
 
+    def steadied_patch(self, width: int) -> ChannelMoments:
+        """Return the patches' moments; a position's own are drawn towards its channel's.
+
+        Few images say little about one position, where a std near 0 would blow up the first image
+        that differs. So each position has seen PRIOR_IMAGES more, with the mean and variance of the
+        channel over all positions: the posterior mean under a conjugate prior.
+        """
+        if self.patch.mean_C.numel() == width:
+            return self.patch
+        mean_NC, m2_NC = self.patch.mean_C.view(-1, width), self.patch.m2_C.view(-1, width)
+        mean_C = mean_NC.mean(0)
+        variance_C = m2_NC.mean(0) / self.patch.count + (mean_NC - mean_C).square().mean(0)
+        prior = (mean_C, variance_C * PRIOR_IMAGES)
+        flat = (tensor_C.expand_as(mean_NC).flatten() for tensor_C in prior)
+        return self.patch.merge(ChannelMoments(PRIOR_IMAGES, *flat))
+
 
 class Standardizer(nn.Module):
-    """Maps tokens to mean 0 and std 1 per channel, and back; always in fp32."""
+    """Maps tokens to mean 0 and std 1 per channel and position, and back; in fp32."""
 
     mean_NC: Tensor
     std_NC: Tensor
@@ -115,7 +139,7 @@ class Standardizer(nn.Module):
     @classmethod
     def of(cls, moments: TokenMoments, shape: TokenShape) -> Standardizer:
         """Spread the moments of patches and CLS over the positions of `shape`."""
-        parts = [(moments.cls, 1), (moments.patch, shape.patches)]
+        parts = [(moments.cls, 1), (moments.steadied_patch(shape.width), shape.patches)]
         width = shape.width
         means = [part.mean_C.view(-1, width).expand(n, -1) for part, n in parts if part]
         stds = [part.std_C.view(-1, width).expand(n, -1) for part, n in parts if part]

@@ -96,8 +96,15 @@ class Run:
 
 SHORT = ("linear_gaussian", "demo", "demo_masked", "ambiguous")
 REAL = ("demo",)
+UNSURE = ("linear_gaussian", "demo", "demo_masked")
+"""Where a part is tried that could be the default."""
 DEFAULT = Recipe(
-    "default", "default: sample output, half of the draws at t = 0, Muon", "", SHORT, SEEDS, FULL
+    "default",
+    "default: sample output, two thirds of the draws at t = 0, a scale a position, Muon",
+    "",
+    SHORT,
+    SEEDS,
+    FULL,
 )
 CONFIRMED_DEMO = Recipe("confirmed", "the default at the demo's size", "", ("demo_size",), (0,),
                         CONFIRMED)  # fmt: skip
@@ -111,6 +118,8 @@ PARTS = (
     Recipe("share_0", "no draws at t = 0", NO_MEAN),
     Recipe("share_8", "an eighth at t = 0", "flow.time_zero_share=0.125"),
     Recipe("share_4", "a quarter at t = 0", "flow.time_zero_share=0.25"),
+    Recipe("share_2", "half at t = 0", "flow.time_zero_share=0.5", UNSURE),
+    Recipe("share_75", "three quarters at t = 0", "flow.time_zero_share=0.75", UNSURE),
     Recipe("adamw", "AdamW on all matrices", "optimizer=adamw"),
     Recipe("adamw_slower", "the same, lower learning rate", "optimizer=adamw optimizer.lr=4e-3",
            REAL),
@@ -118,9 +127,9 @@ PARTS = (
     Recipe("logit_normal", "logit-normal times", "flow.time=logit_normal"),
     Recipe("shift_3", "times shifted towards noise by 3", "flow.time_shift=3"),
     Recipe("cosine", "cosine term of weight 0.1", "flow.cosine_weight=0.1"),
-    Recipe("cosine_1", "cosine term of weight 1", "flow.cosine_weight=1.0"),
+    Recipe("cosine_1", "cosine term of weight 1", "flow.cosine_weight=1.0", UNSURE),
     Recipe("raw", "tokens as stored, not standardised", "data.scale=raw"),
-    Recipe("position", "standardised at each position of the grid", "data.scale=position"),
+    Recipe("channel", "one scale a channel for all positions", "data.scale=channel", UNSURE),
     Recipe("ema_99", "weight average over 100 steps", "optimizer.ema_decay=0.99"),
     Recipe("cls", "with the CLS token", "mode=cls_patch", REAL),
     Recipe("cls_16", "with the CLS token, which counts 16 times",

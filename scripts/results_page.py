@@ -13,6 +13,7 @@ from recipes import (
     PARTS,
     RUNS,
     SEED_RECIPES,
+    UNSURE,
     WIDTHS,
     Recipe,
 )
@@ -37,8 +38,7 @@ def write_page(path: Path, found: Found) -> None:
         *_head(found),
         *claims(found),
         *_choices(found),
-        *_parts(found, "linear_gaussian"),
-        *_parts(found, "demo"),
+        *(line for testbed in UNSURE for line in _parts(found, testbed)),
         *_confirmed(found),
         *_seeds(found),
         *_widths(found),
@@ -92,7 +92,7 @@ def _choices(found: Found) -> list[str]:
             f"{verdict(found, recipe, testbed, 'mean')}, {verdict(found, recipe, testbed, 'ab2-8')}"
             if testbed in recipe.testbeds
             else ""
-            for testbed in ("linear_gaussian", "demo")
+            for testbed in UNSURE
         ]
         if any("-, -" not in verdict and verdict for verdict in verdicts):
             words = " ".join(f"`{word}`" for word in recipe.overrides.split())
@@ -108,7 +108,7 @@ def _choices(found: Found) -> list[str]:
         "by seed) holds 0, or where one seed alone is there. A part becomes the default only where",
         "it gains on two testbeds.",
         "",
-        *table(["part", "overrides", "linear_gaussian", "demo"], rows),
+        *table(["part", "overrides", *UNSURE], rows),
     ]
 
 

@@ -12,9 +12,9 @@ from blip3o_lit.config.flow import PATHS, FlowConfig
 from blip3o_lit.config.solver import SolverConfig, check_solver
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.flow.multistep import coefficients, multistep
-from blip3o_lit.flow.path import path_named
 from blip3o_lit.flow.objective import FlowObjective
-from blip3o_lit.flow.solvers import sample, time_grid
+from blip3o_lit.flow.path import path_named
+from blip3o_lit.flow.solvers import sample
 from blip3o_lit.loading import solver_from_label
 
 VARIANCES = torch.logspace(-2, 0, 9, dtype=torch.float64)

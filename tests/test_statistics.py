@@ -96,21 +96,39 @@ def test_each_position_can_have_its_own_scale() -> None:
     standardizer = Standardizer.of(moments, shape)
     torch.testing.assert_close(standardizer.mean_NC[0], tokens[:, 0].mean(0))
     scaled = standardizer.standardise(tokens)
-    torch.testing.assert_close(scaled.mean(0), torch.zeros(5, 3), rtol=0, atol=0.02)
+    torch.testing.assert_close(scaled.mean(0), torch.zeros(5, 3), rtol=0, atol=0.05)
     torch.testing.assert_close(scaled.std(0, correction=0), torch.ones(5, 3), rtol=0, atol=0.05)
     torch.testing.assert_close(standardizer.restore(scaled), tokens, rtol=0, atol=1e-5)
 
 
-def test_positions_of_few_images_keep_close_to_their_channel() -> None:
-    shape = TokenShape((2, 2), False, 3)
-    tokens = torch.randn(2, 4, 3)
-    tokens[:, 0] = 1.0  # the same in both images: no std of its own
-    mean_C, std_C = tokens.flatten(0, 1).mean(0), tokens.flatten(0, 1).std(0, correction=0)
-    standardizer = Standardizer.of(TokenMoments.of(tokens, False, True), shape)
-    expected = (2 * tokens[:, 0].mean(0) + 4 * mean_C) / 6
-    torch.testing.assert_close(standardizer.mean_NC[0], expected)
-    variance_C = (4 * std_C**2 + 2 * 4 / 6 * (1 - mean_C) ** 2) / 6
-    torch.testing.assert_close(standardizer.std_NC[0], variance_C.sqrt())
+@pytest.mark.parametrize("images", [2, 8, 64])
+def test_positions_that_differ_by_chance_alone_share_one_scale(images: int) -> None:
+    shape = TokenShape((16, 16), False, 3)
+    tokens = torch.randn(images, 256, 3, generator=torch.Generator().manual_seed(images))
+    shared = Standardizer.of(TokenMoments.of(tokens, False), shape)
+    own = Standardizer.of(TokenMoments.of(tokens, False, True), shape)
+    raw_error = (tokens.mean(0) - shared.mean_NC).square().mean()
+    assert (own.mean_NC - shared.mean_NC).square().mean() < 0.25 * raw_error
+    assert (own.std_NC / shared.std_NC - 1).square().mean().sqrt() < 0.15
+    # and where they differ by more than chance, their own means come through
+    moved = tokens + 5 * torch.randn(256, 3)
+    own = Standardizer.of(TokenMoments.of(moved, False, True), shape)
+    torch.testing.assert_close(own.mean_NC, moved.mean(0), rtol=0, atol=0.4)
+
+
+def test_one_image_has_the_scale_of_its_channels() -> None:
+    shape, tokens = TokenShape((4, 4), False, 3), torch.randn(1, 16, 3)
+    shared = Standardizer.of(TokenMoments.of(tokens, False), shape)
+    own = Standardizer.of(TokenMoments.of(tokens, False, True), shape)
+    torch.testing.assert_close(own.mean_NC, shared.mean_NC)
+    torch.testing.assert_close(own.std_NC, shared.std_NC)
+
+
+def test_a_position_that_never_changes_is_not_blown_up() -> None:
+    tokens = torch.randn(50, 16, 3)
+    tokens[:, 0] = 1.0
+    own = Standardizer.of(TokenMoments.of(tokens, False, True), TokenShape((4, 4), False, 3))
+    assert (own.std_NC[0] > 0.1).all()
 
 
 def test_constant_channel_is_floored() -> None:

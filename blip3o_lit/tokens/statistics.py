@@ -31,8 +31,6 @@ CHUNK_ROWS, CHUNK_NUMBERS = 64, 64 * 4096
 """Rows converted to fp64 at a time: 64 x 4096 stay in cache, 5 times faster than a whole batch."""
 FLOOR = 1e-3
 """Channels whose std is below this share of the median std count as constant."""
-PRIOR_IMAGES = 4
-"""Images drawn from the whole channel that each position counts as seen beside its own."""
 SIDES = ("condition", "target")
 VERSION = 2
 """Part of the cache key; raised when the same tokens would give other numbers."""
@@ -104,18 +102,29 @@ class TokenMoments:
     def steadied_patch(self, width: int) -> ChannelMoments:
         """Return the patches' moments; a position's own are drawn towards its channel's.
 
-        Few images say little about one position, where a std near 0 would blow up the first image
-        that differs. So each position has seen PRIOR_IMAGES more, with the mean and variance of the
-        channel over all positions: the posterior mean under a conjugate prior.
+        Means and variances of few images differ by chance from one position to the next. Each is
+        moved to the average over positions by the share of its spread that chance explains (James
+        and Stein 1961): V / (n - 1) of the means, 2 V^2 / (n - 1) of the variances, V the average
+        of the n images' variances. What a mean is moved by counts as variance. Where positions are
+        alike, or there is one image, they end up with one scale a channel.
         """
         if self.patch.mean_C.numel() == width:
             return self.patch
-        mean_NC, m2_NC = self.patch.mean_C.view(-1, width), self.patch.m2_C.view(-1, width)
-        mean_C = mean_NC.mean(0)
-        variance_C = m2_NC.mean(0) / self.patch.count + (mean_NC - mean_C).square().mean(0)
-        prior = (mean_C, variance_C * PRIOR_IMAGES)
-        flat = (tensor_C.expand_as(mean_NC).flatten() for tensor_C in prior)
-        return self.patch.merge(ChannelMoments(PRIOR_IMAGES, *flat))
+        count = self.patch.count
+        own_NC = self.patch.mean_C.view(-1, width)
+        variance_NC = self.patch.m2_C.view(-1, width) / count
+        average_C = variance_NC.mean(0) if count > 1 else torch.full_like(own_NC[0], torch.inf)
+        mean_NC = _steadied(own_NC, average_C / max(1, count - 1))
+        variance_NC = _steadied(variance_NC, 2 * average_C.square() / max(1, count - 1))
+        variance_NC = variance_NC + (own_NC - mean_NC).square().mean(0)
+        return ChannelMoments(count, mean_NC.flatten(), variance_NC.flatten() * count)
+
+
+def _steadied(values_NC: Tensor, chance_C: Tensor) -> Tensor:
+    """Move values towards their mean by the share `chance_C` of their spread over N."""
+    middle_C = values_NC.mean(0)
+    spread_C = values_NC.var(0).clamp_min(torch.finfo(torch.float64).tiny)
+    return middle_C + (1 - chance_C / spread_C).clamp_min(0) * (values_NC - middle_C)
 
 
 class Standardizer(nn.Module):

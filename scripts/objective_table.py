@@ -5,8 +5,8 @@
     python scripts/objective_table.py --print      # the rows and their command lines, run nothing
 
 Each row is a short training run of a small network on the demo tokens and a held-out score. A row
-is kept in outputs/objective under a hash of its overrides, of the token store and of the package's
-version, so a stopped table goes on where it was.
+is kept in outputs/objective under a hash of its whole configuration, of the token store and of the
+package's version, so a stopped table goes on where it was.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ SECTIONS: dict[str, list[Row]] = {
     ],
     "Training times and their weight": [
         Row("no draws at t = 0", "flow.time_zero_share=0"),
+        Row("half of the draws at t = 0", "flow.time_zero_share=0.5"),
         Row("noise as input there, not zeros", "flow.time_zero_input=noise"),
         Row("U-shaped", "flow.time=u_shaped"),
         Row("logit-normal", "flow.time=logit_normal flow.time_mean=-0.5 flow.time_std=1.2"),
@@ -119,23 +120,20 @@ def store_hash() -> str:
     return TokenIndex.load(demo_store()).hash
 
 
+def overrides(row: Row) -> list[str]:
+    """Return the words after `python -m blip3o_lit.train`."""
+    words = [*BASE.split(), *row.overrides.split()]
+    return words + [f"solver.start={row.start}"] * (row.start > 0)
+
+
 def place(row: Row, tokens: str) -> Path:
     """Return where a row's result is kept."""
     from blip3o_lit import __version__
-    from blip3o_lit.config.flow import FlowConfig
+    from blip3o_lit.command import composed
+    from blip3o_lit.config.train import TrainConfig
 
-    key = json.dumps(
-        [
-            __version__,
-            asdict(FlowConfig()),
-            tokens,
-            BASE,
-            row.overrides,
-            row.start,
-            row.guidance,
-            IMAGES,
-        ]
-    )
+    config = asdict(composed("train", TrainConfig, overrides(row)))
+    key = json.dumps([__version__, config, tokens, row.start, row.guidance, SAMPLER, IMAGES])
     return FOLDER / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
@@ -147,18 +145,18 @@ def measure(row: Row, tokens: str) -> dict[str, Any]:
     from blip3o_lit.config.train import TrainConfig
     from blip3o_lit.training import run_training
 
-    overrides = [*BASE.split(), *row.overrides.split()]
-    overrides += [f"solver.start={row.start}"] * (row.start > 0)
-    config = composed("train", TrainConfig, overrides)
+    config = composed("train", TrainConfig, overrides(row))
     folder = FOLDER / f".{place(row, tokens).stem}"
     shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
     folder.mkdir(parents=True)
     with (folder / "log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
-        run_training(config, folder, overrides)
+        run_training(config, folder, overrides(row))
         model = BLIP3oInference(folder / "checkpoints" / "last.ckpt", "cpu")
         steps = int(SAMPLER.partition("-")[2])
-        sampler = SolverConfig("heun", steps, start=row.start, guidance_scale=row.guidance)
+        sampler = SolverConfig.named(
+            "heun", steps=steps, start=row.start, guidance_scale=row.guidance
+        )
         mean = SolverConfig(guidance_scale=row.guidance) if config.flow.has_mean else None
         found = {
             "mean": scores(model, mean) if mean else None,

@@ -100,7 +100,7 @@ UNSURE = ("linear_gaussian", "demo", "demo_masked")
 """Where a part is tried that could be the default."""
 DEFAULT = Recipe(
     "default",
-    "default: sample output, two thirds of the draws at t = 0, a scale a position, Muon",
+    "default: sample output, two thirds of the draws at t = 0, Muon",
     "",
     SHORT,
     SEEDS,
@@ -119,7 +119,7 @@ PARTS = (
     Recipe("share_8", "an eighth at t = 0", "flow.time_zero_share=0.125"),
     Recipe("share_4", "a quarter at t = 0", "flow.time_zero_share=0.25"),
     Recipe("share_2", "half at t = 0", "flow.time_zero_share=0.5", UNSURE),
-    Recipe("share_75", "three quarters at t = 0", "flow.time_zero_share=0.75", UNSURE),
+    Recipe("share_75", "three quarters at t = 0", "flow.time_zero_share=0.75", REAL),
     Recipe("adamw", "AdamW on all matrices", "optimizer=adamw"),
     Recipe("adamw_slower", "the same, lower learning rate", "optimizer=adamw optimizer.lr=4e-3",
            REAL),
@@ -129,7 +129,6 @@ PARTS = (
     Recipe("cosine", "cosine term of weight 0.1", "flow.cosine_weight=0.1"),
     Recipe("cosine_1", "cosine term of weight 1", "flow.cosine_weight=1.0", UNSURE),
     Recipe("raw", "tokens as stored, not standardised", "data.scale=raw"),
-    Recipe("channel", "one scale a channel for all positions", "data.scale=channel", UNSURE),
     Recipe("ema_99", "weight average over 100 steps", "optimizer.ema_decay=0.99"),
     Recipe("cls", "with the CLS token", "mode=cls_patch", REAL),
     Recipe("cls_16", "with the CLS token, which counts 16 times",

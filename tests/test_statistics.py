@@ -84,53 +84,6 @@ def test_cls_and_patches_are_scaled_apart() -> None:
     assert torch.equal(standardizer.std_NC[1], standardizer.std_NC[4])
 
 
-def test_each_position_can_have_its_own_scale() -> None:
-    shape = TokenShape((2, 2), True, 3)
-    tokens = torch.randn(300, 5, 3) * torch.arange(1, 6)[:, None] + torch.arange(5)[:, None]
-    pieces = [TokenMoments.of(tokens[:7], True, True), TokenMoments.of(tokens[7:], True, True)]
-    moments = pieces[0].merge(pieces[1])
-    patches = tokens[:, 1:].double()
-    own = moments.patch.mean_C.view(4, 3), (moments.patch.m2_C / 300).sqrt().view(4, 3)
-    torch.testing.assert_close(own[0], patches.mean(0))
-    torch.testing.assert_close(own[1], patches.std(0, correction=0))
-    standardizer = Standardizer.of(moments, shape)
-    torch.testing.assert_close(standardizer.mean_NC[0], tokens[:, 0].mean(0))
-    scaled = standardizer.standardise(tokens)
-    torch.testing.assert_close(scaled.mean(0), torch.zeros(5, 3), rtol=0, atol=0.05)
-    torch.testing.assert_close(scaled.std(0, correction=0), torch.ones(5, 3), rtol=0, atol=0.05)
-    torch.testing.assert_close(standardizer.restore(scaled), tokens, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("images", [2, 8, 64])
-def test_positions_that_differ_by_chance_alone_share_one_scale(images: int) -> None:
-    shape = TokenShape((16, 16), False, 3)
-    tokens = torch.randn(images, 256, 3, generator=torch.Generator().manual_seed(images))
-    shared = Standardizer.of(TokenMoments.of(tokens, False), shape)
-    own = Standardizer.of(TokenMoments.of(tokens, False, True), shape)
-    raw_error = (tokens.mean(0) - shared.mean_NC).square().mean()
-    assert (own.mean_NC - shared.mean_NC).square().mean() < 0.25 * raw_error
-    assert (own.std_NC / shared.std_NC - 1).square().mean().sqrt() < 0.15
-    # and where they differ by more than chance, their own means come through
-    moved = tokens + 5 * torch.randn(256, 3)
-    own = Standardizer.of(TokenMoments.of(moved, False, True), shape)
-    torch.testing.assert_close(own.mean_NC, moved.mean(0), rtol=0, atol=0.4)
-
-
-def test_one_image_has_the_scale_of_its_channels() -> None:
-    shape, tokens = TokenShape((4, 4), False, 3), torch.randn(1, 16, 3)
-    shared = Standardizer.of(TokenMoments.of(tokens, False), shape)
-    own = Standardizer.of(TokenMoments.of(tokens, False, True), shape)
-    torch.testing.assert_close(own.mean_NC, shared.mean_NC)
-    torch.testing.assert_close(own.std_NC, shared.std_NC)
-
-
-def test_a_position_that_never_changes_is_not_blown_up() -> None:
-    tokens = torch.randn(50, 16, 3)
-    tokens[:, 0] = 1.0
-    own = Standardizer.of(TokenMoments.of(tokens, False, True), TokenShape((4, 4), False, 3))
-    assert (own.std_NC[0] > 0.1).all()
-
-
 def test_constant_channel_is_floored() -> None:
     tokens = torch.randn(100, 4, 3)
     tokens[..., 1] = 5.0
@@ -155,13 +108,8 @@ def test_cache_is_used_and_depends_on_content(
     again = cached_standardizers(reader.content_hash, reader.shape, 22, batches)
     assert len(calls) == 1
     assert torch.equal(first[1].std_NC, again[1].std_NC)
-    own, _ = cached_standardizers(reader.content_hash, reader.shape, 22, batches, by_position=True)
-    assert not torch.equal(own.mean_NC, first[0].mean_NC)
-    again, _ = cached_standardizers(reader.content_hash, reader.shape, 22, batches, True)
-    assert torch.equal(own.mean_NC, again.mean_NC)
-    assert len(calls) == 2
     cached_standardizers("other", reader.shape, 22, batches)
-    assert len(calls) == 3
+    assert len(calls) == 2
     for file in (home() / "statistics").iterdir():
         file.write_bytes(b"broken")
     with pytest.raises(UserError, match="delete it"):

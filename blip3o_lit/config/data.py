@@ -8,7 +8,7 @@ from blip3o_lit.config.ambiguous import AmbiguousConfig
 from blip3o_lit.config.errors import UserError, one_of, positive
 
 DATA_NAMES = ("demo", "demo_masked", "tokens", "linear_gaussian", "ambiguous")
-SCALES = ("channel", "position", "raw")
+SCALES = ("channel", "raw")
 VERIFY = ("size", "full")
 
 
@@ -71,9 +71,8 @@ class DataConfig:
     """Shards among which samples are shuffled."""
     statistics_images: int = 20000
     """Training images from which channel statistics are computed; all of them if fewer exist."""
-    scale: str = "position"
-    """position: train on tokens of mean 0 and std 1 in each channel at each position of the grid;
-    channel: the same for all positions together; raw: on tokens as they are stored."""
+    scale: str = "channel"
+    """channel: train on tokens of mean 0 and std 1 a channel; raw: on tokens as they are stored."""
     verify: str = "size"
     """size: check each shard's size when it is opened; full: its sha256 too."""
     linear_gaussian: LinearGaussianConfig = field(default_factory=LinearGaussianConfig)

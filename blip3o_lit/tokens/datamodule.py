@@ -95,11 +95,7 @@ class TokenDataModule(pl.LightningDataModule):
         self.shape = self.train.shape
         images = min(data.statistics_images, len(self.train))
         self.condition_standardizer, self.target_standardizer = cached_standardizers(
-            self.train.content_hash,
-            self.shape,
-            images,
-            partial(batches, images),
-            by_position=data.scale == "position",
+            self.train.content_hash, self.shape, images, partial(batches, images)
         )
 
     def steps_for(self, max_steps: int, max_epochs: int | None) -> int:

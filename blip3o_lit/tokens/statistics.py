@@ -1,4 +1,4 @@
-"""Mean and standard deviation of tokens a channel, or a channel and position, and their use.
+"""Per-channel mean and standard deviation of tokens, and the scaling that uses them.
 
 Networks train on standardised tokens: a few CLIP channels are 30 times larger than the rest, and on
 raw targets training hardly learns. Patches and CLS have statistics of their own.
@@ -27,7 +27,7 @@ from blip3o_lit.tokens.loader import Batch, prefetch
 from blip3o_lit.tokens.reader import TokenReader
 
 READ_SAMPLES = 16
-CHUNK_ROWS, CHUNK_NUMBERS = 64, 64 * 4096
+CHUNK_ROWS = 64
 """Rows converted to fp64 at a time: 64 x 4096 stay in cache, 5 times faster than a whole batch."""
 FLOOR = 1e-3
 """Channels whose std is below this share of the median std count as constant."""
@@ -47,7 +47,7 @@ class ChannelMoments:
     @classmethod
     def of(cls, rows_RC: Tensor) -> ChannelMoments:
         """Compute the moments of rows; sums are taken around the first chunk's mean."""
-        chunks = rows_RC.split(max(1, min(CHUNK_ROWS, CHUNK_NUMBERS // rows_RC.shape[1])))
+        chunks = rows_RC.split(CHUNK_ROWS)
         centre_C = chunks[0].double().mean(0)
         sum_C, squares_C = torch.zeros_like(centre_C), torch.zeros_like(centre_C)
         for chunk in chunks:
@@ -77,58 +77,23 @@ class TokenMoments:
     """Moments of one side: patches, and CLS where there is one."""
 
     patch: ChannelMoments
-    """Of all patches together (C numbers), or of each position (patches x C numbers)."""
     cls: ChannelMoments | None
 
     @classmethod
-    def of(cls, tokens_BNC: Tensor, has_cls: bool, by_position: bool = False) -> TokenMoments:
-        """Compute the moments of a batch, of all its patches together or of each position."""
+    def of(cls, tokens_BNC: Tensor, has_cls: bool) -> TokenMoments:
+        """Compute the moments of a batch."""
         first = ChannelMoments.of(tokens_BNC[:, 0]) if has_cls else None
         patches = tokens_BNC[:, 1:] if has_cls else tokens_BNC
-        if not by_position:
-            return cls(ChannelMoments.of(patches.flatten(0, 1)), first)
-        means, m2s = [], []
-        for rows_BC in patches.unbind(1):
-            values_BC = rows_BC.double()
-            means.append(values_BC.mean(0))
-            m2s.append(values_BC.sub_(means[-1]).square_().sum(0))
-        return cls(ChannelMoments(len(patches), torch.cat(means), torch.cat(m2s)), first)
+        return cls(ChannelMoments.of(patches.reshape(-1, patches.shape[-1])), first)
 
     def merge(self, other: TokenMoments) -> TokenMoments:
         """Return the moments of both sets together."""
         both = self.cls.merge(other.cls) if self.cls and other.cls else None
         return TokenMoments(self.patch.merge(other.patch), both)
 
-    def steadied_patch(self, width: int) -> ChannelMoments:
-        """Return the patches' moments; a position's own are drawn towards its channel's.
-
-        Means and variances of few images differ by chance from one position to the next. Each is
-        moved to the average over positions by the share of its spread that chance explains (James
-        and Stein 1961): V / (n - 1) of the means, 2 V^2 / (n - 1) of the variances, V the average
-        of the n images' variances. What a mean is moved by counts as variance. Where positions are
-        alike, or there is one image, they end up with one scale a channel.
-        """
-        if self.patch.mean_C.numel() == width:
-            return self.patch
-        count = self.patch.count
-        own_NC = self.patch.mean_C.view(-1, width)
-        variance_NC = self.patch.m2_C.view(-1, width) / count
-        average_C = variance_NC.mean(0) if count > 1 else torch.full_like(own_NC[0], torch.inf)
-        mean_NC = _steadied(own_NC, average_C / max(1, count - 1))
-        variance_NC = _steadied(variance_NC, 2 * average_C.square() / max(1, count - 1))
-        variance_NC = variance_NC + (own_NC - mean_NC).square().mean(0)
-        return ChannelMoments(count, mean_NC.flatten(), variance_NC.flatten() * count)
-
-
-def _steadied(values_NC: Tensor, chance_C: Tensor) -> Tensor:
-    """Move values towards their mean by the share `chance_C` of their spread over N."""
-    middle_C = values_NC.mean(0)
-    spread_C = values_NC.var(0).clamp_min(torch.finfo(torch.float64).tiny)
-    return middle_C + (1 - chance_C / spread_C).clamp_min(0) * (values_NC - middle_C)
-
 
 class Standardizer(nn.Module):
-    """Maps tokens to mean 0 and std 1 per channel and position, and back; in fp32."""
+    """Maps tokens to mean 0 and std 1 per channel, and back; always in fp32."""
 
     mean_NC: Tensor
     std_NC: Tensor
@@ -148,10 +113,9 @@ class Standardizer(nn.Module):
     @classmethod
     def of(cls, moments: TokenMoments, shape: TokenShape) -> Standardizer:
         """Spread the moments of patches and CLS over the positions of `shape`."""
-        parts = [(moments.cls, 1), (moments.steadied_patch(shape.width), shape.patches)]
-        width = shape.width
-        means = [part.mean_C.view(-1, width).expand(n, -1) for part, n in parts if part]
-        stds = [part.std_C.view(-1, width).expand(n, -1) for part, n in parts if part]
+        parts = [(moments.cls, 1), (moments.patch, shape.patches)]
+        means = [part.mean_C.expand(n, -1) for part, n in parts if part]
+        stds = [part.std_C.expand(n, -1) for part, n in parts if part]
         return cls(torch.cat(means), torch.cat(stds))
 
     def standardise(self, x_BNC: Tensor) -> Tensor:
@@ -163,14 +127,12 @@ class Standardizer(nn.Module):
         return x_BNC.float() * self.std_NC + self.mean_NC
 
 
-def pair_moments(
-    batches: Iterable[Batch], shape: PairShape, by_position: bool = False
-) -> tuple[TokenMoments, TokenMoments]:
+def pair_moments(batches: Iterable[Batch], shape: PairShape) -> tuple[TokenMoments, TokenMoments]:
     """Stream over batches; the result depends on the batches and their order alone."""
     totals: list[TokenMoments] = []
     for batch in batches:
         new = [
-            TokenMoments.of(batch[side], side_shape.cls, by_position)
+            TokenMoments.of(batch[side], side_shape.cls)
             for side, side_shape in zip(SIDES, (shape.condition, shape.target))
         ]
         totals = [a.merge(b) for a, b in zip(totals, new)] if totals else new
@@ -197,7 +159,6 @@ def cached_standardizers(
     shape: PairShape,
     images: int,
     batches: Callable[[], Iterable[Batch]],
-    by_position: bool = False,
 ) -> tuple[Standardizer, Standardizer]:
     """Return the standardizers of condition and target, computing them once per content.
 
@@ -206,16 +167,14 @@ def cached_standardizers(
         shape: Shapes of both sides.
         images: How many images `batches` covers; part of the cache key.
         batches: Called when nothing is cached.
-        by_position: Whether each position of the grid has a mean and std of its own.
 
     Raises:
         UserError: If the cached file is damaged.
     """
-    key = f"{content_hash}/{images}/{VERSION}" + ("/position" if by_position else "")
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    name = hashlib.sha256(f"{content_hash}/{images}/{VERSION}".encode()).hexdigest()[:32]
     file = home() / "statistics" / f"{name}.safetensors"
     if not file.is_file():
-        _save(file, pair_moments(batches(), shape, by_position))
+        _save(file, pair_moments(batches(), shape))
     try:
         saved = load_file(file)
     except SafetensorError as error:

@@ -84,7 +84,6 @@ SECTIONS: dict[str, list[Row]] = {
     ],
     "Training times and their weight": [
         Row("no draws at t = 0", "flow.time_zero_share=0"),
-        Row("half of the draws at t = 0", "flow.time_zero_share=0.5"),
         Row("noise as input there, not zeros", "flow.time_zero_input=noise"),
         Row("U-shaped", "flow.time=u_shaped"),
         Row("logit-normal", "flow.time=logit_normal flow.time_mean=-0.5 flow.time_std=1.2"),

@@ -45,7 +45,7 @@ def train(folder: Path) -> Path:
         precision=PrecisionConfig("fp32"),
         trainer=TrainerConfig(max_steps=300, log_every=100, accelerator="cpu"),
         evaluation=EvaluationConfig(every=300, images=8, overfit_at_least=BAR),
-        solver=SolverConfig.named("heun"),
+        solver=SolverConfig("heun", 10),
         batch_size=32,
     )
     run_training(config, folder, [])

@@ -38,7 +38,7 @@ class FlowConfig:
     """Standard deviation of the logit-normal."""
     time_shift: float = 1.0
     """Noise-level shift s: sigma' = s sigma / (1 + (s - 1) sigma); above 1 favours noise."""
-    time_zero_share: float = 0.67
+    time_zero_share: float = 0.5
     """Share of training draws at exactly t = 0, where one evaluation is the posterior mean."""
     time_zero_input: str = "zero"
     """zero: at t = 0, where x_t is noise alone and says nothing of x1, a sample output is computed

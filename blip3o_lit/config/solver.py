@@ -10,8 +10,8 @@ from blip3o_lit.config.flow import FlowConfig
 
 SOLVERS = ("mean", "euler", "midpoint", "heun", "rk4", "ab2", "dopri5")
 GRIDS = ("uniform", "cosine", "shift")
-OWN_SHIFT = {"ab2": 0.4, "heun": 0.6}
-"""Shifts of the solvers whose file takes denser steps near the data; the others' are uniform."""
+AB2_SHIFT = 0.4
+"""Its best grid for few steps (worst error over Gaussian targets: 0.21 at 4 steps, 0.05 at 6)."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class SolverConfig:
     @classmethod
     def named(cls, name: str, **options: Any) -> SolverConfig:
         """Return a solver on its own grid, as its file in conf/solver has it."""
-        grid = {"grid": "shift", "shift": OWN_SHIFT[name]} if name in OWN_SHIFT else {}
+        grid = {"grid": "shift", "shift": AB2_SHIFT} if name == "ab2" else {}
         return cls(name=name, **(grid | options))
 
     @property

@@ -14,7 +14,7 @@ from blip3o_lit.config.train import TrainConfig
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from recipes import DEFAULT, PARTS, RECIPES, RUNS, SEED_RECIPES, Recipe, Run
-from results_claims import claims
+from results_claims import REASONS, claims
 from results_found import Found, interval
 from results_page import verdict, write_page
 
@@ -114,6 +114,14 @@ def test_the_optimum_is_compared_estimator_by_estimator() -> None:
     lines = claims(runs)
     assert any("exact mean's" in line and "met" in line for line in lines)
     assert any("variance" in line and "MISSED" in line for line in lines)
+    reasons = lines[lines.index("Missed:") :]
+    assert [line for line in reasons if line.startswith("- ")] == [
+        f"- {REASONS['linear_gaussian: variance of heun']}"
+    ]
+
+
+def test_only_what_is_missed_has_a_reason() -> None:
+    assert "Missed:" not in claims(seen(0.9))
 
 
 def test_a_page_of_no_runs_is_written(tmp_path) -> None:

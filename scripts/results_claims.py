@@ -16,18 +16,18 @@ Row = tuple[str, str, list[float], Callable[[float], bool]]
 
 
 REASONS = {
-    "demo: best of at most 4 NFE minus": "On the demo the mean is trained by half of the draws, the "
+    "demo: best of at most 4 NFE minus": "The flow trains its mean by half of the draws, the "
     "noise-free transformer by all of them; two thirds of the draws (`flow.time_zero_share=0.67`) "
     "close most of the gap and cost samples where there is more to guess ([tried](tried.md)).",
-    "linear_gaussian: variance of heun": "The last step of heun-10 returns the mean of what is open "
-    "at t = 0.9 and so drops its variance; ab2's steps are shorter there. A shorter last step of "
-    "heun mends it here and is worse on demo_masked at the demo's size ([tried](tried.md)).",
-    "demo_masked: token Frechet": "The small network's samples of what the condition does not show "
-    "are still too smooth after 300 steps; at the demo's size the target is met.",
-    "demo_masked: change": "Where the condition leaves several answers open, a sample chooses among "
-    "them early, and four steps are too few to choose well; heun-10 is the solver for it.",
-    "ambiguous: change": "The same, as hard as it gets: three answers far apart, and a Frechet "
-    "distance of 50 steps that is nearly 0, so that its multiples are large.",
+    "linear_gaussian: variance of heun": "The last step of heun-10 returns the mean of what is "
+    "open at t = 0.9 and so drops its variance; ab2's steps are shorter there. A shorter last "
+    "step of heun mends it here and harms demo_masked at the demo's size ([tried](tried.md)).",
+    "demo_masked: token Frechet": "The small network's samples of what the condition does not "
+    "show are still too smooth after 300 steps; at the demo's size the target is met.",
+    "demo_masked: change": "Where the condition leaves several answers open, a sample chooses "
+    "among them early, and four steps are too few to choose well; heun-10 is the solver for it.",
+    "ambiguous: change": "The same, as hard as it gets: three answers far apart, and a "
+    "Frechet distance of 50 steps that is nearly 0, so that its multiples are large.",
 }
 """Why a claim is missed, by how it begins."""
 

@@ -106,9 +106,7 @@ def _choices(found: Found) -> list[str]:
         "token Frechet distance. *same*: they differ by less than 0.001, or by less than a tenth.",
         "A question mark stands where the 95 % interval over seeds (Student's t of the gains, seed",
         "by seed) holds 0, or where one seed alone is there. A part becomes the default only where",
-        "it gains on two testbeds, in the mean and in samples, at the demo's size too: the cosine",
-        "term and two thirds of the draws at t = 0 don't ([tried](tried.md)). For the cosine of the",
-        "mean alone, `flow.cosine_weight=1` is the option that pays.",
+        "it gains on two testbeds, at the demo's size too ([tried](tried.md)).",
         "",
         *table(["part", "overrides", *UNSURE], rows),
     ]

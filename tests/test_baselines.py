@@ -123,6 +123,25 @@ def test_trained_baselines_learn_and_come_back_from_their_state_dict(build, opti
     assert baseline.predict(condition).dtype == torch.float32
 
 
+def test_the_cosine_term_is_that_of_restored_tokens():
+    condition, target = linear_data(pair(), images=8)
+    first: dict[float, float] = {}
+    for weight in (0.0, 2.0):
+        torch.manual_seed(0)
+        baseline = Regression(TINY, pair())
+        guess = baseline.predict(condition)
+        baseline.fit(
+            in_batches(condition, target, 8),
+            steps=1,
+            bf16=False,
+            progress=lambda step, loss, weight=weight: first.update({weight: float(loss)}),
+            cosine_weight=weight,
+            restore=lambda x: 3 * x + 1,
+        )
+    cosine = torch.cosine_similarity(3 * guess + 1, 3 * target + 1, dim=-1).mean()
+    assert first[2.0] - first[0.0] == pytest.approx(2 * (1 - float(cosine)), rel=1e-4)
+
+
 def test_a_training_split_without_batches_is_refused():
     with pytest.raises(UserError, match="no batch"):
         PatchMLP(pair()).fit(lambda: [], steps=1)

@@ -12,7 +12,7 @@ from blip3o_lit.flow.solvers import sample
 
 
 def config(**options):
-    return FlowConfig(**{"time_zero_share": 0.0, **options})
+    return FlowConfig(**{"time_zero_share": 0.0, "cosine_weight": 0.0, **options})
 
 
 @pytest.fixture

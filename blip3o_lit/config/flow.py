@@ -47,8 +47,9 @@ class FlowConfig:
     """Quantity whose squared error is minimised: none (the output itself), velocity or sample."""
     cls_weight: float = 1.0
     """Weight of the CLS token's squared error beside a patch token's, in mode=cls_patch."""
-    cosine_weight: float = 0.0
-    """Weight of 1 - cosine between the restored estimate of x1 and x1; it moves the minimiser."""
+    cosine_weight: float = 1.0
+    """Weight of 1 - cosine between the restored estimate of x1 and x1; it moves the minimiser
+    towards what is reported. 0 where closed forms have to hold."""
     consistency_weight: float = 0.0
     """Weight of 1 - cosine of the token means of the same two: an image-level term."""
     semantic_weight: float = 0.0

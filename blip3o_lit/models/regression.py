@@ -1,6 +1,7 @@
 """Baselines trained by gradient descent: condition -> target by squared error, without a flow.
 
-As the closed forms of `baselines.py` they work in standardised space.
+As the closed forms of `baselines.py` they work in standardised space. The transformer has the
+cosine term of the run's own loss as well: it differs from the flow in nothing but the noise.
 
 Shape suffixes: B images, N target tokens, D target width, M condition tokens, C condition width.
 """
@@ -22,6 +23,7 @@ from blip3o_lit.models.baselines import Batches, condition_at_targets
 from blip3o_lit.models.build import build_network
 from blip3o_lit.models.optimizer import make_optimizer
 
+Restore = Callable[[Tensor], Tensor]
 Progress = Callable[[int, Tensor], None]
 """Called after each training step with the steps done and the loss (a tensor: no forced sync)."""
 
@@ -81,10 +83,12 @@ class Regression(nn.Module):
         config: OptimizerConfig | None = None,
         bf16: bool = True,
         progress: Progress | None = None,
+        cosine_weight: float = 0.0,
+        restore: Restore | None = None,
     ) -> None:
         """Train for `steps` batches; see `train_regression`."""
         optimizer = make_optimizer(self.network, config or OptimizerConfig())
-        train_regression(self, optimizer, batches, steps, bf16, progress)
+        train_regression(self, optimizer, batches, steps, bf16, progress, cosine_weight, restore)
 
     @torch.no_grad()
     def predict(self, condition_BMC: Tensor) -> Tensor:
@@ -99,6 +103,8 @@ def train_regression(
     steps: int,
     bf16: bool,
     progress: Progress | None,
+    cosine_weight: float = 0.0,
+    restore: Restore | None = None,
 ) -> None:
     """Train condition -> target by mean squared error, in place, on the network's device.
 
@@ -112,14 +118,21 @@ def train_regression(
         steps: Optimizer steps.
         bf16: Run the network under bf16 autocast; the loss is fp32.
         progress: Told of each step.
+        cosine_weight: Weight of 1 - cosine of the restored tokens beside the squared error.
+        restore: Standardised tokens to raw ones; None where they are the same.
     """
+    read = restore or nn.Identity()
     device = next(network.parameters()).device
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     network.train()
     for step, (condition_BMC, target_BND) in zip(range(1, steps + 1), _forever(batches)):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             guess_BND = network(condition_BMC.to(device, torch.float32))
-        loss = F.mse_loss(guess_BND.float(), target_BND.to(device, torch.float32))
+        guess_BND, target_BND = guess_BND.float(), target_BND.to(device, torch.float32)
+        loss = F.mse_loss(guess_BND, target_BND)
+        if cosine_weight > 0:
+            cosine_BN = F.cosine_similarity(read(guess_BND), read(target_BND), dim=-1)
+            loss = loss + cosine_weight * (1 - cosine_BN.mean())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -61,6 +61,8 @@ class FitSettings:
     """Optimizer of the transformer, with the peak learning rate: the run's own."""
     bf16: bool
     """Whether training runs under bf16 autocast, as the run did."""
+    cosine_weight: float
+    """Weight of the cosine term of the transformer's loss: the run's own."""
     images: int
     """Training images of the closed-form fits, at most."""
     seed: int = 0
@@ -73,7 +75,7 @@ class FitSettings:
         shared = asdict(self)
         del shared["images"]
         if name == "mlp":
-            del shared["model"], shared["optimizer"]
+            del shared["model"], shared["optimizer"], shared["cosine_weight"]
         return shared
 
 
@@ -86,6 +88,7 @@ def fit_settings(loaded: Loaded, config: EvaluateConfig) -> FitSettings:
         batch_size=run.batch_size,
         optimizer=run.optimizer,
         bf16=run.precision.name in ("bf16", "bf16_true"),
+        cosine_weight=run.flow.cosine_weight,
         images=config.baseline_images,
         seed=run.seed,
     )
@@ -133,7 +136,10 @@ class BaselineFits:
             baseline.fit(lambda: self._in_order(name))
         else:
             assert isinstance(baseline, PatchMLP | Regression)
-            own = {} if name == "mlp" else {"config": settings.optimizer}
+            own: dict[str, Any] = {}
+            if name == "regression":
+                own = {"config": settings.optimizer, "cosine_weight": settings.cosine_weight}
+                own["restore"] = self.target.restore
             steps = settings.steps
 
             def progress(step: int, loss: Tensor) -> None:

@@ -294,7 +294,7 @@ def test_a_trained_mean_is_the_conditional_mean(prediction):
     weight = torch.tensor([[1.0, -0.5], [0.3, 0.8]])
     x1 = condition @ weight + 0.5 * torch.randn(count, 1, 2, generator=generator)
     z = torch.randn(count, 1, 2, generator=generator)
-    objective = FlowObjective(FlowConfig(prediction=prediction))
+    objective = FlowObjective(config(prediction=prediction, time_zero_share=0.5))
     maps = torch.zeros(4, 2, requires_grad=True)
 
     def network(x, t, given):

@@ -16,14 +16,17 @@ Row = tuple[str, str, list[float], Callable[[float], bool]]
 
 
 REASONS = {
-    "demo: best of at most 4 NFE minus": "The flow trains its mean by half of the draws, the "
+    "demo, plain recipe: best of at most 4 NFE": "The plain flow trains its mean by half of the draws, the "
     "noise-free transformer by all of them; two thirds of the draws (`flow.time_zero_share=0.67`) "
-    "close most of the gap and cost samples where there is more to guess ([tried](tried.md)).",
+    "close most of the gap and cost samples where there is more to guess ([tried](tried.md)). The "
+    "default's cosine term closes it, against a transformer with the same term.",
     "linear_gaussian: variance of heun": "The last step of heun-10 returns the mean of what is "
     "open at t = 0.9 and so drops its variance; ab2's steps are shorter there. A shorter last "
     "step of heun mends it here and harms demo_masked at the demo's size ([tried](tried.md)).",
     "demo_masked: token Frechet": "The small network's samples of what the condition does not "
-    "show are still too smooth after 300 steps; at the demo's size the target is met.",
+    "show are still too smooth after 300 steps.",
+    "demo_masked, the demo's size: token": "The cosine term draws samples, too, towards the mean "
+    "where much is left open. With `flow.cosine_weight=0` (the plain recipe) the target is met.",
     "demo_masked: change": "Where the condition leaves several answers open, a sample chooses "
     "among them early, and four steps are too few to choose well; heun-10 is the solver for it.",
     "ambiguous: change": "The same, as hard as it gets: three answers far apart, and a "

@@ -16,8 +16,8 @@ Row = tuple[str, str, list[float], Callable[[float], bool]]
 
 
 REASONS = {
-    "demo, plain recipe: best of at most 4 NFE": "The plain flow trains its mean by half of the draws, the "
-    "noise-free transformer by all of them; two thirds of the draws (`flow.time_zero_share=0.67`) "
+    "demo, plain recipe: best of at most 4 NFE": "The plain flow trains its mean by half of the "
+    "draws, the noise-free transformer by all of them; two thirds (`flow.time_zero_share=0.67`) "
     "close most of the gap and cost samples where there is more to guess ([tried](tried.md)). The "
     "default's cosine term closes it, against a transformer with the same term.",
     "linear_gaussian: variance of heun": "The last step of heun-10 returns the mean of what is "

@@ -104,8 +104,8 @@ UNSURE = ("linear_gaussian", "demo", "demo_masked")
 PLAIN = "flow.cosine_weight=0"
 """The squared error alone: what closed forms hold for, and what parts are compared in."""
 DEFAULT = Recipe(
-    "with_cosine", "default: the plain recipe and a cosine term of weight 1", "", GUESSING, MORE_SEEDS,
-    FULL,
+    "with_cosine", "default: the plain recipe and a cosine term of weight 1", "", GUESSING,
+    MORE_SEEDS, FULL,
 )  # fmt: skip
 BASE = Recipe(
     "default", "plain: sample output, half of the draws at t = 0, Muon", PLAIN, SHORT, SEEDS, FULL

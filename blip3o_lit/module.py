@@ -165,7 +165,7 @@ class TranslationModule(LightningModule):
             self._remember("train/velocity_cosine", terms.velocity_cosine)
             self._remember("train/norm_ratio", terms.norm_ratio)
             for name, term in terms.extra.items():
-                self._remember(f"train/{name}", term)
+                self._remember(f"train/{name}_loss", term)
             for name, scale in self.objective.named_buffers():
                 self._remember(f"train/{name}_scale", scale.clone())
         return terms.total

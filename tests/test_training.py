@@ -217,6 +217,14 @@ def test_training_learns_the_posterior_mean_direction(straight: Path) -> None:
     assert float(rows[-1]["train/loss"]) < float(rows[0]["train/loss"])
 
 
+def test_a_term_of_the_loss_is_logged_beside_the_metric_of_its_name(straight: Path) -> None:
+    rows = [row for row in read_rows(straight / "metrics.csv") if row["train/loss"]]
+    for row in rows:
+        cosine, term = float(row["train/cosine"]), float(row["train/cosine_loss"])
+        assert cosine + term == pytest.approx(1, abs=1e-4)
+        assert cosine != pytest.approx(0.5, abs=1e-3)
+
+
 def test_impossible_hardware_is_refused(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         gpu = TrainerConfig(max_steps=1, accelerator="gpu")

@@ -27,7 +27,8 @@ from benchmarks.timing import interleaved, result, save, show
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.stream import RemoteStore, StreamLoader, StreamReader
+from blip3o_lit.tokens.remote_store import RemoteStore
+from blip3o_lit.tokens.stream import StreamLoader, StreamReader
 from blip3o_lit.tokens.world import BatchPlan
 
 BLOCK = 1 << 24

@@ -18,8 +18,9 @@ from blip3o_lit.tokens.loader import Batch
 from blip3o_lit.tokens.packed import PackedTokens, restored
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.recode import recode
+from blip3o_lit.tokens.remote_store import RemoteStore
 from blip3o_lit.tokens.storage import dequantise, load_scales
-from blip3o_lit.tokens.stream import RemoteStore, StreamReader
+from blip3o_lit.tokens.stream import StreamReader
 
 CPU = torch.device("cpu")
 IDS = np.array([39, 3, 3, 17])

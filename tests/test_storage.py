@@ -14,9 +14,10 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.recode import recode
+from blip3o_lit.tokens.remote_store import RemoteStore
 from blip3o_lit.tokens.shards import ArraySpec, TokenIndex, TokenWriter
 from blip3o_lit.tokens.storage import fit_int8
-from blip3o_lit.tokens.stream import RemoteStore, StreamReader
+from blip3o_lit.tokens.stream import StreamReader
 
 SPEC = ArraySpec("tokens", "float16", (17, 32), cls=True, grid=(4, 4))
 CLS_PATCH = ModeConfig("cls_patch")

@@ -18,10 +18,11 @@ from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.remote import open_remote, read_whole
-from blip3o_lit.tokens import stream, tar
+from blip3o_lit.tokens import remote_shard, stream, tar
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.stream import RemoteStore, StreamLoader, StreamReader, is_url, open_url
+from blip3o_lit.tokens.remote_store import RemoteStore, is_url, open_url
+from blip3o_lit.tokens.stream import StreamLoader, StreamReader
 from blip3o_lit.tokens.world import batch_plan
 
 CLS_PATCH = ModeConfig("cls_patch")
@@ -170,7 +171,7 @@ def test_a_broken_connection_is_resumed(url: str, monkeypatch: pytest.MonkeyPatc
 
     remote = reader(url)
     monkeypatch.setattr(stream, "PAUSE", 0)
-    monkeypatch.setattr(stream, "open_url", Breaking)
+    monkeypatch.setattr(remote_shard, "open_url", Breaking)
     assert [sample["id"] for sample in remote.samples(1)] == whole
     monkeypatch.setattr(stream, "ATTEMPTS", 1)
     breaks = iter([700])

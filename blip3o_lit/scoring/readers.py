@@ -13,7 +13,7 @@ from blip3o_lit.token_source import token_store
 from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.recode import HEADS_FILE
-from blip3o_lit.tokens.stream import RemoteStore, is_url
+from blip3o_lit.tokens.remote_store import RemoteStore, is_url
 
 
 def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, TokenReader | None]:

@@ -19,8 +19,9 @@ from blip3o_lit.tokens.loader import Batch, TokenLoader, ValidationLoader
 from blip3o_lit.tokens.order import SampleOrder
 from blip3o_lit.tokens.packed import PackedBatch, restored
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.remote_store import RemoteStore, is_url
 from blip3o_lit.tokens.statistics import Standardizer, cached_standardizers, reader_batches
-from blip3o_lit.tokens.stream import RemoteStore, StreamLoader, StreamReader, is_url
+from blip3o_lit.tokens.stream import StreamLoader, StreamReader
 from blip3o_lit.tokens.world import batch_plan
 
 TRAIN, VALIDATION = "train", "validation"

@@ -1,11 +1,9 @@
-"""Token stores behind a URL: shards streamed in order through webdataset.
+"""Training on a token store behind a URL: shards streamed in order through webdataset.
 
 There is no random access, so the order is that of shuffled shards and a shuffle buffer, and a
-resumed run continues approximately: at the first shard that was not finished. Validation shards are
-downloaded once. Nothing is decoded by webdataset, whose default decoders unpickle: members are
-checked against the index and read as plain numbers.
+resumed run continues approximately: at the first shard that was not finished.
 
-Shape suffixes: B samples.
+Shape suffixes: B samples, N tokens, K rows of scales, C channels.
 """
 
 from __future__ import annotations
@@ -14,179 +12,37 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import aiohttp
-import fsspec
 import numpy as np
 import torch
 from torch import Tensor
 from webdataset.filters import shuffle
 from webdataset.pipeline import DataPipeline
-from webdataset.tariterators import group_by_keys
 
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.files import write_synced
-from blip3o_lit.config.home import home
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.config.remote import open_remote, read_whole
 from blip3o_lit.config.shape import PairShape
-from blip3o_lit.tokens import tar
-from blip3o_lit.tokens.heads import Head
-from blip3o_lit.tokens.index import ShardEntry, TokenIndex
 from blip3o_lit.tokens.loader import Batch, prefetch
 from blip3o_lit.tokens.mode import pair_of_views
 from blip3o_lit.tokens.order import random_permutation
 from blip3o_lit.tokens.packed import PackedBatch, PackedTokens, restored
-from blip3o_lit.tokens.reader import TokenStore, view_hash
-from blip3o_lit.tokens.storage import SCALES_FILE, TORCH_TYPES, finite, load_scales, scale_array
+from blip3o_lit.tokens.reader import view_hash
+from blip3o_lit.tokens.remote_shard import shard_samples
+from blip3o_lit.tokens.remote_store import RemoteStore
+from blip3o_lit.tokens.storage import SCALES_FILE, TORCH_TYPES, load_scales, scale_array
 from blip3o_lit.tokens.world import BatchPlan
 
-SCHEMES = ("http", "https", "s3", "gs", "hf", "file")
 SHUFFLE_BYTES = 1 << 29
 """Memory of a rank's shuffle buffer: 200 samples of the mission's pair."""
 STATISTICS_SHARDS = 8
-COPY_BYTES = 1 << 24
 ATTEMPTS = 4
 """Failures in a row after which a shard is given up."""
 PAUSE = 0.25
 """Seconds; waits are 1, 4 and 16 seconds."""
-
-
-def is_url(store: Path | str) -> bool:
-    """Return whether a store is given as a URL; `pipe:` counts, to be refused."""
-    return "://" in str(store) or str(store).startswith("pipe:")
-
-
-def open_url(url: str) -> BinaryIO:
-    """Open a file behind a URL.
-
-    Raises:
-        UserError: On a scheme that is not listed, a missing file, or a missing driver.
-    """
-    scheme = url.partition(":")[0]
-    if scheme not in SCHEMES or "://" not in url or "::" in url:
-        raise UserError(f"{url}: {scheme}: is not read; use one of {', '.join(SCHEMES)}")
-    try:
-        return open_remote(url)
-    except ImportError as error:
-        raise UserError(f"{url}: {error}") from error
-    except OSError as error:
-        raise UserError(f"{url} can't be opened ({error}): check the address") from error
-
-
-class RemoteStore:
-    """The index, heads and validation shards of a store behind a URL."""
-
-    def __init__(self, url: str, verify: str = "size") -> None:
-        """Read index.json.
-
-        Raises:
-            UserError: If there is none, or it is not one that this version reads.
-        """
-        self.url, self.verify = url.rstrip("/"), verify
-        with open_url(f"{self.url}/index.json") as file:
-            self.index = TokenIndex.parse(file.read(), f"{self.url}/index.json")
-        self.cache = home() / "remote" / self.index.hash[:32]
-
-    def fetch(self, name: str) -> Path:
-        """Download a file of the store into the cache, unless it is there, and return its path."""
-        self.cache.mkdir(parents=True, exist_ok=True)
-        path = self.cache / name
-        if not path.is_file():
-            with open_url(f"{self.url}/{name}") as source:
-                write_synced(path, iter(lambda: source.read(COPY_BYTES), b""))
-        return path
-
-    def head(self, array: str) -> Head:
-        """Return the norm and projection of an array's tower."""
-        path = self.fetch("heads.safetensors")
-        return Head.load(path, array, self.index.arrays[array].normed)
-
-    def offers(self, name: str) -> bool:
-        """Return whether the store has a file of that name."""
-        system, path = fsspec.url_to_fs(f"{self.url}/{name}")
-        return bool(system.exists(path))
-
-    def local_split(self, split: str, limit: int | None) -> TokenStore:
-        """Download the shards that hold the first `limit` samples of a split."""
-        if any(spec.dtype == "int8" for spec in self.index.arrays.values()):
-            self.fetch(SCALES_FILE)
-        shards: list[ShardEntry] = []
-        count = 0
-        for entry in self.index.shards:
-            if entry.split == split and (limit is None or count < limit):
-                shards.append(entry)
-                count += entry.samples
-                self.fetch(entry.file)
-        return TokenStore(self.cache, replace(self.index, shards=shards), self.verify)
-
-
-def shard_members(stream: BinaryIO, url: str, index: TokenIndex) -> Iterator[dict[str, Any]]:
-    """Yield a tar's files as webdataset's `group_by_keys` takes them, each checked before reading.
-
-    Raises:
-        UserError: On anything that the index does not promise.
-    """
-    sizes = {f"{name}.npy": s.nbytes + tar.NPY_HEADER_LIMIT for name, s in index.arrays.items()}
-    sizes["json"] = tar.JSON_LIMIT
-    while True:
-        block = read_whole(stream, tar.BLOCK)
-        parsed = tar.parse_header(block, url) if block else None
-        if parsed is None:
-            if not block:
-                raise UserError(f"{url}: the shard is cut off")
-            break
-        name, size = parsed
-        limit = sizes.get(name.partition(".")[2], -1)
-        if size > limit:
-            reason = "is not in index.json" if limit < 0 else f"claims {size} bytes"
-            raise UserError(f"{url}: member {name} {reason}: the store is damaged or hostile")
-        padded = size + -size % tar.BLOCK
-        content = read_whole(stream, padded)
-        if len(content) != padded:
-            raise UserError(f"{url}: sample {name.partition('.')[0]} is cut off")
-        yield {"fname": name, "data": content[:size], "__url__": url}
-    yield {}
-
-
-def shard_samples(
-    url: str, entry: ShardEntry, index: TokenIndex, arrays: tuple[str, ...]
-) -> Iterator[dict[str, Any]]:
-    """Yield the samples of a shard: `__key__` and the stored numbers of `arrays`.
-
-    Raises:
-        UserError: If the shard is not what the index promises.
-        OSError, aiohttp.ClientError: If the network fails.
-    """
-    count = 0
-    try:
-        with open_url(url) as stream:
-            members = shard_members(stream, url, index)
-            for sample in group_by_keys(members, lcase=False):
-                out: dict[str, Any] = {"__key__": sample["__key__"]}
-                for name in arrays:
-                    where = f"{url}: {sample['__key__']}.{name}.npy"
-                    spec, content = index.arrays[name], sample.get(f"{name}.npy", b"")
-                    start = tar.npy_start(content, spec.stored, spec.shape, where)
-                    if len(content) != start + spec.nbytes:
-                        raise UserError(f"{where} has a wrong size: the store is damaged")
-                    flat = np.frombuffer(content, spec.stored, offset=start)
-                    if not finite(flat, spec.dtype):
-                        raise UserError(f"{where} holds NaN or infinity: extract it again")
-                    out[name] = flat.reshape(spec.shape)
-                yield out
-                count += 1
-    except UserError:
-        raise
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"{url} is damaged ({error}): extract it again") from error
-    if count != entry.samples:
-        raise UserError(f"{url} holds {count} samples, index.json promises {entry.samples}")
 
 
 class StreamReader:

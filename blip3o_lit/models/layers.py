@@ -203,6 +203,22 @@ def sinusoid(t_B: Tensor, channels: int, period: float = 10_000.0) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), -1)
 
 
+class ImageLinear(nn.Linear):
+    """A linear map of one row an image, not one a token.
+
+    So few rows are bound by reading the weight. Autocast would first write it anew in bf16 and its
+    gradient back in fp32, on a CPU a fifth of a whole step of `base`: there the weight is used as
+    it is.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, 1, inputs] or [B, inputs]; on a CPU in the weight's dtype."""
+        if self.weight.device.type != "cpu":
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 class TimeEmbedding(nn.Module):
     """Embedding of the flow time t in [0, 1]: sinusoid, then a two-layer MLP."""
 
@@ -210,8 +226,8 @@ class TimeEmbedding(nn.Module):
         """Make the MLP from `channels` sinusoids to `width`."""
         super().__init__()
         self.channels = channels
-        self.first = nn.Linear(channels, width)
-        self.second = nn.Linear(width, width)
+        self.first = ImageLinear(channels, width)
+        self.second = ImageLinear(width, width)
 
     def forward(self, t_B: Tensor) -> Tensor:
         """Embed [B] to [B, W]; the sinusoids are fp32, then cast to the weights' dtype."""

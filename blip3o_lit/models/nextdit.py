@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape
-from blip3o_lit.models.layers import SwiGLU, TimeEmbedding, attend, rope_table, rotate
+from blip3o_lit.models.layers import ImageLinear, SwiGLU, TimeEmbedding, attend, rope_table, rotate
 from blip3o_lit.models.network import EncodedCondition, KeysValues, Network
 from blip3o_lit.models.official import from_official, to_official
 from blip3o_lit.models.rms_norm import RMSNorm
@@ -111,10 +111,10 @@ class NextDiT(Network):
         self.caption_first = nn.Linear(shape.condition.width, width)
         self.caption_second = nn.Linear(width, width)
         self.pool_norm = nn.LayerNorm(width, EPS)
-        self.pool = nn.Linear(width, signal)
+        self.pool = ImageLinear(width, signal)
         self.time = TimeEmbedding(signal)
         # One matmul makes the scales and gates of all blocks and of the output norm.
-        self.modulation = nn.Linear(signal, (4 * config.depth + 1) * width)
+        self.modulation = ImageLinear(signal, (4 * config.depth + 1) * width)
         self.blocks = nn.ModuleList(NextDiTBlock(config) for _ in range(config.depth))
         self.output_norm = nn.LayerNorm(width, 1e-6, elementwise_affine=False)
         self.output = nn.Linear(width, shape.target.width)
@@ -154,7 +154,8 @@ class NextDiT(Network):
         encoded = self.encoded(condition)
         x_BNW = self.input(x_BND.to(self.input.weight.dtype))
         signal_B1T = (self.time(1 - t_B.float()) + encoded.pooled)[:, None]
-        rows = self.modulation(F.silu(signal_B1T)).unflatten(-1, (-1, self.config.width))
+        rows = self.modulation(F.silu(signal_B1T)).to(x_BNW.dtype)
+        rows = rows.unflatten(-1, (-1, self.config.width))
         *by_block, last = rows.split(4, 2)
         rope, pairs = self.rope.to(x_BNW.dtype), encoded.keys_values or ()
         x_BNW = self.run_blocks(x_BNW, ((m, rope, p) for m, p in zip(by_block, pairs)))

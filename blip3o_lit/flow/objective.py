@@ -14,7 +14,6 @@ Shapes: x_BND, z_BND, t_B; B batch, N tokens, D target width. A network is any c
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_lit.config.flow import FlowConfig
+from blip3o_lit.flow.loss_terms import LossTerms, Parts, contrastive, token_cosine
 from blip3o_lit.flow.path import over, path_named
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]
@@ -31,28 +31,8 @@ Restore = Callable[[Tensor], Tensor]
 LARGEST_WEIGHT = 400.0
 # Decay and bounds of the adaptive scale, as in seed 000.
 ADAPTIVE_DECAY, ADAPTIVE_LOW, ADAPTIVE_HIGH = 0.99, 0.1, 10.0
-# Shares of root mean square and std in the noise's scale, and the contrastive temperature: theirs.
-NOISE_RMS, NOISE_STD, TEMPERATURE = 0.3, 0.7, 0.07
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """One step's loss and what is worth logging; all but `total` are detached."""
-
-    total: Tensor
-    """The number to differentiate."""
-    mse: Tensor
-    """Mean squared error of the output, in units of the unscaled target, unweighted."""
-    mse_B: Tensor
-    """The same for each sample."""
-    x1_hat_BND: Tensor
-    """The estimate of x1, in the tokens that the caller gave."""
-    norm_ratio: Tensor
-    """Mean token norm of the output over that of its target; 1 when neither shrinks nor grows."""
-    velocity_cosine: Tensor
-    """Cosine of implied and true velocity, all tokens of a sample as one vector, mean over B."""
-    extra: dict[str, Tensor]
-    """Further terms of the loss by name (cosine, consistency, ...), before their weights."""
+# Shares of root mean square and std in the noise's scale, as there.
+NOISE_RMS, NOISE_STD = 0.3, 0.7
 
 
 class FlowObjective(nn.Module):
@@ -75,13 +55,13 @@ class FlowObjective(nn.Module):
         """Turn tokens into the points y1 at which the path ends."""
         if self.config.normalise == "l2":
             x1_BND = F.normalize(x1_BND, dim=-1)
-        return x1_BND * self.config.target_norm_scale
+        return scaled(x1_BND, self.config.target_norm_scale)
 
     def to_tokens(self, y1_BND: Tensor) -> Tensor:
         """Undo `to_flow`, but for the norms that flow.normalise=l2 threw away: unit norm then."""
         if self.config.normalise == "l2":
             return F.normalize(y1_BND, dim=-1)
-        return y1_BND / self.config.target_norm_scale
+        return scaled(y1_BND, 1 / self.config.target_norm_scale)
 
     def predict(self, network: Network, condition: Any, x_BND: Tensor, t_B: Tensor) -> Tensor:
         """Return the output in units of its unscaled target, float32.
@@ -168,7 +148,7 @@ class FlowObjective(nn.Module):
         out_BND = self._unadapted(network, condition, x_BND, t_B)
         if config.adaptive_scale:
             out_BND = out_BND * self._adapted(out_BND, target_BND)
-        error_BN = (out_BND - target_BND).square().mean(-1)
+        error_BN = F.mse_loss(out_BND, target_BND, reduction="none").mean(-1)
         mse_B = error_BN.mean(1)
         total = config.velocity_scale**2 * (self._weight(t_B) * self._weighed(error_BN)).mean()
         y1_hat_BND = path.x1_from(config.prediction, out_BND, x_BND, t_B, check=False)
@@ -183,7 +163,7 @@ class FlowObjective(nn.Module):
             read = restore or nn.Identity()
             pair = read(x1_hat_BND), read(x1_BND)
             if config.cosine_weight > 0:
-                far_B = 1 - F.cosine_similarity(*pair, dim=-1).mean(1)
+                far_B = 1 - token_cosine(*pair).mean(1)
                 extra["cosine"] = self._late(far_B, t_B)
             if config.consistency_weight > 0:
                 far_B = 1 - F.cosine_similarity(pair[0].mean(1), pair[1].mean(1), dim=-1)
@@ -192,19 +172,22 @@ class FlowObjective(nn.Module):
                 extra["contrastive"] = self._late(contrastive(*pair), t_B)
         for name, term in extra.items():
             total = total + getattr(config, f"{name}_weight") * term
-        with torch.no_grad():
-            velocity_BND = path.velocity(y1_BND, z_BND, t_B)
-            implied_BND = path.velocity_from(config.prediction, out_BND, x_BND, t_B, check=False)
-            cosine_B = F.cosine_similarity(implied_BND.flatten(1), velocity_BND.flatten(1))
-            ratio = out_BND.norm(dim=-1).mean() / target_BND.norm(dim=-1).mean()
         return LossTerms(
             total=total,
             mse=mse_B.detach().mean(),
             mse_B=mse_B.detach(),
-            x1_hat_BND=x1_hat_BND.detach(),
-            norm_ratio=ratio,
-            velocity_cosine=cosine_B.mean(),
             extra={name: term.detach() for name, term in extra.items()},
+            parts=Parts(
+                path,
+                config.prediction,
+                y1_BND,
+                z_BND,
+                t_B,
+                x_BND,
+                target_BND,
+                out_BND.detach(),
+                x1_hat_BND.detach(),
+            ),
         )
 
     def _unadapted(self, network: Network, condition: Any, x_BND: Tensor, t_B: Tensor) -> Tensor:
@@ -214,7 +197,7 @@ class FlowObjective(nn.Module):
             # x_0 is independent of x1 given the condition, so E[x1|x_0, c] = E[x1|c]: noise here
             # would only be something to unlearn (demo cosine 0.984 with it, 0.987 without).
             x_BND = x_BND.masked_fill(over(t_B == 0, x_BND), 0)
-        return network(x_BND, t_B, condition).float() * scale
+        return scaled(network(x_BND, t_B, condition).float(), scale)
 
     def _adapted(self, out_BND: Tensor, target_BND: Tensor) -> Tensor:
         """Return the adaptive scale, moved by this batch when training.
@@ -256,13 +239,6 @@ class FlowObjective(nn.Module):
         return torch.where(t_B >= self.config.auxiliary_from, term_B, 0.0).mean()
 
 
-def contrastive(estimate_BND: Tensor, true_BND: Tensor) -> Tensor:
-    """Return the InfoNCE loss [B]: each estimated token has to be nearest to its own true token.
-
-    Cosines of one image's tokens over the temperature, cross-entropy with the token itself as the
-    right answer, mean over the tokens (van den Oord et al. 2018, arXiv:1807.03748).
-    """
-    pair = F.normalize(estimate_BND, dim=-1), F.normalize(true_BND, dim=-1)
-    logits_BNN = pair[0] @ pair[1].mT / TEMPERATURE
-    own_BN = logits_BNN.diagonal(dim1=1, dim2=2)
-    return (logits_BNN.logsumexp(-1) - own_BN).mean(1)
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """Return x times a factor, x itself where that is 1: a pass over all tokens less."""
+    return x if factor == 1 else x * factor

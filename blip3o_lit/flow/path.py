@@ -49,12 +49,12 @@ class Path:
     def interpolate(self, x1_BND: Tensor, z_BND: Tensor, t_B: Tensor) -> Tensor:
         """Return x_t = alpha x1 + sigma z."""
         t = over(t_B, x1_BND)
-        return self.alpha(t) * x1_BND + self.sigma(t) * z_BND
+        return torch.addcmul(self.alpha(t) * x1_BND, self.sigma(t), z_BND)
 
     def velocity(self, x1_BND: Tensor, z_BND: Tensor, t_B: Tensor) -> Tensor:
         """Return dx_t/dt = alpha' x1 + sigma' z of a pair."""
         t = over(t_B, x1_BND)
-        return self.d_alpha(t) * x1_BND + self.d_sigma(t) * z_BND
+        return torch.addcmul(self.d_alpha(t) * x1_BND, self.d_sigma(t), z_BND)
 
     def output(self, prediction: str, x1_BND: Tensor, z_BND: Tensor, t_B: Tensor) -> Tensor:
         """Return what a network with this `prediction` is trained to put out for a pair."""

@@ -120,11 +120,11 @@ class Standardizer(nn.Module):
 
     def standardise(self, x_BNC: Tensor) -> Tensor:
         """Return (x - mean) / std in fp32."""
-        return (x_BNC.float() - self.mean_NC) / self.std_NC
+        return torch.sub(x_BNC, self.mean_NC).float().div_(self.std_NC)
 
     def restore(self, x_BNC: Tensor) -> Tensor:
         """Return x * std + mean in fp32, the inverse of `standardise`."""
-        return x_BNC.float() * self.std_NC + self.mean_NC
+        return torch.addcmul(self.mean_NC, x_BNC.float(), self.std_NC)
 
 
 def pair_moments(batches: Iterable[Batch], shape: PairShape) -> tuple[TokenMoments, TokenMoments]:

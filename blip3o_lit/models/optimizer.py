@@ -1,8 +1,6 @@
 """The optimizer of a network: AdamW, or Muon on the matrices of its blocks and AdamW on the rest.
 
-Muon orthogonalises the momentum of a matrix before it is a step (Jordan et al. 2024,
-https://kellerjordan.github.io/posts/muon/). Steps are scaled to the size of AdamW's (0.2
-sqrt(max(rows, columns)), Liu et al. 2025, arXiv:2502.16982), so one learning rate serves both.
+Muon's steps have the size of AdamW's, so one learning rate serves both.
 """
 
 from __future__ import annotations
@@ -11,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch import nn
+from torch.optim import AdamW, Optimizer
 
 from blip3o_lit.config.optimizer import OptimizerConfig
+from blip3o_lit.models.muon import muon_step
 
 
 def make_optimizer(network: nn.Module, config: OptimizerConfig, fused: bool = True) -> AdamW:
@@ -50,7 +49,7 @@ def make_optimizer(network: nn.Module, config: OptimizerConfig, fused: bool = Tr
 
 
 class MuonAdamW(AdamW):
-    """AdamW whose last group of parameters takes the steps of torch's Muon.
+    """AdamW whose last group of parameters takes Muon's steps.
 
     One optimizer to Lightning, to schedules and in checkpoints: one list of groups, one state.
     """
@@ -74,14 +73,8 @@ class MuonAdamW(AdamW):
             momentum: Muon's.
             options: AdamW's.
         """
-        self._muon = Muon(
-            hidden,
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        super().__init__([*groups, *self._muon.param_groups], lr=lr, **options)
+        own = {"params": hidden, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__([*groups, own], lr=lr, **options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -96,10 +89,7 @@ class MuonAdamW(AdamW):
             super().step()
         finally:
             self.param_groups = groups
-        found: Tensor | None = getattr(self, "found_inf", None)
-        if found is None or not bool(found):  # waits for the device; AdamW's part does not
-            self._muon.param_groups, self._muon.state = groups[-1:], self.state
-            self._muon.step()
+        muon_step(groups[-1], self.state, getattr(self, "found_inf", None))
         return loss
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,10 +1,11 @@
 """Where the time of a training step goes, beside what arithmetic says it should take.
 
-Every operator is timed from outside, where torch hands it on, medians of several steps: torch.profiler keeps its records in
-the same heap, between the tensors, so that large ones find no room and fault in fresh pages (on
-`base` it showed 100 ms for casts that take 16). The arithmetic takes the FLOPs of the products over
-the matmul ceiling and the bytes of everything else (inputs read once, outputs written once) over
-the speed of an addition, both measured in this process at the network's own shapes.
+Every operator is timed from outside, where torch hands it on, medians of several steps:
+torch.profiler keeps its records in the same heap, between the tensors, so that large ones find no
+room and fault in fresh pages (on `base` it showed 100 ms for casts that take 16). The arithmetic
+takes the FLOPs of the products over the matmul ceiling and the bytes of everything else (inputs
+read once, outputs written once) over the speed of an addition, both measured in this process at the
+network's own shapes.
 """
 
 from __future__ import annotations

@@ -17,34 +17,17 @@ import numpy as np
 import torch
 import webdataset
 
+from benchmarks.made_store import ARRAYS, BATCH, SAMPLES, write
 from benchmarks.timing import interleaved, result, save, show
 from blip3o_lit.tokens.loader import TokenLoader
 from blip3o_lit.tokens.order import SampleOrder
 from blip3o_lit.tokens.packed import restored
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.recode import recode
-from blip3o_lit.tokens.shards import ArraySpec, TokenWriter
 from blip3o_lit.tokens.world import BatchPlan
 
-SAMPLES, BATCH = 64, 8
 BASE = 3.0
 """Images a second that `base` trains on two cores."""
-ARRAYS = {
-    "eva": ArraySpec("tokens", "float16", (256, 4096), grid=(16, 16)),
-    "clip": ArraySpec("tokens", "float16", (256, 1024), grid=(16, 16)),
-}
-
-
-def write(folder: Path) -> None:
-    """Write one shard of the mission's shapes: 64 samples, 168 MB."""
-    rng = np.random.default_rng(0)
-    with TokenWriter(folder, ARRAYS, shard_samples=SAMPLES) as writer:
-        for number in range(SAMPLES):
-            arrays = {
-                name: rng.standard_normal(spec.shape, np.float32).astype(np.float16)
-                for name, spec in ARRAYS.items()
-            }
-            writer.add("train", f"{number:06d}", arrays, "a caption", "a source")
 
 
 def waiting(reader: TokenReader, images_a_second: float, batches: int) -> float:

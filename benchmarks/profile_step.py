@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.ceiling import addition_bytes, matmul_flops
+from benchmarks.ceiling import additions, products
 from benchmarks.timing import interleaved
 from benchmarks.training import TOKENS, model_config, real_step
 from blip3o_lit.environment import keep_freed_memory
@@ -85,9 +85,8 @@ def table(
     keep_freed_memory()  # as a training run does
     config = model_config(name)
     step: Callable[[], None] = real_step(config, batch, dtype)
-    flops = matmul_flops(config, batch * TOKENS, dtype)
-    speed = addition_bytes(config, batch * TOKENS, dtype)
-    print(f"  ceilings: {flops / 1e9:.0f} GFLOP/s, {speed / 1e9:.1f} GB/s")
+    multiply, flops = products(config, batch * TOKENS, dtype)
+    add, moved_bytes = additions(config, batch * TOKENS, dtype)
     for _ in range(SETTLING):
         step()
     with FlopCounterMode(display=False) as counter:
@@ -99,12 +98,19 @@ def table(
             step()
         watches.append(operators)
 
-    whole = interleaved({"step": step, "watched": watched}, rounds=steps, warm_up=0)["step"]
-    products = defaultdict(int)
+    seconds = interleaved(
+        {"step": step, "watched": watched, "multiply": multiply, "add": add},
+        rounds=steps,
+        warm_up=0,
+    )
+    whole, flops = seconds["step"], flops / seconds["multiply"]
+    speed = moved_bytes / seconds["add"]
+    print(f"  ceilings: {flops / 1e9:.0f} GFLOP/s, {speed / 1e9:.1f} GB/s")
+    counted = defaultdict(int)
     for operator, count in counter.get_flop_counts()["Global"].items():
-        products[row_of(str(operator).removeprefix("aten."))] += count
+        counted[row_of(str(operator).removeprefix("aten."))] += count
     ideal = {row: 1e3 * moved / speed for row, moved in watches[0].moved.items()}
-    ideal |= {row: 1e3 * count / flops for row, count in products.items()}
+    ideal |= {row: 1e3 * count / flops for row, count in counted.items()}
     measured = {
         row: 1e3 * statistics.median(one.seconds[row] for one in watches)
         for row in watches[0].seconds

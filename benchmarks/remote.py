@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from benchmarks.data import ARRAYS, BATCH, SAMPLES, write
+from benchmarks.made_store import ARRAYS, BATCH, SAMPLES, write
 from benchmarks.timing import interleaved, result, save, show
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.mode import ModeConfig

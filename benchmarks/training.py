@@ -1,8 +1,9 @@
 """A training step, beside the matmul ceiling, diffusers' Lumina model and torch's own encoder.
 
 All networks have the same width, depth, heads, tokens and precision; a step is forward, backward
-and fused AdamW on the flow objective's own kind of loss. BENCH_COMPILED=1 compares compiled ones
-too (minutes of compilation).
+and fused AdamW on the flow objective's own kind of loss. "a run's" is all that a run does: the flow
+objective with its cosine term and the weight average too. BENCH_COMPILED=1 compares compiled ones
+(minutes of compilation).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from benchmarks.ceiling import matmul_flops
+from benchmarks.ceiling import products
 from benchmarks.timing import interleaved, result, save, show
 from blip3o_lit.callbacks.ema import update_average
 from blip3o_lit.config.flow import FlowConfig
@@ -30,9 +31,10 @@ from blip3o_lit.models.build import build_network
 
 SHAPE = PairShape(TokenShape((16, 16), False, 4096), TokenShape((16, 16), False, 1024))
 TOKENS = 256
-CASES = (("tiny", 8, torch.bfloat16, 0.55), ("base", 4, torch.bfloat16, 0.55),
-         ("tiny", 8, torch.float32, 0.65))  # fmt: skip
-"""Model, batch, number format, target share of the matmul ceiling."""
+CASES = (("tiny", 8, torch.bfloat16, 0.55, 9), ("base", 4, torch.bfloat16, 0.55, 5),
+         ("tiny", 8, torch.float32, 0.65, 5), ("base", 4, torch.float32, 0.65, 3))  # fmt: skip
+"""Model, batch, number format, target share of the matmul ceiling, rounds."""
+COMPILED = os.environ.get("BENCH_COMPILED") == "1"
 
 
 def model_config(name: str, **switches: Any) -> ModelConfig:
@@ -148,49 +150,88 @@ def saved_bytes(network: nn.Module, batch: int, tokens: int = TOKENS) -> int:
 def run() -> list[dict[str, Any]]:
     """Time each case; ratios above 1 say that ours is faster or smaller."""
     keep_freed_memory()  # as a training run does
-    found: list[dict[str, Any]] = []
-    for name, batch, dtype, target in CASES:
-        config = model_config(name)
-        network = build_network(config, SHAPE)
-        rounds = 5 if (name, dtype) == ("tiny", torch.bfloat16) else 3
-        label = f"{name}_{'bf16' if dtype == torch.bfloat16 else 'fp32'}"
-        ceiling = matmul_flops(config, batch * TOKENS, dtype)
-        cases = {"ours": network}
-        if (name, dtype) == ("tiny", torch.bfloat16):
-            cases |= {"cross": build_network(model_config(name, conditioning="cross"), SHAPE),
-                      "lumina": Lumina(config), "encoder": Encoder(config)}  # fmt: skip
-        steps = {case: stepper(one, batch, dtype) for case, one in cases.items()}
-        seconds = interleaved(steps, rounds=rounds)
-        share = 3 * network.forward_flops(batch) / seconds["ours"] / ceiling
-        for case, value in seconds.items():
-            print(
-                f"  {label} {case:<8} {batch / value:7.2f} images/s  {1e3 * value:7.0f} ms a step"
-            )
-        print(f"  {label} matmul ceiling {ceiling / 1e9:.0f} GFLOP/s")
-        found.append(result(f"training/{label}_share_of_matmul", share, "x", target))
-        if "lumina" in seconds:
-            ratio = seconds["lumina"] / seconds["ours"]
-            found.append(result(f"training/{label}_over_lumina_eager", ratio, "x", 2.0))
-            ratio = seconds["encoder"] / seconds["ours"]
-            found.append(result(f"training/{label}_over_torch_encoder", ratio, "x", 1.0))
-            kept = {case: saved_bytes(cases[case], 2) for case in ("ours", "lumina")}
-            share = kept["ours"] / kept["lumina"]
-            entry = f"training/{label}_activations_over_lumina"
-            found.append(result(entry, share, "x", 0.5, "lower"))
-        if "lumina" in seconds and os.environ.get("BENCH_COMPILED") == "1":
-            found.append(_compiled(cases, batch, dtype, label))
+    return [entry for case in CASES for entry in _case(*case)]
+
+
+def _case(
+    name: str, batch: int, dtype: torch.dtype, target: float, rounds: int
+) -> list[dict[str, Any]]:
+    """Time one size and format, all networks and the ceiling in turn."""
+    config = model_config(name)
+    label = f"{name}_{'bf16' if dtype == torch.bfloat16 else 'fp32'}"
+    peers = label == "tiny_bf16"
+    nets: dict[str, Any] = {
+        "ours": build_network(config, SHAPE),
+        "cross": build_network(model_config(name, conditioning="cross"), SHAPE),
+    }
+    if peers:
+        nets |= {"lumina": Lumina(config), "encoder": Encoder(config)}
+    multiply, flops = products(config, batch * TOKENS, dtype)
+    steps = {case: stepper(network, batch, dtype) for case, network in nets.items()}
+    steps |= {"a run's": real_step(config, batch, dtype), "products": multiply}
+    seconds = interleaved(steps, rounds=rounds)
+    found = _shares(label, nets, seconds, batch, flops, target)
+    if peers:
+        over = {case: seconds[case] / seconds["ours"] for case in seconds}
+        kept = {case: saved_bytes(nets[case], 2) for case in ("ours", "lumina")}
+        found += [
+            result(f"training/{label}_over_lumina_eager", over["lumina"], "x", 2.0),
+            result(f"training/{label}_over_torch_encoder", over["encoder"], "x", 1.0),
+            result(
+                f"training/{label}_activations_over_lumina",
+                kept["ours"] / kept["lumina"], "x", 0.5, "lower",
+            ),
+        ]  # fmt: skip
+    if COMPILED and dtype == torch.bfloat16:
+        found += _compiled(nets, batch, label, multiply, flops, target)
     return found
 
 
-def _compiled(cases: dict[str, Any], batch: int, dtype: torch.dtype, label: str) -> dict[str, Any]:
-    """Compare ours and Lumina, each compiled by block."""
-    cases["ours"].compile_blocks()
-    for layer in cases["lumina"].model.layers:
-        layer.compile()
-    steps = {case: stepper(cases[case], batch, dtype) for case in ("ours", "lumina")}
-    seconds = interleaved(steps, rounds=5, warm_up=2)
-    ratio = seconds["lumina"] / seconds["ours"]
-    return result(f"training/{label}_over_lumina_compiled", ratio, "x", 1.4)
+def _shares(
+    label: str,
+    nets: dict[str, Any],
+    seconds: dict[str, float],
+    batch: int,
+    flops: float,
+    target: float,
+) -> list[dict[str, Any]]:
+    """Print images/s and shares of the ceiling; ours is held against the target."""
+    ceiling = flops / seconds["products"]
+    shares = {}
+    for case, value in seconds.items():
+        if case == "products":
+            continue
+        counted = nets["cross" if case == "cross" else "ours"]
+        shares[case] = 3 * counted.forward_flops(batch) / value / ceiling
+        own = f"{shares[case]:.2f} of the ceiling" if case not in ("lumina", "encoder") else ""
+        speed = f"{batch / value:7.2f} images/s  {1e3 * value:6.0f} ms a step"
+        print(f"  {label} {case:<8} {speed}  {own}")
+    print(f"  {label} matmul ceiling {ceiling / 1e9:.0f} GFLOP/s")
+    return [result(f"training/{label}_share_of_matmul", shares["ours"], "x", target)]
+
+
+def _compiled(
+    nets: dict[str, Any],
+    batch: int,
+    label: str,
+    multiply: Callable[[], None],
+    flops: float,
+    target: float,
+) -> list[dict[str, Any]]:
+    """Compare ours, and Lumina where it is there, each compiled by block."""
+    for network in (nets["ours"], nets["cross"]):
+        network.compile_blocks()
+    nets = {case: network for case, network in nets.items() if case != "encoder"}
+    if "lumina" in nets:
+        for layer in nets["lumina"].model.layers:
+            layer.compile()
+    steps = {case: stepper(network, batch, torch.bfloat16) for case, network in nets.items()}
+    seconds = interleaved(steps | {"products": multiply}, rounds=5, warm_up=2)
+    found = _shares(f"{label}_compiled", nets, seconds, batch, flops, target)
+    if "lumina" in nets:
+        ratio = seconds["lumina"] / seconds["ours"]
+        found.append(result(f"training/{label}_over_lumina_compiled", ratio, "x", 1.4))
+    return found
 
 
 if __name__ == "__main__":

@@ -134,13 +134,19 @@ class TokenDataModule(pl.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: PackedBatch, device: torch.device, dataloader_idx: int
     ) -> dict[str, Tensor]:
+        """Move a batch; see `moved`."""
+        return self.moved(batch, device)
+
+    @staticmethod
+    def moved(batch: PackedBatch, device: torch.device) -> dict[str, Tensor]:
         """Move tokens, restore int8 ones there; ids and epochs stay on the CPU, for the seeds."""
         stays = ("sample", "epoch")
-        moved = {
-            key: value if key in stays else value.to(device, non_blocking=True)
-            for key, value in batch.items()
-        }
-        return restored(moved)
+        return restored(
+            {
+                key: value if key in stays else value.to(device, non_blocking=True)
+                for key, value in batch.items()
+            }
+        )
 
     def train_dataloader(self) -> TokenLoader | StreamLoader:
         """Return this rank's loader for the whole run.

@@ -64,15 +64,18 @@ def decoded(shard: Path) -> Callable[[], None]:
 
 
 def copied(shard: Path, threads: int) -> Callable[[], None]:
-    """Return a function that copies as many bytes out of the mapped shard, batch by batch."""
+    """Return a function that copies as many bytes out of the mapped shard, batch by batch.
+
+    Into as many buffers in turn as the loader has batches under way: one alone stays in the cache.
+    """
     raw = np.memmap(shard, np.uint8, "r")
-    buffers = [np.empty(BATCH * SAMPLE, np.uint8) for _ in range(threads)]
+    buffers = [np.empty(BATCH * SAMPLE, np.uint8) for _ in range(3 * threads)]
     pool = ThreadPoolExecutor(threads)
 
     def copy(worker: int) -> None:
         for number in range(worker, EPOCHS * SAMPLES // BATCH, threads):
             start = number % (SAMPLES // BATCH) * BATCH * SAMPLE
-            np.copyto(buffers[worker], raw[start : start + BATCH * SAMPLE])
+            np.copyto(buffers[number % len(buffers)], raw[start : start + BATCH * SAMPLE])
 
     return lambda: list(pool.map(copy, range(threads))) and None
 

@@ -92,9 +92,11 @@ def keep_freed_memory() -> None:
     A large tensor is otherwise returned to the system when it is freed, and the next one is given
     page by page, each page cleared: a step of `base` on a CPU took 160,000 page faults, a third of
     its time. Freed memory then stays with the process, as an accelerator's caching allocator has
-    it; the peak is the same. All threads share one heap: a batch that a reader thread fills is freed
-    by the main thread, and from a heap of its own the thread would be given fresh pages again (two
-    threads read 5.2 GB/s so, 7.9 GB/s from one heap).
+    it; the peak is the same.
+
+    All threads share one heap: what a reader thread has filled is freed by the main thread, and a
+    heap of its own would give the thread fresh pages again (two threads read 5.2 GB/s so, 7.9 GB/s
+    from one heap).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:

@@ -40,11 +40,11 @@ def shard_members(stream: BinaryIO, url: str, index: TokenIndex) -> Iterator[dic
         if size > limit:
             reason = "is not in index.json" if limit < 0 else f"claims {size} bytes"
             raise UserError(f"{url}: member {name} {reason}: the store is damaged or hostile")
-        padded = size + -size % tar.BLOCK
-        content = read_whole(stream, padded)
-        if len(content) != padded:
+        # Padding apart: cutting it off would copy the member.
+        content, padding = read_whole(stream, size), read_whole(stream, -size % tar.BLOCK)
+        if len(content) != size or len(padding) != -size % tar.BLOCK:
             raise UserError(f"{url}: sample {name.partition('.')[0]} is cut off")
-        yield {"fname": name, "data": content[:size], "__url__": url}
+        yield {"fname": name, "data": content, "__url__": url}
     yield {}
 
 

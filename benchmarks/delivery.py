@@ -21,9 +21,9 @@ from benchmarks.made_store import ARRAYS, BATCH, SAMPLES, write
 from benchmarks.timing import interleaved, result, save, show
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.environment import keep_freed_memory
-from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.loader import TokenLoader
 from blip3o_lit.tokens.order import SampleOrder
+from blip3o_lit.tokens.packed import on_device
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.recode import recode
 from blip3o_lit.tokens.world import BatchPlan
@@ -43,7 +43,7 @@ def taken(folder: Path, threads: int) -> Callable[[], None]:
     def take() -> None:
         plan = BatchPlan(BATCH, 1, BATCH)
         for batch in TokenLoader(reader, order, plan, steps, threads=threads, pin=pin):
-            TokenDataModule.moved(batch, DEVICE)
+            on_device(batch, DEVICE)
         if pin:
             torch.cuda.synchronize()
 

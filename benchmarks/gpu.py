@@ -1,7 +1,8 @@
-"""A training step, sampling and the data path on a CUDA GPU; toy sizes on a CPU.
+"""A training step, sampling, the optimizer and the data path on a CUDA GPU; toy sizes on a CPU.
 
 `scripts/bench_gpu.sh` runs this on a bare machine. MFU is of the data sheet's dense bf16 peak (on a
-CPU, of a measured matmul).
+CPU, of a measured matmul). A trace of compiled steps goes to outputs/gpu_trace.json, for
+https://ui.perfetto.dev.
 """
 
 from __future__ import annotations
@@ -9,20 +10,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import delivery
 from benchmarks.timing import interleaved, result, save, show
 from benchmarks.training import SHAPE, model_config
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.shape import PairShape, TokenShape
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.solvers import sample
 from blip3o_lit.models.build import build_network
+from blip3o_lit.models.optimizer import make_optimizer
 from blip3o_lit.plan import peak_flops
 
 CLS = PairShape(TokenShape((16, 16), True, 4096), TokenShape((16, 16), True, 1024))
@@ -37,6 +43,9 @@ CASES = (
 """Model, mode, shapes, images a step, target MFU."""
 
 
+TRACE = Path("outputs") / "gpu_trace.json"
+
+
 def seconds_a_call(call: Callable[[], None], device: torch.device, calls: int) -> float:
     """Return the median seconds of a call, the device's work included."""
 
@@ -49,7 +58,7 @@ def seconds_a_call(call: Callable[[], None], device: torch.device, calls: int) -
 
 
 def run() -> list[dict[str, Any]]:
-    """Time every case, eager and compiled by block."""
+    """Time every case, eager and compiled by block, then what surrounds a step."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     peak = peak_flops(device, "bf16")
@@ -58,14 +67,68 @@ def run() -> list[dict[str, Any]]:
     )
     found: list[dict[str, Any]] = []
     for name, mode, shape, batch, target in CASES:
-        config = model_config(name)
-        if not cuda:
-            config = replace(config, width=64, depth=2, heads=4, kv_heads=4, mlp_width=128)
-            batch = 2
+        config, images = sized(name, device), batch if cuda else 2
         for compiled in (False, True) if cuda else (False,):
-            torch.cuda.empty_cache()
-            found += _case(f"{name}_{mode}", config, shape, batch, target, compiled, device, peak)
+            label = f"{name}_{mode}"
+            found += _case(label, config, shape, images, target, compiled, device, peak)
+    _optimizers(device)
+    found += delivery.run() if cuda else []
+    save(found)  # before the one part that no machine of ours has run
+    _captured(device)
     return found
+
+
+def sized(name: str, device: torch.device) -> ModelConfig:
+    """Return a shipped size, or a toy of the same kind on a CPU."""
+    config = model_config(name)
+    if device.type == "cuda":
+        return config
+    return replace(config, width=64, depth=2, heads=4, kv_heads=4, mlp_width=128)
+
+
+def _optimizers(device: torch.device) -> None:
+    """Print what a step of `base`'s optimizer takes: Muon of all matrices at once, and AdamW."""
+    for name in ("muon", "adamw"):
+        with torch.device(device):
+            network = build_network(sized("base", device), SHAPE)
+        for parameter in network.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer = make_optimizer(network, OptimizerConfig(name))
+        optimizer.found_inf = torch.zeros((), device=device)  # type: ignore[attr-defined]
+        seconds = seconds_a_call(lambda step=optimizer.step: step() and None, device, 9)
+        print(f"  gpu/base optimizer {name}: {1e3 * seconds:.2f} ms a step")
+
+
+def _captured(device: torch.device) -> None:
+    """Print what heun-10 gains as one CUDA graph: the whole sampler, all evaluations."""
+    batch = 8 if device.type == "cuda" else 2
+    with torch.device(device):
+        network, objective = (
+            build_network(sized("base", device), SHAPE),
+            FlowObjective(FlowConfig()),
+        )
+        condition = torch.randn(batch, 256, 4096)
+        noise_BND = torch.randn(batch, 256, 1024)
+
+    def generate() -> None:
+        # Weights are cast inside the graph: a cache from outside it would not be replayed.
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+            sample(objective, network, condition, noise_BND, SolverConfig("heun", 10))
+
+    eager = seconds_a_call(generate, device, 5)
+    line = f"  gpu/base heun-10, batch {batch}: eager {batch / eager:.1f} images/s"
+    if device.type != "cuda":
+        print(f"{line}; a CPU has no graphs")
+        return
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            generate()
+    except RuntimeError as error:
+        print(f"{line}; not captured: {str(error).splitlines()[0]}")
+        return
+    replayed = seconds_a_call(graph.replay, device, 5)
+    print(f"{line}, one CUDA graph {batch / replayed:.1f} images/s")
 
 
 def _case(
@@ -102,10 +165,13 @@ def _case(
             sample(objective, network, condition, noise_BND, SolverConfig("heun", 10))
 
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     seconds = seconds_a_call(step, device, 12 if device.type == "cuda" else 3)
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     drawn = seconds_a_call(generate, device, 3)
+    if label == "base_patch_only" and compiled == (device.type == "cuda"):
+        _trace(step, device)
     share = 3 * network.forward_flops(batch) / seconds / peak
     image = 2 * (x1_BND[0].numel() + condition[0].numel())
     name = f"gpu/{label}_{'compiled' if compiled else 'eager'}"
@@ -116,6 +182,18 @@ def _case(
         f"heun-10 {batch / drawn:.1f} images/s"
     )
     return [result(f"{name}_mfu", share, "x", target)] if target and memory else []
+
+
+def _trace(step: Callable[[], None], device: torch.device) -> None:
+    """Write a trace of three steps and print the operators that take the most time."""
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=kinds) as recorded:
+        for _ in range(3):
+            step()
+    TRACE.parent.mkdir(exist_ok=True)
+    recorded.export_chrome_trace(str(TRACE))
+    order = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
+    print(recorded.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=60))
 
 
 if __name__ == "__main__":

@@ -20,20 +20,20 @@ def run() -> list[dict[str, Any]]:
     keep_freed_memory()  # as a training run does
     shapes = {n: TokenShape((n, n), False, 4096) for n in (8, 16, 32)}
     cases = {
-        "3 deep, 8": (3, 16, 8),
-        "6 deep, 8": (6, 16, 8),
-        "6 deep, 16": (6, 16, 16),
-        "64 tokens": (6, 8, 16),
-        "1024 tokens": (6, 32, 4),
+        "3 deep, 8": (3, shapes[16], 8),
+        "6 deep, 8": (6, shapes[16], 8),
+        "6 deep, 16": (6, shapes[16], 16),
+        "64 tokens": (6, shapes[8], 16),
+        "257 tokens": (6, replace(shapes[16], cls=True), 8),
+        "1024 tokens": (6, shapes[32], 4),
     }
     steps, flops, kept = {}, {}, {}
-    for name, (depth, side, batch) in cases.items():
-        source = shapes[side]
+    for name, (depth, source, batch) in cases.items():
         pair = PairShape(source, replace(source, width=1024))
         network = build_network(model_config("tiny", depth=depth), pair)
         flops[name] = network.forward_flops(batch)
-        kept[name] = saved_bytes(network, batch, side * side)
-        steps[name] = stepper(network, batch, torch.bfloat16, side * side)
+        kept[name] = saved_bytes(network, batch, source.tokens)
+        steps[name] = stepper(network, batch, torch.bfloat16, source.tokens)
     seconds = interleaved(steps, rounds=3)
     for name, value in seconds.items():
         print(f"  {name:<12} {1e3 * value:7.0f} ms a step, {kept[name] / 2**20:6.0f} MiB kept")
@@ -50,6 +50,7 @@ def run() -> list[dict[str, Any]]:
         ("memory_by_batch_over_linear", grown(kept, "6 deep, 16", "6 deep, 8") / 2, 1.1),
         ("memory_by_depth_over_linear", grown(kept, "6 deep, 8", "3 deep, 8") / 2, 1.1),
         ("cost_of_256_over_64_tokens_over_flops", over("6 deep, 8", "64 tokens"), 1.2),
+        ("cost_of_257_over_256_tokens_over_flops", over("257 tokens", "6 deep, 8"), 1.1),
         ("cost_of_1024_over_256_tokens_over_flops", over("1024 tokens", "6 deep, 8"), 1.2),
     )
     return [result(f"growth/{name}", value, "x", most, "lower") for name, value, most in rows]

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The whole GPU table on a bare CUDA machine, in about 10 minutes: MFU, tokens/s, memory, sampling.
+# The whole GPU table on a bare CUDA machine, in about 10 minutes: MFU, tokens/s, memory, bytes read
+# and delivered, sampling (as one CUDA graph too), the optimizer, and a trace in outputs/gpu_trace.json.
 #
 #   scripts/bench_gpu.sh [PYTHON]      PYTHON: an interpreter with torch >= 2.11 (default: python3)
 #
-# No network is used. What torch's environment may lack (hydra, omegaconf, safetensors and the like)
+# No network is used. What torch's environment may lack (lightning, torchmetrics, rich and the like)
 # is looked for in ./wheels, if that folder exists: fill it beforehand, on any machine, with
-#   pip download --only-binary=:all: -d wheels hydra-core omegaconf antlr4-python3-runtime torchmetrics lightning-utilities
+#   pip download --only-binary=:all: -d wheels --no-deps lightning lightning-utilities torchmetrics torchdiffeq safetensors rich
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${1:-python3}"

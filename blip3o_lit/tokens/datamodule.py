@@ -17,7 +17,7 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.tokens.loader import Batch, TokenLoader, ValidationLoader
 from blip3o_lit.tokens.order import SampleOrder
-from blip3o_lit.tokens.packed import PackedBatch, restored
+from blip3o_lit.tokens.packed import PackedBatch, on_device
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.remote_store import RemoteStore, is_url
 from blip3o_lit.tokens.statistics import Standardizer, cached_standardizers, reader_batches
@@ -134,19 +134,8 @@ class TokenDataModule(pl.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: PackedBatch, device: torch.device, dataloader_idx: int
     ) -> dict[str, Tensor]:
-        """Move a batch; see `moved`."""
-        return self.moved(batch, device)
-
-    @staticmethod
-    def moved(batch: PackedBatch, device: torch.device) -> dict[str, Tensor]:
         """Move tokens, restore int8 ones there; ids and epochs stay on the CPU, for the seeds."""
-        stays = ("sample", "epoch")
-        return restored(
-            {
-                key: value if key in stays else value.to(device, non_blocking=True)
-                for key, value in batch.items()
-            }
-        )
+        return on_device(batch, device)
 
     def train_dataloader(self) -> TokenLoader | StreamLoader:
         """Return this rank's loader for the whole run.

@@ -49,3 +49,17 @@ def restored(batch: Mapping[str, Tensor | PackedTokens]) -> dict[str, Tensor]:
         key: value.restore() if isinstance(value, PackedTokens) else value
         for key, value in batch.items()
     }
+
+
+def on_device(batch: PackedBatch, device: torch.device) -> dict[str, Tensor]:
+    """Return a batch with its tokens on a device, int8 ones restored there.
+
+    Ids and epochs stay on the CPU, where seeds are mixed.
+    """
+    stays = ("sample", "epoch")
+    return restored(
+        {
+            key: value if key in stays else value.to(device, non_blocking=True)
+            for key, value in batch.items()
+        }
+    )

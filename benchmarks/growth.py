@@ -34,7 +34,7 @@ def run() -> list[dict[str, Any]]:
         flops[name] = network.forward_flops(batch)
         kept[name] = saved_bytes(network, batch, source.tokens)
         steps[name] = stepper(network, batch, torch.bfloat16, source.tokens)
-    seconds = interleaved(steps, rounds=3)
+    seconds = interleaved(steps, rounds=7)
     for name, value in seconds.items():
         print(f"  {name:<12} {1e3 * value:7.0f} ms a step, {kept[name] / 2**20:6.0f} MiB kept")
 

@@ -6,6 +6,7 @@ take follows from it, since every batch costs the same.
 
 from __future__ import annotations
 
+import copy
 import sys
 from functools import partial
 from typing import Any
@@ -21,6 +22,8 @@ from blip3o_lit.flow.solvers import sample
 from blip3o_lit.loading import solver_from_label
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.models.build import build_network
+from blip3o_lit.models.network import Network
+from blip3o_lit.models.weight_format import cast_weights
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.translator import Translator
 
@@ -36,11 +39,14 @@ def run() -> list[dict[str, Any]]:
     objective = FlowObjective(FlowConfig()).eval()
     aligned = build_network(model_config("tiny"), SHAPE).eval()
     cross = build_network(model_config("tiny", conditioning="cross"), SHAPE).eval()
+    plain = copy.deepcopy(aligned)
+    for network in (aligned, cross):
+        cast_weights(network, torch.bfloat16)  # as a loaded translator has them
     condition, noise_BND = torch.randn(BATCH, TOKENS, 4096), torch.randn(BATCH, TOKENS, 1024)
     t_B = torch.full((BATCH,), 0.5)
 
-    def draw(solver: SolverConfig) -> None:
-        sample(objective, aligned, condition, noise_BND, solver)
+    def draw(solver: SolverConfig, network: Network = aligned) -> None:
+        sample(objective, network, condition, noise_BND, solver)
 
     scales = [Standardizer.like(side) for side in (SHAPE.condition, SHAPE.target)]
     translator = Translator(aligned, objective, *scales)
@@ -60,7 +66,9 @@ def run() -> list[dict[str, Any]]:
             rounds=3,
         )
         seconds |= interleaved(
-            {label: partial(draw, solver_from_label(label)) for label in SOLVERS}, rounds=3
+            {label: partial(draw, solver_from_label(label)) for label in SOLVERS}
+            | {"heun-10, autocast": lambda: draw(solver_from_label("heun-10"), plain)},
+            rounds=5,
         )
         seconds |= interleaved(
             {
@@ -78,15 +86,17 @@ def run() -> list[dict[str, Any]]:
             rounds=9,
         )
     for case, value in seconds.items():
-        print(f"  {case:<16} {1e3 * value:8.1f} ms a batch of {BATCH}")
+        print(f"  {case:<17} {1e3 * value:8.1f} ms a batch of {BATCH}")
     for case in ("scored, mean", "scored, midpoint-50"):
         print(f"  1,000 images {case}: {1000 / BATCH * seconds[case]:.0f} s, from one batch")
     many = seconds["midpoint-50"] / seconds["mean"]
     cached = seconds["cross, cached"] / seconds["cross, uncached"]
+    once = seconds["heun-10, autocast"] / seconds["heun-10"]
     evaluation = seconds["scored, midpoint-50"] / seconds["scored, mean"]
     return [
         result("sampling/midpoint_50_over_mean", many, "x", 60),
         result("sampling/evaluation_midpoint_50_over_mean", evaluation, "x", 60),
+        result("sampling/weights_cast_once_over_autocast", once, "x", 1.0),
         result("sampling/cached_over_uncached_cross_step", cached, "x", 0.8, "lower"),
     ]
 

@@ -14,7 +14,7 @@ def export(config: ExportConfig) -> Path | None:
     from blip3o_lit.loading import load
     from blip3o_lit.sharing import push, write_export
 
-    loaded = load(config.ckpt)
+    loaded = load(config.ckpt, as_stored=True)
     out = Path(config.out) if config.out else None
     if out is not None:
         write_export(loaded, out)

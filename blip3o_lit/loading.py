@@ -27,6 +27,7 @@ from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.build import build_network
+from blip3o_lit.models.weight_format import cast_weights
 from blip3o_lit.plan import inference_autocast
 from blip3o_lit.sharded_checkpoint import PLAIN
 from blip3o_lit.tokens.statistics import Standardizer
@@ -103,8 +104,14 @@ def _from_hub(repository: str) -> Path:
     return find_weights(folder)
 
 
-def load(source: str | Path, device: str | torch.device = "cpu") -> Loaded:
+def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool = False) -> Loaded:
     """Rebuild a translator from a checkpoint, a run directory, an export or a hub id.
+
+    Args:
+        source: See `find_weights`.
+        device: Where it goes.
+        as_stored: Keep every weight in its own format, to be written again; otherwise those of
+            products get the format that they are used in.
 
     Raises:
         UserError: If the weights are missing, damaged, foreign or of a newer version.
@@ -132,6 +139,8 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> Loaded:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file}: its weights do not fit its config: {reason}") from error
     translator.to(device).eval().requires_grad_(False)
+    if translator.autocast is not None and not as_stored:
+        cast_weights(translator.network, translator.autocast)
     return Loaded(translator, config, shape, facts, file)
 
 

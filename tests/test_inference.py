@@ -1,18 +1,21 @@
 """Loading from every kind of place, what `generate` promises, and one-line refusals."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hub_server import serving
-from made_run import make_run
+from made_run import make_run, small_config
+from safetensors.torch import load_file
 
 from blip3o_lit import BLIP3oInference
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.export import ExportConfig
 from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.config.trainer import PrecisionConfig
 from blip3o_lit.export import export
 from blip3o_lit.loading import find_weights, load, solver_from_label
 
@@ -169,6 +172,23 @@ def test_an_upload_over_http_comes_back_as_the_same_model(model, run, tmp_path, 
         with pytest.raises(UserError, match="push_to_hub=me/closed: the hub refused") as refused:
             model.push_to_hub("me/closed")
         assert "\n" not in str(refused.value)
+
+
+def test_weights_are_cast_once_and_the_numbers_are_autocasts(run, tmp_path):
+    """Bit-equal: autocast casts the same weights at each evaluation, keeping none."""
+    run = make_run(tmp_path, config=replace(small_config(), precision=PrecisionConfig("bf16")))
+    cast, stored = load(run), load(run, as_stored=True)
+    kinds = [{p.dtype for p in one.translator.network.parameters()} for one in (cast, stored)]
+    assert kinds == [{torch.float32, torch.bfloat16}, {torch.float32}]
+    for solver in ("mean", "heun-4"):
+        made = [
+            one.translator.generate(conditions(), torch.arange(5), 0, solver_from_label(solver))
+            for one in (cast, stored)
+        ]
+        assert torch.equal(made[0].x1_BND, made[1].x1_BND)
+    out = export(ExportConfig(ckpt=str(run), out=str(tmp_path / "shared")))
+    saved = load_file(out / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
 
 
 def test_an_export_generates_the_same_bits(run, tmp_path):

@@ -60,6 +60,7 @@ class Shard:
             if os.access(folder, os.W_OK):
                 write_synced(offsets, pack_offsets(known, entry.sha256))
         self.offsets = known
+        self.bytes = np.frombuffer(self.map, np.uint8)
 
     def _size_message(self, path: Path, offsets: np.ndarray | None) -> str:
         found, promised = len(self.map), self.entry.bytes
@@ -72,12 +73,10 @@ class Shard:
             f"restore it or {self.repair}"
         )
 
-    def rows(self, array: str, column: int, sample: int) -> np.ndarray:
-        """Return a read-only `[N, C]` (or `[P]`) view of one sample's stored numbers."""
-        spec = self.arrays[array]
+    def content(self, column: int, sample: int, start: int, end: int) -> np.ndarray:
+        """Return a read-only view of one sample's stored bytes in an array, from start to end."""
         offset = int(self.offsets[sample, column])
-        count = spec.nbytes // np.dtype(spec.stored).itemsize
-        return np.frombuffer(self.map, spec.stored, count, offset).reshape(spec.shape)
+        return self.bytes[offset + start : offset + end]
 
     def key(self, sample: int) -> str:
         """Return a sample's key, from the tar header of its KEY.json."""

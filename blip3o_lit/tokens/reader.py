@@ -104,10 +104,11 @@ class TokenStore:
         shape = (len(located), spec.shape[0] - first, *spec.shape[1:])
         out = torch.empty(shape, dtype=dtype, pin_memory=pin)
         flat = (out.view(torch.int16) if dtype == torch.bfloat16 else out).numpy()
-        column = self._columns[array]
+        content = out.view(len(located), -1).view(torch.uint8).numpy()
+        column, end = self._columns[array], spec.nbytes
+        start = end // spec.shape[0] * first
         for i, place in enumerate(located):
-            rows = place.shard.rows(array, column, place.sample)
-            np.copyto(flat[i], rows[first:] if first else rows)
+            np.copyto(content[i], place.shard.content(column, place.sample, start, end))
             known = self._finite.get((place.number, array))
             if known is None:
                 known = np.zeros(place.shard.entry.samples, bool)

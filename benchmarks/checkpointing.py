@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.timing import result, save, show
+from benchmarks.timing import result
 from blip3o_lit.checkpointing import AtomicCheckpointIO
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
@@ -84,10 +83,3 @@ def run() -> list[dict[str, Any]]:
         result("checkpoint every 100", saving / (EVERY * step), "share", 0.02, "lower"),
         result("resume position", place_seconds(), "s/million", 1.0, "lower"),
     ]
-
-
-if __name__ == "__main__":
-    results = run()
-    show(results)
-    save(results)
-    sys.exit(0 if all(entry["ok"] for entry in results) else 1)

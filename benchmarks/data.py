@@ -7,7 +7,6 @@ trains on two cores, and 20 times as fast (it sleeps in place of computing).
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 import webdataset
 
 from benchmarks.made_store import ARRAYS, BATCH, SAMPLES, write
-from benchmarks.timing import interleaved, result, save, show
+from benchmarks.timing import interleaved, result
 from blip3o_lit.environment import keep_freed_memory
 from blip3o_lit.tokens.loader import TokenLoader
 from blip3o_lit.tokens.order import SampleOrder
@@ -118,10 +117,3 @@ def run() -> list[dict[str, Any]]:
         result("data/wait_at_base_speed", waits[0], "share", 0.01, "lower"),
         result("data/wait_at_20x_base_speed", waits[1], "share", 0.01, "lower"),
     ]
-
-
-if __name__ == "__main__":
-    found = run()
-    show(found)
-    save(found)
-    sys.exit(0)

@@ -6,7 +6,6 @@ by as many threads.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.made_store import ARRAYS, BATCH, SAMPLES, write
-from benchmarks.timing import interleaved, result, save, show
+from benchmarks.timing import interleaved, result
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.environment import keep_freed_memory
 from blip3o_lit.tokens.loader import TokenLoader
@@ -109,10 +108,3 @@ def run() -> list[dict[str, Any]]:
         ratio = seconds["webdataset"] / seconds["fp16"]
         found.append(result("delivery/over_webdataset_batches", ratio, "x", 10))
     return found
-
-
-if __name__ == "__main__":
-    found = run()
-    show(found)
-    save(found)
-    sys.exit(0)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,7 +23,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from benchmarks.timing import interleaved, result, save, show
+from benchmarks.timing import interleaved, result
 from blip3o_lit.config.extract import EngineConfig, ExtractConfig
 from blip3o_lit.config.towers import TowerConfig
 from blip3o_lit.extraction.engine import extract
@@ -127,10 +126,3 @@ def run() -> list[dict[str, Any]]:
         lane = ratio["bare, a batch a core"]
         found.append(result("extraction/share_of_bare_batch_a_core", lane, "x", 0.9))
     return found
-
-
-if __name__ == "__main__":
-    found = run()
-    show(found)
-    save(found)
-    sys.exit(0)

@@ -7,7 +7,6 @@ https://ui.perfetto.dev.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import delivery
-from benchmarks.timing import interleaved, result, save, show
+from benchmarks.timing import interleaved, result, save
 from benchmarks.training import SHAPE, model_config
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
@@ -194,10 +193,3 @@ def _trace(step: Callable[[], None], device: torch.device) -> None:
     recorded.export_chrome_trace(str(TRACE))
     order = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
     print(recorded.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=60))
-
-
-if __name__ == "__main__":
-    found = run()
-    show(found)
-    save(found)
-    sys.exit(0)

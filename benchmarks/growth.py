@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from benchmarks.timing import interleaved, result, save, show
+from benchmarks.timing import interleaved, result
 from benchmarks.training import model_config, saved_bytes, stepper
 from blip3o_lit.config.shape import PairShape, TokenShape
 from blip3o_lit.environment import keep_freed_memory
@@ -54,10 +53,3 @@ def run() -> list[dict[str, Any]]:
         ("cost_of_1024_over_256_tokens_over_flops", over("1024 tokens", "6 deep, 8"), 1.2),
     )
     return [result(f"growth/{name}", value, "x", most, "lower") for name, value, most in rows]
-
-
-if __name__ == "__main__":
-    found = run()
-    show(found)
-    save(found)
-    sys.exit(0)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import result, save, show
+from benchmarks.timing import result
 from benchmarks.training import SHAPE, model_config, real_step, saved_bytes
 from blip3o_lit.environment import keep_freed_memory
 from blip3o_lit.footprint import units
@@ -74,9 +74,4 @@ def run() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(json.dumps({"peak": peak, "growth": growth}[sys.argv[1]]()))
-    else:
-        found = run()
-        show(found)
-        save(found)
+    print(json.dumps({"peak": peak, "growth": growth}[sys.argv[1]]()))

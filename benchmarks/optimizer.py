@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon
 
-from benchmarks.timing import interleaved, result, save, show
+from benchmarks.timing import interleaved, result
 from benchmarks.training import SHAPE, model_config
 from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.environment import keep_freed_memory
@@ -57,10 +56,3 @@ def run() -> list[dict[str, Any]]:
         ratio = seconds["torch's, apart"] / seconds["muon"]
         found.append(result(f"optimizer/{name}_muon_over_torchs", ratio, "x", 1.0))
     return found
-
-
-if __name__ == "__main__":
-    found = run()
-    show(found)
-    save(found)
-    sys.exit(0)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -139,8 +138,3 @@ def run() -> list[dict[str, Any]]:
                 f"| {ideal / whole:.0%} | {value - ideal:.1f} |"
             )
     return []
-
-
-if __name__ == "__main__":
-    run()
-    sys.exit(0)

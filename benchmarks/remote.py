@@ -23,7 +23,7 @@ import numpy as np
 import webdataset
 
 from benchmarks.made_store import ARRAYS, BATCH, SAMPLES, write
-from benchmarks.timing import interleaved, result, save, show
+from benchmarks.timing import interleaved, result
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
@@ -128,10 +128,3 @@ def run() -> list[dict[str, Any]]:
         result("remote/streamed_over_reading_the_bytes", streamed, "x", 0.3),
         result("remote/streamed_over_webdataset", peer, "x", 1.0),
     ]
-
-
-if __name__ == "__main__":
-    found = run()
-    show(found)
-    save(found)
-    sys.exit(0)

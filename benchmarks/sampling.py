@@ -7,13 +7,12 @@ take follows from it, since every batch costs the same.
 from __future__ import annotations
 
 import copy
-import sys
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.timing import interleaved, result, save, show
+from benchmarks.timing import interleaved, result
 from benchmarks.training import SHAPE, TOKENS, model_config
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.solver import SolverConfig
@@ -99,10 +98,3 @@ def run() -> list[dict[str, Any]]:
         result("sampling/weights_cast_once_over_autocast", once, "x", 1.0),
         result("sampling/cached_over_uncached_cross_step", cached, "x", 0.8, "lower"),
     ]
-
-
-if __name__ == "__main__":
-    found = run()
-    show(found)
-    save(found)
-    sys.exit(0)

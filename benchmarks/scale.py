@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.timing import result, save, show
+from benchmarks.timing import result
 from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex
 from blip3o_lit.tokens.order import SampleOrder
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
@@ -92,9 +92,4 @@ def run() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(json.dumps(open_store(sys.argv[1])))
-    else:
-        found = run()
-        show(found)
-        save(found)
+    print(json.dumps(open_store(sys.argv[1])))

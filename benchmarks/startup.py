@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import interleaved, result, save, show
+from benchmarks.timing import interleaved, result
 
 ROUNDS = 5
 TRAIN = [sys.executable, "-m", "blip3o_lit.train"]
@@ -70,10 +70,3 @@ def _first_step(environment: dict[str, str], *further: str) -> float:
                 process.wait()
                 return seconds
         raise RuntimeError("no step was logged:\n" + "".join(lines))
-
-
-if __name__ == "__main__":
-    found = run()
-    show(found)
-    save(found)
-    sys.exit(0)

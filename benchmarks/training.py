@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import yaml
 from torch import Tensor, nn
 
 from benchmarks.ceiling import products
-from benchmarks.timing import interleaved, result, save, show
+from benchmarks.timing import interleaved, result
 from blip3o_lit.callbacks.ema import update_average
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
@@ -232,10 +231,3 @@ def _compiled(
         ratio = seconds["lumina"] / seconds["ours"]
         found.append(result(f"training/{label}_over_lumina_compiled", ratio, "x", 1.4))
     return found
-
-
-if __name__ == "__main__":
-    found = run()
-    show(found)
-    save(found)
-    sys.exit(0)

@@ -21,4 +21,4 @@ import torch
 print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, "
       f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU: toy sizes'}")
 PY
-"$python" -m benchmarks.gpu
+"$python" -m benchmarks ONLY=gpu

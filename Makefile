@@ -24,7 +24,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	@test -x $(PY) || { echo "creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@command -v uv >/dev/null 2>&1 || test -x $(VENV)/bin/uv || $(PY) -m pip install --quiet uv
 	@echo "installing the locked packages"
-	@$(UV) pip install --quiet --python $(PY) --require-hashes --requirement requirements.lock
+	@$(UV) pip install --quiet --python $(PY) --compile-bytecode --require-hashes --requirement requirements.lock
 	@$(UV) pip install --quiet --python $(PY) --no-deps --no-build-isolation --editable .
 	@touch $@
 

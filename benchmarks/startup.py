@@ -1,7 +1,7 @@
 """From the command line to its answer: --help, and the first optimizer step of the demo.
 
-Python keeps the bytecode of what it imports, as it does unless PYTHONDONTWRITEBYTECODE is set; the
-first start after an installation, which has none, takes longer. BENCH_COMPILED=1 times two compiled
+Python keeps the bytecode of what it imports, as it does unless PYTHONDONTWRITEBYTECODE is set; `make
+setup` and pip compile that of the packages, an environment made without it starts much slower. BENCH_COMPILED=1 times two compiled
 starts as well (minutes): the second finds the first one's kernels.
 """
 

@@ -19,27 +19,31 @@ QUIET = (
 )
 """Flags that keep a browser from asking or calling anybody."""
 OPENINGS = 3
+"""Of each page, in turn, so that a slow spell of the machine meets all of them."""
 
 WATCH = """<!DOCTYPE html><meta charset="utf-8">
 <iframe id="frame" width="1200" height="900"></iframe>
 <script>
 const frame = document.getElementById("frame");
-const seconds = [];
+const pages = PAGES.map((address) => ({ address, seconds: [] }));
+let turn = 0;
 function open() {
+  const page = pages[turn % pages.length];
   const began = performance.now();
-  frame.src = "PAGE?" + seconds.length;
+  frame.src = page.address + "?" + turn;
   const timer = setInterval(() => {
     const inside = frame.contentDocument;
     if (!inside || inside.readyState !== "complete" || inside.URL === "about:blank") return;
     const places = [...inside.querySelectorAll("[data-chart]")];
-    if (!inside.URL.endsWith("?" + seconds.length)) return;
+    if (!inside.URL.endsWith("?" + turn)) return;
     if (!places.length || places.some((place) => !place.querySelector("svg"))) return;
     clearInterval(timer);
-    seconds.push((performance.now() - began) / 1000);
-    if (seconds.length < OPENINGS) return open();
-    const rows = inside.querySelectorAll("tbody tr").length;
-    const body = JSON.stringify({ seconds, charts: places.length, rows });
-    fetch("/told", { method: "POST", body });
+    page.seconds.push((performance.now() - began) / 1000);
+    page.charts = places.length;
+    page.rows = inside.querySelectorAll("tbody tr").length;
+    turn += 1;
+    if (turn < OPENINGS * pages.length) return open();
+    fetch("/told", { method: "POST", body: JSON.stringify(pages) });
   }, 10);
 }
 open();
@@ -63,32 +67,35 @@ class _Handler(SimpleHTTPRequestHandler):
         pass
 
 
-def opened(page: Path, profile: Path) -> dict[str, Any]:
-    """Open a page several times, until all its charts are drawn.
+def opened(*pages: Path, profile: Path) -> list[dict[str, Any]]:
+    """Open pages in turn, several times each, until all their charts are drawn.
 
     Args:
-        page: An HTML file with `data-chart` places.
-        profile: An empty folder for the browser.
+        pages: HTML files with `data-chart` places.
+        profile: A folder for the browser and for copies of the pages.
 
     Returns:
-        `seconds` of each opening, the number of `charts` and of table `rows`.
+        Of each page: `seconds` of each opening, the number of `charts` and of table `rows`.
     """
     assert CHROMIUM is not None
-    watch = WATCH.replace("PAGE", page.name).replace("OPENINGS", str(OPENINGS))
-    (page.parent / "watch.html").write_text(watch)
+    site = profile / "site"
+    site.mkdir(parents=True)
+    names = [shutil.copy(page, site / f"{number}.html").name for number, page in enumerate(pages)]
+    watch = WATCH.replace("PAGES", json.dumps(names)).replace("OPENINGS", str(OPENINGS))
+    (site / "watch.html").write_text(watch)
     told: list[Any] = []
     heard = threading.Event()
-    handler = partial(_Handler, directory=str(page.parent), told=told, heard=heard)
+    handler = partial(_Handler, directory=str(site), told=told, heard=heard)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/watch.html"
         only = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
         # A debugging port keeps the browser open; without one it ends when the page has loaded.
         stay = "--remote-debugging-port=0"
-        command = [CHROMIUM, *QUIET, only, stay, f"--user-data-dir={profile}", address]
+        command = [CHROMIUM, *QUIET, only, stay, f"--user-data-dir={profile / 'browser'}", address]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as browser:
             try:
-                assert heard.wait(120), "the page did not draw its charts"
+                assert heard.wait(240), "a page did not draw its charts"
             finally:
                 browser.terminate()
                 said = browser.communicate(timeout=60)[1]

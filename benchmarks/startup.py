@@ -1,8 +1,9 @@
 """From the command line to its answer: --help, and the first optimizer step of the demo.
 
-Python keeps the bytecode of what it imports, as it does unless PYTHONDONTWRITEBYTECODE is set; `make
-setup` and pip compile that of the packages, an environment made without it starts much slower. BENCH_COMPILED=1 times two compiled
-starts as well (minutes): the second finds the first one's kernels.
+Python keeps the bytecode of what it imports, as it does unless PYTHONDONTWRITEBYTECODE is set.
+`make setup` and pip compile that of the packages; an environment without it starts much slower.
+BENCH_COMPILED=1 times two compiled starts as well (minutes): the second finds the first one's
+kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import struct
 import subprocess
@@ -15,7 +16,7 @@ from blip3o_lit.report.__main__ import main
 from blip3o_lit.report.about_run import differences
 from blip3o_lit.report.page import write_report
 from blip3o_lit.report.record import ROWS, RunRecord
-from blip3o_lit.report.scores import rows, significant
+from blip3o_lit.report.scores import Row, rows, significant
 from blip3o_lit.report.theme import DARK, LIGHT
 
 PICTURE = (
@@ -444,6 +445,28 @@ def test_frechet_distances_of_unequal_numbers_of_images_share_no_chart(run: Path
     drawn = json.dumps(tradeoffs.against_nfe(equal, found, "frechet", "distance"))
     assert "Ridge" in drawn
     assert "Posterior mean" in drawn
+
+
+@pytest.mark.parametrize("far", [4.009, 0.2], ids=["logarithmic", "linear"])
+def test_labels_turned_left_have_room_there(far: float) -> None:
+    named = {"Posterior mean": 0.0738, "Adams-Bashforth, 4 steps": 0.0721, "Mean token": far}
+    found = [
+        Row(name, "estimator", name, {"cosine": 0.99 if value < 0.1 else 0.86, "frechet": value})
+        for name, value in named.items()
+    ]
+    spec = tradeoffs.plane(found)
+    assert spec is not None
+    points = spec["data"]["values"]
+    across = spec["layer"][0]["encoding"]["x"]["scale"]
+    scaled = math.log if across["type"] == "log" else float
+    assert (across["type"] == "log") == (far > 1)
+    left, right = map(scaled, across["domain"])
+    turned = {item["name"] for item in points if item["side"] == "left"}
+    assert turned == {"Adams-Bashforth, 4 steps"}
+    for item in points:
+        place = (scaled(item["frechet"]) - left) / (right - left)
+        assert 0 < place < 1
+        assert item["side"] == "right" or place > 0.0099 * len(item["name"])
 
 
 def test_picture_is_a_png_of_the_main_charts(run: Path, tmp_path: Path, capsys) -> None:

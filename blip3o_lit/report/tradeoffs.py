@@ -22,6 +22,8 @@ from blip3o_lit.report.scores import FRECHET, Row, estimator, finite, significan
 
 LABEL_GAP = 13
 """Pixels between two labels at the right edge."""
+LETTER = 0.01
+"""Share of the plane's width that a letter of a label takes, its gap to the point included."""
 
 
 def against_nfe(points: Points, found: list[Row], score: str, title: str) -> Spec | None:
@@ -126,17 +128,13 @@ def plane(found: list[Row]) -> Spec | None:
         item["place"] = place
     near, far = min(item["frechet"] for item in values), max(item["frechet"] for item in values)
     log = near > 0 and far / near > 10
-    if log:
-        left, right = near / 1.6, far * 1.6
-        scale = alt.Scale(type="log", domain=[left, right], nice=False)
-    else:
-        left, right = margins([near, far], 0.15, 0.25)
-        scale = alt.Scale(domain=[left, right], nice=False)
+    across = (near / 1.6, far * 1.6) if log else margins([near, far], 0.15, 0.25)
+    left, right = _choose_sides(values, across, (low, high), log)
+    scale = alt.Scale(type="log" if log else "linear", domain=[left, right], nice=False)
     x = alt.X("frechet:Q", scale=scale).title(
         f"{FRECHET} (lower is more real{', log' if log else ''})"
     )
     x = x.axis(values=decades(left, right), format="~g") if log else x
-    _choose_sides(values, (left, right), (low, high), log)
     base = alt.Chart(alt.Data(values=values)).encode(x=x)
     y = alt.Y("cosine:Q").scale(domain=[low, high], nice=False).title("cosine (higher is closer)")
     chart = alt.layer(
@@ -202,21 +200,28 @@ def _spread(levels: list[float], low: float, high: float) -> list[float]:
 
 def _choose_sides(
     values: Points, across: tuple[float, float], up: tuple[float, float], log: bool
-) -> None:
+) -> tuple[float, float]:
     """Put a label on the left of its point where another point stands close on the right.
 
     On a phone every label turns inwards instead.
+
+    Returns:
+        The horizontal range, widened to the left where a label on the left needs the room.
     """
-
-    def place(value: float) -> float:
-        ends = [math.log(end) for end in across] if log else across
-        return ((math.log(value) if log else value) - ends[0]) / (ends[1] - ends[0])
-
+    scaled = math.log if log else float
+    left, right = map(scaled, across)
+    width = right - left
+    wanted = left
     for item in values:
+        level = scaled(item["frechet"])
         crowded = any(
-            0 < place(other["frechet"]) - place(item["frechet"]) < 0.2
+            0 < scaled(other["frechet"]) - level < 0.2 * width
             and abs(other["cosine"] - item["cosine"]) < 0.07 * (up[1] - up[0])
             for other in values
         )
-        item["narrow"] = "left" if place(item["frechet"]) > 0.6 else "right"
-        item["side"] = "left" if crowded and place(item["frechet"]) > 0.05 else "right"
+        item["narrow"] = "left" if level - left > 0.6 * width else "right"
+        item["side"] = "left" if crowded else "right"
+        if crowded:
+            room = min(LETTER * len(item["name"]), 0.5)
+            wanted = min(wanted, (level - room * right) / (1 - room))
+    return math.exp(wanted) if log else wanted, across[1]

@@ -17,7 +17,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import delivery
-from benchmarks.timing import interleaved, result, save
+from benchmarks.timing import interleaved, result, save, show
 from benchmarks.training import SHAPE, model_config
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
@@ -57,7 +57,10 @@ def seconds_a_call(call: Callable[[], None], device: torch.device, calls: int) -
 
 
 def run() -> list[dict[str, Any]]:
-    """Time every case, eager and compiled by block, then what surrounds a step."""
+    """Time every case, eager and compiled by block, then what surrounds a step.
+
+    Shows and saves its results itself.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     peak = peak_flops(device, "bf16")
@@ -72,9 +75,11 @@ def run() -> list[dict[str, Any]]:
             found += _case(label, config, shape, images, target, compiled, device, peak)
     _optimizers(device)
     found += delivery.run() if cuda else []
-    save(found)  # before the one part that no machine of ours has run
+    if found:  # before the one part that no machine of ours has run
+        show(found)
+        save(found)
     _captured(device)
-    return found
+    return []
 
 
 def sized(name: str, device: torch.device) -> ModelConfig:

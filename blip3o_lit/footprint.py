@@ -24,6 +24,7 @@ from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.build import build_network
+from blip3o_lit.models.layers import ImageLinear
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -105,9 +106,13 @@ class Activations:
 
 
 def activations(
-    model: ModelConfig, flow: FlowConfig, shape: PairShape, precision: str
+    model: ModelConfig,
+    flow: FlowConfig,
+    shape: PairShape,
+    precision: str,
+    accelerator: bool = False,
 ) -> Activations:
-    """Measure what a network keeps for its backward pass.
+    """Measure what a network keeps for its backward pass, on a CPU or on an accelerator.
 
     Kernels are the CPU's, so that no device is touched. What is kept grows by the same amount with
     each image and each block, so 2 and 3 blocks on 1 and 2 images tell it all. One block more
@@ -116,7 +121,7 @@ def activations(
 
     def kept(saving: bool, depth: int, images: int) -> int:
         part = replace(model, depth=depth, activation_checkpointing=saving)
-        return _rehearse(part, flow, shape, images, precision)
+        return _rehearse(part, flow, shape, images, precision, accelerator)
 
     def grown(saving: bool, images: int) -> tuple[int, int]:
         few, more = kept(saving, 2, images), kept(saving, 3, images)
@@ -131,7 +136,12 @@ def activations(
 
 
 def _rehearse(
-    model: ModelConfig, flow: FlowConfig, shape: PairShape, images: int, precision: str
+    model: ModelConfig,
+    flow: FlowConfig,
+    shape: PairShape,
+    images: int,
+    precision: str,
+    accelerator: bool,
 ) -> int:
     """Return the bytes alive after a forward pass of the whole network and its loss."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -141,6 +151,9 @@ def _rehearse(
         network = build_network(model, shape)
     if precision == "bf16_true":
         network.bfloat16()
+    for layer in network.modules():
+        if isinstance(layer, ImageLinear):
+            layer.follows_autocast = accelerator
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.to_empty(device="cpu")
         objective = FlowObjective(flow)

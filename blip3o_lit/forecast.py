@@ -111,7 +111,8 @@ def forecast(config: TrainConfig, data: TokenDataModule, steps: int) -> list[tup
     shape, name = data.shape, config.precision.name
     devices = int(config.trainer.devices) if config.trainer.devices.isdigit() else 1
     world = config.world or devices * config.trainer.num_nodes
-    parts, needed = units(config.model, shape), activations(config.model, config.flow, shape, name)
+    parts = units(config.model, shape)
+    needed = activations(config.model, config.flow, shape, name, accelerator=True)
     micro = chosen_micro_batch(config, world, needed.image)
     accumulation = config.batch_size // (world * micro)
     _, flops = count_parameters(config.model, shape)

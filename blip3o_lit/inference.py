@@ -222,7 +222,7 @@ class BLIP3oInference:
         """Upload the model and its card to the Hugging Face Hub; returns the address."""
         from blip3o_lit.sharing import push
 
-        return push(load(self.loaded.file, as_stored=True), repository, private)
+        return push(self.loaded, repository, private)
 
     def _solver(self, solver: str | SolverConfig | None, steps: int | None) -> SolverConfig:
         """Return the solver that the arguments ask for."""

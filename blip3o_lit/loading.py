@@ -51,6 +51,8 @@ class Loaded:
     """Plain data of the checkpoint: format, version, config, shape, tokens, step."""
     file: Path
     """The file that the weights came from."""
+    as_stored: bool
+    """Whether every weight has the format that it has in that file."""
 
     @cached_property
     def hash(self) -> str:
@@ -141,7 +143,7 @@ def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool
     translator.to(device).eval().requires_grad_(False)
     if translator.autocast is not None and not as_stored:
         cast_weights(translator.network, translator.autocast)
-    return Loaded(translator, config, shape, facts, file)
+    return Loaded(translator, config, shape, facts, file, as_stored)
 
 
 def _translator(config: TrainConfig, shape: PairShape, device: str | torch.device) -> Translator:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import replacing, write_json
-from blip3o_lit.loading import CONFIG_FILE, HEADS_FILE, WEIGHTS_FILE, Loaded
+from blip3o_lit.loading import CONFIG_FILE, HEADS_FILE, WEIGHTS_FILE, Loaded, load
 from blip3o_lit.tokens.index import TokenIndex
 
 CARD_FILE = "README.md"
@@ -22,14 +22,17 @@ SCORES = ("cosine", "cosine_centred", "mse", "norm_ratio", "frechet")
 def write_export(loaded: Loaded, out: Path) -> None:
     """Write a translator into the folder `out`.
 
-    Weights, token scales and the flow's state go into model.safetensors. Where the token store is
-    at hand, the towers' names and its heads.safetensors come along.
+    Weights, token scales and the flow's state go into model.safetensors; weights that were cast
+    when they were loaded are read again. Where the token store is at hand, the towers' names and
+    its heads.safetensors come along.
 
     Raises:
         UserError: If `out` is the folder that the weights are in.
     """
     if loaded.file.parent.resolve() == out.resolve():
         raise UserError(f"out={out} is the folder of the checkpoint: choose another one")
+    if not loaded.as_stored:
+        loaded = load(loaded.file, as_stored=True)
     out.mkdir(parents=True, exist_ok=True)
     facts = _shareable(loaded)
     state = {name: value.contiguous() for name, value in loaded.translator.state_dict().items()}

@@ -6,7 +6,8 @@
 #
 # No network is used. What torch's environment may lack (lightning, torchmetrics, rich and the like)
 # is looked for in ./wheels, if that folder exists: fill it beforehand, on any machine, with
-#   pip download --only-binary=:all: -d wheels --no-deps lightning lightning-utilities torchmetrics torchdiffeq safetensors rich
+#   pip download --only-binary=:all: -d wheels --no-deps lightning lightning-utilities torchmetrics torchdiffeq safetensors rich \
+#     numpy scipy pyyaml packaging tqdm
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${1:-python3}"

@@ -21,6 +21,7 @@ from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.footprint import AUTOCAST, activations, units
 from blip3o_lit.forecast import rank_bytes
 from blip3o_lit.models.build import build_network
+from blip3o_lit.models.layers import ImageLinear
 from blip3o_lit.models.optimizer import make_optimizer
 from blip3o_lit.training import run_training
 
@@ -30,9 +31,14 @@ NEXTDIT = ModelConfig("nextdit", 96, 6, 4, 4, 256, conditioning="cross", key_rop
 SAVING = {"activation_checkpointing": True}
 
 
-def train(model: ModelConfig, images: int, precision: str, name: str) -> None:
+def train(
+    model: ModelConfig, images: int, precision: str, name: str, accelerator: bool = False
+) -> None:
     """Two optimizer steps of two micro-batches each, as the trainer takes them."""
     network = build_network(model, SHAPE)
+    for layer in network.modules():
+        if isinstance(layer, ImageLinear):
+            layer.follows_autocast = accelerator
     if precision == "bf16_true":
         network.bfloat16()
     average = copy.deepcopy(network).float().requires_grad_(False)
@@ -71,6 +77,22 @@ def test_planned_bytes_are_those_of_the_allocator(
     planned += activations(model, FlowConfig(), SHAPE, precision).of(images)
     measured = allocator_peak(lambda: train(model, images, precision, optimizer))
     assert planned == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("model", [DIT, NEXTDIT], ids=["dit", "nextdit"])
+def test_a_plan_for_an_accelerator_counts_the_copies_that_autocast_makes_there(
+    model: ModelConfig,
+) -> None:
+    """One image, so that weights decide."""
+    planned = [activations(model, FlowConfig(), SHAPE, "bf16", on).of(1) for on in (False, True)]
+    measured = [allocator_peak(lambda on=on: train(model, 1, "bf16", "adamw", on)) for on in (0, 1)]
+    copies = sum(
+        2 * sum(parameter.numel() for parameter in layer.parameters())
+        for layer in build_network(model, SHAPE).modules()
+        if isinstance(layer, ImageLinear)
+    )
+    assert planned[1] - planned[0] == pytest.approx(copies, rel=0.15)
+    assert measured[1] - measured[0] == pytest.approx(copies, rel=0.3)
 
 
 @pytest.mark.parametrize("model", [DIT, NEXTDIT], ids=["dit", "nextdit"])

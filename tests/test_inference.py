@@ -1,5 +1,6 @@
 """Loading from every kind of place, what `generate` promises, and one-line refusals."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,16 @@ from safetensors.torch import load_file
 from blip3o_lit import BLIP3oInference
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.export import ExportConfig
+from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.shape import PairShape, TokenShape
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.trainer import PrecisionConfig
 from blip3o_lit.export import export
 from blip3o_lit.loading import find_weights, load, solver_from_label
+from blip3o_lit.models.build import build_network
+from blip3o_lit.models.layers import ImageLinear
+from blip3o_lit.models.weight_format import cast_weights
+from blip3o_lit.sharing import write_export
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +193,40 @@ def test_weights_are_cast_once_and_the_numbers_are_autocasts(run, tmp_path):
             for one in (cast, stored)
         ]
         assert torch.equal(made[0].x1_BND, made[1].x1_BND)
-    out = export(ExportConfig(ckpt=str(run), out=str(tmp_path / "shared")))
-    saved = load_file(out / "model.safetensors")
-    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    for number, shared in enumerate((cast, stored)):
+        write_export(shared, tmp_path / str(number))
+        saved = load_file(tmp_path / str(number) / "model.safetensors")
+        assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+        for name, tensor in stored.translator.state_dict().items():
+            assert torch.equal(saved[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ModelConfig(width=32, depth=3, heads=4, kv_heads=4, mlp_width=64),
+        ModelConfig(width=32, depth=3, heads=4, kv_heads=2, mlp_width=64, conditioning="cross"),
+        ModelConfig("nextdit", 32, 3, 4, 4, 64, conditioning="cross", key_rope=False),
+    ],
+    ids=["aligned", "cross", "nextdit"],
+)
+def test_cast_weights_are_autocasts_on_an_accelerator_too(model: ModelConfig) -> None:
+    """There layers of one row an image are cast as well; a flag makes a CPU do the same."""
+    shape = PairShape(TokenShape((4, 4), True, 24), TokenShape((4, 4), False, 16))
+    torch.manual_seed(0)
+    network = build_network(model, shape).requires_grad_(False)
+    for parameter in network.parameters():  # gates start at zero: nothing would be tested
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    for layer in network.modules():
+        if isinstance(layer, ImageLinear):
+            layer.follows_autocast = True
+    inputs = torch.randn(2, 16, 16), torch.rand(2), torch.randn(2, 17, 24)
+    cast = copy.deepcopy(network)
+    cast_weights(cast, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network(*inputs), cast(*inputs))
+    linear = [m.weight.dtype for m in cast.modules() if isinstance(m, torch.nn.Linear)]
+    assert set(linear) == {torch.bfloat16}
 
 
 def test_an_export_generates_the_same_bits(run, tmp_path):

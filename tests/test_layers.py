@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blip3o_lit.config.shape import TokenShape
 from blip3o_lit.models import layers
@@ -12,6 +13,7 @@ from blip3o_lit.models.gated import silu_product
 from blip3o_lit.models.layers import (
     GELUMLP,
     DeepAdapter,
+    ImageLinear,
     SelfAttention,
     SwiGLU,
     TimeEmbedding,
@@ -162,3 +164,29 @@ def test_time_embedding_takes_the_dtype_of_its_weights_and_keeps_times_apart():
     assert embed.bfloat16()(t).dtype == torch.bfloat16
     near = embed(t)
     assert (near[0] - near[1]).abs().max() > 1e-2
+
+
+def test_a_map_of_one_row_an_image_uses_its_weight_as_it_is_on_a_cpu():
+    """Autocast would write the weight anew in bf16, and its gradient back in fp32."""
+    casts: list[int] = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default:
+                casts.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 32, dtype=torch.bfloat16)
+    for follows, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        layer = ImageLinear(32, 48)
+        layer.follows_autocast = follows
+        casts.clear()
+        casting = Casts()
+        with casting, torch.autocast("cpu", torch.bfloat16):
+            out = layer(x)
+        with casting:
+            out.float().sum().backward()
+        assert out.dtype == dtype
+        assert layer.weight.grad is not None
+        assert layer.weight.grad.dtype == torch.float32
+        assert (layer.weight.numel() in casts) == follows

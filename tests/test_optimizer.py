@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon
+from tracked import allocator_peak
 
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
@@ -85,6 +87,18 @@ def test_a_stack_is_orthogonalised_as_its_matrices_alone() -> None:
             u, _, vh = torch.linalg.svd(one, full_matrices=False)
             rotated = u.mT @ made @ vh.mT  # the same singular vectors: diagonal
             assert (rotated - rotated.diagonal().diag()).abs().max() < 0.05
+
+
+def test_a_stack_takes_ten_bytes_a_number_for_a_while() -> None:
+    parameters = [nn.Parameter(torch.randn(256, 512)) for _ in range(8)]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    group = {"params": parameters, "lr": 0.1, "weight_decay": 0.1, "momentum": 0.95}
+    state: dict[nn.Parameter, dict[str, torch.Tensor]] = {p: {} for p in parameters}
+    step = partial(muon.muon_step, group, state, torch.zeros(()))
+    step()  # makes the momentum
+    numbers = sum(parameter.numel() for parameter in parameters)
+    assert allocator_peak(step) <= 10.5 * numbers
 
 
 def test_stacks_hold_one_shape_each_and_few_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

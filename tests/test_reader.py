@@ -44,6 +44,21 @@ def test_any_ids_in_any_order(folder: Path, ids: list[int]) -> None:
         np.testing.assert_array_equal(batch[side].numpy(), expected)
 
 
+def test_no_samples_are_an_empty_batch(folder: Path) -> None:
+    batch = reader(folder).read(np.arange(0))
+    assert batch["condition"].shape == (0, *sample(0)["eva"].shape)
+    assert batch["target"].shape == (0, *sample(0)["clip"].shape)
+
+
+def test_offsets_behind_the_end_of_a_shard_are_refused(folder: Path) -> None:
+    """One byte alone would be spread over the whole sample."""
+    shard = TokenStore.open(folder, "size").shard(0)
+    shard.offsets = shard.offsets.copy()
+    shard.offsets[0, 0] = shard.entry.bytes - 1
+    with pytest.raises(UserError, match=r"points behind the end of train-.*doctor"):
+        shard.content(0, 0, 0, 64)
+
+
 def test_second_split_text_keys_and_captions(folder: Path) -> None:
     held_out = reader(folder, "validation")
     ids = np.array([6, 0])

@@ -19,7 +19,19 @@ def test_gradients_of_norm_scale_and_shift_are_right():
     torch.manual_seed(0)
     x, scale, shift = doubles(2, 3, 8), doubles(2, 1, 8), doubles(2, 1, 8)
     assert torch.autograd.gradcheck(lambda *a: scaled_rms_norm(*a, 1e-2), (x, scale, shift))
-    assert torch.autograd.gradcheck(lambda a, b: scaled_rms_norm(a, b, None, 1e-2), (x, doubles(8)))
+    for shape in ((8,), (1, 1, 8), (1, 3, 8), (2, 3, 8)):
+        assert torch.autograd.gradcheck(
+            lambda a, b: scaled_rms_norm(a, b, None, 1e-2), (x, doubles(*shape))
+        )
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    x = doubles(2, 3, 8)
+    (by_x,) = torch.autograd.grad(
+        scaled_rms_norm(x, doubles(8), None, 1e-2).square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        by_x.sum().backward()
 
 
 def test_norm_and_rotation_in_one_are_the_two_in_turn_with_right_gradients():

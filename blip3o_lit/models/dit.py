@@ -102,10 +102,11 @@ class DiT(Network):
 
     def encode(self, condition_BMC: Tensor) -> EncodedCondition:
         """Project a condition once, for any number of forward calls."""
-        condition_BMC = condition_BMC.to(self.pool.weight.dtype)
-        pooled_BW = self.pool(condition_BMC.mean(1))
+        dtype = self.pool.weight.dtype
+        mean_BC = condition_BMC.mean(1, dtype=torch.promote_types(dtype, torch.float32))
+        pooled_BW = self.pool(mean_BC.to(dtype))
         if not self.aligned:
-            tokens_BMW = self.condition(condition_BMC)
+            tokens_BMW = self.condition(condition_BMC.to(dtype))
             if self.positions_condition is not None:
                 tokens_BMW = tokens_BMW + self.positions_condition.to(tokens_BMW.dtype)
             rope = self.rope_condition
@@ -113,7 +114,7 @@ class DiT(Network):
             return EncodedCondition(None, pooled_BW, pairs)
         if self.shape.condition.cls and not self.shape.target.cls:
             condition_BMC = condition_BMC[:, 1:]
-        tokens_BNW = self.condition(condition_BMC)
+        tokens_BNW = self.condition(condition_BMC.to(dtype))
         if self.cls_condition is not None:
             cls_BNW = self.cls_condition.to(tokens_BNW.dtype).expand(len(tokens_BNW), 1, -1)
             tokens_BNW = torch.cat((cls_BNW, tokens_BNW), 1)

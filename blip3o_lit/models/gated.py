@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def silu_product(gate_up: Tensor) -> Tensor:
@@ -35,6 +36,7 @@ class _SiluProduct(torch.autograd.Function):
         return activated * up
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         gate_up, activated = ctx.saved_tensors
         (gradient,) = gradients

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def scaled_rms_norm(x: Tensor, scale: Tensor, shift: Tensor | None, eps: float) -> Tensor:
@@ -43,7 +44,7 @@ def _norm_gradients(
     row or column, which need no tensor of x's size: [8, 256, 384] in bf16 2.2 to 1.4 ms.
     """
     product = gradient * x
-    if scale.ndim == 3:
+    if scale.ndim == 3 and scale.shape[1] == 1:
         by_scale, along = inverse.mT @ product, product @ scale.mT
     else:
         by_scale = (product * inverse).sum_to_size(scale.shape)
@@ -65,6 +66,7 @@ class _ScaledRMSNorm(torch.autograd.Function):
         return normed.mul_(scale) if shift is None else torch.addcmul(shift, normed, scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, inverse, scale = ctx.saved_tensors
         (gradient,) = gradients
@@ -117,6 +119,7 @@ class _RotatedRMSNorm(torch.autograd.Function):
         return _add_swapped(out, x, rope[1] * weight.roll(half, -1)).mul_(inverse)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, inverse, weight, rope = ctx.saved_tensors
         (gradient,) = gradients

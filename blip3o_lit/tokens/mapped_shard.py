@@ -74,9 +74,18 @@ class Shard:
         )
 
     def content(self, column: int, sample: int, start: int, end: int) -> np.ndarray:
-        """Return a read-only view of one sample's stored bytes in an array, from start to end."""
+        """Return a read-only view of one sample's stored bytes in an array, from start to end.
+
+        Raises:
+            UserError: If the offsets point behind the shard's end.
+        """
         offset = int(self.offsets[sample, column])
-        return self.bytes[offset + start : offset + end]
+        view = self.bytes[offset + start : offset + end]
+        if len(view) != end - start:
+            raise UserError(
+                f"{self.entry.offsets} points behind the end of {self.entry.file}: {self.repair}"
+            )
+        return view
 
     def key(self, sample: int) -> str:
         """Return a sample's key, from the tar header of its KEY.json."""

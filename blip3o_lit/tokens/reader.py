@@ -104,9 +104,9 @@ class TokenStore:
         shape = (len(located), spec.shape[0] - first, *spec.shape[1:])
         out = torch.empty(shape, dtype=dtype, pin_memory=pin)
         flat = (out.view(torch.int16) if dtype == torch.bfloat16 else out).numpy()
-        content = out.view(len(located), -1).view(torch.uint8).numpy()
         column, end = self._columns[array], spec.nbytes
         start = end // spec.shape[0] * first
+        content = out.view(-1).view(torch.uint8).view(len(located), end - start).numpy()
         for i, place in enumerate(located):
             np.copyto(content[i], place.shard.content(column, place.sample, start, end))
             known = self._finite.get((place.number, array))

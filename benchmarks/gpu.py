@@ -17,7 +17,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import delivery
-from benchmarks.timing import interleaved, result, save, show
+from benchmarks.timing import interleaved, result
 from benchmarks.training import SHAPE, model_config
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
@@ -57,10 +57,7 @@ def seconds_a_call(call: Callable[[], None], device: torch.device, calls: int) -
 
 
 def run() -> list[dict[str, Any]]:
-    """Time every case, eager and compiled by block, then what surrounds a step.
-
-    Shows and saves its results itself.
-    """
+    """Time every case, eager and compiled by block, then what surrounds a step."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     peak = peak_flops(device, "bf16")
@@ -75,11 +72,7 @@ def run() -> list[dict[str, Any]]:
             found += _case(label, config, shape, images, target, compiled, device, peak)
     _optimizers(device)
     found += delivery.run() if cuda else []
-    if found:  # before the one part that no machine of ours has run
-        show(found)
-        save(found)
-    _captured(device)
-    return []
+    return found
 
 
 def sized(name: str, device: torch.device) -> ModelConfig:
@@ -101,38 +94,6 @@ def _optimizers(device: torch.device) -> None:
         optimizer.found_inf = torch.zeros((), device=device)  # type: ignore[attr-defined]
         seconds = seconds_a_call(lambda step=optimizer.step: step() and None, device, 9)
         print(f"  gpu/base optimizer {name}: {1e3 * seconds:.2f} ms a step")
-
-
-def _captured(device: torch.device) -> None:
-    """Print what heun-10 gains as one CUDA graph: the whole sampler, all evaluations."""
-    batch = 8 if device.type == "cuda" else 2
-    with torch.device(device):
-        network, objective = (
-            build_network(sized("base", device), SHAPE),
-            FlowObjective(FlowConfig()),
-        )
-        condition = torch.randn(batch, 256, 4096)
-        noise_BND = torch.randn(batch, 256, 1024)
-
-    def generate() -> None:
-        # Weights are cast inside the graph: a cache from outside it would not be replayed.
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
-            sample(objective, network, condition, noise_BND, SolverConfig("heun", 10))
-
-    eager = seconds_a_call(generate, device, 5)
-    line = f"  gpu/base heun-10, batch {batch}: eager {batch / eager:.1f} images/s"
-    if device.type != "cuda":
-        print(f"{line}; a CPU has no graphs")
-        return
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            generate()
-    except RuntimeError as error:
-        print(f"{line}; not captured: {str(error).splitlines()[0]}")
-        return
-    replayed = seconds_a_call(graph.replay, device, 5)
-    print(f"{line}, one CUDA graph {batch / replayed:.1f} images/s")
 
 
 def _case(

@@ -24,7 +24,7 @@ from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.build import build_network
-from blip3o_lit.models.layers import ImageLinear
+from blip3o_lit.models.weight_format import follow_autocast
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -151,9 +151,8 @@ def _rehearse(
         network = build_network(model, shape)
     if precision == "bf16_true":
         network.bfloat16()
-    for layer in network.modules():
-        if isinstance(layer, ImageLinear):
-            layer.follows_autocast = accelerator
+    if accelerator:
+        follow_autocast(network)
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.to_empty(device="cpu")
         objective = FlowObjective(flow)

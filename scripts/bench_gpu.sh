@@ -23,3 +23,4 @@ print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, "
       f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU: toy sizes'}")
 PY
 "$python" -m benchmarks ONLY=gpu
+"$python" -m benchmarks ONLY=cuda_graph

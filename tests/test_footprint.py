@@ -23,6 +23,7 @@ from blip3o_lit.forecast import rank_bytes
 from blip3o_lit.models.build import build_network
 from blip3o_lit.models.layers import ImageLinear
 from blip3o_lit.models.optimizer import make_optimizer
+from blip3o_lit.models.weight_format import follow_autocast
 from blip3o_lit.training import run_training
 
 SHAPE = PairShape(TokenShape((8, 8), False, 96), TokenShape((8, 8), False, 64))
@@ -36,9 +37,8 @@ def train(
 ) -> None:
     """Two optimizer steps of two micro-batches each, as the trainer takes them."""
     network = build_network(model, SHAPE)
-    for layer in network.modules():
-        if isinstance(layer, ImageLinear):
-            layer.follows_autocast = accelerator
+    if accelerator:
+        follow_autocast(network)
     if precision == "bf16_true":
         network.bfloat16()
     average = copy.deepcopy(network).float().requires_grad_(False)

@@ -22,8 +22,7 @@ from blip3o_lit.config.trainer import PrecisionConfig
 from blip3o_lit.export import export
 from blip3o_lit.loading import find_weights, load, solver_from_label
 from blip3o_lit.models.build import build_network
-from blip3o_lit.models.layers import ImageLinear
-from blip3o_lit.models.weight_format import cast_weights
+from blip3o_lit.models.weight_format import cast_weights, follow_autocast
 from blip3o_lit.sharing import write_export
 
 
@@ -193,9 +192,10 @@ def test_weights_are_cast_once_and_the_numbers_are_autocasts(run, tmp_path):
             for one in (cast, stored)
         ]
         assert torch.equal(made[0].x1_BND, made[1].x1_BND)
-    for number, shared in enumerate((cast, stored)):
-        write_export(shared, tmp_path / str(number))
-        saved = load_file(tmp_path / str(number) / "model.safetensors")
+    out = export(ExportConfig(ckpt=str(run), out=str(tmp_path / "shared")))
+    write_export(cast, tmp_path / "written")
+    for folder in (out, tmp_path / "written"):
+        saved = load_file(folder / "model.safetensors")
         assert all(tensor.dtype == torch.float32 for tensor in saved.values())
         for name, tensor in stored.translator.state_dict().items():
             assert torch.equal(saved[name], tensor), name
@@ -217,9 +217,7 @@ def test_cast_weights_are_autocasts_on_an_accelerator_too(model: ModelConfig) ->
     network = build_network(model, shape).requires_grad_(False)
     for parameter in network.parameters():  # gates start at zero: nothing would be tested
         parameter.add_(0.1 * torch.randn_like(parameter))
-    for layer in network.modules():
-        if isinstance(layer, ImageLinear):
-            layer.follows_autocast = True
+    follow_autocast(network)
     inputs = torch.randn(2, 16, 16), torch.rand(2), torch.randn(2, 17, 24)
     cast = copy.deepcopy(network)
     cast_weights(cast, torch.bfloat16)

@@ -211,7 +211,7 @@ class ImageLinear(nn.Linear):
     """
 
     follows_autocast = False
-    """Set on a layer: be as on an accelerator, where it is a linear layer like any other."""
+    """Be as on an accelerator, where it is a linear layer like any other."""
 
     @property
     def keeps_format(self) -> bool:

@@ -87,7 +87,7 @@ def muon_step(group: dict[str, Any], state: dict[Any, Any], found_inf: Tensor | 
             gradients = [torch.where(skipped, b, g) for b, g in zip(buffers, gradients)]
         _foreach_lerp_(buffers, gradients, 1 - momentum)
         steps = _foreach_lerp(gradients, buffers, momentum)
-        del gradients
+        del gradients  # Each is let go as soon as the next is made of it: a stack is large.
         whole = steps[0] if len(stack) == 1 else torch.stack(steps)
         del steps
         made = orthogonalised(whole).float()

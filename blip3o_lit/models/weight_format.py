@@ -8,6 +8,13 @@ from torch import nn
 from blip3o_lit.models.layers import ImageLinear
 
 
+def follow_autocast(network: nn.Module) -> None:
+    """Let a network on a CPU treat its weights as on an accelerator: to autocast all are alike."""
+    for layer in network.modules():
+        if isinstance(layer, ImageLinear):
+            layer.follows_autocast = True
+
+
 def cast_weights(network: nn.Module, dtype: torch.dtype) -> None:
     """Cast the weights of linear layers in place, as autocast would at each of their calls.
 

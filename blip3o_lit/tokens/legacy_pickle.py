@@ -27,6 +27,7 @@ from blip3o_lit.tokens.legacy_arrays import (
     take,
     tensor,
 )
+from blip3o_lit.tokens.legacy_bytes import ByteRange
 
 MAX_OPCODES = 100_000_000
 """Opcodes of one file; 91,333 samples of the seeds need 400,000, a file of empty lists far more."""
@@ -58,21 +59,16 @@ class Global:
         self.name = name
 
 
-class PickleReader:
+class PickleReader(ByteRange):
     """Interprets pickles that lie one after another in a range of bytes of a file."""
 
     def __init__(
         self, file: BinaryIO, start: int, end: int, where: str, inside_tensor: bool = False
     ) -> None:
-        """Read from byte `start`, never beyond `end`; `where` names the file in messages."""
-        self.file, self.position, self.end, self.where = file, start, end, where
+        """Read a range as `ByteRange` says; other globals are allowed inside a tensor's bytes."""
+        super().__init__(file, start, end, where)
         self.inside_tensor = inside_tensor
         self.storages: dict[str, Storage] = {}
-        file.seek(start)
-
-    def fail(self, reason: str) -> UserError:
-        """Return the error for the current position."""
-        return UserError(f"{self.where}: {reason} (byte {self.position})")
 
     def load(self) -> Any:
         """Return the next pickle's value.
@@ -94,44 +90,6 @@ class PickleReader:
                 raise
             raise self.fail(f"damaged pickle ({type(error).__name__}): copy it again") from error
         raise self.fail(f"more than {MAX_OPCODES:,} opcodes, which no embedding file has")
-
-    # Bytes
-
-    def read(self, count: int) -> bytes:
-        """Return the next `count` bytes."""
-        self.need(count)
-        data = self.file.read(count)
-        self.position += count
-        if len(data) != count:
-            raise self.fail("the file became shorter while it was read")
-        return data
-
-    def need(self, count: int) -> None:
-        """Refuse a length beyond the end, before anything of that size is allocated."""
-        if count > self.end - self.position:
-            raise self.fail(f"cut off: {count} more bytes are promised than the file has")
-
-    def line(self, encoding: str = "utf-8") -> str:
-        """Return a text argument of protocol 0."""
-        data = self.file.readline(self.end - self.position)
-        self.position += len(data)
-        if not data.endswith(b"\n"):
-            raise self.fail("cut off inside a line")
-        return data[:-1].decode(encoding)
-
-    def number(self, layout: str) -> Any:
-        """Return a binary number."""
-        return struct.unpack(layout, self.read(struct.calcsize(layout)))[0]
-
-    def span(self, size: int) -> Span:
-        """Skip `size` bytes and return where they lie."""
-        self.need(size)
-        span = Span(self.file, self.position, size, self.where)
-        self.position += size
-        self.file.seek(self.position)
-        return span
-
-    # Opcodes
 
     def step(self, code: bytes) -> None:
         """Apply one opcode."""

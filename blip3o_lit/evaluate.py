@@ -32,8 +32,8 @@ COLUMNS = {
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score one checkpoint; write evaluation.json and report.html; return the former's content."""
+    from blip3o_lit.budget.out_of_memory import batch_limit
     from blip3o_lit.loading import best_device, find_weights, load
-    from blip3o_lit.relief import batch_limit
     from blip3o_lit.report.page import write_report
     from blip3o_lit.scoring.readers import open_readers
     from blip3o_lit.scoring.score import Scorer

@@ -43,10 +43,10 @@ def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
     from rich.console import Console
     from rich.table import Table
 
+    from blip3o_lit.budget.out_of_memory import batch_limit
     from blip3o_lit.inference import BLIP3oInference
     from blip3o_lit.pictures import embed_captions, picture_files, rank_captions
     from blip3o_lit.progress import Work
-    from blip3o_lit.relief import batch_limit
     from blip3o_lit.towers.load import load_tower
 
     assert config.images
@@ -97,9 +97,9 @@ def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
 
 def generate(config: GenerateConfig) -> Path:
     """Translate a store's condition tokens; return the folder of the generated store."""
+    from blip3o_lit.budget.out_of_memory import batch_limit
     from blip3o_lit.evaluate import progress
     from blip3o_lit.loading import best_device, load
-    from blip3o_lit.relief import batch_limit
     from blip3o_lit.tokens.index import TokenIndex
     from blip3o_lit.tokens.reader import TokenReader, TokenStore
 

@@ -27,8 +27,7 @@ from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.build import build_network
-from blip3o_lit.models.weight_format import cast_weights
-from blip3o_lit.plan import inference_autocast
+from blip3o_lit.models.precision import PRECISIONS, cast_weights
 from blip3o_lit.sharded_checkpoint import PLAIN
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.translator import Translator
@@ -150,7 +149,7 @@ def _translator(config: TrainConfig, shape: PairShape, device: str | torch.devic
     """Return a translator of a config, its weights as the initialisation leaves them."""
     parts: list[nn.Module] = [build_network(config.model, shape), FlowObjective(config.flow)]
     parts += [Standardizer.like(shape.condition), Standardizer.like(shape.target)]
-    autocast = inference_autocast(config.precision.name, device)
+    autocast = PRECISIONS[config.precision.name].inference(device)
     return Translator(*parts, autocast=autocast)  # type: ignore[arg-type]
 
 

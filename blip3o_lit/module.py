@@ -28,6 +28,7 @@ from blip3o_lit.flow.times import training_times
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.models.build import build_network
 from blip3o_lit.models.optimizer import make_optimizer
+from blip3o_lit.models.precision import PRECISIONS
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.tokens.world import align_checkpoint
 from blip3o_lit.translator import Translator
@@ -87,9 +88,8 @@ class TranslationModule(LightningModule):
         with torch.device("meta"):
             self.network = build_network(config.model, shape)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
-        self.low = torch.bfloat16 if config.precision.name == "bf16_true" else None
-        if self.low is not None:
-            self.network.to(self.low)
+        self.formats = PRECISIONS[config.precision.name]
+        self.network.to(self.formats.weights)
         if config.strategy.name != "fsdp2":
             self._start(torch.device("cpu"))
         self.objective = FlowObjective(config.flow)
@@ -124,18 +124,21 @@ class TranslationModule(LightningModule):
             return
         from blip3o_lit.sharding import shard
 
-        compute = {"bf16": torch.bfloat16, "bf16_true": torch.bfloat16, "fp16": torch.float16}
         assert self.device_mesh is not None
+        compute = self.formats.products if self.formats.low else None
         for network in (self.network, self.ema):
             mesh = self.device_mesh["data_parallel"]
-            shard(network, mesh, compute.get(self.config.precision.name))
+            shard(network, mesh, compute)
         self._start(self.trainer.strategy.root_device)
 
     @property
     def translator(self) -> Translator:
         """The averaged network with its flow and scales."""
         scales = (self.condition_standardizer, self.target_standardizer)
-        return Translator(self.ema, self.objective, *scales, autocast=self.low)
+        # Lightning's autocast covers mixed formats; bf16_true is all the module's own.
+        mixed = self.formats.autocast is not None
+        low = self.formats.products if self.formats.low and not mixed else None
+        return Translator(self.ema, self.objective, *scales, autocast=low)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the flow-matching loss of one micro-batch."""
@@ -229,7 +232,7 @@ class TranslationModule(LightningModule):
         self.gradient_norm = norm
         self.step_records.append(StepRecord(self.global_step + 1, finite, self.step_samples))
         self.step_samples = []
-        if self.config.precision.name == "fp16":
+        if self.formats.loss_scale:
             return  # the loss scaler skips overflowing steps itself
         if full is None:
             # What a loss scaler would set: the fused kernel then leaves weights and moments alone,
@@ -242,7 +245,7 @@ class TranslationModule(LightningModule):
         """Return the optimizer and its schedule by step."""
         config = self.config.optimizer
         # Fused AdamW unscales fp16 gradients itself, after they were clipped: keep it apart.
-        optimizer = make_optimizer(self.network, config, self.config.precision.name != "fp16")
+        optimizer = make_optimizer(self.network, config, not self.formats.loss_scale)
         schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step, self.steps))
         return {
             "optimizer": optimizer,

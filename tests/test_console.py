@@ -10,7 +10,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,41 +18,55 @@ from made_run import small_config
 from test_faults import in_child
 from test_training import config
 
+from blip3o_lit.budget.activations import activations
+from blip3o_lit.budget.out_of_memory import advice, batch_limit, savings
+from blip3o_lit.budget.placement import Placement
+from blip3o_lit.budget.plan import Plan
+from blip3o_lit.budget.states import rank_bytes, units
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape, TokenShape
-from blip3o_lit.config.trainer import PrecisionConfig, StrategyConfig, TrainerConfig
+from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.config.trainer import PrecisionConfig, TrainerConfig
 from blip3o_lit.doctor import COMPLETION
-from blip3o_lit.plan import Plan
-from blip3o_lit.relief import batch_limit, relief, savings
+from blip3o_lit.models.precision import PRECISIONS
 from blip3o_lit.training import run_training
 
 
-def made_plan(**changes: Any) -> Plan:
+def made_plan(run: TrainConfig, world: int, micro_batch: int, strategy: str = "single") -> Plan:
+    """Figures of a layout on a CPU, without a store."""
     side = TokenShape((16, 16), False, 1024)
-    figures = dict(
-        parameters=1, forward_flops=1, batch=256, accumulation=1, steps=1, train_images=1
+    shape = PairShape(side, side)
+    formats, parts = PRECISIONS[run.precision.name], units(run.model, shape)
+    return Plan(
+        placement=Placement("cpu", world, 1, strategy, formats, micro_batch, 1),
+        device="cpu",
+        units=parts,
+        forward_flops=1,
+        recomputed=run.model.activation_checkpointing,
+        batch=256,
+        steps=1,
+        train_images=1,
+        validation_images=1,
+        tokens="",
+        run_dir=None,
+        shape=shape,
+        state_bytes=rank_bytes(strategy, parts, formats, run.optimizer.name, world),
+        activations=activations(run.model, run.flow, shape, formats),
     )
-    figures |= dict(validation_images=1, micro_batch=48, world=1, state_gib=8.0, activation_gib=1.0)
-    names = {"device": "cuda", "precision": "bf16", "strategy": "ddp", "tokens": ""}
-    return Plan(**{**figures, **names, **changes}, run_dir=Path(), shape=PairShape(side, side))
 
 
 def test_memory_that_runs_out_names_the_next_batch_and_what_saves_most() -> None:
     run = replace(small_config(), model=ModelConfig(), precision=PrecisionConfig("bf16"))
-    said = relief(run, made_plan())
-    assert said.startswith(
-        "out of memory on cuda with micro_batch_size=48: try micro_batch_size=24"
-    )
-    assert re.search(r"; model\.activation_checkpointing=true saves most, about \d+\.\d GiB", said)
-    many = replace(run, strategy=StrategyConfig("ddp"))
-    said = relief(many, made_plan(world=8, micro_batch=1, state_gib=40.0))
-    assert said.endswith("micro_batch_size=1: strategy=fsdp2 saves most, about 35.0 GiB a process")
+    line = advice(run, made_plan(run, 1, 48))
+    assert line.startswith("out of memory on cpu with micro_batch_size=48: try micro_batch_size=24")
+    assert re.search(r"; model\.activation_checkpointing=true saves most, about \d+\.\d GiB", line)
     lean = replace(run, model=replace(run.model, activation_checkpointing=True))
-    assert max(savings(lean, made_plan()).values()) == 0
-    assert relief(lean, made_plan(micro_batch=1)).endswith("try a smaller model=")
+    assert "strategy=fsdp2 saves most" in advice(lean, made_plan(lean, 8, 1, "ddp"))
+    assert max(savings(lean, made_plan(lean, 1, 48)).values()) == 0
+    assert advice(lean, made_plan(lean, 1, 1)).endswith("try a smaller model=")
     full = replace(run, precision=PrecisionConfig("fp32"))
-    assert savings(full, made_plan())["precision=bf16"] > 0
+    assert savings(full, made_plan(full, 1, 48))["precision=bf16"] > 0
 
 
 def test_a_run_that_truly_runs_out_says_it_in_one_line(tmp_path: Path) -> None:

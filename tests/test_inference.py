@@ -22,7 +22,7 @@ from blip3o_lit.config.trainer import PrecisionConfig
 from blip3o_lit.export import export
 from blip3o_lit.loading import find_weights, load, solver_from_label
 from blip3o_lit.models.build import build_network
-from blip3o_lit.models.weight_format import cast_weights, follow_autocast
+from blip3o_lit.models.precision import cast_weights
 from blip3o_lit.sharing import write_export
 
 
@@ -210,14 +210,12 @@ def test_weights_are_cast_once_and_the_numbers_are_autocasts(run, tmp_path):
     ],
     ids=["aligned", "cross", "nextdit"],
 )
-def test_cast_weights_are_autocasts_on_an_accelerator_too(model: ModelConfig) -> None:
-    """There layers of one row an image are cast as well; a flag makes a CPU do the same."""
+def test_cast_weights_are_those_that_autocast_makes(model: ModelConfig) -> None:
     shape = PairShape(TokenShape((4, 4), True, 24), TokenShape((4, 4), False, 16))
     torch.manual_seed(0)
     network = build_network(model, shape).requires_grad_(False)
     for parameter in network.parameters():  # gates start at zero: nothing would be tested
         parameter.add_(0.1 * torch.randn_like(parameter))
-    follow_autocast(network)
     inputs = torch.randn(2, 16, 16), torch.rand(2), torch.randn(2, 17, 24)
     cast = copy.deepcopy(network)
     cast_weights(cast, torch.bfloat16)

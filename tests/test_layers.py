@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from blip3o_lit.config.shape import TokenShape
-from blip3o_lit.models import layers
-from blip3o_lit.models.gated import silu_product
 from blip3o_lit.models.layers import (
     GELUMLP,
     DeepAdapter,
-    ImageLinear,
     SelfAttention,
     SwiGLU,
     TimeEmbedding,
@@ -77,22 +72,13 @@ def test_rotation_commutes_with_dtype():
     )
 
 
-@pytest.mark.parametrize("backend", [attend, layers._attend_explicitly])
-def test_grouped_queries_equal_repeated_keys_and_values(backend):
+def test_grouped_queries_equal_repeated_keys_and_values():
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 5, 6, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
     keys, values = (x.repeat_interleave(3, 2).transpose(1, 2) for x in (k, v))
     weights = (q.transpose(1, 2) @ keys.transpose(-1, -2) / 8**0.5).softmax(-1)
     expected = (weights @ values).transpose(1, 2).reshape(2, 5, 48)
-    torch.testing.assert_close(backend(q, k, v), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_bf16_training_attention_agrees_with_sdpa():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 9, heads, 8).bfloat16() for heads in (4, 2, 2))
-    with torch.no_grad():
-        sdpa = attend(q, k, v)
-    torch.testing.assert_close(attend(q, k, v), sdpa, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(attend(q, k, v), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_self_attention_without_positions_ignores_the_order():
@@ -109,18 +95,6 @@ def test_query_key_norm_makes_attention_blind_to_their_scale():
     before = layer(x, None)
     layer.qkv.weight.data[:48] *= 100
     torch.testing.assert_close(layer(x, None), before, atol=1e-4, rtol=1e-4)
-
-
-def test_gated_product_has_autograds_own_gradients():
-    torch.manual_seed(0)
-    gate_up = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(silu_product, gate_up)
-    low = torch.randn(2, 3, 12, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(2, 3, 6, dtype=torch.bfloat16)
-    gate, up = low.chunk(2, -1)
-    (expected,) = torch.autograd.grad(F.silu(gate) * up, low, weight)
-    (found,) = torch.autograd.grad(silu_product(low), low, weight)
-    assert torch.equal(found, expected)
 
 
 def test_swiglu_is_its_formula():
@@ -164,29 +138,3 @@ def test_time_embedding_takes_the_dtype_of_its_weights_and_keeps_times_apart():
     assert embed.bfloat16()(t).dtype == torch.bfloat16
     near = embed(t)
     assert (near[0] - near[1]).abs().max() > 1e-2
-
-
-def test_a_map_of_one_row_an_image_uses_its_weight_as_it_is_on_a_cpu():
-    """Autocast would write the weight anew in bf16, and its gradient back in fp32."""
-    casts: list[int] = []
-
-    class Casts(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.aten._to_copy.default:
-                casts.append(args[0].numel())
-            return func(*args, **(kwargs or {}))
-
-    x = torch.randn(2, 32, dtype=torch.bfloat16)
-    for follows, dtype in ((False, torch.float32), (True, torch.bfloat16)):
-        layer = ImageLinear(32, 48)
-        layer.follows_autocast = follows
-        casts.clear()
-        casting = Casts()
-        with casting, torch.autocast("cpu", torch.bfloat16):
-            out = layer(x)
-        with casting:
-            out.float().sum().backward()
-        assert out.dtype == dtype
-        assert layer.weight.grad is not None
-        assert layer.weight.grad.dtype == torch.float32
-        assert (layer.weight.numel() in casts) == follows

@@ -14,7 +14,7 @@ NORMALISE = ("none", "l2")
 WEIGHTINGS = ("none", "velocity", "sample")
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class FlowConfig:
     """x_t = alpha(t) x1 + sigma(t) z; t = 0 is noise, t = 1 is data."""
 

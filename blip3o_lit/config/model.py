@@ -26,7 +26,7 @@ DIT_SWITCHES = (
 )
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class ModelConfig:
     """A diffusion transformer."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.models.layers import GELUMLP, CrossAttention, SelfAttention, SwiGLU
 from blip3o_lit.models.network import KeysValues
-from blip3o_lit.models.rms_norm import modulate, norm_layer
+from blip3o_lit.models.norms import modulate, norm_layer
 
 
 class Branch(nn.Module):

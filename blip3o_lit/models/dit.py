@@ -1,10 +1,12 @@
 """The diffusion transformer (DiT; Peebles and Xie, 2023) that translates condition tokens.
 
 Shape suffixes: B batch, N target tokens, D target width, M condition tokens, C condition width,
-W network width.
+W network width, R rows of modulation.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +16,9 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.models.block import Block, Branch
-from blip3o_lit.models.layers import DeepAdapter, ImageLinear, TimeEmbedding, rope_table
+from blip3o_lit.models.layers import DeepAdapter, TimeEmbedding, rope_table
 from blip3o_lit.models.network import EncodedCondition, Network
-from blip3o_lit.models.rms_norm import modulate, norm_layer
+from blip3o_lit.models.norms import modulate, norm_layer
 from blip3o_lit.models.start import Rules, narrow_normal
 
 
@@ -49,7 +51,7 @@ class DiT(Network):
             if deep
             else nn.Linear(source.width, width)
         )
-        self.pool = ImageLinear(source.width, width)
+        self.pool = nn.Linear(source.width, width)
         lone_cls = self.aligned and target.cls and not source.cls
         self.cls_condition = nn.Parameter(torch.empty(width)) if lone_cls else None
         learned = config.positions == "learned"
@@ -62,7 +64,7 @@ class DiT(Network):
         self.rows = 2 + config.depth * (6 if self.aligned else 9)
         # One matmul makes the shifts, scales and gates of all blocks and of the output norm.
         adaln = config.time == "adaln"
-        self.modulation = ImageLinear(width, self.rows * width) if adaln else None
+        self.modulation = nn.Linear(width, self.rows * width) if adaln else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.output_norm = None if adaln else norm_layer(config.norm, width)
         self.output = nn.Linear(width, target.width)
@@ -129,13 +131,15 @@ class DiT(Network):
         if self.positions is not None:
             x_BNW = x_BNW + self.positions.to(x_BNW.dtype)
         signal_B1W = (self.time(t_B) + encoded.pooled)[:, None]
-        by_block, last = [None] * len(self.blocks), None
+        by_block: Sequence[Tensor | None] = [None] * len(self.blocks)
+        last = None
         if self.modulation is None:
             x_BNW = x_BNW + signal_B1W.to(x_BNW.dtype)
         else:
-            rows = self.modulation(F.silu(signal_B1W)).to(x_BNW.dtype)
-            rows = rows.unflatten(-1, (-1, self.config.width))
-            *by_block, last = rows.split((self.rows - 2) // len(self.blocks), 2)
+            rows_B1RW = self.modulation(F.silu(signal_B1W)).to(x_BNW.dtype)
+            rows_B1RW = rows_B1RW.unflatten(-1, (self.rows, self.config.width))
+            last = rows_B1RW[:, :, -2:]
+            by_block = rows_B1RW[:, :, :-2].chunk(len(self.blocks), 2)
         rope = None if self.rope is None else self.rope.to(x_BNW.dtype)
         pairs = encoded.keys_values or [None] * len(self.blocks)
         x_BNW = self.run_blocks(x_BNW, ((m, rope, p) for m, p in zip(by_block, pairs)))

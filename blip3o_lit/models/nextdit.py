@@ -7,7 +7,8 @@ The released weights count time from data to noise and predict noise - data; her
 to data, so the sinusoids are those of 1 - t and `load_official` turns the output's sign.
 
 Shape suffixes: B batch, N target tokens, D target width, M condition tokens, C condition width,
-W network width, H query heads, G key and value heads, K head width, T time embedding width.
+W network width, H query heads, G key and value heads, K head width, T time embedding width,
+R rows of modulation.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from torch import Tensor, nn
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape
-from blip3o_lit.models.layers import ImageLinear, SwiGLU, TimeEmbedding, attend, rope_table, rotate
+from blip3o_lit.models.layers import SwiGLU, TimeEmbedding, attend, rope_table, rotate
 from blip3o_lit.models.network import EncodedCondition, KeysValues, Network
+from blip3o_lit.models.norms import RMSNorm
 from blip3o_lit.models.official import from_official, to_official
-from blip3o_lit.models.rms_norm import RMSNorm
 from blip3o_lit.models.start import Rules, narrow_normal
 
 EPS = 1e-5
@@ -111,10 +112,10 @@ class NextDiT(Network):
         self.caption_first = nn.Linear(shape.condition.width, width)
         self.caption_second = nn.Linear(width, width)
         self.pool_norm = nn.LayerNorm(width, EPS)
-        self.pool = ImageLinear(width, signal)
+        self.pool = nn.Linear(width, signal)
         self.time = TimeEmbedding(signal)
         # One matmul makes the scales and gates of all blocks and of the output norm.
-        self.modulation = ImageLinear(signal, (4 * config.depth + 1) * width)
+        self.modulation = nn.Linear(signal, (4 * config.depth + 1) * width)
         self.blocks = nn.ModuleList(NextDiTBlock(config) for _ in range(config.depth))
         self.output_norm = nn.LayerNorm(width, 1e-6, elementwise_affine=False)
         self.output = nn.Linear(width, shape.target.width)
@@ -154,12 +155,12 @@ class NextDiT(Network):
         encoded = self.encoded(condition)
         x_BNW = self.input(x_BND.to(self.input.weight.dtype))
         signal_B1T = (self.time(1 - t_B.float()) + encoded.pooled)[:, None]
-        rows = self.modulation(F.silu(signal_B1T)).to(x_BNW.dtype)
-        rows = rows.unflatten(-1, (-1, self.config.width))
-        *by_block, last = rows.split(4, 2)
+        rows_B1RW = self.modulation(F.silu(signal_B1T)).to(x_BNW.dtype)
+        rows_B1RW = rows_B1RW.unflatten(-1, (-1, self.config.width))
+        by_block, last_B1W = rows_B1RW[:, :, :-1].split(4, 2), rows_B1RW[:, :, -1]
         rope, pairs = self.rope.to(x_BNW.dtype), encoded.keys_values or ()
         x_BNW = self.run_blocks(x_BNW, ((m, rope, p) for m, p in zip(by_block, pairs)))
-        x_BNW = self.output_norm(x_BNW) * (1 + last[:, :, 0])
+        x_BNW = self.output_norm(x_BNW) * (1 + last_B1W)
         return self.output(x_BNW).to(x_BND.dtype)
 
     def load_official(self, state: Mapping[str, Tensor]) -> None:

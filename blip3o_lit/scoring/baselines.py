@@ -27,6 +27,7 @@ from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.loading import Loaded
 from blip3o_lit.models.baselines import MeanToken, Ridge
+from blip3o_lit.models.precision import PRECISIONS
 from blip3o_lit.models.regression import PatchMLP, Regression
 from blip3o_lit.tokens.reader import TokenReader
 from blip3o_lit.translator import Translator
@@ -87,7 +88,7 @@ def fit_settings(loaded: Loaded, config: EvaluateConfig) -> FitSettings:
         steps=min(loaded.facts["step"] or run.trainer.max_steps, config.baseline_steps),
         batch_size=run.batch_size,
         optimizer=run.optimizer,
-        bf16=run.precision.name in ("bf16", "bf16_true"),
+        bf16=PRECISIONS[run.precision.name].products == torch.bfloat16,
         cosine_weight=run.flow.cosine_weight,
         images=config.baseline_images,
         seed=run.seed,

@@ -12,10 +12,11 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,9 +25,7 @@ from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.build import build_network
-from blip3o_lit.models.weight_format import follow_autocast
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from blip3o_lit.models.precision import Precision
 
 
 class LiveBytes(TorchDispatchMode):
@@ -65,33 +64,6 @@ class LiveBytes(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Units:
-    """Parameters of a network, as FSDP2 shards it."""
-
-    total: int
-    largest: int
-    """Of the largest part that is gathered at once: a block, or the modulation matrix."""
-    rest: int
-    """Outside those parts; gathered during the whole pass."""
-    hidden: int
-    """In the weights of the blocks' linear layers, which Muon steps."""
-
-
-def units(model: ModelConfig, shape: PairShape) -> Units:
-    """Count a network's parameters without memory."""
-    with torch.device("meta"):
-        network = build_network(model, shape)
-
-    def count(module: nn.Module | None) -> int:
-        return 0 if module is None else sum(p.numel() for p in module.parameters())
-
-    parts = [count(part) for part in (*network.blocks, getattr(network, "modulation", None))]
-    linear = (m for m in network.blocks.modules() if isinstance(m, nn.Linear))
-    hidden = sum(layer.weight.numel() for layer in linear)
-    return Units(count(network), max(parts), count(network) - sum(parts), hidden)
-
-
-@dataclass(frozen=True)
 class Activations:
     """Bytes that a micro-batch holds between forward and backward, and while a block is at work."""
 
@@ -105,14 +77,14 @@ class Activations:
         return self.fixed + images * self.image
 
 
+@lru_cache(maxsize=64)
 def activations(
     model: ModelConfig,
     flow: FlowConfig,
     shape: PairShape,
-    precision: str,
-    accelerator: bool = False,
+    precision: Precision,
 ) -> Activations:
-    """Measure what a network keeps for its backward pass, on a CPU or on an accelerator.
+    """Measure what a network keeps for its backward pass.
 
     Kernels are the CPU's, so that no device is touched. What is kept grows by the same amount with
     each image and each block, so 2 and 3 blocks on 1 and 2 images tell it all. One block more
@@ -121,7 +93,7 @@ def activations(
 
     def kept(saving: bool, depth: int, images: int) -> int:
         part = replace(model, depth=depth, activation_checkpointing=saving)
-        return _rehearse(part, flow, shape, images, precision, accelerator)
+        return _rehearse(part, flow, shape, images, precision)
 
     def grown(saving: bool, images: int) -> tuple[int, int]:
         few, more = kept(saving, 2, images), kept(saving, 3, images)
@@ -140,8 +112,7 @@ def _rehearse(
     flow: FlowConfig,
     shape: PairShape,
     images: int,
-    precision: str,
-    accelerator: bool,
+    precision: Precision,
 ) -> int:
     """Return the bytes alive after a forward pass of the whole network and its loss."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -149,17 +120,14 @@ def _rehearse(
     source, target = shape.condition, shape.target
     with torch.device("meta"):
         network = build_network(model, shape)
-    if precision == "bf16_true":
-        network.bfloat16()
-    if accelerator:
-        follow_autocast(network)
+    network.to(precision.weights)
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.to_empty(device="cpu")
         objective = FlowObjective(flow)
         live = LiveBytes()
         for tensor in (*network.parameters(), *network.buffers()):
             live.ignore(tensor)
-        dtype = AUTOCAST.get(precision)
+        dtype = precision.autocast
         with live:
             raw_BMC = torch.empty(images, source.tokens, source.width, dtype=torch.float16)
             raw_BND = torch.empty(images, target.tokens, target.width, dtype=torch.float16)

@@ -1,4 +1,4 @@
-"""Norms: the formula, the hand-written gradient, the dtype."""
+"""Norm layers: the formula, derivatives of each kind, the dtype."""
 
 from __future__ import annotations
 
@@ -8,42 +8,38 @@ import torch.nn.functional as F
 
 from blip3o_lit.config.shape import TokenShape
 from blip3o_lit.models.layers import rope_table
-from blip3o_lit.models.rms_norm import RMSNorm, modulate, rotated, rotated_rms_norm, scaled_rms_norm
+from blip3o_lit.models.norms import RMSNorm, modulate, rotated, rotated_rms_norm
 
 
 def doubles(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-def test_gradients_of_norm_scale_and_shift_are_right():
+def test_norms_have_first_and_second_and_forward_mode_derivatives():
     torch.manual_seed(0)
     x, scale, shift = doubles(2, 3, 8), doubles(2, 1, 8), doubles(2, 1, 8)
-    assert torch.autograd.gradcheck(lambda *a: scaled_rms_norm(*a, 1e-2), (x, scale, shift))
-    for shape in ((8,), (1, 1, 8), (1, 3, 8), (2, 3, 8)):
-        assert torch.autograd.gradcheck(
-            lambda a, b: scaled_rms_norm(a, b, None, 1e-2), (x, doubles(*shape))
-        )
+
+    def norm(x, shift, scale):
+        return modulate(x, shift, scale, eps=1e-2)
+
+    assert torch.autograd.gradcheck(norm, (x, shift, scale), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(norm, (x, shift, scale))
 
 
-def test_a_second_derivative_is_refused_not_wrong():
-    x = doubles(2, 3, 8)
-    (by_x,) = torch.autograd.grad(
-        scaled_rms_norm(x, doubles(8), None, 1e-2).square().sum(), x, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        by_x.sum().backward()
-
-
-def test_norm_and_rotation_in_one_are_the_two_in_turn_with_right_gradients():
+def test_norm_and_rotation_in_one_are_the_two_in_turn():
     torch.manual_seed(0)
     rope = rope_table(TokenShape((2, 2), True, 1), 8).double()
     x, weight = doubles(2, 5, 3, 8), doubles(3, 8)
-    in_turn = rotated(scaled_rms_norm(x, weight, None, 1e-2), rope)
-    torch.testing.assert_close(rotated_rms_norm(x, weight, rope, 1e-2), in_turn)
-    assert torch.autograd.gradcheck(lambda *a: rotated_rms_norm(*a, rope, 1e-2), (x, weight))
-    torch.testing.assert_close(
-        rotated_rms_norm(x, weight[0], None, 1e-2), scaled_rms_norm(x, weight[0], None, 1e-2)
-    )
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-2).sqrt() * weight
+    torch.testing.assert_close(rotated_rms_norm(x, weight, rope, 1e-2), rotated(normed, rope))
+    torch.testing.assert_close(rotated_rms_norm(x, weight, None, 1e-2), normed)
+
+
+def test_autocast_leaves_norms_in_the_format_they_are_given():
+    x, row = torch.randn(2, 3, 8, dtype=torch.bfloat16), torch.randn(2, 1, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert RMSNorm(8)(x).dtype == torch.bfloat16
+        assert modulate(x, row, row).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

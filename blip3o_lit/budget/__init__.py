@@ -1,0 +1,1 @@
+"""What a run takes, worked out before it starts: layout, memory, arithmetic, time."""

@@ -1,0 +1,134 @@
+"""The machine that a run is laid out on: this one, or one imagined for `plan=true`."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.models.precision import Precision
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU's data sheet: dense peaks of matrix products in FLOP/s, and its memory in bytes."""
+
+    low: float
+    """bf16 and fp16."""
+    full: float
+    """fp32, or TF32 where the GPU has it."""
+    memory: float
+
+
+GPUS = {
+    "H200": Gpu(989e12, 494e12, 141e9),
+    "H100": Gpu(989e12, 494e12, 80e9),
+    "A100": Gpu(312e12, 156e12, 80e9),
+    "L40S": Gpu(362e12, 183e12, 48e9),
+    "RTX 4090": Gpu(165e12, 82e12, 24e9),
+    "V100": Gpu(125e12, 15.7e12, 32e9),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What `placement.resolve` needs to know of a machine and of who started the processes."""
+
+    device: str
+    """cpu, cuda or mps."""
+    name: str
+    """The device's name in a plan."""
+    devices: int
+    """Devices of a node that `trainer.devices=auto` takes: all GPUs, one process on a CPU."""
+    memory: int
+    """Bytes of one device."""
+    launcher: str = "plain"
+    """plain, torchrun, srun, or plan for an imagined machine."""
+    processes: int | None = None
+    """Processes of a node that the launcher starts; None where Lightning starts them."""
+    nodes: int | None = None
+    """Nodes that the launcher uses; None where nobody said so."""
+    bf16: bool = True
+    """Whether the device computes bf16 products."""
+    tf32: bool = True
+    """Whether the device computes TF32 products."""
+
+
+def this_machine(
+    accelerator: str,
+    launcher: str = "plain",
+    processes: int | None = None,
+    nodes: int | None = None,
+) -> Machine:
+    """Return the machine that this process runs on.
+
+    Args:
+        accelerator: trainer.accelerator.
+        launcher: Who started the processes.
+        processes: Processes of a node that the launcher starts.
+        nodes: Nodes that the launcher uses.
+
+    Raises:
+        UserError: If the accelerator is not there.
+    """
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"trainer.accelerator={accelerator}: this machine has no CUDA GPU: use cpu")
+    if accelerator == "mps" and not torch.backends.mps.is_available():
+        raise UserError("trainer.accelerator=mps: this machine has no Apple GPU: use cpu")
+    started = {"launcher": launcher, "processes": processes, "nodes": nodes}
+    if accelerator not in ("cpu", "mps") and torch.cuda.is_available():
+        return Machine(
+            device="cuda",
+            name=torch.cuda.get_device_name(0),
+            devices=torch.cuda.device_count(),
+            memory=torch.cuda.get_device_properties(0).total_memory,
+            bf16=torch.cuda.is_bf16_supported(False),
+            tf32=torch.cuda.get_device_capability(0) >= (8, 0),
+            **started,
+        )
+    apple = accelerator != "cpu" and torch.backends.mps.is_available()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    device = "mps" if apple else "cpu"
+    return Machine(device=device, name=device, devices=1, memory=memory, **started)
+
+
+def imagined(gpu: str, processes: int) -> Machine:
+    """Return a machine of `processes` GPUs of one kind.
+
+    Raises:
+        UserError: For an unknown GPU.
+    """
+    if gpu not in GPUS:
+        raise UserError(f"gpu={gpu} is unknown: choose from {', '.join(GPUS)}")
+    memory = int(GPUS[gpu].memory)
+    return Machine("cuda", gpu, processes, memory, "plan", processes=processes, nodes=1)
+
+
+def peak_flops(device: torch.device, name: str, precision: Precision) -> float:
+    """Return the peak of matrix products: from the data sheet of a known GPU, else measured.
+
+    Args:
+        device: The device, which is used only where it has to be measured.
+        name: Its name.
+        precision: The run's number format.
+
+    Returns:
+        FLOP/s of one device; a measurement takes a fraction of a second.
+    """
+    if device.type == "cuda":
+        for known, gpu in GPUS.items():
+            if known in name:
+                return gpu.low if precision.low else gpu.full
+    dtype = precision.products
+    a, b = (torch.randn(2048, 1024, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        started = time.perf_counter()
+        torch.mm(a, b.T)
+        if device.type != "cpu":
+            torch.tensor(0.0, device=device).item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * 2048 * 2048 * 1024 / best

@@ -1,0 +1,151 @@
+"""A run's layout, decided once: devices, processes, strategy, number format, micro-batch.
+
+`resolve` is a pure function of the configuration, the shapes and the machine, so a forecast for a
+machine that is not there and a run on one that is share one path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blip3o_lit.budget.activations import activations
+from blip3o_lit.budget.machine import Machine
+from blip3o_lit.budget.states import rank_bytes, units
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.shape import PairShape
+from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.models.precision import PRECISIONS, Precision
+from blip3o_lit.tokens.world import batch_plan
+
+USABLE = {"cpu": 0.4, "cuda": 0.8, "mps": 0.5}
+"""Share of a device's memory that states and activations may take; the rest is for batches,
+buckets, kernels' workspaces and, on a CPU, for everything else that runs there."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how the work of one optimizer step is done."""
+
+    device: str
+    """cpu, cuda or mps."""
+    devices: int
+    """Processes of a node, one per device."""
+    nodes: int
+    """Nodes."""
+    strategy: str
+    """single, ddp or fsdp2."""
+    precision: Precision
+    """Number format."""
+    micro_batch: int
+    """Images of one forward pass of one process."""
+    accumulation: int
+    """Forward passes of a process per optimizer step."""
+
+    @property
+    def world(self) -> int:
+        """Processes of the run."""
+        return self.devices * self.nodes
+
+
+def resolve(config: TrainConfig, shape: PairShape, machine: Machine) -> Placement:
+    """Decide the layout of a run.
+
+    Args:
+        config: The run's configuration; it is not changed.
+        shape: Shapes of condition and target.
+        machine: Where it runs, or would.
+
+    Raises:
+        UserError: Naming the override that the machine or the other overrides rule out.
+    """
+    precision = _precision(config, machine)
+    devices, nodes = _processes(config, machine)
+    strategy = _strategy(config, machine, devices * nodes)
+    # Refuses batches that don't divide before anything is measured.
+    cut = batch_plan(config.batch_size, config.micro_batch_size, devices * nodes)
+    if config.micro_batch_size is None:
+        micro = fitting_micro_batch(
+            config, shape, machine, strategy, devices * nodes, cut.micro_batch_size
+        )
+        cut = batch_plan(config.batch_size, micro, devices * nodes)
+    return Placement(
+        device=machine.device,
+        devices=devices,
+        nodes=nodes,
+        strategy=strategy,
+        precision=precision,
+        micro_batch=cut.micro_batch_size,
+        accumulation=cut.accumulation,
+    )
+
+
+def _precision(config: TrainConfig, machine: Machine) -> Precision:
+    precision = PRECISIONS[config.precision.name]
+    word = f"precision={precision.name}"
+    if precision.cuda_only and machine.device != "cuda":
+        raise UserError(f"{word} needs a CUDA GPU, this run is on {machine.device}: use bf16")
+    if precision.matmul == "high" and not machine.tf32:
+        raise UserError(f"{word}: this GPU has no TF32: use precision=fp16 or fp32")
+    if precision.low and not precision.loss_scale and not machine.bf16:
+        raise UserError(f"{word}: this GPU has no bf16: use precision=fp16")
+    return precision
+
+
+def _processes(config: TrainConfig, machine: Machine) -> tuple[int, int]:
+    """Return processes per node, and nodes."""
+    wanted, nodes = config.trainer.devices, config.trainer.num_nodes
+    if machine.processes is not None:  # a launcher has started them already
+        there = machine.nodes or 1
+        if machine.launcher != "plan":
+            if wanted not in ("auto", str(machine.processes)):
+                raise UserError(
+                    f"trainer.devices={wanted}: {machine.launcher} started {machine.processes} "
+                    "processes on this node: leave the override out"
+                )
+            if nodes not in (1, there):
+                raise UserError(
+                    f"trainer.num_nodes={nodes}: {machine.launcher} started processes on {there} "
+                    "nodes: leave the override out"
+                )
+        return machine.processes, there
+    if wanted == "auto":
+        return (1 if config.strategy.name == "single" else machine.devices), nodes
+    devices = int(wanted)
+    if machine.device == "cuda" and devices > machine.devices:
+        raise UserError(f"trainer.devices={devices}: this machine has {machine.devices} GPUs")
+    if machine.device == "mps" and devices > 1:
+        raise UserError(f"trainer.devices={devices}: Apple GPUs train in one process")
+    return devices, nodes
+
+
+def _strategy(config: TrainConfig, machine: Machine, world: int) -> str:
+    name = config.strategy.name
+    if name == "auto":
+        return "ddp" if world > 1 else "single"
+    if name == "single" and world > 1:
+        raise UserError(
+            f"strategy=single with {world} processes: use strategy=ddp or fsdp2, or one device"
+        )
+    if name == "fsdp2" and machine.device == "mps":
+        raise UserError("strategy=fsdp2 needs CUDA GPUs or a CPU: use strategy=single")
+    if name == "fsdp2" and config.model.compile:
+        raise UserError("model.compile=true does not work with strategy=fsdp2: drop one of them")
+    return name
+
+
+def fitting_micro_batch(
+    config: TrainConfig, shape: PairShape, machine: Machine, strategy: str, world: int, share: int
+) -> int:
+    """Return the largest divisor of a process's share whose bytes the device holds; at least 1."""
+    precision = PRECISIONS[config.precision.name]
+    parts = units(config.model, shape)
+    needed = activations(config.model, config.flow, shape, precision)
+    room = machine.memory * USABLE[machine.device]
+    for micro in range(share, 1, -1):
+        if share % micro:
+            continue
+        accumulated = micro < share
+        states = rank_bytes(strategy, parts, precision, config.optimizer.name, world, accumulated)
+        if states + needed.of(micro) <= room:
+            return micro
+    return 1

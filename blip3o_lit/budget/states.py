@@ -1,0 +1,114 @@
+"""Bytes of what lasts from step to step: weights, gradients, optimizer, average; by strategy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.shape import PairShape
+from blip3o_lit.models.build import build_network
+from blip3o_lit.models.precision import Precision
+
+
+@dataclass(frozen=True)
+class Units:
+    """Parameters of a network, as FSDP2 shards it."""
+
+    total: int
+    largest: int
+    """Of the largest part that is gathered at once: a block, or the modulation matrix."""
+    rest: int
+    """Outside those parts; gathered during the whole pass."""
+    hidden: int
+    """In the weights of the blocks' linear layers, which Muon steps."""
+
+
+@lru_cache(maxsize=64)
+def units(model: ModelConfig, shape: PairShape) -> Units:
+    """Count a network's parameters without memory."""
+    with torch.device("meta"):
+        network = build_network(model, shape)
+
+    def count(module: nn.Module | None) -> int:
+        return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+    parts = [count(part) for part in (*network.blocks, getattr(network, "modulation", None))]
+    linear = (m for m in network.blocks.modules() if isinstance(m, nn.Linear))
+    hidden = sum(layer.weight.numel() for layer in linear)
+    return Units(count(network), max(parts), count(network) - sum(parts), hidden)
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of what lasts from step to step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.average
+
+    @property
+    def saved(self) -> int:
+        """Those that a checkpoint holds."""
+        return self.total - self.gradients
+
+
+def states(parts: Units, precision: Precision, optimizer: str) -> States:
+    """Return the bytes of a whole network's states.
+
+    AdamW's two moments, and Muon's one, have the weights' format; the average is fp32.
+    """
+    size = precision.weights.itemsize
+    moments = 2 * parts.total - (parts.hidden if optimizer == "muon" else 0)
+    return States(
+        weights=size * parts.total,
+        gradients=size * parts.total,
+        optimizer=size * moments,
+        average=4 * parts.total,
+    )
+
+
+def gathered_bytes(parts: Units, precision: Precision) -> int:
+    """Return what FSDP2 holds beside its shards: weights in use, those on their way, gradients.
+
+    The rest of the network stays gathered, with one part in use and the next one coming; the
+    gradient of one part waits whole to be summed in fp32.
+    """
+    size = precision.products.itemsize
+    return size * (parts.rest + 2 * parts.largest) + (size + 4) * parts.largest
+
+
+def rank_bytes(
+    strategy: str,
+    parts: Units,
+    precision: Precision,
+    optimizer: str,
+    world: int,
+    accumulated: bool = False,
+) -> int:
+    """Return the bytes of weights, gradients, optimizer and average on one process.
+
+    Args:
+        strategy: single, ddp or fsdp2.
+        parts: The network's parameters.
+        precision: The number format.
+        optimizer: A name of the optimizer group.
+        world: Processes.
+        accumulated: Whether a step has several micro-batches: DDP then sums gradients beside the
+            buckets that it sends.
+    """
+    whole = states(parts, precision, optimizer)
+    if strategy == "fsdp2":
+        return whole.total // world + gathered_bytes(parts, precision)
+    if strategy == "ddp" and accumulated:
+        return whole.total + whole.gradients
+    return whole.total

@@ -161,15 +161,7 @@ class FlowObjective(nn.Module):
             extra["semantic"] = self._late(error_B, t_B)
         if max(config.cosine_weight, config.consistency_weight, config.contrastive_weight) > 0:
             read = restore or nn.Identity()
-            pair = read(x1_hat_BND), read(x1_BND)
-            if config.cosine_weight > 0:
-                far_B = 1 - token_cosine(*pair).mean(1)
-                extra["cosine"] = self._late(far_B, t_B)
-            if config.consistency_weight > 0:
-                far_B = 1 - F.cosine_similarity(pair[0].mean(1), pair[1].mean(1), dim=-1)
-                extra["consistency"] = self._late(far_B, t_B)
-            if config.contrastive_weight > 0:
-                extra["contrastive"] = self._late(contrastive(*pair), t_B)
+            extra |= self._raw_terms(read(x1_hat_BND), read(x1_BND), t_B)
         for name, term in extra.items():
             total = total + getattr(config, f"{name}_weight") * term
         return LossTerms(
@@ -190,12 +182,25 @@ class FlowObjective(nn.Module):
             ),
         )
 
+    def _raw_terms(self, raw_hat_BND: Tensor, raw_BND: Tensor, t_B: Tensor) -> dict[str, Tensor]:
+        """Return the terms on the estimate in the towers' own scale."""
+        config, terms = self.config, {}
+        if config.cosine_weight > 0:
+            far_B = 1 - token_cosine(raw_hat_BND, raw_BND).mean(1)
+            terms["cosine"] = self._late(far_B, t_B)
+        if config.consistency_weight > 0:
+            far_B = 1 - F.cosine_similarity(raw_hat_BND.mean(1), raw_BND.mean(1), dim=-1)
+            terms["consistency"] = self._late(far_B, t_B)
+        if config.contrastive_weight > 0:
+            terms["contrastive"] = self._late(contrastive(raw_hat_BND, raw_BND), t_B)
+        return terms
+
     def _unadapted(self, network: Network, condition: Any, x_BND: Tensor, t_B: Tensor) -> Tensor:
         """Return the output in units of its target, before the adaptive scale."""
         scale = self.config.output_scale / self.config.velocity_scale
         if self.config.prediction == "sample" and self.config.time_zero_input == "zero":
             # x_0 is independent of x1 given the condition, so E[x1|x_0, c] = E[x1|c]: noise here
-            # would only be something to unlearn (demo cosine 0.984 with it, 0.987 without).
+            # would only be something to unlearn.
             x_BND = x_BND.masked_fill(over(t_B == 0, x_BND), 0)
         return scaled(network(x_BND, t_B, condition).float(), scale)
 

@@ -241,9 +241,12 @@ def _seed_cosine(sigma_min: float, sigma_max: float) -> Path:
     )
 
 
-_BUILDERS: dict[str, Callable[[float, float], Path]] = dict(
-    zip(PATHS, (_linear, _trigonometric, _seed_linear, _seed_cosine))
-)
+_BUILDERS: dict[str, Callable[[float, float], Path]] = {
+    "linear": _linear,
+    "trigonometric": _trigonometric,
+    "seed_linear": _seed_linear,
+    "seed_cosine": _seed_cosine,
+}
 
 
 def path_named(name: str, sigma_min: float = 0.0, sigma_max: float = 1.0) -> Path:

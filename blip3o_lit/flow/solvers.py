@@ -150,53 +150,73 @@ def sample(
         UserError: If the flow has no value at the solver's first time.
     """
     check_solver(objective.config, solver)
-    guided = solver.guidance_scale != 1
-    null = torch.zeros_like(condition) if guided else None
-    encode = getattr(network, "encode", None)
-    if encode is not None:
-        condition = encode(condition)
-        null = encode(null) if guided else None
-    evaluations = 0
-
-    def counted(x_BND: Tensor, t_B: Tensor, given: Any) -> Tensor:
-        nonlocal evaluations
-        evaluations += 1
-        return network(x_BND, t_B, given).float()
-
-    def evaluated(x_BND: Tensor, t_B: Tensor, given: Any) -> Tensor:
-        out_BND = counted(x_BND, t_B, given)
-        if not guided:
-            return out_BND
-        return torch.lerp(counted(x_BND, t_B, null), out_BND, solver.guidance_scale)
-
-    def times(t: float) -> Tensor:
-        return torch.full((len(noise_BND),), t, device=noise_BND.device)
-
-    def field(x_BND: Tensor, t: float) -> Tensor:
-        return objective.velocity(evaluated, condition, x_BND, times(t), check=False)
-
-    def estimate(x_BND: Tensor, t: float) -> Tensor:
-        return objective.estimate(evaluated, condition, x_BND, times(t), check=False)
-
+    model = _Evaluations(objective, network, condition, solver.guidance_scale)
     first = objective.path.sigma(torch.tensor(solver.start, dtype=torch.float64)).item()
     x_BND = first * objective.scaled_noise(noise_BND.float())
     if solver.name == "mean":
-        states = [estimate(x_BND, 0.0)]
+        states = [model.estimate(x_BND, 0.0)]
     elif solver.name == "ab2":
-        states = multistep(estimate, objective.path, x_BND, time_grid(solver))
+        states = multistep(model.estimate, objective.path, x_BND, time_grid(solver))
     else:
-        grid_S = time_grid(solver)
-        singular = _singular_end(objective, solver, grid_S)
-        if singular and solver.name == "dopri5":
-            grid_S = [t for t in grid_S if t < 1 - LAST_STRETCH] + [1 - LAST_STRETCH, 1.0]
-        if solver.name == "dopri5" and not intermediates:
-            grid_S = [grid_S[0], *grid_S[-2 if singular else -1 :]]
-        covered = grid_S[:-1] if singular else grid_S
-        states = integrate(field, x_BND, covered, solver.name, solver.rtol, solver.atol)
-        if singular:
-            states.append(estimate(states[-1] if states else x_BND, covered[-1]))
+        states = _solved(model, x_BND, solver, intermediates)
     tokens = [objective.to_tokens(state) for state in (states if intermediates else states[-1:])]
-    return Sample(tokens[-1], evaluations, tokens if intermediates else [])
+    return Sample(tokens[-1], model.evaluations, tokens if intermediates else [])
+
+
+class _Evaluations:
+    """The trained field at one condition, guided where asked for; counts network evaluations."""
+
+    def __init__(
+        self, objective: FlowObjective, network: Network, condition: Any, guidance: float
+    ) -> None:
+        self.objective, self.network, self.guidance = objective, network, guidance
+        self.condition = condition
+        self.null = torch.zeros_like(condition) if guidance != 1 else None
+        encode = getattr(network, "encode", None)
+        if encode is not None:
+            self.condition = encode(condition)
+            self.null = None if self.null is None else encode(self.null)
+        self.evaluations = 0
+
+    def velocity(self, x_BND: Tensor, t: float) -> Tensor:
+        """Return dx/dt at one time for the whole batch."""
+        return self.objective.velocity(self._guided, self.condition, x_BND, times(x_BND, t), False)
+
+    def estimate(self, x_BND: Tensor, t: float) -> Tensor:
+        """Return the estimate of y1 at one time for the whole batch."""
+        return self.objective.estimate(self._guided, self.condition, x_BND, times(x_BND, t), False)
+
+    def _guided(self, x_BND: Tensor, t_B: Tensor, condition: Any) -> Tensor:
+        out_BND = self._counted(x_BND, t_B, condition)
+        if self.null is None:
+            return out_BND
+        return torch.lerp(self._counted(x_BND, t_B, self.null), out_BND, self.guidance)
+
+    def _counted(self, x_BND: Tensor, t_B: Tensor, condition: Any) -> Tensor:
+        self.evaluations += 1
+        return self.network(x_BND, t_B, condition).float()
+
+
+def times(x_BND: Tensor, t: float) -> Tensor:
+    """Return one time for each sample of a batch."""
+    return torch.full((len(x_BND),), t, device=x_BND.device)
+
+
+def _solved(
+    model: _Evaluations, x_BND: Tensor, solver: SolverConfig, intermediates: bool
+) -> list[Tensor]:
+    """Integrate the velocity over the solver's grid; mind an end that has no velocity."""
+    grid_S = time_grid(solver)
+    singular = _singular_end(model.objective, solver, grid_S)
+    if singular and solver.name == "dopri5":
+        grid_S = [t for t in grid_S if t < 1 - LAST_STRETCH] + [1 - LAST_STRETCH, 1.0]
+    if solver.name == "dopri5" and not intermediates:
+        grid_S = [grid_S[0], *grid_S[-2 if singular else -1 :]]
+    covered = grid_S[:-1] if singular else grid_S
+    states = integrate(model.velocity, x_BND, covered, solver.name, solver.rtol, solver.atol)
+    if singular:
+        states.append(model.estimate(states[-1] if states else x_BND, covered[-1]))
+    return states
 
 
 def _singular_end(objective: FlowObjective, solver: SolverConfig, grid_S: list[float]) -> bool:

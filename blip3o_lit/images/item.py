@@ -11,10 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
+from PIL import Image, features
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-FORMATS = ("JPEG", "PNG", "WEBP")
+_AVIF = features.check("avif")
+EXTENSIONS = (
+    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"),
+    *(["avif"] if _AVIF else []),
+)
+"""Names that end so are pictures that we read."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if _AVIF else []))
 """Decoders that may run; PIL knows some fifty more, old and rarely fuzzed."""
 MAX_PIXELS = 89_478_485
 """Larger pictures are refused before they are decoded (PIL's own warning limit: 256 MiB of RGB)."""

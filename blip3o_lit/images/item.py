@@ -29,7 +29,7 @@ MAX_PIXELS = 89_478_485
 MAX_SIDE = 65_535
 """The longest side: JPEG's own limit."""
 MAX_RATIO = 100
-"""Longest to shortest side; the resize of a 40,000 x 1 picture to a shortest side of 224 is 8 GB."""
+"""Longest to shortest side: towers that resize the shortest to theirs make the other as long."""
 MAX_BYTES = 256 * 2**20
 """Larger image files are refused before they are read."""
 

@@ -27,8 +27,9 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What brings a picture of each EXIF orientation upright."""
-RANGES = (255, 2**16 - 1, 2**31 - 1)
-"""Whites of 32-bit grey, whose range no file names: the first that no pixel exceeds is taken."""
+RANGES = (255, 2**16 - 1)
+"""Whites of 32-bit grey, whose range no file names: the first that no pixel exceeds is taken, or
+else the brightest pixel."""
 SPACES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}
 """PIL's modes of the colour spaces that a profile may describe."""
 SAME = 1
@@ -66,8 +67,8 @@ def _parts(image: Image.Image, raw: str) -> tuple[Image.Image, Image.Image | Non
     if image.mode in ("1", "L", "RGB") or image.mode.startswith(("I", "F")):
         alpha = None if key is None else _all_but(image, key, raw)
         return (_grey(image) if image.mode[0] in "IF" else image), alpha
-    if image.mode == "LA":
-        return image.getchannel("L"), image.getchannel("A")
+    if image.mode == "LA" or raw == "LA;16B":  # which PIL loads as RGBA
+        return image.getchannel(0), image.getchannel("A")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return rgba.convert("RGB"), rgba.getchannel("A")

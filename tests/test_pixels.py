@@ -5,7 +5,9 @@ without PIL: rows and columns turned as EXIF defines, colours by the profile's m
 """
 
 import io
+import shutil
 import struct
+import subprocess
 import zlib
 
 import numpy as np
@@ -355,3 +357,37 @@ def test_the_index_says_how_pictures_became_pixels(tmp_path):
 def test_a_background_that_is_no_colour_is_refused():
     with pytest.raises(UserError, match=r"pixels\.background=chess is no colour"):
         PixelsConfig(background="chess")
+
+
+def magick():
+    """The command of an ImageMagick that runs here, or nothing."""
+    for name in ("magick", "convert"):
+        program = shutil.which(name)
+        if program:
+            version = subprocess.run([program, "-version"], capture_output=True, text=True)
+            if version.stdout.startswith("Version: ImageMagick"):
+                return [program]
+    return []
+
+
+def magick_shows(content):
+    """Grey levels between what is decoded and what ImageMagick draws on white."""
+    words = [*magick(), "-", "-auto-orient", "+repage", "-background", "white", "-flatten"]
+    drawn = subprocess.run(
+        [*words, "-depth", "8", "rgb:-"], input=content, capture_output=True, check=True
+    )
+    made = np.asarray(decode(content), np.int16)
+    return np.abs(made - np.frombuffer(drawn.stdout, np.uint8).reshape(made.shape)).max()
+
+
+@pytest.mark.skipif(not magick(), reason="ImageMagick is not installed")
+def test_imagemagick_draws_the_same():
+    for layout, (channels, bits, key) in LAYOUTS.items():
+        rng = np.random.default_rng([channels, bits])
+        samples = rng.integers(0, 2**bits, (5, 9, channels))
+        clear = struct.pack(f">{channels}H", *samples[2, 3]) if key else None
+        assert magick_shows(png(samples, bits, None, clear)) <= 2, layout
+    for orientation in SIDES:  # of JPEG: version 6 passes over PNG's
+        tag = Image.Exif()
+        tag[0x112] = orientation
+        assert magick_shows(encoded(smooth(), "JPEG", exif=tag, subsampling=0)) <= 2, orientation

@@ -260,7 +260,7 @@ def test_deep_grey_of_tiff_is_scaled_and_not_clipped():
     assert far(encoded(deep, "TIFF", tiffinfo={262: 0}), rendering(1 - ramp[..., None])) <= 1
     assert far(deep, rendering(ramp[..., None])) <= 1
     with pytest.raises(Reject, match="not all finite"):
-        decode(encoded(Image.fromarray(np.float32([[0, np.nan]])), "TIFF"))
+        decode(encoded(Image.fromarray(np.array([[0, np.nan]], np.float32)), "TIFF"))
 
 
 def test_printers_inks_and_lab_are_shown():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageColor
@@ -57,8 +58,8 @@ def shown(image: Image.Image, pixels: PixelsConfig = VIEWER) -> Image.Image:
 
 def _raw_mode(image: Image.Image) -> str:
     """Return how a PNG stores its pixels, for example `L;2`; PIL forgets it when it loads them."""
-    tiles = getattr(image, "tile", None) or [None]
-    return tiles[0][3] if tiles[0] and isinstance(tiles[0][3], str) else image.mode
+    tiles = getattr(image, "tile", [])
+    return tiles[0][3] if tiles and isinstance(tiles[0][3], str) else image.mode
 
 
 def _parts(image: Image.Image, raw: str) -> tuple[Image.Image, Image.Image | None]:
@@ -135,7 +136,8 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
     try:
         given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = SPACES.get(given.profile.xcolor_space.strip(), "")
+        described: Any = given.profile
+        mode = SPACES.get(described.xcolor_space.strip(), "")
         if not mode:
             return "", None
         transform = ImageCms.buildTransform(given, srgb, mode, "RGB")

@@ -74,6 +74,7 @@ def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
             made = model.from_images(
                 part,
                 condition,
+                config.pixels,
                 solver=config.solver,
                 seed=config.seed,
                 sample_ids=torch.arange(start, start + len(part)),

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.home import home
+from blip3o_lit.config.pixels import PixelsConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.towers import TowersConfig
 from blip3o_lit.loading import best_device, load, solver_from_label
@@ -196,13 +197,18 @@ class BLIP3oInference:
         return self.generate(line, sample_ids=same_noise, **settings)
 
     def from_images(
-        self, images: Sequence[str | Path | Image], tower: Tower | None = None, **settings: Any
+        self,
+        images: Sequence[str | Path | Image],
+        tower: Tower | None = None,
+        pixels: PixelsConfig | None = None,
+        **settings: Any,
     ) -> Generated:
         """Generate target tokens of pictures.
 
         Args:
             images: Files or PIL pictures.
             tower: The condition tower; needed unless the model was trained on the demo.
+            pixels: How they become pixels, as in the extraction; None: as a viewer shows them.
             **settings: Passed on to `generate`.
 
         Returns:
@@ -215,7 +221,7 @@ class BLIP3oInference:
             if self.config.data.name != "demo":
                 raise UserError("from_images: give the condition tower (towers.load.load_tower)")
             tower = load_tower(TowersConfig().condition, device=str(self.device))
-        tokens = picture_tokens(tower, images, self.config.mode)
+        tokens = picture_tokens(tower, images, self.config.mode, pixels or PixelsConfig())
         return self.generate(tokens, **settings)
 
     def push_to_hub(self, repository: str, private: bool = True) -> str:

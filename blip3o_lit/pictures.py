@@ -15,9 +15,11 @@ from torch.nn import functional as F
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
+from blip3o_lit.config.pixels import PixelsConfig
 from blip3o_lit.config.shape import TokenShape
 from blip3o_lit.images.folder import EXTENSIONS, files_below
 from blip3o_lit.images.item import Reject, decode, file_bytes
+from blip3o_lit.images.pixels import VIEWER
 from blip3o_lit.tokens.heads import Head
 from blip3o_lit.tokens.index import ArraySpec
 from blip3o_lit.tokens.mode import View, view_of
@@ -42,15 +44,15 @@ def picture_files(place: str | Path) -> list[Path]:
     return [path]
 
 
-def open_picture(picture: str | Path | Image.Image) -> Image.Image:
-    """Return a picture in RGB.
+def open_picture(picture: str | Path | Image.Image, pixels: PixelsConfig = VIEWER) -> Image.Image:
+    """Return a picture in RGB, as a viewer shows it.
 
     Raises:
         UserError: If it can't be read.
     """
     try:
         content = picture if isinstance(picture, Image.Image) else file_bytes(Path(picture))
-        return decode(content)
+        return decode(content, pixels)
     except Reject as error:
         name = "the given picture" if isinstance(picture, Image.Image) else picture
         raise UserError(f"{name}: {error}") from error
@@ -58,7 +60,10 @@ def open_picture(picture: str | Path | Image.Image) -> Image.Image:
 
 @torch.no_grad()
 def picture_tokens(
-    tower: Tower, pictures: Sequence[str | Path | Image.Image], mode: ModeConfig
+    tower: Tower,
+    pictures: Sequence[str | Path | Image.Image],
+    mode: ModeConfig,
+    pixels: PixelsConfig = VIEWER,
 ) -> Tensor:
     """Return the tokens `[B, N, C]` (fp32) that a mode sees of pictures.
 
@@ -66,6 +71,7 @@ def picture_tokens(
         tower: The encoder.
         pictures: Files or PIL pictures.
         mode: The view, as in training.
+        pixels: How they become pixels, as in the extraction.
 
     Raises:
         UserError: If a picture can't be read, or the tower can't give the view.
@@ -73,7 +79,8 @@ def picture_tokens(
     view = _view(tower, mode)
     parts = []
     for start in range(0, len(pictures), _BATCH):
-        batch = [tower.preprocess(open_picture(one)) for one in pictures[start : start + _BATCH]]
+        opened = (open_picture(one, pixels) for one in pictures[start : start + _BATCH])
+        batch = [tower.preprocess(one) for one in opened]
         tokens = tower.tokens(torch.stack(batch).to(tower.device)).float()[:, view.first :]
         parts.append(view.compute(tokens) if view.computes else tokens)
     return torch.cat(parts)

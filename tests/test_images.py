@@ -196,7 +196,7 @@ def test_links_paths_outside_and_repeated_names_are_named(tmp_path):
         ("a.tar/link.jpg", "a link or special file"),
         ("a.tar/../up.jpg", "its path leaves the folder"),
         ("a.tar//abs.jpg", "its path leaves the folder"),
-        ("a.tar/only", "no .jpg, .jpeg, .png, .webp in this sample"),
+        ("a.tar/only", f"no .{', .'.join(items.EXTENSIONS)} in this sample"),
         ("a.tar/ok.jpg", "its name appears twice in the tar"),
     ]
 
@@ -340,12 +340,12 @@ def bomb(width, height):
 
 
 def test_hostile_and_damaged_images_are_rejected_with_a_reason():
-    gif = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(gif, "GIF")
+    icon = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(icon, "ICO")
     cases = {
         b"": "cannot identify",
         b"not an image": "cannot identify",
-        gif.getvalue(): "cannot identify",
+        icon.getvalue(): "cannot identify",
         jpeg(size=(300, 300))[:2000]: "truncated",
         bomb(60_000, 60_000): "bomb|pixels",
         bomb(12_000, 9_000): "decompression bomb",
@@ -355,13 +355,6 @@ def test_hostile_and_damaged_images_are_rejected_with_a_reason():
         with pytest.raises(Reject, match=f"(?i){says}") as caught:
             decode(content)
         assert "0x" not in str(caught.value)  # reasons must not differ from run to run
-
-
-def test_every_mode_becomes_rgb():
-    for mode, kind in (("L", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG")):
-        buffer = io.BytesIO()
-        Image.new(mode, (5, 4)).save(buffer, kind)
-        assert decode(buffer.getvalue()).mode == "RGB"
 
 
 def test_keys_are_plain_and_differ_where_sources_do():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from blip3o_lit.config.errors import UserError, one_of, positive, within
+from blip3o_lit.config.pixels import PixelsConfig
 from blip3o_lit.config.towers import TowersConfig
 
 SPLIT_RULES = ("perceptual", "content")
@@ -66,6 +67,8 @@ class ExtractConfig:
     """The pair of encoders."""
     split: SplitConfig = field(default_factory=SplitConfig)
     """Which images are held out."""
+    pixels: PixelsConfig = field(default_factory=PixelsConfig)
+    """How pictures become pixels."""
     extract: EngineConfig = field(default_factory=EngineConfig)
     """Batches, threads and workers."""
     storage: str = "float16"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from blip3o_lit.config.errors import UserError, positive
+from blip3o_lit.config.pixels import PixelsConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.towers import TowersConfig
 
@@ -27,6 +28,8 @@ class GenerateConfig:
     """Captions printed for each picture."""
     towers: TowersConfig = field(default_factory=TowersConfig)
     """Encoders of pictures (condition) and captions (target)."""
+    pixels: PixelsConfig = field(default_factory=PixelsConfig)
+    """How pictures become pixels: as in the extraction of the training tokens."""
     split: str | None = None
     """Split to translate; null: all of them."""
     solver: SolverConfig = field(default_factory=SolverConfig)

@@ -6,6 +6,7 @@ Shape suffixes: B images, N tokens, C token width, P projection width, S side of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class TowerSet:
         store: str = "full",
         device: str = "cpu",
         compile: bool = False,
+        pixels: Mapping[str, Any] | None = None,
     ) -> None:
         """Move the towers to the device and describe the arrays.
 
@@ -45,11 +47,13 @@ class TowerSet:
             store: full, or grid_64 for 8x8 averages of projected tokens.
             device: Where the towers run.
             compile: Compile each tower's token function.
+            pixels: What of `pixels.*` is not the default, for the index.
 
         Raises:
             UserError: If `store=grid_64` and a tower has no projection or no grid that divides.
         """
         self.towers = {name: tower.to(device) for name, tower in towers.items()}
+        self.pixels = dict(pixels or {})
         self.device, self.storage, self.store = torch.device(device), storage, store
         self._tokens = {
             name: torch.compile(tower.tokens) if compile else tower.tokens
@@ -108,7 +112,7 @@ class TowerSet:
             layer=info.layer,
             normed=info.normed or compact,
             projected=compact,
-            preprocessing=dict(info.preprocessing),
+            preprocessing={**info.preprocessing, **self.pixels},
         )
 
     @property

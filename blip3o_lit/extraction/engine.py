@@ -80,6 +80,7 @@ class Extraction:
             config.store,
             device_of(engine.device),
             engine.compile,
+            config.pixels.changes(),
         )
         self.classes = dict(source.classes)
         if config.classes:
@@ -104,6 +105,7 @@ class Extraction:
             "storage": self.config.storage,
             "store": self.config.store,
             "split": asdict(self.config.split),
+            "pixels": None if self.source.name == "demo" else asdict(self.config.pixels),
             "extract.shard_samples": self.config.extract.shard_samples,
             "extract.batch_size": self.config.extract.batch_size,
             "extract.compile": self.config.extract.compile,
@@ -120,7 +122,13 @@ class Extraction:
             return Outcome(TokenIndex.load(self.out), 0, 0.0, already=True)
         arrays, scales = stored_arrays(self.towers, self.source, self.config, self.ledger.state)
         pipeline = Pipeline(
-            self.towers, self.ledger, self.splitter, self.config.extract, arrays, scales
+            self.towers,
+            self.ledger,
+            self.splitter,
+            self.config.extract,
+            arrays,
+            scales,
+            self.config.pixels,
         )
         try:
             images = self._work(pipeline)

@@ -21,6 +21,7 @@ from torch.cuda import Event
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import EngineConfig
+from blip3o_lit.config.pixels import PixelsConfig
 from blip3o_lit.extraction.encoding import TowerSet, to_numpy
 from blip3o_lit.extraction.units import Ledger, UnitFiles, UnitRecord
 from blip3o_lit.images.item import Item, Lost, Part, Reject, decode
@@ -72,10 +73,11 @@ class Pipeline:
         engine: EngineConfig,
         arrays: dict[str, ArraySpec],
         scales: dict[str, np.ndarray],
+        pixels: PixelsConfig,
     ) -> None:
         """Take the parts; `scales` are the channel scales of int8 arrays."""
         self.towers, self.ledger, self.splitter, self.engine = towers, ledger, splitter, engine
-        self.arrays, self.scales = arrays, scales
+        self.arrays, self.scales, self.pixels = arrays, scales, pixels
         self.lanes, self.lane_threads = cpu_lanes(towers.device)
 
     def run(
@@ -148,7 +150,7 @@ class Pipeline:
     def load(self, item: Item) -> Ready | Lost:
         """Read, decode, split and resize one image."""
         try:
-            image = decode(item.read())
+            image = decode(item.read(), self.pixels)
         except Reject as error:
             return Lost(item.source, str(error))
         return Ready(item, item.split or self.splitter(image), self.towers.prepare(image))

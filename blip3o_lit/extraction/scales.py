@@ -41,7 +41,7 @@ def stored_arrays(
     with open(state / "arrays.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # A killed worker's lock ends with it.
         if not kept.is_file():
-            arrays, scales = _first_pass(towers, source, config.extract.batch_size)
+            arrays, scales = _first_pass(towers, source, config)
             save_scales(state, scales)
             entries = {name: spec.to_dict() for name, spec in arrays.items()}
             write_synced(kept, json.dumps(entries, sort_keys=False).encode())
@@ -53,7 +53,7 @@ def stored_arrays(
 
 
 def _first_pass(
-    towers: TowerSet, source: Source, batch_size: int
+    towers: TowerSet, source: Source, config: ExtractConfig
 ) -> tuple[dict[str, ArraySpec], dict[str, np.ndarray]]:
     chosen = sorted(set(np.linspace(0, len(source.parts) - 1, PARTS).astype(int).tolist()))
     inputs, captions = [], []
@@ -61,13 +61,14 @@ def _first_pass(
         items = (e for e in source.parts[number].entries() if isinstance(e, Item))
         for item in islice(items, -(-IMAGES // len(chosen))):
             try:
-                inputs.append(towers.prepare(decode(item.read())))
+                inputs.append(towers.prepare(decode(item.read(), config.pixels)))
             except Reject:
                 continue
             captions.append(item.caption)
     if not inputs:
         raise UserError(f"images={source.name}: none of the first images can be read")
     batches = []
+    batch_size = config.extract.batch_size
     for start in range(0, len(inputs), batch_size):
         cut = slice(start, start + batch_size)
         batches.append(towers.encode(inputs[cut], captions[cut]))

@@ -11,17 +11,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
+from PIL import Image, features
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-FORMATS = ("JPEG", "PNG", "WEBP")
+from blip3o_lit.config.pixels import PixelsConfig
+from blip3o_lit.images.pixels import VIEWER, shown
+
+_AVIF = features.check("avif")
+EXTENSIONS = (
+    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"),
+    *(["avif"] if _AVIF else []),
+)
+"""Names that end so are pictures that we read."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if _AVIF else []))
 """Decoders that may run; PIL knows some fifty more, old and rarely fuzzed."""
 MAX_PIXELS = 89_478_485
 """Larger pictures are refused before they are decoded (PIL's own warning limit: 256 MiB of RGB)."""
+MAX_SIDE = 65_535
+"""The longest side: JPEG's own limit."""
+MAX_RATIO = 100
+"""Longest to shortest side: towers that resize the shortest to theirs make the other as long."""
 MAX_BYTES = 256 * 2**20
 """Larger image files are refused before they are read."""
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is stricter
+warnings.filterwarnings("ignore", module=r"PIL\.", category=UserWarning)  # of damaged EXIF
 
 
 class Reject(Exception):
@@ -158,23 +171,32 @@ def file_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def decode(content: bytes | Image.Image) -> Image.Image:
-    """Decode a picture to RGB.
+def decode(content: bytes | Image.Image, pixels: PixelsConfig = VIEWER) -> Image.Image:
+    """Decode a picture to the RGB that a viewer shows.
 
     Raises:
-        Reject: If it is no JPEG, PNG or WebP, is truncated or damaged, or has too many pixels.
+        Reject: If no decoder knows it, it is truncated or damaged, or too large or thin.
     """
-    if isinstance(content, Image.Image):
-        return content.convert("RGB")
     try:
+        if isinstance(content, Image.Image):
+            return _checked(content, pixels)
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            pixels = image.width * image.height
-            if pixels > MAX_PIXELS:
-                raise Reject(f"{pixels} pixels; {MAX_PIXELS} is the limit (decompression bomb)")
-            return image.convert("RGB")
+            return _checked(image, pixels)
     except (Reject, MemoryError):
         raise
     except Exception as error:  # PIL's decoders raise a dozen types on damaged input
         message = " ".join(str(error).split()) or type(error).__name__
         message = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "the file", message)
         raise Reject(message) from error
+
+
+def _checked(image: Image.Image, pixels: PixelsConfig) -> Image.Image:
+    """Refuse absurd shapes before a pixel is decoded, then decode."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise Reject(f"{width * height} pixels; {MAX_PIXELS} is the limit (decompression bomb)")
+    if max(width, height) > min(MAX_SIDE, MAX_RATIO * min(width, height)):
+        raise Reject(
+            f"{width} x {height} pixels; {MAX_RATIO} to 1 and sides of {MAX_SIDE} are the limit"
+        )
+    return shown(image, pixels)

@@ -14,9 +14,10 @@ from lightning import Trainer
 from rich.console import Console
 from rich.table import Table
 
+from blip3o_lit.base.units import human_time
 from blip3o_lit.callbacks.checkpoints import Checkpoints
 from blip3o_lit.callbacks.metrics_csv import read_rows
-from blip3o_lit.callbacks.run_log import RunLog, human_time
+from blip3o_lit.callbacks.run_log import RunLog
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import write_json
 from blip3o_lit.config.secrets import masked

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from blip3o_lit.base.units import gib, human_count, human_time
 from blip3o_lit.budget.machine import GPUS, imagined
 from blip3o_lit.budget.placement import resolve
-from blip3o_lit.budget.plan import Plan, gib, make_plan
+from blip3o_lit.budget.plan import Plan, make_plan
 from blip3o_lit.budget.states import gathered_bytes, rank_bytes, states
-from blip3o_lit.callbacks.run_log import human_count, human_time
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.stream import StreamReader

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import torch
 
+from blip3o_lit.base.units import gib
 from blip3o_lit.budget.activations import activations
-from blip3o_lit.budget.plan import Plan, gib
+from blip3o_lit.budget.plan import Plan
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.models.precision import PRECISIONS

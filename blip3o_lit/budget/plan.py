@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
+from blip3o_lit.base.units import gib, human_count
 from blip3o_lit.budget.activations import Activations, activations
 from blip3o_lit.budget.machine import Machine
 from blip3o_lit.budget.placement import Placement
 from blip3o_lit.budget.states import Units, rank_bytes, units
-from blip3o_lit.callbacks.run_log import human_count
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.config.train import TrainConfig
@@ -143,8 +143,3 @@ def forward_flops(model: ModelConfig, shape: PairShape) -> int:
     """Return the forward FLOPs per image, without allocating the network."""
     with torch.device("meta"):
         return build_network(model, shape).forward_flops()
-
-
-def gib(size: float) -> str:
-    """Return bytes with a binary unit."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

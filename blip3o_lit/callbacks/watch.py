@@ -20,7 +20,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from blip3o_lit.callbacks.run_log import human_time
+from blip3o_lit.base.units import human_time
 from blip3o_lit.config.errors import UserError
 
 log = logging.getLogger("blip3o_lit")

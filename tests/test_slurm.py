@@ -78,7 +78,6 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         (folder / name).write_text(text)
         (folder / name).chmod(stat.S_IRWXU)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "STATE": str(state)}
-    environment.pop("BLIP3O_RUN_STAMP", None)
     return environment | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": sys.executable}
 
 

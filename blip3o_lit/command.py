@@ -97,8 +97,15 @@ def composed(name: str, schema: type[Config], words: Iterable[str]) -> Config:
 def _register(name: str, schema: type[Any]) -> None:
     """Tell Hydra of a command's schema, and OmegaConf how runs are named."""
     # Hydra asks several times for one launch.
-    OmegaConf.register_new_resolver("run_stamp", cache(run_stamp), replace=True)
+    OmegaConf.register_new_resolver("run_stamp", cache(_stamp), replace=True)
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+
+
+def _stamp() -> str:
+    try:
+        return run_stamp()
+    except UserError as error:
+        fail(str(error))  # OmegaConf would wrap the error in its own
 
 
 def _show_help(name: str, folder: Path) -> bool:

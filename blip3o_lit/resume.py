@@ -24,16 +24,8 @@ from blip3o_lit.config.train import TrainConfig
 
 log = logging.getLogger("blip3o_lit")
 # Keys that do not change what a run computes: they may differ between a run and its resumption.
-FREE_KEYS = (
-    "resume",
-    "overwrite",
-    "dry_run",
-    "logger",
-    "checkpoint",
-    "strategy",
-    "micro_batch_size",
-)
-FREE_KEYS += ("plan", "world", "gpu", "mfu")
+FREE_KEYS = ("resume", "overwrite", "dry_run", "logger", "checkpoint", "strategy")
+FREE_KEYS += ("micro_batch_size", "plan", "world", "gpu", "mfu")
 FREE_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "log_every")
 FREE_DATA_KEYS = ("threads", "verify")
 

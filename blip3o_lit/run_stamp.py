@@ -1,7 +1,7 @@
 """The name of a run directory: another one for each launch, the same for all ranks of a launch.
 
-Ranks that Lightning starts get the directory of the first by name. torchrun's and srun's are started
-side by side and have to agree before anything else is known.
+Ranks that Lightning starts get the directory of the first by name. Those of torchrun and srun are
+started side by side and have to agree before anything else is known.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WAIT = timedelta(minutes=5)
 
 
 def run_stamp() -> str:
-    """Return a name for a run directory that all ranks of a launch agree on and no two launches share.
+    """Return a name for a run directory that all ranks of a launch agree on, and no other launch has.
 
     Numbers of jobs are no such names: a Slurm job and a run id of torchrun can start many runs.
 
@@ -41,7 +41,7 @@ def _number(variable: str) -> int:
 
 
 def _told_by_rank_zero(stamp: str) -> str:
-    """Return the stamp of rank 0, through the store by which torchrun's processes find each other."""
+    """Return the stamp of rank 0, through the store by which torchrun's processes meet."""
     from torch.distributed import TCPStore
 
     host, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT")

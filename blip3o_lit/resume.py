@@ -199,13 +199,20 @@ def finished_result(
         steps: The steps that are asked for.
 
     Raises:
-        UserError: If result.json or environment.json is damaged.
+        UserError: If result.json or environment.json is damaged, or another run's checkpoint leaves
+            nothing to do either.
     """
-    result = _json(run_dir / "result.json")
-    if not result.get("finished") or not _is_within(resumed, run_dir):
+    step = int(checkpointing.facts(resumed)["global_step"])
+    if not _is_within(resumed, run_dir):
+        if step >= steps:
+            raise UserError(
+                f"resume={resumed}: it is at step {step} already, and {steps} are asked for: give "
+                "a larger trainer.max_steps"
+            )
         return None
-    if int(checkpointing.facts(resumed)["global_step"]) < result["step"]:
-        return None  # an earlier checkpoint, by its name
+    result = _json(run_dir / "result.json")
+    if not result.get("finished") or step < result["step"]:
+        return None  # stopped, or an earlier checkpoint by its name
     # A run that stopped early is finished for the same configuration only.
     same = _json(run_dir / "environment.json").get("config_hash") == config_hash(config)
     return result if same or result["step"] >= steps else None

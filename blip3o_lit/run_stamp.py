@@ -17,7 +17,7 @@ WAIT = timedelta(minutes=5)
 
 
 def run_stamp() -> str:
-    """Return a name for a run directory that all ranks of a launch agree on, and no other launch has.
+    """Return a name for a run directory that a launch's ranks share, and no two launches.
 
     Numbers of jobs are no such names: a Slurm job and a run id of torchrun can start many runs.
 

@@ -114,7 +114,10 @@ def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
             )
         origin = _origin(run_dir) if path is None else None
         if path is None and origin is None:
-            print(f"resume=auto found no checkpoint in {run_dir}: starting fresh")
+            print(
+                f"resume=auto found no checkpoint in {run_dir}: starting fresh (hydra.run.dir "
+                "chooses the folder that it goes on in)"
+            )
             return None
         if path is not None:
             _check_network(config, path)

@@ -88,6 +88,36 @@ def test_a_run_directory_that_cannot_be_written_is_named(
     assert re.fullmatch(r"error: .*/file/run: Not a directory: .*hydra\.run\.dir\n", done.stderr)
 
 
+@pytest.mark.parametrize("closed", ["step-00000004.ckpt", "last.ckpt", ""])
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged_or_missing(
+    straight: Path,
+    open_folder: Path,  # noqa: F811
+    closed: str,
+) -> None:
+    for step in (2, 4):
+        stopped_at(straight, step, open_folder / str(step))
+    saved = [next((open_folder / step / "checkpoints").iterdir()) for step in "24"]
+    run = open_folder / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for number, file in enumerate(saved):
+        os.utime(file.rename(run / "checkpoints" / file.name), (number, number))
+    os.link(run / "checkpoints" / saved[1].name, run / "checkpoints" / "last.ckpt")
+    (run / "checkpoints" / closed).chmod(0o000)
+    run.chmod(0o777)
+
+    def work() -> None:
+        reason = "Permission denied" if closed else "checkpoints: Permission denied"
+        for resume in ("auto", str(run), None):
+            with pytest.raises(UserError, match=reason if resume or not closed else "holds a run"):
+                run_training(config(resume=resume), run, [])
+        if closed:
+            with pytest.raises(UserError, match="can't be read .Permission denied"):
+                checkpointing.load(run / "checkpoints" / closed)
+        assert {path.name for path in run.iterdir()} == {"checkpoints"}
+
+    in_child(work, NOBODY)
+
+
 def test_two_runs_in_one_folder_are_refused(straight: Path, tmp_path: Path) -> None:
     with claimed(tmp_path, "hydra.run.dir"):
 

@@ -71,7 +71,7 @@ def assert_paths_exist(said: str, root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
-    """Two finished runs, `seven` and `eight`, and `killed`, which a kill at step 3 left of `seven`."""
+    """Two finished runs, `seven` and `eight`, and `killed`: what a kill leaves of `seven`."""
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BLIP3O_HOME", str(shared_home))

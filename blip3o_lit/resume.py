@@ -112,16 +112,16 @@ def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
                 f"resume=auto: {run_dir} has {names}, but no sound step or last checkpoint: give "
                 "a sound one with resume=PATH, or choose another hydra.run.dir"
             )
-        origin = _origin(run_dir) if path is None else None
-        if path is None and origin is None:
+        if path is not None:
+            _check_network(config, path)
+            return path
+        origin = _origin(run_dir)
+        if origin is None:
             print(
                 f"resume=auto found no checkpoint in {run_dir}: starting fresh (hydra.run.dir "
                 "chooses the folder that it goes on in)"
             )
             return None
-        if path is not None:
-            _check_network(config, path)
-            return path
         print(f"resume=auto found no checkpoint in {run_dir}: it began from {origin}")
         config.resume = origin
     path = _named(config.resume)

@@ -42,7 +42,7 @@ def _number(variable: str) -> int:
 
 def _told_by_rank_zero(stamp: str) -> str:
     """Return the stamp of rank 0, through the store by which torchrun's processes meet."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     host, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT")
     try:

@@ -33,7 +33,7 @@ lock: ## resolve the dependencies anew (hashes, no addresses)
 	$(UV) pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 --group docs --output-file requirements-docs.lock
 
 demo: setup ## real pixels -> tokens -> training -> held-out evaluation and report
-	$(PY) -m blip3o_lit.train experiment=demo hydra.run.dir=$(DEMO)
+	$(PY) -m blip3o_lit.train experiment=demo hydra.run.dir=$(DEMO) overwrite=true
 	$(PY) -m blip3o_lit.evaluate ckpt=$(DEMO)/checkpoints/last.ckpt baselines=all
 	@echo "report: $(DEMO)/report.html"
 

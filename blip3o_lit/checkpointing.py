@@ -7,6 +7,7 @@ the same name; `sharded_checkpoint.py` knows what is in it.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import zipfile
@@ -61,15 +62,39 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def is_sound(path: Path) -> bool:
-    """Whether all of a checkpoint, file or folder, reads back with its checksums."""
-    if path.is_dir():
-        plain = path / sharded_checkpoint.PLAIN
-        return is_sound(plain) and sharded_checkpoint.files_are_sound(path, facts(path)["files"])
+    """Whether all of a checkpoint, file or folder, reads back with its checksums.
+
+    Raises:
+        UserError: If it can't be read (no permission, a failing disk): that is not damage.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
+        if not path.is_dir():
+            return _archive_is_sound(path)
+        plain = path / sharded_checkpoint.PLAIN
+        if not _archive_is_sound(plain):
+            return False
+        return sharded_checkpoint.files_are_sound(path, facts(path)["files"])
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _archive_is_sound(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened, zipfile.ZipFile(opened) as archive:
             return archive.testzip() is None
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # a place that only a damaged archive names
+            return False
+        raise
     except Exception:  # zipfile raises a dozen classes on a damaged archive
         return False
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    reason = f"{path}: the checkpoint can't be read ({error.strerror})"
+    return UserError(f"{reason}: mend that, or use another one of its folder")
 
 
 def load(path: Path, weights_only: bool = False) -> dict[str, Any]:
@@ -97,11 +122,13 @@ def facts(path: Path, lazily: bool = True) -> dict[str, Any]:
         lazily: A file's tensors stay on the disk until touched: not for tensors that outlive it.
 
     Raises:
-        UserError: If it is of another program or of a newer format.
+        UserError: If it can't be read, is of another program or of a newer format.
     """
     file = path / sharded_checkpoint.PLAIN if path.is_dir() else path
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=lazily)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except Exception as error:
         raise UserError(
             f"{path}: not a checkpoint that holds tensors and plain data only"
@@ -127,13 +154,39 @@ def step_of(path: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
-def newest_sound(run_dir: Path) -> tuple[Path | None, list[Path]]:
-    """Return the newest sound checkpoint of a run directory, and the damaged ones passed over."""
+def files_of(run_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run directory, none where it has none.
+
+    Raises:
+        UserError: If their folder can't be read.
+    """
     folder = run_dir / "checkpoints"
-    files = [path for path in folder.glob("*.ckpt") if path.name != "best.ckpt"]
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix == ".ckpt")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{folder}: {error.strerror}: mend that, or choose another hydra.run.dir"
+        ) from error
+
+
+def newest_sound(run_dir: Path) -> tuple[Path | None, list[Path]]:
+    """Return the newest sound checkpoint of a run directory, and the damaged ones passed over.
+
+    Raises:
+        UserError: If one of them can't be read, so that nobody knows whether it is sound.
+    """
+    files = [path for path in files_of(run_dir) if path.name != "best.ckpt"]
     damaged = []
     for path in sorted(files, key=lambda file: (file.stat().st_mtime, step_of(file)), reverse=True):
         if is_sound(path):
             return path, damaged
         damaged.append(path)
     return None, damaged
+
+
+def best_of(run_dir: Path) -> Path | None:
+    """Return the checkpoint of a run directory to look at: the best, else the newest, if any."""
+    files = {path.name: path for path in files_of(run_dir)}
+    return files.get("best.ckpt") or files.get("last.ckpt") or next(reversed(files.values()), None)

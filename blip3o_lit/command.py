@@ -12,7 +12,7 @@ import string
 import sys
 import typing
 from collections.abc import Callable, Iterable
-from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,11 @@ from omegaconf.errors import OmegaConfBaseException
 from blip3o_lit.arguments import check_arguments
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.secrets import masked
+from blip3o_lit.run_stamp import run_stamp
 from blip3o_lit.schema import Config, conf_dir, groups, typed
 from blip3o_lit.sweeps.plugins import register_plugins
 
 USER_ERROR_CODE = 2
-
-
-def run_stamp() -> str:
-    """Return a name for a run directory that all ranks of a job agree on and no two runs share."""
-    for variable in ("BLIP3O_RUN_STAMP", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
-        value = os.environ.get(variable, "none")
-        if value != "none":
-            return value
-    stamp = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{os.getpid()}"
-    os.environ["BLIP3O_RUN_STAMP"] = stamp
-    return stamp
 
 
 def run_command(name: str, schema: type[Config], task: Callable[[Config], Any]) -> None:
@@ -106,8 +96,16 @@ def composed(name: str, schema: type[Config], words: Iterable[str]) -> Config:
 
 def _register(name: str, schema: type[Any]) -> None:
     """Tell Hydra of a command's schema, and OmegaConf how runs are named."""
-    OmegaConf.register_new_resolver("run_stamp", run_stamp, replace=True)
+    # Hydra asks several times for one launch.
+    OmegaConf.register_new_resolver("run_stamp", cache(_stamp), replace=True)
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+
+
+def _stamp() -> str:
+    try:
+        return run_stamp()
+    except UserError as error:
+        fail(str(error))  # OmegaConf would wrap the error in its own
 
 
 def _show_help(name: str, folder: Path) -> bool:

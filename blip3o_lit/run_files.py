@@ -6,29 +6,35 @@ import json
 import logging
 import math
 import os
+import shlex
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 from lightning import Trainer
 from rich.console import Console
 from rich.table import Table
 
+from blip3o_lit import checkpointing
 from blip3o_lit.base.units import human_time
 from blip3o_lit.callbacks.checkpoints import Checkpoints
+from blip3o_lit.callbacks.files import remove
 from blip3o_lit.callbacks.metrics_csv import read_rows
 from blip3o_lit.callbacks.run_log import RunLog
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.files import write_json
+from blip3o_lit.config.files import replacing, write_json
 from blip3o_lit.config.secrets import masked
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.environment import environment
 from blip3o_lit.overfit import Overfit
-from blip3o_lit.plan import Plan
+from blip3o_lit.budget.plan import Plan
 from blip3o_lit.resume import config_hash
 
 log = logging.getLogger("blip3o_lit")
 console = Console()
+WRITTEN = ("metrics.csv", "result.json", "history.json", "evaluation.json", "report.html")
+"""What `overwrite=true` removes beside checkpoints and TensorBoard's; the rest is written anew."""
 
 
 def is_rank_zero() -> bool:
@@ -52,16 +58,35 @@ def write_run_files(
     config: TrainConfig, run_dir: Path, overrides: list[str], tokens_hash: str
 ) -> None:
     """Write config.yaml, overrides.txt and environment.json."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        (run_dir / "config.yaml").write_text(
-            yaml.safe_dump(masked(asdict(config)), sort_keys=False)
-        )
+        with replacing(run_dir / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(masked(asdict(config)), sort_keys=False))
     except OSError as error:
         raise UserError(f"{run_dir}: cannot write ({error}): set hydra.run.dir") from error
     (run_dir / "overrides.txt").write_text("".join(f"{o}\n" for o in masked(overrides)))
     facts = masked(environment()) | {"tokens": tokens_hash, "config_hash": config_hash(config)}
     write_json(run_dir / "environment.json", facts)
+
+
+def remove_run(run_dir: Path) -> None:
+    """Remove what a run and its evaluation wrote into a run directory, and nothing else.
+
+    Raises:
+        UserError: If the folder has such names, but was not written by a run.
+    """
+    named = [path for name in WRITTEN if (path := run_dir / name).is_file()]
+    last = ("best.ckpt", "last.ckpt")
+    files = checkpointing.files_of(run_dir)
+    saved = [path for path in files if path.name in last or checkpointing.step_of(path) >= 0]
+    events = list((run_dir / "tensorboard").glob("events.out.tfevents.*"))
+    old = [*named, *saved, *events]
+    if old and not (run_dir / "environment.json").is_file():
+        raise UserError(
+            f"overwrite=true: {run_dir} has {old[0].name}, but no environment.json as every run "
+            "has: choose another hydra.run.dir"
+        )
+    for path in old:
+        remove(path)
 
 
 def write_result(
@@ -114,9 +139,32 @@ def write_result(
 def say_how_to_resume(run_dir: Path, step: int) -> None:
     """Tell an interrupted user, or a scheduler's log, where the run stands and how it goes on."""
     last = run_dir / "checkpoints" / "last.ckpt"
-    print(f"stopped at step {step}; saved {last}\nto go on, add to the same command: resume={last}")
+    if not last.exists():
+        print(f"stopped at step {step}, before the first checkpoint of {run_dir}")
+        return
+    place = shlex.quote(f"hydra.run.dir={run_dir}")
+    print(f"stopped at step {step}; saved {last}")
+    print(f"to go on, add to the same command: resume=auto {place}")
     if "SLURM_JOB_ID" in os.environ:
         print("scripts/train.sbatch requeues on the exit code 75, with resume=auto")
+
+
+def say_finished(run_dir: Path, result: dict[str, Any]) -> None:
+    """Tell that the run of a folder is finished, what it reached and the next command to type."""
+    print(f"this run is finished, at step {result['step']}: a larger trainer.max_steps goes on")
+    best = result["best"]
+    if best["cosine"] is not None:
+        score = f"{best['cosine']:.4f} at step {best['step']}"
+        print(f"held-out cosine, EMA, {result['estimator']}, best: {score}")
+    say_next(run_dir)
+
+
+def say_next(run_dir: Path) -> None:
+    """Print the run directory and the command that evaluates what is in it."""
+    print(f"run directory: {run_dir}")
+    best = checkpointing.best_of(run_dir)
+    if best is not None:
+        print(f"next: python -m blip3o_lit.evaluate {shlex.quote(f'ckpt={best}')}")
 
 
 def closing_table(
@@ -140,5 +188,4 @@ def closing_table(
         last = float(trainer.callback_metrics["val/cosine"])
         table.add_row(f"held-out cosine, EMA, {solver}, last", f"{last:.4f}")
     console.print(table)
-    best = run_dir / "checkpoints" / ("best.ckpt" if checkpoints.best_step else "last.ckpt")
-    print(f"run directory: {run_dir}\nnext: python -m blip3o_lit.evaluate ckpt={best}")
+    say_next(run_dir)

@@ -98,10 +98,14 @@ def measure(file: Path) -> list[int]:
 
 
 def files_are_sound(folder: Path, files: dict[str, list[int]]) -> bool:
-    """Whether every file of a checkpoint folder has its recorded size and checksum."""
+    """Whether every file of a checkpoint folder has its recorded size and checksum.
+
+    Raises:
+        OSError: If one of them can't be read.
+    """
     try:
         return all(measure(folder / name) == pair for name, pair in files.items())
-    except OSError:
+    except FileNotFoundError:
         return False
 
 

@@ -82,7 +82,7 @@ def _shareable(loaded: Loaded) -> dict[str, Any]:
     shared["tokens"]["path"] = path.name
     data = shared["config"]["data"]
     data["tokens"] = Path(data["tokens"]).name if data["tokens"] else None
-    shared["config"]["resume"] = None
+    shared["config"] |= {"resume": None, "overwrite": False}
     shared["checkpoint"] = loaded.hash
     shared["name"] = loaded.facts.get("name", loaded.folder.resolve().name)
     return shared

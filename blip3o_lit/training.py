@@ -39,11 +39,20 @@ from blip3o_lit.forecast import forecast, rank_bytes
 from blip3o_lit.module import TranslationModule
 from blip3o_lit.overfit import FAILED_CODE, check_overfit, training_images
 from blip3o_lit.relief import training_limit
-from blip3o_lit.resume import config_hash, resolve_resume
+from blip3o_lit.resume import (
+    check_tokens,
+    config_hash,
+    finished_result,
+    refuse_used,
+    resolve_resume,
+    say_resumed,
+)
 from blip3o_lit.run_files import (
     closing_table,
     console,
     is_rank_zero,
+    remove_run,
+    say_finished,
     say_how_to_resume,
     show_plan,
     write_result,
@@ -51,6 +60,7 @@ from blip3o_lit.run_files import (
 )
 from blip3o_lit.token_source import token_store
 from blip3o_lit.tokens.datamodule import TokenDataModule
+from blip3o_lit.tokens.reader import TokenReader
 
 # EX_TEMPFAIL of sysexits.h: the run was preempted and goes on when it is started again.
 PREEMPTED_CODE = 75
@@ -78,11 +88,25 @@ def run_training(config: TrainConfig, run_dir: Path, overrides: list[str]) -> fl
         for label, value in forecast(config, *open_data(config)):
             console.print(f"[bold]{label:>15}[/bold]  {value}", highlight=False, soft_wrap=True)
         return None
+    with claimed(run_dir, "hydra.run.dir") if is_rank_zero() else nullcontext():
+        return train_in(run_dir, config, overrides)
+
+
+def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float | None:
+    """Train in a folder that no other process writes into; otherwise as `run_training`."""
+    refuse_used(config, run_dir)
     device = choose_device(config)
     lightning_precision = planning.set_precision(config.precision.name, device.type)
     data, steps = open_data(config)
     if config.evaluation.overfit_at_least is not None:
         training_images(data)
+    resumed = resolve_resume(config, run_dir)
+    if resumed:
+        if isinstance(data.train, TokenReader):  # a stream goes on in another store too
+            check_tokens(resumed, data.train.content_hash)
+        finished = finished_result(config, run_dir, resumed, steps)
+        if finished is not None:
+            return end_again(run_dir, finished)
     if config.micro_batch_size is None:
         config.micro_batch_size = planning.fitting_micro_batch(config, data.shape, device)
     trainer = build_trainer(config, data, steps, lightning_precision, run_dir)
@@ -90,26 +114,38 @@ def run_training(config: TrainConfig, run_dir: Path, overrides: list[str]) -> fl
     trainer.accumulate_grad_batches = accumulation
     trainer.val_check_interval = accumulation * config.evaluation.every
     the_plan = make_plan(config, data, steps, trainer, run_dir, device)
-    resumed = resolve_resume(config, run_dir)
-    with claimed(run_dir, "hydra.run.dir") if is_rank_zero() else nullcontext():
-        if is_rank_zero():
+    if is_rank_zero():
+        if resumed:
+            say_resumed(config, resumed)
+        if not config.dry_run:
+            if config.overwrite:
+                remove_run(run_dir)
             write_run_files(config, run_dir, overrides, data.train.content_hash)
-            show_plan(the_plan, resumed)
-        if config.dry_run:
-            console.print("dry run: everything was built, no step was taken")
-            return None
-        module = TranslationModule(
-            config,
-            masked(asdict(config)),
-            data.shape,
-            data.condition_standardizer,
-            data.target_standardizer,
-            {"path": masked(str(data.store_path)), "hash": data.train.content_hash},
-            steps,
-        )
-        if config.model.compile:
-            module.network.compile_blocks()
-        return fit(config, trainer, module, data, the_plan, resumed, run_dir)
+        show_plan(the_plan, resumed)
+    if config.dry_run:
+        console.print("dry run: everything was built, no step was taken")
+        return None
+    module = TranslationModule(
+        config,
+        masked(asdict(config)),
+        data.shape,
+        data.condition_standardizer,
+        data.target_standardizer,
+        {"path": masked(str(data.store_path)), "hash": data.train.content_hash},
+        steps,
+    )
+    if config.model.compile:
+        module.network.compile_blocks()
+    return fit(config, trainer, module, data, the_plan, resumed, run_dir)
+
+
+def end_again(run_dir: Path, result: dict[str, Any]) -> float | None:
+    """End as the finished run of this folder did, without touching it; returns its best cosine."""
+    if is_rank_zero():
+        say_finished(run_dir, result)
+    if not result.get("overfit", {}).get("passed", True):
+        sys.exit(FAILED_CODE)
+    return result["best"]["cosine"]
 
 
 def choose_device(config: TrainConfig) -> torch.device:
@@ -273,7 +309,7 @@ def fit(
     kept = config.checkpoint
     folder = run_dir / "checkpoints"
     checkpoints = Checkpoints(folder, kept.every, kept.keep, "val/cosine", config.evaluation.every)
-    digest = rank_digest(config, data)
+    digest = rank_digest(config, data, run_dir)
     bad_steps = BadSteps(config.trainer.log_every, config.trainer.max_bad_steps)
     average = EmaUpdate(config.optimizer.ema_decay)
     callbacks = [OneConfig(digest), average, run_log, bad_steps, stop]
@@ -322,7 +358,7 @@ def fit(
     return checkpoints.best_score
 
 
-def rank_digest(config: TrainConfig, data: TokenDataModule) -> str:
+def rank_digest(config: TrainConfig, data: TokenDataModule, run_dir: Path) -> str:
     """Return a hash of all that the ranks of a run must agree on."""
-    facts = [config_hash(config), config.micro_batch_size, data.train.content_hash]
+    facts = [config_hash(config), config.micro_batch_size, data.train.content_hash, run_dir.name]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -23,7 +23,6 @@ SMALL = [
 
 def launch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    environment.pop("BLIP3O_RUN_STAMP", None)
     return subprocess.run(
         [sys.executable, "-m", "blip3o_lit.train", *SMALL, *words],
         cwd=cwd,

@@ -26,6 +26,7 @@ from blip3o_lit.callbacks.metrics_csv import read_rows
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import claimed
 from blip3o_lit.config.secrets import masked
+from blip3o_lit.resume import refuse_used, resolve_resume
 from blip3o_lit.tokens.packed import PackedBatch
 from blip3o_lit.tokens.reader import TokenReader
 from blip3o_lit.training import run_training
@@ -86,6 +87,39 @@ def test_a_run_directory_that_cannot_be_written_is_named(
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(r"error: .*/file/run: Not a directory: .*hydra\.run\.dir\n", done.stderr)
+
+
+@pytest.mark.parametrize("closed", ["step-00000004.ckpt", "last.ckpt", ""])
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged_or_missing(
+    straight: Path,
+    open_folder: Path,  # noqa: F811
+    closed: str,
+) -> None:
+    for step in (2, 4):
+        stopped_at(straight, step, open_folder / str(step))
+    saved = [next((open_folder / step / "checkpoints").iterdir()) for step in "24"]
+    run = open_folder / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for number, file in enumerate(saved):
+        os.utime(file.rename(run / "checkpoints" / file.name), (number, number))
+    os.link(run / "checkpoints" / saved[1].name, run / "checkpoints" / "last.ckpt")
+    (run / "checkpoints" / closed).chmod(0o000)
+    run.chmod(0o777)
+
+    def work() -> None:
+        reason = (
+            r"can't be read \(Permission denied\)" if closed else "checkpoints: Permission denied"
+        )
+        for resume in ("auto", str(run)):
+            with pytest.raises(UserError, match=reason):
+                resolve_resume(config(resume=resume), run)
+        with pytest.raises(UserError, match="holds a run already" if closed else reason):
+            refuse_used(config(), run)
+        if closed:
+            with pytest.raises(UserError, match=reason):
+                checkpointing.load(run / "checkpoints" / closed)
+
+    in_child(work, NOBODY)
 
 
 def test_two_runs_in_one_folder_are_refused(straight: Path, tmp_path: Path) -> None:

@@ -78,7 +78,6 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         (folder / name).write_text(text)
         (folder / name).chmod(stat.S_IRWXU)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "STATE": str(state)}
-    environment.pop("BLIP3O_RUN_STAMP", None)
     return environment | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": sys.executable}
 
 
@@ -135,3 +134,22 @@ def test_out_of_time_extraction_worker_is_requeued(tmp_path: Path, cluster: dict
     assert job.returncode == 0
     assert (state / "requests").read_text().split() == ["4321_0"]
     assert "-m blip3o_lit.extract images=demo out=tokens" in out
+
+
+def test_words_of_a_job_win_and_a_restarted_one_goes_on_with_its_own(
+    tmp_path: Path, cluster: dict[str, str]
+) -> None:
+    words = tmp_path / "python"  # a run that is preempted once
+    words.write_text('#!/bin/bash\necho "${@:3}"\n[ -n "${SLURM_RESTART_COUNT:-}" ] || exit 75\n')
+    words.chmod(stat.S_IRWXU)
+    command = ["sbatch", str(ROOT / "scripts" / "train.sbatch"), "hydra.run.dir=a", "resume=b"]
+    environment = cluster | {"PYTHON": str(words)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("hydra.run.dir=")]
+    assert len(lines) == 4, "two tasks, started twice"
+    for number, line in enumerate(lines):
+        last = dict(word.split("=") for word in line)
+        assert last["hydra.run.dir"] == "a"
+        assert last["resume"] == ("b" if number < 2 else "auto")
+    assert lines[0][:2] == ["hydra.run.dir=outputs/train/4321", "resume=auto"]

@@ -28,7 +28,6 @@ SEARCH = [
 def begin(*words: str, cwd: Path, seconds: float = 0.0) -> subprocess.Popen[str]:
     """Start the train command with a sweep, its output in a file."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRIVIAL_SECONDS": str(seconds)}
-    environment.pop("BLIP3O_RUN_STAMP", None)
     command = [sys.executable, "-m", "blip3o_lit.train", *words]
     return subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

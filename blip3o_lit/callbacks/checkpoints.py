@@ -19,7 +19,8 @@ class Checkpoints(Callback):
     A step that is validated is saved after its validation: a run that is killed in between does the
     validation again, and one that goes on from the file has nothing left to do at that step.
 
-    `last.ckpt` is a second name of the newest step file, not a second write.
+    `last.ckpt` is a second name of the newest step file, not a second write. Only step files that
+    the run itself has written are removed again: their steps stand in every checkpoint.
     """
 
     def __init__(
@@ -42,21 +43,24 @@ class Checkpoints(Callback):
         self.best_score: float | None = None
         self.best_step: int | None = None
         self._saved_step = -1
+        self._own: list[int] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best score and its step, for resuming."""
-        return {"best_score": self.best_score, "best_step": self.best_step}
+        """Return the best score, its step, and the steps of its own files."""
+        return {"best_score": self.best_score, "best_step": self.best_step, "own": self._own[:]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best score and its step."""
+        """Restore what `state_dict` gave."""
         self.best_score = state_dict["best_score"]
         self.best_step = state_dict["best_step"]
+        self._own = list(state_dict.get("own", []))  # none in checkpoints of earlier versions
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the step that training starts from as saved; clear up after a killed run."""
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             tidy(self.folder)
+        self._prune(trainer)  # a kill may have come between a save and the removal
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -96,9 +100,18 @@ class Checkpoints(Callback):
         step = trainer.global_step
         self._saved_step = step
         path = self.folder / STEP_NAME.format(step)
+        if self.keep >= 0:
+            self._own.append(step)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             second_name(path, self.folder / "last.ckpt")
-            if self.keep >= 0:
-                for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep or None]:
-                    remove(old)
+        self._prune(trainer)
+
+    def _prune(self, trainer: Trainer) -> None:
+        if self.keep < 0:
+            return
+        surplus = max(0, len(self._own) - self.keep)
+        if trainer.is_global_zero:
+            for step in self._own[:surplus]:
+                remove(self.folder / STEP_NAME.format(step))
+        self._own = self._own[surplus:]

@@ -37,7 +37,7 @@ class OneConfig(Callback):
         different = [rank for rank, value in enumerate(every) if value != every[0]]
         if different:
             raise UserError(
-                f"rank {different[0]} trains another config or other tokens than rank 0: give all "
-                "ranks the same command line and the same files"
+                f"rank {different[0]} trains another config or other tokens than rank 0, or into "
+                "another folder: give all ranks the same command line and the same files"
             )
         log.info("%d ranks train one config: %s", trainer.world_size, self.digest)

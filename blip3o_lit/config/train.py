@@ -52,7 +52,9 @@ class TrainConfig:
     micro_batch_size: int | None = None
     """Images of one forward pass of one process; accumulation is derived. null: chosen to fit."""
     resume: str | None = None
-    """auto, or a checkpoint file, to go on with."""
+    """auto: go on with the run of this run directory; or the checkpoint or run to go on from."""
+    overwrite: bool = False
+    """Start afresh in a run directory that holds a run, whose files are removed."""
     dry_run: bool = False
     """Build everything and print the plan, but take no step."""
     plan: bool = False
@@ -70,6 +72,10 @@ class TrainConfig:
         positive("micro_batch_size", self.micro_batch_size)
         positive("world", self.world)
         positive("mfu", self.mfu)
+        if self.overwrite and self.resume is not None:
+            raise UserError(
+                f"overwrite=true starts afresh, resume={self.resume} goes on: give one of them"
+            )
         check_solver(self.flow, self.solver)
         if self.flow.cls_weight != 1 and self.mode.name != "cls_patch":
             raise UserError(

@@ -82,7 +82,7 @@ class RunRecord:
     @property
     def train_command(self) -> str:
         """The shell command that trains this run again, from its first step."""
-        kept = [word for word in self.overrides if not word.startswith("resume=")]
+        kept = [word for word in self.overrides if not word.startswith(("resume=", "overwrite="))]
         words = ["python", "-m", "blip3o_lit.train", *kept]
         return " ".join(shlex.quote(word) for word in words)
 

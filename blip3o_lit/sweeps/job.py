@@ -25,7 +25,7 @@ from blip3o_lit.config.files import write_json
 
 STATE_FILE = "job.json"
 CONSOLE_FILE = "console.log"
-PARENT_VARIABLES = ("BLIP3O_RUN_STAMP", "MASTER_ADDR", "MASTER_PORT")
+PARENT_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 """What belongs to the sweep's own process and not to its jobs."""
 _ERROR = re.compile(r"(error: |(\w+\.)*\w*(Error|Exception)\b|KeyboardInterrupt)")
 
@@ -83,7 +83,10 @@ class Job:
                 return True
             self.state = "working"
             self._write()
-            words = [*self.command, *_resume(self.folder)]
+            words = self.command
+            if before:
+                words = [word for word in words if not word.startswith("overwrite=")]
+                words += ["resume=auto"]
             environment = {k: v for k, v in os.environ.items() if k not in PARENT_VARIABLES}
             with (self.folder / CONSOLE_FILE).open("ab") as console:
                 self._process = subprocess.Popen(
@@ -147,16 +150,6 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Return the content of a job's `job.json`, empty when it was never started."""
     path = folder / STATE_FILE
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _resume(folder: Path) -> list[str]:
-    """Return the override that goes on from the newest sound checkpoint of an earlier try."""
-    if not any((folder / "checkpoints").glob("*.ckpt")):
-        return []
-    from blip3o_lit.checkpointing import newest_sound
-
-    found, _ = newest_sound(folder)
-    return [f"resume={found}"] if found else []
 
 
 def _reason(console: Path, code: int) -> str:

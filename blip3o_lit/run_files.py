@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 from lightning import Trainer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from blip3o_lit.callbacks.checkpoints import Checkpoints
@@ -21,6 +22,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import write_json
 from blip3o_lit.config.secrets import masked
 from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.config.words import pasteable
 from blip3o_lit.environment import environment
 from blip3o_lit.overfit import Overfit
 from blip3o_lit.plan import Plan
@@ -39,11 +41,11 @@ def is_rank_zero() -> bool:
 def show_plan(the_plan: Plan, resumed: Path | None) -> None:
     """Print the plan, one labelled line each."""
     for label, value in masked(list(the_plan.rows())):
-        console.print(f"[bold]{label:>14}[/bold]  {value}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{label:>14}[/bold]  {escape(value)}", highlight=False, soft_wrap=True)
         log.info("%s: %s", label, value)
     if resumed:
         label = f"[bold]{'resumes from':>14}[/bold]"
-        console.print(f"{label}  {resumed}", highlight=False, soft_wrap=True)
+        console.print(f"{label}  {escape(str(resumed))}", highlight=False, soft_wrap=True)
         log.info("resumes from: %s", resumed)
 
 
@@ -113,7 +115,8 @@ def write_result(
 def say_how_to_resume(run_dir: Path, step: int) -> None:
     """Tell an interrupted user, or a scheduler's log, where the run stands and how it goes on."""
     last = run_dir / "checkpoints" / "last.ckpt"
-    print(f"stopped at step {step}; saved {last}\nto go on, add to the same command: resume={last}")
+    print(f"stopped at step {step}; saved {last}")
+    print("to go on, add to the same command:", pasteable("resume", last))
     if "SLURM_JOB_ID" in os.environ:
         print("scripts/train.sbatch requeues on the exit code 75, with resume=auto")
 
@@ -140,4 +143,6 @@ def closing_table(
         table.add_row(f"held-out cosine, EMA, {solver}, last", f"{last:.4f}")
     console.print(table)
     best = run_dir / "checkpoints" / ("best.ckpt" if checkpoints.best_step else "last.ckpt")
-    print(f"run directory: {run_dir}\nnext: python -m blip3o_lit.evaluate ckpt={best}")
+    print(
+        f"run directory: {run_dir}\nnext: python -m blip3o_lit.evaluate {pasteable('ckpt', best)}"
+    )

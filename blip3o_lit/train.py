@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from blip3o_lit.command import (
     command_line_overrides,
     in_multirun,
@@ -10,6 +12,7 @@ from blip3o_lit.command import (
 )
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.config.words import pasteable
 
 
 def train(config: TrainConfig) -> float | None:
@@ -38,9 +41,30 @@ def _refuse_unsafe_multirun(config: TrainConfig) -> None:
         )
 
 
+def _kept() -> str:
+    """Say what Ctrl-C left where no step was there to be ended: imports, data, a second Ctrl-C."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return "nothing was begun: give the same line again"
+    if in_multirun():
+        folder = Path(str(HydraConfig.get().sweep.dir)).absolute()
+        word = pasteable("hydra.sweep.dir", folder)
+        return f"the jobs that ended are kept: to go on, give the same command with {word}"
+    folder = run_directory().resolve()
+    if not any((folder / "checkpoints").glob("*.ckpt")):
+        return "no step was saved: give the same line again"
+    from blip3o_lit.checkpointing import newest_sound
+
+    newest, _ = newest_sound(folder)
+    if newest is None:
+        return "no sound checkpoint is there yet: give the same line again"
+    return f"to go on, add to the same command: {pasteable('resume', newest)}"
+
+
 def main() -> None:
     """Entry point of `blip3o-train`."""
-    run_command("train", TrainConfig, train)
+    run_command("train", TrainConfig, train, _kept)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import write_json
+from blip3o_lit.config.words import override
 
 STATE_FILE = "job.json"
 CONSOLE_FILE = "console.log"
@@ -156,7 +157,7 @@ def _resume(folder: Path) -> list[str]:
     from blip3o_lit.checkpointing import newest_sound
 
     found, _ = newest_sound(folder)
-    return [f"resume={found}"] if found else []
+    return [override("resume", found)] if found else []
 
 
 def _reason(console: Path, code: int) -> str:

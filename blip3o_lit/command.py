@@ -160,9 +160,8 @@ def _show_help(name: str, folder: Path) -> bool:
 
 def fail(message: str) -> typing.NoReturn:
     """Print a one-line error without secrets and exit with 2."""
-    print(
-        "error: " + " ".join(line.strip() for line in masked(message).splitlines()), file=sys.stderr
-    )
+    lines = [line.strip() for line in masked(message).splitlines()]
+    print("error:", *lines, file=sys.stderr)
     sys.exit(USER_ERROR_CODE)
 
 

@@ -72,7 +72,7 @@ def literal(word: str, text_keys: set[str], multirun: bool) -> str:
     if isinstance(value, list | dict) or item.is_sweep_override():
         reading, way_on = _reading(value, text)
         raise UserError(f"{word}: Hydra reads {reading}: quote the value: {form(word)}{way_on}")
-    number = isinstance(value, bool | int | float) and "(" not in text
+    number = isinstance(value, bool | int | float) and "(" not in text and str(value) != text
     trimmed = isinstance(value, str) and "\\" not in text and value != text
     return start + quoted(text) if number or trimmed else word
 

@@ -143,6 +143,5 @@ def closing_table(
         table.add_row(f"held-out cosine, EMA, {solver}, last", f"{last:.4f}")
     console.print(table)
     best = run_dir / "checkpoints" / ("best.ckpt" if checkpoints.best_step else "last.ckpt")
-    print(
-        f"run directory: {run_dir}\nnext: python -m blip3o_lit.evaluate {pasteable('ckpt', best)}"
-    )
+    print(f"run directory: {run_dir}")
+    print("next: python -m blip3o_lit.evaluate", pasteable("ckpt", best))

@@ -113,9 +113,7 @@ def _near_key(key: str, known: set[str]) -> str:
 
 
 def _alike(name: str, option: str) -> bool:
-    """Whether names of as many words misspell each other word by word; min_steps and max_steps
-    do not.
-    """
+    """Whether names of as many words are alike word by word: max_step, but not min_steps."""
     pairs = list(zip(name.split("_"), option.split("_")))
     return name.count("_") != option.count("_") or all(
         a == b or nearest(a, [b]) or min(len(a), len(b)) < 3 for a, b in pairs

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 CLOSE = 0.75
-"""Share of letters in common, in order, from which a word counts as a misspelled other."""
+"""From this share of common letters on, a word misspells another: no guess beats a far one."""
 
 
 class UserError(ValueError):
@@ -18,7 +18,7 @@ class UserError(ValueError):
 
 
 def nearest(word: str, options: Iterable[str]) -> str:
-    """Return the option that `word` misspells, or an empty string: none is better than a far one."""
+    """Return the option that `word` misspells, or an empty string."""
     choices = list(options)
     swapped = [option for option in choices if sorted(option) == sorted(word)]
     return next(iter(swapped or difflib.get_close_matches(word, choices, n=1, cutoff=CLOSE)), "")

@@ -172,6 +172,20 @@ def run_directory() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
+def is_running() -> bool:
+    """Whether Hydra has begun a job or a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return HydraConfig.initialized()
+
+
+def sweep_directory() -> Path:
+    """Return the directory of the running sweep."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(str(HydraConfig.get().sweep.dir)).absolute()
+
+
 def in_multirun() -> bool:
     """Whether the running job belongs to a `-m` sweep."""
     from hydra.core.hydra_config import HydraConfig

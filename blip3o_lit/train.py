@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import sys
 
 from blip3o_lit.command import (
     command_line_overrides,
     in_multirun,
+    is_running,
     run_command,
     run_directory,
+    sweep_directory,
 )
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
@@ -42,24 +44,19 @@ def _refuse_unsafe_multirun(config: TrainConfig) -> None:
 
 
 def _kept() -> str:
-    """Say what Ctrl-C left where no step was there to be ended: imports, data, a second Ctrl-C."""
-    from hydra.core.hydra_config import HydraConfig
+    """Say what Ctrl-C left outside of training steps: at imports, data, a second Ctrl-C.
 
-    if not HydraConfig.initialized():
+    Imports nothing, as it may have been an import that was interrupted.
+    """
+    if "hydra.core.hydra_config" not in sys.modules or not is_running():
         return "nothing was begun: give the same line again"
     if in_multirun():
-        folder = Path(str(HydraConfig.get().sweep.dir)).absolute()
-        word = pasteable("hydra.sweep.dir", folder)
+        word = pasteable("hydra.sweep.dir", sweep_directory())
         return f"the jobs that ended are kept: to go on, give the same command with {word}"
     folder = run_directory().resolve()
     if not any((folder / "checkpoints").glob("*.ckpt")):
         return "no step was saved: give the same line again"
-    from blip3o_lit.checkpointing import newest_sound
-
-    newest, _ = newest_sound(folder)
-    if newest is None:
-        return "no sound checkpoint is there yet: give the same line again"
-    return f"to go on, add to the same command: {pasteable('resume', newest)}"
+    return f"to go on, give the same command with resume=auto {pasteable('hydra.run.dir', folder)}"
 
 
 def main() -> None:

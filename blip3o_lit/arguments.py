@@ -102,11 +102,11 @@ def check_arguments(name: str, schema: type[Any], folder: Path) -> None:
             except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
                 cause = error.__cause__
                 message = str(cause) if isinstance(cause, OmegaConfBaseException) else str(error)
-                raise UserError(_first_line(message, known) + _dollar(words)) from error
+                raise UserError(_first_line(message, known) + _dollar(overrides)) from error
             try:
                 typed(found, schema)
             except UserError as error:
-                raise UserError(f"{error}{_dollar(words)}") from error
+                raise UserError(f"{error}{_dollar(overrides)}") from error
 
 
 def _parsed(word: str, known: set[str]) -> Override:
@@ -130,11 +130,12 @@ def _first_line(message: str, known: set[str]) -> str:
     return f"{key}: {lines[0]}" if named else lines[0]
 
 
-def _dollar(words: list[str]) -> str:
-    """Return how to type a `${` that is no interpolation, if a word has one."""
-    word = next((word for word in words if re.search(r"(?<!\\)\$\{", word)), "")
-    key, _, text = word.partition("=")
-    return f"; if ${{...}} is part of a name: {pasteable(key, text)}" if word else ""
+def _dollar(overrides: list[Override]) -> str:
+    """Return how to type a `${` that is no interpolation, if a value has one."""
+    values = [(item.key_or_group, item.value()) for item in overrides]
+    marked = [(key, text) for key, text in values if re.search(r"(?<!\\)\$\{", str(text))]
+    word = pasteable(marked[0][0], str(marked[0][1])) if marked else ""
+    return f"; if ${{...}} is part of a name: {word}" if word else ""
 
 
 def _check_runs(overrides: list[Override]) -> None:

@@ -79,6 +79,8 @@ def _run(name: str, schema: type[Config], task: Callable[[Config], Any]) -> None
             fail(str(error))
 
     try:
+        if "${" in os.getcwd():
+            raise UserError(f"{os.getcwd()}: Hydra can't work in a folder with ${{ in its name")
         sys.argv[1:] = arranged(sys.argv[1:], schema)
         if _show_help(name, folder):
             return

@@ -50,10 +50,10 @@ def run_command(name: str, schema: type[Config], task: Callable[[Config], Any], 
         kept: What to say after Ctrl-C: what is kept, and how to go on.
     """
     with interruptible(kept):
-        _run(name, schema, task)
+        _run(name, schema, task, kept)
 
 
-def _run(name: str, schema: type[Config], task: Callable[[Config], Any]) -> None:
+def _run(name: str, schema: type[Config], task: Callable[[Config], Any], kept: Kept) -> None:
     from hydra import main as hydra_main
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -72,7 +72,8 @@ def _run(name: str, schema: type[Config], task: Callable[[Config], Any]) -> None
         nonlocal began
         began = True
         try:
-            return task(typed(config, schema))
+            with interruptible(kept):  # Hydra forgets the job's directory before it ends
+                return task(typed(config, schema))
         except UserError as error:
             if in_multirun():  # The sweep's other jobs still run; Hydra raises it at their end.
                 raise

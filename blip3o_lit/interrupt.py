@@ -23,7 +23,8 @@ def interruptible(kept: Kept) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not _by_interrupt(error):
+        ended = isinstance(error, SystemExit) and error.code == INTERRUPTED_CODE
+        if ended or not _by_interrupt(error):
             raise
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once, in silence
         if os.environ.get("LOCAL_RANK", "0") == "0":

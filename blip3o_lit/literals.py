@@ -67,6 +67,8 @@ def literal(word: str, text_keys: set[str], multirun: bool) -> str:
     if isinstance(value, QuotedString):
         home = is_folder and value.text.startswith("~")
         return start + quoted(str(expanded(value.text))) if home else word
+    if item.is_sweep_override() and is_folder:
+        return start + quoted(text)  # Hydra has one folder a sweep
     if item.is_sweep_override() and multirun:
         return word
     if isinstance(value, list | dict) or item.is_sweep_override():

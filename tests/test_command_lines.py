@@ -83,6 +83,11 @@ def test_a_text_is_read_as_typed_or_refused_with_a_form_that_is(text: str) -> No
     assert quoted_by_hand or str(read(word)) == text
 
 
+def test_the_folder_of_a_run_may_have_a_comma() -> None:
+    for words in (["hydra.run.dir=a,b"], ["-m", "hydra.sweep.dir=a, b"]):
+        assert read(arranged(words, TrainConfig)[-1]) == words[-1].partition("=")[2]
+
+
 def test_commas_keep_their_meaning_in_a_sweep() -> None:
     words = ["-m", "data.tokens=a,b", "seed=1,2"]
     assert arranged(words, TrainConfig) == words
@@ -166,6 +171,37 @@ def test_a_guess_is_near_or_not_made(key: str, guess: str) -> None:
     said = unknown_key(key, set(keys(TrainConfig)) | set(groups(conf_dir())))
     hint = f"did you mean {guess}?" if guess else "--help lists the keys"
     assert said == f"{key} is not a key of this command: {hint}"
+
+
+TWICE = """
+import os, runpy, signal, sys
+saved = []
+def twice(event, arguments):
+    if event == "os.rename" and str(arguments[1]).endswith(".ckpt"):
+        saved.append(arguments[1])
+        if len(saved) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(twice)
+sys.argv = ["train", *WORDS.split()]
+runpy.run_module("blip3o_lit.train", run_name="__main__")
+"""
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once_and_says_how_it_goes_on(tmp_path: Path) -> None:
+    words = "data=linear_gaussian model=tiny model.depth=1 precision=fp32 trainer.max_steps=50"
+    words += " data.linear_gaussian.images=64 data.linear_gaussian.validation_images=8"
+    words += " batch_size=8 evaluation.images=8 checkpoint.every=2 hydra.run.dir=run"
+    words += " trainer.accelerator=cpu logger=csv"
+    code = TWICE.replace("WORDS", repr(words))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 130, done.stderr
+    said = done.stderr.strip().splitlines()[-1]
+    word = pasteable("hydra.run.dir", tmp_path / "run")
+    assert said == f"stopped: to go on, give the same command with resume=auto {word}"
+    assert "Traceback" not in done.stderr
 
 
 INTERRUPTED = """

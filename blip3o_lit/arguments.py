@@ -6,7 +6,10 @@ the right one.
 
 from __future__ import annotations
 
+import argparse
 import math
+import re
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -27,7 +30,9 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from blip3o_lit.config.errors import UserError, nearest
-from blip3o_lit.schema import groups, keys, typed, unknown_key
+from blip3o_lit.config.words import pasteable
+from blip3o_lit.literals import check_word, literal, unreadable
+from blip3o_lit.schema import groups, keys, text_keys, typed, unknown_key
 from blip3o_lit.sweeps.plugins import PLUGIN_GROUPS
 
 MOST_RUNS = 100_000
@@ -36,21 +41,50 @@ MOST_TRIED = 64
 OPTIONAL_GROUPS = ("experiment", "debug", "hparams_search")
 
 
+def arranged(words: list[str], schema: type[Any]) -> list[str]:
+    """Return a command line with its flags first, as argparse needs it, and its texts for Hydra.
+
+    Raises:
+        UserError: For an unknown flag, and for a text that Hydra would read as something else.
+    """
+    for word in words:
+        check_word(word)
+    arguments, unknown = flags(words)
+    if unknown:
+        known = set(keys(schema))
+        name, _, value = unknown[0].lstrip("-").partition("=")
+        name = name if name in known else name.replace("-", "_")
+        hint = f"write {name}={value or 'VALUE'}" if name in known else "overrides are key=value"
+        raise UserError(f"{unknown[0]} is no flag of this command: {hint}")
+    overrides = list(arguments.overrides)
+    texts = set(text_keys(schema))
+    literals = [literal(word, texts, arguments.multirun) for word in overrides]
+    first = [word for word in words if word not in overrides]
+    return first + literals
+
+
+def flags(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return Hydra's own flags and the overrides among some words, and the flags it doesn't know.
+
+    Raises:
+        UserError: If a flag lacks its value, or has another than it takes.
+    """
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        return parser.parse_known_intermixed_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+
+
 def check_arguments(name: str, schema: type[Any], folder: Path) -> None:
     """Check the command line's overrides; composing is tried once, so errors come as one line."""
-    arguments, unknown_flags = get_args_parser().parse_known_args()
+    arguments, _ = flags(sys.argv[1:])
     if arguments.hydra_help or arguments.shell_completion:
         return
-    if unknown_flags:
-        raise UserError(f"{unknown_flags[0]} is no flag of this command: overrides are key=value")
-    try:
-        overrides = OverridesParser.create().parse_overrides(arguments.overrides)
-    except HydraException as error:
-        bad = next((word for word in arguments.overrides if "=" not in word), "")
-        hint = f"{bad!r} is no override: write key=value" if bad else str(error)
-        raise UserError(hint) from error
     options = groups(folder) | PLUGIN_GROUPS
     known = set(keys(schema))
+    overrides = [_parsed(word, known | set(options)) for word in arguments.overrides]
     _check_runs(overrides)
     for override in overrides:
         _check_override(override, known, options)
@@ -68,15 +102,40 @@ def check_arguments(name: str, schema: type[Any], folder: Path) -> None:
             except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
                 cause = error.__cause__
                 message = str(cause) if isinstance(cause, OmegaConfBaseException) else str(error)
-                raise UserError(_first_line(message, known)) from error
-            typed(found, schema)
+                raise UserError(_first_line(message, known) + _dollar(overrides)) from error
+            try:
+                typed(found, schema)
+            except UserError as error:
+                raise UserError(f"{error}{_dollar(overrides)}") from error
+
+
+def _parsed(word: str, known: set[str]) -> Override:
+    """Return an override; one that can't be read is refused with the form that can."""
+    key, equals, _ = word.lstrip("+").partition("=")
+    if not equals and not word.startswith("~"):
+        raise UserError(f"{word!r} is no override: write key=value")
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        if key not in known and not key.startswith("hydra."):
+            raise UserError(unknown_key(key, known)) from error
+        raise unreadable(word) from error
 
 
 def _first_line(message: str, known: set[str]) -> str:
     """Return Hydra's message as one line, with the full key that it speaks of."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     key = next((line.split(":", 1)[1].strip() for line in lines if "full_key" in line), "")
-    return f"{key}: {lines[0]}" if key in known else lines[0]
+    named = key in known or key.startswith("hydra.")
+    return f"{key}: {lines[0]}" if named else lines[0]
+
+
+def _dollar(overrides: list[Override]) -> str:
+    """Return how to type a `${` that is no interpolation, if a value has one."""
+    values = [(item.key_or_group, item.value()) for item in overrides]
+    marked = [(key, text) for key, text in values if re.search(r"(?<!\\)\$\{", str(text))]
+    word = pasteable(marked[0][0], str(marked[0][1])) if marked else ""
+    return f"; if ${{...}} is part of a name: {word}" if word else ""
 
 
 def _check_runs(overrides: list[Override]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from blip3o_lit.command import run_command
+from blip3o_lit.command import SHARDS_KEPT, run_command
 from blip3o_lit.config.convert import ConvertConfig
+from blip3o_lit.config.words import pasteable
 
 
 def convert(config: ConvertConfig) -> None:
@@ -24,12 +25,13 @@ def convert(config: ConvertConfig) -> None:
             print(f"{name} in int8: mean cosine {spec.cosine:.6f} to the tokens of the pickles")
     full = "cls_patch" if all(spec.cls for spec in tokens) else "patch_only"
     view = f"mode={index.reduced or full}"
-    print(f"next: python -m blip3o_lit.train data=tokens data.tokens={config.out} {view}")
+    tokens_word = pasteable("data.tokens", config.out or "")
+    print(f"next: python -m blip3o_lit.train data=tokens {tokens_word} {view}")
 
 
 def main() -> None:
     """Entry point of `blip3o-convert`."""
-    run_command("convert", ConvertConfig, convert)
+    run_command("convert", ConvertConfig, convert, SHARDS_KEPT)
 
 
 if __name__ == "__main__":

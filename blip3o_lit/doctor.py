@@ -10,6 +10,7 @@ from blip3o_lit.config.doctor import DoctorConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.inspection.finding import Finding, show, show_table
 
+KEPT = "nothing is left half written: give the same line again"
 COMPLETION = 'eval "$(blip3o-train -sc install=bash)"'
 
 
@@ -54,7 +55,7 @@ def _store(tokens: str, repair: bool) -> list[Finding]:
 def main() -> None:
     """Entry point of `blip3o-doctor`; `--repair` is another way to write `repair=true`."""
     sys.argv = ["repair=true" if word == "--repair" else word for word in sys.argv]
-    run_command("doctor", DoctorConfig, doctor)
+    run_command("doctor", DoctorConfig, doctor, KEPT)
 
 
 if __name__ == "__main__":

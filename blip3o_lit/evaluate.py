@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,11 +13,13 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.files import write_json
 from blip3o_lit.config.home import home
+from blip3o_lit.config.words import pasteable
 
 if TYPE_CHECKING:
     from blip3o_lit.scoring.baselines import Report
 
 UNITS = {"mlp": "steps", "regression": "steps"}
+KEPT = "no score was written, fitted baselines are kept: give the same line again"
 COLUMNS = {
     "cosine": "cosine",
     "cosine_centred": "centred",
@@ -55,8 +56,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     page = write_report(folder)
     show(result)
     print(f"evaluation: {folder / 'evaluation.json'}\nreport: {page}")
-    target = shlex.quote(f"out={folder / 'export'}")
-    print(f"next: python -m blip3o_lit.export {shlex.quote(f'ckpt={loaded.file}')} {target}")
+    words = pasteable("ckpt", loaded.file), pasteable("out", folder / "export")
+    print("next: python -m blip3o_lit.export", *words)
     return result
 
 
@@ -113,7 +114,7 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Entry point of `blip3o-evaluate`."""
-    run_command("evaluate", EvaluateConfig, evaluate)
+    run_command("evaluate", EvaluateConfig, evaluate, KEPT)
 
 
 if __name__ == "__main__":

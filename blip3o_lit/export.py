@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from blip3o_lit.command import run_command
 from blip3o_lit.config.export import ExportConfig
+from blip3o_lit.config.words import pasteable
+
+KEPT = "the export may lack files: give the same line again"
 
 
 def export(config: ExportConfig) -> Path | None:
@@ -19,8 +21,7 @@ def export(config: ExportConfig) -> Path | None:
     if out is not None:
         write_export(loaded, out)
         print(f"exported: {out}")
-        ckpt = shlex.quote(f"ckpt={out}")
-        print(f"next: python -m blip3o_lit.generate {ckpt} tokens=DIR out=DIR")
+        print(f"next: python -m blip3o_lit.generate {pasteable('ckpt', out)} tokens=DIR out=DIR")
     if config.push_to_hub:
         print(f"uploaded: {push(loaded, config.push_to_hub, config.private)}")
     return out
@@ -28,7 +29,7 @@ def export(config: ExportConfig) -> Path | None:
 
 def main() -> None:
     """Entry point of `blip3o-export`."""
-    run_command("export", ExportConfig, export)
+    run_command("export", ExportConfig, export, KEPT)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from blip3o_lit.command import run_command
+from blip3o_lit.command import SHARDS_KEPT, run_command
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
+from blip3o_lit.config.words import pasteable
 
 
 def extract(config: ExtractConfig) -> None:
@@ -62,8 +63,9 @@ def extract(config: ExtractConfig) -> None:
         print(f"  {name:<20}{value}")
     if len(index.splits) < 2:
         print("one split alone: set split.fraction or split.seed anew, training scores on another")
-    mode = "mode=grid_64 " if index.reduced else ""
-    print(f"next: python -m blip3o_lit.train data=tokens data.tokens={config.out} {mode}".rstrip())
+    words = ["data=tokens", pasteable("data.tokens", config.out)]
+    words += ["mode=grid_64"] if index.reduced else []
+    print("next: python -m blip3o_lit.train", *words)
 
 
 def _passed_over(out: Path, images: int) -> str:
@@ -87,7 +89,7 @@ def _print_price(config: ExtractConfig) -> None:
 
 def main() -> None:
     """Entry point of `blip3o-extract`."""
-    run_command("extract", ExtractConfig, extract)
+    run_command("extract", ExtractConfig, extract, SHARDS_KEPT)
 
 
 if __name__ == "__main__":

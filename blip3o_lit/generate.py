@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip3o_lit.command import run_command
+from blip3o_lit.command import SHARDS_KEPT, run_command
 from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.config.files import claimed, write_json
 from blip3o_lit.config.generate import GenerateConfig
@@ -237,7 +237,7 @@ def _write_shard(
 
 def main() -> None:
     """Entry point of `blip3o-generate`."""
-    run_command("generate", GenerateConfig, run)
+    run_command("generate", GenerateConfig, run, SHARDS_KEPT)
 
 
 if __name__ == "__main__":

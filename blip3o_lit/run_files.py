@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,12 @@ from typing import Any
 import yaml
 from lightning import Trainer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from blip3o_lit import checkpointing
 from blip3o_lit.base.units import human_time
+from blip3o_lit.budget.plan import Plan
 from blip3o_lit.callbacks.checkpoints import Checkpoints
 from blip3o_lit.callbacks.files import remove
 from blip3o_lit.callbacks.metrics_csv import read_rows
@@ -26,9 +27,9 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import replacing, write_json
 from blip3o_lit.config.secrets import masked
 from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.config.words import pasteable
 from blip3o_lit.environment import environment
 from blip3o_lit.overfit import Overfit
-from blip3o_lit.budget.plan import Plan
 from blip3o_lit.resume import config_hash
 
 log = logging.getLogger("blip3o_lit")
@@ -46,11 +47,11 @@ def is_rank_zero() -> bool:
 def show_plan(the_plan: Plan, resumed: Path | None) -> None:
     """Print the plan, one labelled line each."""
     for label, value in masked(list(the_plan.rows())):
-        console.print(f"[bold]{label:>14}[/bold]  {value}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{label:>14}[/bold]  {escape(value)}", highlight=False, soft_wrap=True)
         log.info("%s: %s", label, value)
     if resumed:
         label = f"[bold]{'resumes from':>14}[/bold]"
-        console.print(f"{label}  {resumed}", highlight=False, soft_wrap=True)
+        console.print(f"{label}  {escape(str(resumed))}", highlight=False, soft_wrap=True)
         log.info("resumes from: %s", resumed)
 
 
@@ -142,7 +143,7 @@ def say_how_to_resume(run_dir: Path, step: int) -> None:
     if not last.exists():
         print(f"stopped at step {step}, before the first checkpoint of {run_dir}")
         return
-    place = shlex.quote(f"hydra.run.dir={run_dir}")
+    place = pasteable("hydra.run.dir", run_dir)
     print(f"stopped at step {step}; saved {last}")
     print(f"to go on, add to the same command: resume=auto {place}")
     if "SLURM_JOB_ID" in os.environ:
@@ -164,7 +165,7 @@ def say_next(run_dir: Path) -> None:
     print(f"run directory: {run_dir}")
     best = checkpointing.best_of(run_dir)
     if best is not None:
-        print(f"next: python -m blip3o_lit.evaluate {shlex.quote(f'ckpt={best}')}")
+        print("next: python -m blip3o_lit.evaluate", pasteable("ckpt", best))
 
 
 def closing_table(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+
 from blip3o_lit.command import (
     command_line_overrides,
     in_multirun,
+    is_running,
     run_command,
     run_directory,
+    sweep_directory,
 )
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.config.words import pasteable
 
 
 def train(config: TrainConfig) -> float | None:
@@ -38,9 +43,25 @@ def _refuse_unsafe_multirun(config: TrainConfig) -> None:
         )
 
 
+def _kept() -> str:
+    """Say what Ctrl-C left outside of training steps: at imports, data, a second Ctrl-C.
+
+    Imports nothing, as it may have been an import that was interrupted.
+    """
+    if "hydra.core.hydra_config" not in sys.modules or not is_running():
+        return "nothing was begun: give the same line again"
+    if in_multirun():
+        word = pasteable("hydra.sweep.dir", sweep_directory())
+        return f"the jobs that ended are kept: to go on, give the same command with {word}"
+    folder = run_directory().resolve()
+    if not any((folder / "checkpoints").glob("*.ckpt")):
+        return "no step was saved: give the same line again"
+    return f"to go on, give the same command with resume=auto {pasteable('hydra.run.dir', folder)}"
+
+
 def main() -> None:
     """Entry point of `blip3o-train`."""
-    run_command("train", TrainConfig, train)
+    run_command("train", TrainConfig, train, _kept)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+CLOSE = 0.75
+"""From this share of common letters on, a word misspells another: no guess beats a far one."""
+
 
 class UserError(ValueError):
     """A mistake in the configuration, the data or the environment that the user can mend.
@@ -15,9 +18,10 @@ class UserError(ValueError):
 
 
 def nearest(word: str, options: Iterable[str]) -> str:
-    """Return the option most like `word`, or an empty string when none is close."""
-    found = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
-    return found[0] if found else ""
+    """Return the option that `word` misspells, or an empty string."""
+    choices = list(options)
+    swapped = [option for option in choices if sorted(option) == sorted(word)]
+    return next(iter(swapped or difflib.get_close_matches(word, choices, n=1, cutoff=CLOSE)), "")
 
 
 def one_of(key: str, value: str, options: Iterable[str]) -> None:

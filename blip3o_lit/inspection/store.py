@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.words import pasteable
 from blip3o_lit.inspection.finding import Finding
 from blip3o_lit.inspection.numbers import ArrayNumbers
 from blip3o_lit.inspection.shard import OpenShard, open_shard, shard_problem
@@ -68,7 +69,8 @@ class Inspection:
             self.note("fail", "scales", str(error))
             scales = {}
         self._scales = {name: torch.from_numpy(scale_NC) for name, scale_NC in scales.items()}
-        repair = f"restore it, or python -m blip3o_lit.doctor tokens={self.folder} repair=true"
+        store = pasteable("tokens", self.folder)
+        repair = f"restore it, or python -m blip3o_lit.doctor {store} repair=true"
         with Work("reading", self.index.samples, "samples") as work:
             for entry in self.index.shards:
                 problem = shard_problem(self.folder, entry)

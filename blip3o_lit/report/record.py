@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import check_format
+from blip3o_lit.config.words import pasteable
 
 FORMAT = 1
 """Format of `evaluation.json`; without a number it is the first."""
@@ -93,7 +94,7 @@ class RunRecord:
         kept = sorted(folder.glob("*.ckpt"))
         best = [file for file in kept if file.stem == "best"] or kept
         checkpoint = best[-1] if best else folder / "best.ckpt"
-        return f"python -m blip3o_lit.evaluate {shlex.quote(f'ckpt={checkpoint}')} baselines=all"
+        return f"python -m blip3o_lit.evaluate {pasteable('ckpt', checkpoint)} baselines=all"
 
     def curve(self, name: str) -> list[tuple[float, float]]:
         """Return a training curve by its short name, thinned to `ROWS` points by local means.

@@ -26,6 +26,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from blip3o_lit.config.errors import UserError, positive
+from blip3o_lit.config.words import override, pasteable
 from blip3o_lit.sweeps.job import CONSOLE_FILE, Job
 from blip3o_lit.sweeps.page import refresh
 
@@ -103,7 +104,7 @@ class ProcessLauncher(Launcher):
             with open_dict(config):
                 config.hydra.job.num = config.hydra.job.id = number
             folder = root / str(config.hydra.sweep.subdir)
-            place = [*kept, f"hydra.run.dir={shlex.quote(str(folder))}"]
+            place = [*kept, override("hydra.run.dir", folder)]
             jobs.append(Job(number, folder, overrides, [*start, *overrides, *place]))
             _write_config(config, folder)
         return jobs
@@ -143,7 +144,8 @@ class ProcessLauncher(Launcher):
         if self.received is not None:
             refresh(root, at_once=True)
             print(
-                f"the sweep stopped; to go on, give the same command with hydra.sweep.dir={root}",
+                "the sweep stopped; to go on, give the same command with",
+                pasteable("hydra.sweep.dir", root),
                 flush=True,
             )
             sys.exit(130 if self.received == signal.SIGINT else 75)
@@ -193,7 +195,7 @@ def _say(job: Job, shared: set[str]) -> None:
         how = f"stopped after {job.seconds:.1f} s"
     else:
         how = f"FAILED: {job.error}; see {job.folder / CONSOLE_FILE}"
-    own = " ".join(word for word in job.overrides if word not in shared)
+    own = shlex.join(word for word in job.overrides if word not in shared)
     print(f"job {job.number} ({own}): {how}", flush=True)
 
 

@@ -15,6 +15,7 @@ from blip3o_lit import __version__
 from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.config.files import write_synced
 from blip3o_lit.config.shape import TokenShape
+from blip3o_lit.config.words import pasteable
 from blip3o_lit.tokens import tar
 
 SCHEMA = 1
@@ -220,7 +221,7 @@ class TokenIndex:
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"{where} is damaged ({type(error).__name__}: {error}): "
-                f"python -m blip3o_lit.doctor tokens={Path(where).parent} repair=true"
+                f"python -m blip3o_lit.doctor {pasteable('tokens', Path(where).parent)} repair=true"
             ) from error
         return index
 
@@ -245,7 +246,7 @@ class TokenIndex:
         if data["splits"] != self.splits or data["samples"] != self.samples:
             raise UserError(
                 "the counts of samples, splits and shards disagree: "
-                f"python -m blip3o_lit.doctor tokens={Path(where).parent} repair=true"
+                f"python -m blip3o_lit.doctor {pasteable('tokens', Path(where).parent)} repair=true"
             )
 
 

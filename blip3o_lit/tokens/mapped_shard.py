@@ -13,6 +13,7 @@ import numpy as np
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import write_synced
+from blip3o_lit.config.words import pasteable
 from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex
 from blip3o_lit.tokens.shards import pack_offsets, unpack_offsets
@@ -28,7 +29,7 @@ class Shard:
             UserError: If it is missing, cut off, altered or malformed.
         """
         self.entry, self.arrays = entry, index.arrays
-        self.repair = f"python -m blip3o_lit.doctor tokens={folder} repair=true"
+        self.repair = f"python -m blip3o_lit.doctor {pasteable('tokens', folder)} repair=true"
         path = folder / entry.file
         offsets = path.with_name(entry.offsets)
         try:

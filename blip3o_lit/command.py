@@ -7,6 +7,7 @@ with 2.
 
 from __future__ import annotations
 
+import io
 import os
 import string
 import sys
@@ -28,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from blip3o_lit.arguments import check_arguments
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.home import refusal
 from blip3o_lit.config.secrets import masked
 from blip3o_lit.schema import Config, conf_dir, groups, typed
 from blip3o_lit.sweeps.plugins import register_plugins
@@ -58,13 +60,18 @@ def run_command(name: str, schema: type[Config], task: Callable[[Config], Any]) 
     _register(name, schema)
     register_plugins()
     folder = conf_dir()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a console without Unicode, names of other letters
+            stream.reconfigure(errors="backslashreplace")
     began = False
 
     def job(config: DictConfig) -> Any:
         nonlocal began
         began = True
         try:
-            return task(typed(config, schema))
+            return _checked(task, typed(config, schema))
         except UserError as error:
             if in_multirun():  # The sweep's other jobs still run; Hydra raises it at their end.
                 raise
@@ -86,6 +93,19 @@ def run_command(name: str, schema: type[Config], task: Callable[[Config], Any]) 
         if began:
             raise
         fail(f"{error.filename}: {error.strerror}: choose another folder with hydra.run.dir")
+
+
+def _checked(task: Callable[[Config], Any], config: Config) -> Any:
+    """Run a command; what the machine refuses (rights, space) is one line, like a user's mistake."""
+    try:
+        return task(config)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        line = refusal(error, run_directory())
+        if line is None:
+            raise
+        raise UserError(line) from error
 
 
 def composed(name: str, schema: type[Config], words: Iterable[str]) -> Config:

@@ -14,6 +14,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape
 from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.launcher import launch
 from blip3o_lit.models.build import build_network
 
 # Dense peaks of matrix products in FLOP/s (bf16/fp16, fp32 or TF32), from the data sheets.
@@ -114,7 +115,7 @@ def activation_bytes(model: ModelConfig, tokens: int, width_bytes: int) -> int:
 
 def fitting_micro_batch(config: TrainConfig, shape: PairShape, device: torch.device) -> int:
     """Return the largest micro-batch that divides a process's share and fits the device."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launch().world or 1
     if config.trainer.devices.isdigit():
         world = max(world, int(config.trainer.devices) * config.trainer.num_nodes)
     share = max(1, config.batch_size // world)

@@ -96,7 +96,7 @@ def run_command(name: str, schema: type[Config], task: Callable[[Config], Any]) 
 
 
 def _checked(task: Callable[[Config], Any], config: Config) -> Any:
-    """Run a command; what the machine refuses (rights, space) is one line, like a user's mistake."""
+    """Run a command; what the machine refuses (rights, space) is a line like a user's mistake."""
     try:
         return task(config)
     except BrokenPipeError:

@@ -60,7 +60,8 @@ def refusal(error: OSError, run_dir: Path | None = None) -> str | None:
         cache = home().absolute()
     except UserError:
         cache = None
-    if cache is not None and path.is_relative_to(cache):
+    above = run_dir is None or not run_dir.absolute().is_relative_to(path)
+    if cache is not None and (path.is_relative_to(cache) or (above and path in cache.parents)):
         moves = ": set BLIP3O_HOME to a folder that you can write"
     elif run_dir is not None and path.is_relative_to(run_dir.absolute()):
         moves = ": choose another folder with hydra.run.dir"

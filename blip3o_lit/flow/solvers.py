@@ -170,7 +170,7 @@ def sample(
         return torch.lerp(counted(x_BND, t_B, null), out_BND, solver.guidance_scale)
 
     def times(t: float) -> Tensor:
-        return torch.full((len(noise_BND),), t, device=noise_BND.device)
+        return torch.full((len(noise_BND),), t, dtype=torch.float32, device=noise_BND.device)
 
     def field(x_BND: Tensor, t: float) -> Tensor:
         return objective.velocity(evaluated, condition, x_BND, times(t), check=False)

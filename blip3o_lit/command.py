@@ -7,6 +7,7 @@ with 2. Hydra is imported late, so that Ctrl-C is one line at once.
 
 from __future__ import annotations
 
+import io
 import os
 import string
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.home import refusal
 from blip3o_lit.config.secrets import masked
 from blip3o_lit.interrupt import Kept, interruptible
 from blip3o_lit.run_stamp import run_stamp
@@ -56,6 +58,11 @@ def _run(name: str, schema: type[Config], task: Callable[[Config], Any], kept: K
     _register(name, schema)
     register_plugins()
     folder = conf_dir()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a console without Unicode, names of other letters
+            stream.reconfigure(errors="backslashreplace")
     began = False
 
     def job(config: DictConfig) -> Any:
@@ -63,7 +70,7 @@ def _run(name: str, schema: type[Config], task: Callable[[Config], Any], kept: K
         began = True
         try:
             with interruptible(kept):  # Hydra forgets the job's directory before it ends
-                return task(typed(config, schema))
+                return _checked(task, typed(config, schema))
         except UserError as error:
             if in_multirun():  # The sweep's other jobs still run; Hydra raises it at their end.
                 raise
@@ -90,6 +97,19 @@ def _run(name: str, schema: type[Config], task: Callable[[Config], Any], kept: K
         if began:
             raise
         fail(f"{error.filename}: {error.strerror}: choose another folder with hydra.run.dir")
+
+
+def _checked(task: Callable[[Config], Any], config: Config) -> Any:
+    """Run a command; what the machine refuses (rights, space) is a line like a user's mistake."""
+    try:
+        return task(config)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        line = refusal(error, run_directory())
+        if line is None:
+            raise
+        raise UserError(line) from error
 
 
 def composed(name: str, schema: type[Config], words: Iterable[str]) -> Config:

@@ -10,6 +10,8 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,20 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return said.stdout.strip() or None if said.returncode == 0 else None
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """Make new tensors fp32 and on the CPU, where the caller set other defaults for torch."""
+    number, device = torch.get_default_dtype(), torch.get_default_device()
+    try:
+        if number != torch.float32:
+            torch.set_default_dtype(torch.float32)
+        with torch.device("cpu") if device.type != "cpu" else nullcontext():
+            yield
+    finally:
+        if number != torch.float32:
+            torch.set_default_dtype(number)
 
 
 def keep_freed_memory() -> None:

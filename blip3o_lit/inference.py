@@ -25,6 +25,7 @@ from blip3o_lit.config.home import home
 from blip3o_lit.config.pixels import PixelsConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.towers import TowersConfig
+from blip3o_lit.environment import own_defaults
 from blip3o_lit.loading import best_device, load, solver_from_label
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ Generated = Tensor | tuple[Tensor, list[Tensor]]
 class BLIP3oInference:
     """A trained translator behind one call: condition tokens in, target tokens out.
 
+    What it generates does not depend on torch's default number format and device. It can be
+    pickled, for a worker process.
+
     Args:
         path_or_hub_id: Checkpoint, run directory, exported folder or hub id.
         device: `auto` (cuda, mps or cpu), or a torch device.
@@ -47,10 +51,12 @@ class BLIP3oInference:
 
     def __init__(self, path_or_hub_id: str | Path, device: str | torch.device = "auto") -> None:
         self.device = torch.device(best_device() if device == "auto" else device)
-        self.loaded = load(path_or_hub_id, self.device)
+        with own_defaults():
+            self.loaded = load(path_or_hub_id, self.device)
         self.translator, self.config = self.loaded.translator, self.loaded.config
         self.shape, self.facts = self.loaded.shape, self.loaded.facts
 
+    @own_defaults()
     def generate(
         self,
         eva_embeddings: Tensor | np.ndarray,
@@ -145,7 +151,8 @@ class BLIP3oInference:
         images = min(limit or len(reader), len(reader))
         for start in range(0, images, batch_size):
             ids = np.arange(start, min(start + batch_size, images))
-            batch = reader.read(ids)
+            with own_defaults():
+                batch = reader.read(ids)
             made = self.generate(batch["condition"], sample_ids=torch.from_numpy(ids), **settings)
             yield {
                 "keys": reader.keys(ids),
@@ -154,6 +161,7 @@ class BLIP3oInference:
                 "target": batch["target"],
             }
 
+    @own_defaults()
     def evaluate_model(self, tokens: str | Path | None = None, **settings: Any) -> dict[str, Any]:
         """Score the model; returns what the evaluate command writes to evaluation.json.
 
@@ -170,6 +178,7 @@ class BLIP3oInference:
         folder = home() / "baselines"
         return Scorer(self.loaded, held, train, config, folder, lambda *_: None).run()
 
+    @own_defaults()
     def interpolate_embeddings(
         self,
         eva_start: Tensor | np.ndarray,
@@ -196,6 +205,7 @@ class BLIP3oInference:
         same_noise = torch.zeros(num_steps, dtype=torch.int64)
         return self.generate(line, sample_ids=same_noise, **settings)
 
+    @own_defaults()
     def from_images(
         self,
         images: Sequence[str | Path | Image],

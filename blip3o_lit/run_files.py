@@ -29,6 +29,7 @@ from blip3o_lit.config.secrets import masked
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.words import pasteable
 from blip3o_lit.environment import environment
+from blip3o_lit.launcher import launch
 from blip3o_lit.overfit import Overfit
 from blip3o_lit.resume import config_hash
 
@@ -40,8 +41,7 @@ WRITTEN = ("metrics.csv", "result.json", "history.json", "evaluation.json", "rep
 
 def is_rank_zero() -> bool:
     """Whether this process speaks for the run, before any process group exists."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    return int(rank) == 0 and int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return launch().first
 
 
 def show_plan(the_plan: Plan, resumed: Path | None) -> None:

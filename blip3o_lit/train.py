@@ -15,10 +15,12 @@ from blip3o_lit.command import (
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.words import pasteable
+from blip3o_lit.launcher import settle
 
 
 def train(config: TrainConfig) -> float | None:
     """Run one training job and return its best held-out cosine."""
+    settle(config.trainer.num_nodes)
     import blip3o_lit.metrics  # noqa: F401  (before Lightning imports torchmetrics with all it has)
     from blip3o_lit.training import run_training
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 import sys
 import time
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
 from blip3o_lit import checkpointing
@@ -23,12 +21,12 @@ from blip3o_lit import plan as planning
 from blip3o_lit.callbacks.bad_steps import BadSteps
 from blip3o_lit.callbacks.checkpoints import Checkpoints
 from blip3o_lit.callbacks.ema import EmaUpdate
-from blip3o_lit.callbacks.metrics_csv import MetricsCsv
 from blip3o_lit.callbacks.ranks import OneConfig
 from blip3o_lit.callbacks.run_log import RunLog
 from blip3o_lit.callbacks.stop import StopAtStep
 from blip3o_lit.callbacks.watch import Watch
 from blip3o_lit.checkpointing import AtomicCheckpointIO
+from blip3o_lit.cluster import ranks
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import claimed
 from blip3o_lit.config.secrets import masked
@@ -36,6 +34,8 @@ from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.environment import keep_freed_memory, quiet_libraries
 from blip3o_lit.footprint import units
 from blip3o_lit.forecast import forecast, rank_bytes
+from blip3o_lit.launcher import launch
+from blip3o_lit.loggers import loggers
 from blip3o_lit.module import TranslationModule
 from blip3o_lit.overfit import FAILED_CODE, check_overfit, training_images
 from blip3o_lit.relief import training_limit
@@ -158,7 +158,7 @@ def choose_device(config: TrainConfig) -> torch.device:
     if wanted == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", launch().local)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -191,6 +191,7 @@ def build_trainer(
     single = config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
     if name == "single" or (devices == "auto" and single):
         devices = 1
+    count = torch.cuda.device_count() if devices == "auto" else devices
     strategy: Any = "auto"
     backend = "gloo" if single else "nccl"
     if name == "fsdp2":
@@ -205,7 +206,7 @@ def build_trainer(
         num_nodes=config.trainer.num_nodes,
         strategy=strategy,
         precision=precision,  # type: ignore[arg-type]
-        plugins=[AtomicCheckpointIO(), *slurm()],
+        plugins=[AtomicCheckpointIO(), ranks(launch(), count, config.trainer.num_nodes)],
         max_steps=steps,
         max_epochs=-1,
         logger=False,
@@ -218,15 +219,6 @@ def build_trainer(
         use_distributed_sampler=False,
         default_root_dir=run_dir,
     )
-
-
-def slurm() -> list[SLURMEnvironment]:
-    """Return the environment of srun's tasks, where there is one.
-
-    Requeueing is left to scripts/train.sbatch: Lightning's own would save a second kind of file and
-    listen to SIGUSR1 alone.
-    """
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def make_plan(
@@ -266,30 +258,6 @@ def make_plan(
         state_gib=states / 2**30,
         activation_gib=micro * image / 2**30,
     )
-
-
-def loggers(config: TrainConfig, run_dir: Path, resumed: Path | None, step: int) -> list[Any]:
-    """Return metrics.csv and the loggers that were asked for."""
-    earlier = resumed.parent.parent if resumed else None
-    made: list[Any] = [MetricsCsv(run_dir, earlier, step)]
-    if config.logger.tensorboard:
-        from lightning.pytorch.loggers import TensorBoardLogger
-
-        made.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
-    if config.logger.wandb:
-        from lightning.pytorch.loggers import WandbLogger
-
-        offline = config.logger.wandb_offline or os.environ.get("WANDB_MODE") == "offline"
-        made.append(
-            WandbLogger(
-                save_dir=run_dir,
-                project=config.logger.wandb_project,
-                name=config.logger.wandb_name,
-                offline=offline,
-                config=masked(asdict(config)),
-            )
-        )
-    return made
 
 
 def fit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ from blip3o_lit.config.errors import UserError
 def replacing(path: Path) -> Iterator[Path]:
     """Give a name beside `path` to write to; what was written there then takes the place of `path`.
 
-    Missing folders are made. A failed write leaves the old file as it was, and nothing else.
+    Missing folders are made. A failed write leaves the old file as it was, and nothing else. The
+    file's mode is what the umask and the folder make it, whatever a library gives its files.
 
     Args:
         path: The file that is to be replaced, or to come into being.
@@ -28,7 +30,11 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

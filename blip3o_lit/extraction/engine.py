@@ -30,6 +30,7 @@ from blip3o_lit.extraction.sorted_safetensors import sorted_safetensors
 from blip3o_lit.extraction.units import Ledger, check_rejects
 from blip3o_lit.images.item import Part, Source
 from blip3o_lit.images.split import Splitter
+from blip3o_lit.launcher import is_task, number, tasks_of
 from blip3o_lit.progress import Work
 from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.index import TokenIndex
@@ -214,23 +215,35 @@ def worker_of(shard: str | None) -> tuple[int, int]:
     """Return this process's number and the number of workers.
 
     Args:
-        shard: `extract.shard=i/n`; None takes torchrun's, then a Slurm array's variables.
+        shard: `extract.shard=i/n`; None takes the variables of torchrun,
+            then of a Slurm array, then of srun.
 
     Raises:
-        UserError: If it is no i/n with 0 <= i < n.
+        UserError: If it is no i/n with 0 <= i < n, or the variables are none.
     """
-    environment = os.environ
-    if shard is None and "RANK" in environment and "WORLD_SIZE" in environment:
-        shard = f"{environment['RANK']}/{environment['WORLD_SIZE']}"
-    elif shard is None and "SLURM_ARRAY_TASK_ID" in environment:
-        first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
-        step = int(environment.get("SLURM_ARRAY_TASK_STEP", "1"))
-        number = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step
-        shard = f"{number}/{environment.get('SLURM_ARRAY_TASK_COUNT', '1')}"
-    found = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
-    if not found or int(found[1]) >= int(found[2]):
-        raise UserError(f"extract.shard={shard} must be i/n with i from 0 to n - 1")
-    return int(found[1]), int(found[2])
+    if shard is not None:
+        found = re.fullmatch(r"(\d+)/(\d+)", shard)
+        if not found or int(found[1]) >= int(found[2]):
+            raise UserError(f"extract.shard={shard} must be i/n with i from 0 to n - 1")
+        return int(found[1]), int(found[2])
+    given = {name: text for name, text in os.environ.items() if text.strip()}
+    worker, workers, names = 0, 1, "RANK WORLD_SIZE"
+    if "RANK" in given and "WORLD_SIZE" in given:
+        worker, workers = number(given, "RANK"), number(given, "WORLD_SIZE")
+    elif "SLURM_ARRAY_TASK_ID" in given:
+        names = "SLURM_ARRAY_TASK_ID SLURM_ARRAY_TASK_COUNT"
+        step = number(given, "SLURM_ARRAY_TASK_STEP") or 1
+        past = number(given, "SLURM_ARRAY_TASK_ID") - number(given, "SLURM_ARRAY_TASK_MIN")
+        worker, workers = past // step, number(given, "SLURM_ARRAY_TASK_COUNT") or 1
+    elif is_task(given):
+        names = "SLURM_PROCID SLURM_NTASKS"
+        worker, workers = number(given, "SLURM_PROCID"), number(given, tasks_of(given))
+    if not 0 <= worker < workers:
+        raise UserError(
+            f"{names} in the environment make this worker {worker} of {workers}: `unset {names}`, "
+            "or give extract.shard=i/n"
+        )
+    return worker, workers
 
 
 def device_of(device: str) -> str:
@@ -242,7 +255,7 @@ def device_of(device: str) -> str:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        device = f"cuda:{number(os.environ, 'LOCAL_RANK')}"
     if device != "cpu" and not re.fullmatch(r"cuda:\d+", device):
         raise UserError(f"extract.device={device} is not auto, cpu, cuda or cuda:N")
     if device != "cpu" and not torch.cuda.is_available():

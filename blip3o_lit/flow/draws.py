@@ -70,7 +70,7 @@ def noise(
     One generator is reseeded for every sample (measured: 32 x [256, 1024] in 35 ms on one core).
     """
     generator = torch.Generator(device)
-    out = torch.empty(len(sample_B), *shape, device=device)
+    out = torch.empty(len(sample_B), *shape, dtype=torch.float32, device=device)
     for row, word in zip(out, sample_seeds(seed, stream, sample_B, epoch_B)):
         generator.manual_seed(int(word))
         row.normal_(generator=generator)

@@ -47,6 +47,16 @@ class FlowObjective(nn.Module):
         if config.adaptive_noise:
             self.register_buffer("noise", torch.ones(()))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the path out: functions can't be pickled, and the config says which it is."""
+        return {name: value for name, value in self.__dict__.items() if name != "path"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Build the path again."""
+        super().__setstate__(state)
+        config = self.config
+        self.path = path_named(config.path, config.sigma_min, config.sigma_max)
+
     def scaled_noise(self, z_BND: Tensor) -> Tensor:
         """Turn standard normal noise into the noise of this flow: what z is on its path."""
         return z_BND * self.get_buffer("noise") if self.config.adaptive_noise else z_BND

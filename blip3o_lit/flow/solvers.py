@@ -199,7 +199,7 @@ class _Evaluations:
 
 def times(x_BND: Tensor, t: float) -> Tensor:
     """Return one time for each sample of a batch."""
-    return torch.full((len(x_BND),), t, device=x_BND.device)
+    return torch.full((len(x_BND),), t, dtype=torch.float32, device=x_BND.device)
 
 
 def _solved(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.home import home
 from blip3o_lit.inspection.finding import Finding
 
@@ -183,11 +184,13 @@ def memory() -> Iterator[Finding]:
 def disk() -> Iterator[Finding]:
     """Check that the cache and the working folder can be written, and their space."""
     moved = "set by BLIP3O_HOME" if os.environ.get("BLIP3O_HOME") else "BLIP3O_HOME moves it"
-    for what, folder, note in (
-        ("cache", home(), f" ({moved})"),
-        ("outputs", Path.cwd() / "outputs", ""),
-    ):
-        existing = next(p for p in (folder, *folder.parents) if p.exists())
+    places = [("outputs", Path.cwd() / "outputs", "")]
+    try:
+        places.insert(0, ("cache", home().absolute(), f" ({moved})"))
+    except UserError as error:
+        yield Finding("fail", "cache", str(error), "set BLIP3O_HOME")
+    for what, folder, note in places:
+        existing = next(p for p in (folder, *folder.parents) if os.path.exists(p))
         free = shutil.disk_usage(existing).free
         says = f"{folder}{note}, {free / GIB:.1f} GiB free"
         fix = "set BLIP3O_HOME" if what == "cache" else "work in another folder"

@@ -7,7 +7,6 @@ with the job. `hydra/launcher=slurm` does the same through `sbatch --wait`.
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import sys
@@ -27,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from blip3o_lit.config.errors import UserError, positive
 from blip3o_lit.config.words import override, pasteable
+from blip3o_lit.launcher import launch
 from blip3o_lit.sweeps.job import CONSOLE_FILE, Job
 from blip3o_lit.sweeps.page import refresh
 
@@ -76,12 +76,12 @@ class ProcessLauncher(Launcher):
         """Take what Hydra knows."""
         self.hydra_context, self.config = hydra_context, config
         positive("hydra.launcher.n_jobs", self.n_jobs)
-        for variable in ("WORLD_SIZE", "SLURM_NTASKS"):
-            if int(os.environ.get(variable, "1")) > 1 and "sbatch" not in self.command:
-                raise UserError(
-                    f"{variable}={os.environ[variable]}: a sweep is started once, not by every "
-                    "rank: run it without torchrun or srun; its jobs start their own ranks"
-                )
+        this = launch()
+        if (this.world or 1) > 1:
+            raise UserError(
+                f"{this.by} started {this.world} processes: a sweep is started once, not by every "
+                "rank: run it without torchrun or srun; its jobs start their own ranks"
+            )
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.files import replacing
 from blip3o_lit.config.home import home
 from blip3o_lit.tokens.shards import ArraySpec, TokenWriter
 
@@ -154,7 +155,8 @@ def build(name: str, options: dict[str, Any], problem: Problem, size: Size) -> P
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         _write(unfinished, name, problem, size)
-        save_file(dict(vars(problem)), unfinished / PROBLEM, metadata={"options": description})
+        with replacing(unfinished / PROBLEM) as temporary:
+            save_file(dict(vars(problem)), temporary, metadata={"options": description})
         try:
             unfinished.replace(store)
         except OSError:  # another process may have been faster

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from blip3o_lit import __version__
+from blip3o_lit.budget.placement import Placement
 from blip3o_lit.callbacks.bad_steps import StepRecord
 from blip3o_lit.checkpointing import FORMAT
 from blip3o_lit.config.optimizer import OptimizerConfig
@@ -28,7 +29,6 @@ from blip3o_lit.flow.times import training_times
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.models.build import build_network
 from blip3o_lit.models.optimizer import make_optimizer
-from blip3o_lit.models.precision import PRECISIONS
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.tokens.world import align_checkpoint
 from blip3o_lit.translator import Translator
@@ -61,6 +61,7 @@ class TranslationModule(LightningModule):
     def __init__(
         self,
         config: TrainConfig,
+        placement: Placement,
         plain_config: dict[str, Any],
         shape: PairShape,
         condition_standardizer: Standardizer,
@@ -72,6 +73,7 @@ class TranslationModule(LightningModule):
 
         Args:
             config: The run's typed configuration.
+            placement: Its layout.
             plain_config: The same as plain dicts, for the checkpoint.
             shape: Shapes of condition and target tokens, from the token index.
             condition_standardizer: Scale of the condition tokens.
@@ -81,6 +83,7 @@ class TranslationModule(LightningModule):
         """
         super().__init__()
         self.config = config
+        self.sharded = placement.strategy == "fsdp2"
         self.plain_config = plain_config
         self.shape = shape
         self.tokens = tokens
@@ -88,9 +91,9 @@ class TranslationModule(LightningModule):
         with torch.device("meta"):
             self.network = build_network(config.model, shape)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
-        self.formats = PRECISIONS[config.precision.name]
+        self.formats = placement.precision
         self.network.to(self.formats.weights)
-        if config.strategy.name != "fsdp2":
+        if not self.sharded:
             self._start(torch.device("cpu"))
         self.objective = FlowObjective(config.flow)
         raw = config.data.scale == "raw"
@@ -120,7 +123,7 @@ class TranslationModule(LightningModule):
 
     def configure_model(self) -> None:
         """Shard both networks by block while they have no memory yet, where the strategy asks."""
-        if self.config.strategy.name != "fsdp2" or not next(self.network.parameters()).is_meta:
+        if not self.sharded or not next(self.network.parameters()).is_meta:
             return
         from blip3o_lit.sharding import shard
 
@@ -144,8 +147,11 @@ class TranslationModule(LightningModule):
         """Return the flow-matching loss of one micro-batch."""
         who = (batch["sample"], batch["epoch"])
         self.step_samples.append(batch["sample"])
-        if self.config.model.dropout > 0:  # Masks are a function of the step, so resuming is exact.
-            torch.manual_seed(hash((self.config.seed, self.global_step, batch_idx)) % 2**63)
+        if (
+            self.config.model.dropout > 0
+        ):  # Masks are a function of step and rank, so resuming is exact.
+            place = (self.config.seed, self.global_step, batch_idx, self.global_rank)
+            torch.manual_seed(hash(place) % 2**63)
         condition = self.condition_standardizer.standardise(batch["condition"])
         x1_BND = self.target_standardizer.standardise(batch["target"])
         seed = self.config.seed

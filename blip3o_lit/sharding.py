@@ -7,6 +7,7 @@ every one of them is data-parallel, and checkpoints are this project's own in bo
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +68,19 @@ def whole(value: Any, keep: bool) -> Any:
 class Fsdp2Strategy(ModelParallelStrategy):
     """FSDP2 over all processes, with checkpoints that every other strategy can resume."""
 
-    def __init__(self, consolidated: bool, backend: str) -> None:
+    def __init__(self, consolidated: bool, backend: str, timeout: timedelta) -> None:
         """Choose the kind of checkpoint.
 
         Args:
             consolidated: One file, gathered on rank 0, rather than a folder of shards.
             backend: nccl or gloo.
+            timeout: How long a rank waits for the others.
         """
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=not consolidated,
             process_group_backend=backend,
+            timeout=timeout,
         )
         self.consolidated = consolidated
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from blip3o_lit.budget.machine import this_machine
+from blip3o_lit.budget.placement import resolve
 from blip3o_lit.config.data import DataConfig, LinearGaussianConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.model import ModelConfig
@@ -45,7 +47,8 @@ def make_run(folder: Path, store: Path | None = None, config: TrainConfig | None
         reader.content_hash, reader.shape, 64, lambda: reader_batches(reader, 64, 1)
     )
     tokens = {"path": str(path), "hash": reader.content_hash}
-    module = TranslationModule(config, asdict(config), reader.shape, *scales, tokens, 30)
+    place = resolve(config, reader.shape, this_machine("cpu"))
+    module = TranslationModule(config, place, asdict(config), reader.shape, *scales, tokens, 30)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for network, size in ((module.network, 0.5), (module.ema, 0.2)):

@@ -59,7 +59,10 @@ class StrategyConfig:
     """auto (single, or ddp with several devices), single, ddp or fsdp2."""
     consolidated: bool = False
     """fsdp2: each checkpoint is one file, gathered on rank 0; false: a folder, written by all."""
+    timeout: float = 600.0
+    """Seconds that a rank waits for the others before the run ends."""
 
     def __post_init__(self) -> None:
         """Check the name."""
         one_of("strategy.name", self.name, STRATEGIES)
+        positive("strategy.timeout", self.timeout)

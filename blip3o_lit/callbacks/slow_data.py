@@ -1,0 +1,76 @@
+"""Tells of a store that keeps training waiting."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from blip3o_lit.base.units import human_time
+
+log = logging.getLogger("blip3o_lit")
+
+
+class SlowData(Callback):
+    """Says so when a batch does not come; again when twice the time has passed.
+
+    It is the last callback at a step's end, so that what the others do does not count as reading.
+    """
+
+    def __init__(self, store: str, seconds: float = 30.0) -> None:
+        """Keep the store's name and the patience.
+
+        Args:
+            store: Where the tokens come from, for the message.
+            seconds: Wait that is told of first.
+        """
+        self.store, self.seconds = store, seconds
+        self._timer: threading.Timer | None = None
+
+    def _wait(self, seconds: float, waited: float) -> None:
+        self._timer = threading.Timer(seconds, self._tell, (waited + seconds,))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _tell(self, waited: float) -> None:
+        text = (
+            f"no batch for {human_time(waited)}: {self.store} is slow or does not answer; "
+            "data.threads=8, a copy on a local disk or storage=int8 help"
+        )
+        log.warning(text)
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+        self._wait(waited, waited)
+
+    def _came(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._wait(self.seconds, 0.0)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._came()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._wait(self.seconds, 0.0)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._came()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._wait(self.seconds, 0.0)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._came()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._came()

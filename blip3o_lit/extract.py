@@ -43,8 +43,11 @@ def extract(config: ExtractConfig) -> None:
         "clip": load_tower(config.towers.target, config.towers.pretrained, device),
     }
     out = Path(config.out).expanduser()
-    known = "" if source.length is None else f"{source.length:,} images, "
-    print(f"{config.images}: {known}{len(source.parts):,} parts; worker {worker} of {workers}")
+    lengths = [part.length for part in source.parts]
+    tars = lengths.count(None)
+    loose = sum(length or 0 for length in lengths)
+    counts = ([f"{loose:,} images"] if loose else []) + ([f"{tars:,} tars"] if tars else [])
+    print(f"{config.images}: {' and '.join(counts)}; worker {worker} of {workers}")
     for line in _few([f"{entry.source}: {entry.reason}" for entry in source.beside]):
         print(f"  {line}")
     for name, tower in towers.items():

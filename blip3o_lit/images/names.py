@@ -1,4 +1,4 @@
-"""What a file's name says about it: a picture, one that isn't read, or something beside pictures."""
+"""What a file's name says: a picture, one that isn't read, or something beside pictures."""
 
 from __future__ import annotations
 
@@ -8,85 +8,16 @@ from pathlib import PurePosixPath
 
 from blip3o_lit.images.item import EXTENSIONS
 
-UNREAD = frozenset(
-    [
-        "3fr",
-        "apng",
-        "arw",
-        "avif",
-        "cr2",
-        "cr3",
-        "crw",
-        "dcm",
-        "dcr",
-        "dcx",
-        "dds",
-        "dng",
-        "emf",
-        "eps",
-        "exr",
-        "fits",
-        "hdr",
-        "heic",
-        "heics",
-        "heif",
-        "hif",
-        "icns",
-        "ico",
-        "iiq",
-        "j2c",
-        "j2k",
-        "jng",
-        "jp2",
-        "jpf",
-        "jpm",
-        "jpx",
-        "jxl",
-        "jxr",
-        "kdc",
-        "mef",
-        "mng",
-        "mos",
-        "mrw",
-        "nef",
-        "nrw",
-        "orf",
-        "pam",
-        "pbm",
-        "pcd",
-        "pct",
-        "pcx",
-        "pef",
-        "pfm",
-        "pgm",
-        "pict",
-        "pnm",
-        "ppm",
-        "psb",
-        "psd",
-        "qoi",
-        "raf",
-        "raw",
-        "rw2",
-        "rwl",
-        "sgi",
-        "sr2",
-        "srf",
-        "srw",
-        "svg",
-        "svgz",
-        "tga",
-        "wbmp",
-        "wdp",
-        "wmf",
-        "x3f",
-        "xbm",
-        "xcf",
-        "xpm",
-    ]
+UNREAD = (
+    *("heic", "heics", "heif", "hif", "avif", "jxl", "jxr", "wdp", "jp2", "j2k", "j2c", "jpf"),
+    *("jpx", "jpm", "jng", "apng", "qoi", "svg", "svgz", "emf", "wmf", "eps", "ico", "icns"),
+    *("psd", "psb", "xcf", "tga", "dds", "hdr", "exr", "pcx", "dcx", "pct", "pcd", "pict", "sgi"),
+    *("ppm", "pgm", "pbm", "pnm", "pam", "pfm", "xbm", "xpm", "wbmp", "dcm", "fits"),
+    *("raw", "dng", "arw", "cr2", "cr3", "crw", "nef", "nrw", "orf", "raf", "rw2", "rwl", "pef"),
+    *("srw", "srf", "sr2", "3fr", "dcr", "kdc", "mef", "mng", "mos", "mrw", "x3f"),
 )
 """Extensions of pictures that no decoder here reads, unless `EXTENSIONS` has them."""
-ARCHIVES = frozenset(["7z", "bz2", "gz", "lz4", "rar", "tbz", "tgz", "txz", "xz", "zip", "zst"])
+ARCHIVES = ("7z", "bz2", "gz", "lz4", "rar", "tbz", "tgz", "txz", "xz", "zip", "zst")
 """Extensions of files that may hold pictures and are not opened."""
 KINDS_NAMED = 6
 """Extensions that one line about passed-over files names."""
@@ -109,7 +40,7 @@ def _dotted(name: str) -> bool:
 def plain(name: str) -> str:
     """Return a name in printable Unicode, so that any file can hold it and it stays on one line.
 
-    Control characters, and bytes that are no UTF-8, become escapes like `\\xe9`.
+    Control characters, and bytes that are no UTF-8, become escapes: backslash, x, two digits.
     """
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", _escape, name)
 
@@ -149,9 +80,8 @@ class Passed:
         if companion(name):
             self.companions += 1
         else:
-            self.files[
-                f".{extension}" if (extension := extension_of(name)) else "no extension"
-            ] += 1
+            extension = extension_of(name)
+            self.files[f".{extension}" if extension else "no extension"] += 1
 
     def words(self) -> str:
         """Return the counts in words; empty where nothing was passed over."""

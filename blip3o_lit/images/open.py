@@ -12,7 +12,8 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.images.folder import read_folder
 from blip3o_lit.images.item import Item, Lost, Part, Source, slices
 from blip3o_lit.images.table import split_file, table_items
-from blip3o_lit.images.tars import tar_parts, tar_urls
+from blip3o_lit.images.tar_urls import tar_urls
+from blip3o_lit.images.tars import tar_parts
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blip3o_lit.command import SHARDS_KEPT, run_command
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.config.words import pasteable
+
+if TYPE_CHECKING:
+    from blip3o_lit.tokens.index import TokenIndex
+
+NAMED = 4
+"""Things beside the images that are named one by one."""
 
 
 def extract(config: ExtractConfig) -> None:
@@ -30,14 +38,19 @@ def extract(config: ExtractConfig) -> None:
     if config.images == "demo":
         source = demo_source(shard_samples=size)
     else:
-        source = open_source(config.images, size, config.split.file)
+        source = open_source(config.images, size, config.split.file, config.out)
     towers = {
         "eva": load_tower(config.towers.condition, config.towers.pretrained, device),
         "clip": load_tower(config.towers.target, config.towers.pretrained, device),
     }
     out = Path(config.out).expanduser()
-    known = "" if source.length is None else f"{source.length:,} images, "
-    print(f"{config.images}: {known}{len(source.parts):,} parts; worker {worker} of {workers}")
+    lengths = [part.length for part in source.parts]
+    tars = lengths.count(None)
+    loose = sum(length or 0 for length in lengths)
+    counts = ([f"{loose:,} images"] if loose else []) + ([f"{tars:,} tars"] if tars else [])
+    print(f"{config.images}: {' and '.join(counts)}; worker {worker} of {workers}")
+    for line in _few([f"{entry.source}: {entry.reason}" for entry in source.beside]):
+        print(f"  {line}")
     for name, tower in towers.items():
         print(f"{name}: {tower.info.name} on {device}")
     outcome = Extraction(source, towers, out, config).run()
@@ -49,7 +62,7 @@ def extract(config: ExtractConfig) -> None:
     rows = [
         ("images read now", f"{outcome.images:,} in {outcome.seconds:,.0f} s, {rate:,.1f}/s"),
         *((f"{split} samples", f"{count:,}") for split, count in sorted(index.splits.items())),
-        ("rejects", f"{index.rejects:,} images{_passed_over(out, index.rejects)}"),
+        *_account(index, out),
         ("shards", f"{len(index.shards):,}, {sum(s.bytes for s in index.shards) / 1e9:.2f} GB"),
         ("split", index.split_rule),
         *(
@@ -68,12 +81,23 @@ def extract(config: ExtractConfig) -> None:
     print("next: python -m blip3o_lit.train", *words)
 
 
-def _passed_over(out: Path, images: int) -> str:
-    """Return what rejects.jsonl holds beside lost images: refused members, useless lines."""
+def _account(index: TokenIndex, out: Path) -> list[tuple[str, str]]:
+    """Return rows that say what became of every image, and what was no image."""
     with open(out / "rejects.jsonl", encoding="utf-8") as file:
-        others = sum(1 for _ in file) - images
-    words = f", and beside them {others:,} refused" if others else ""
-    return f"{words}, see rejects.jsonl" if others or images else ""
+        entries = [json.loads(line) for line in file]
+    beside = [f"{e['source']}: {e['reason']}" for e in entries if not e["image"]]
+    given = index.samples + index.rejects
+    where = f", see {out / 'rejects.jsonl'}" if entries else ""
+    return [
+        ("images given", f"{given:,}: {index.samples:,} stored, {index.rejects:,} rejected"),
+        ("rejects", f"{index.rejects:,} images{where}"),
+        *(("beside the images", line) for line in _few(beside)),
+    ]
+
+
+def _few(lines: list[str]) -> list[str]:
+    more = len(lines) - NAMED
+    return lines[:NAMED] + ([f"and {more:,} more"] if more > 0 else [])
 
 
 def _print_price(config: ExtractConfig) -> None:
@@ -82,7 +106,7 @@ def _print_price(config: ExtractConfig) -> None:
 
     images = IMAGES
     if config.images and config.images != "demo":
-        images = open_source(config.images, 1, config.split.file).length or IMAGES
+        images = open_source(config.images, 1, config.split.file, config.out).length or IMAGES
     for name, value in price(config, images):
         print(f"  {name:<26}{value}")
 

@@ -171,12 +171,13 @@ def test_hostile_tars_end_as_named_lines_and_never_leave_the_folder(tmp_path, to
             archive.addfile(info, io.BytesIO(body))
     before = sorted(path.name for path in tmp_path.iterdir())
     source = open_source(str(tmp_path / "in" / "a.tar"), 8)
-    outcome = extract(source, towers, tmp_path / "out", config(max_reject_fraction=0.5))
-    assert (outcome.index.samples, outcome.index.rejects) == (5, 2)
+    outcome = extract(source, towers, tmp_path / "out", config(max_reject_fraction=0.6))
+    assert (outcome.index.samples, outcome.index.rejects) == (5, 6)
     lines = [json.loads(x) for x in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     reasons = {line["source"].removeprefix("a.tar/"): line["reason"] for line in lines}
     assert set(reasons) == {info.name for info, _ in members[5:]}
-    assert {name for name, line in zip(reasons, lines) if line["image"]} == {"cut.jpg", "text.png"}
+    pictures = {name for name in reasons if name.endswith((".jpg", ".png"))}
+    assert {name for name, line in zip(reasons, lines) if line["image"]} == pictures
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "out"])
 
 

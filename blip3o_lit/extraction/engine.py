@@ -162,7 +162,8 @@ class Extraction:
         done = {number: self.ledger.done(number) for number, _ in parts}
         records = [record for found in done.values() for record in found]
         before = seen = sum(record.seen for record in records)
-        rejects = sum(record.rejects for record in records)
+        lost = [entry for record in records for entry in record.lost]
+        images_read = sum(record.images for record in records)
         total = Total(parts, before)
         self._check_disk(total.images - before)
         written = 0
@@ -173,10 +174,13 @@ class Extraction:
                 if record is None:
                     continue
                 written += sum(shard.bytes for shard in record.shards)
-                rejects, seen = rejects + record.rejects, seen + record.seen
+                lost += record.lost
+                seen, images_read = seen + record.seen, images_read + record.images
                 work.total = total.after(record.last, seen)
                 if seen >= REJECTS_AFTER:
-                    check_rejects(rejects, seen, self.config.max_reject_fraction, record.lost)
+                    given = max(images_read, self.source.length or 0)
+                    rejects = sum(entry["image"] for entry in lost)
+                    check_rejects(rejects, given, self.config.max_reject_fraction, lost)
             return work.done - before
 
     def _check_disk(self, images: int) -> None:

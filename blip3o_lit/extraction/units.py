@@ -50,6 +50,11 @@ class UnitRecord:
         """Images that were lost."""
         return sum(entry["image"] for entry in self.lost)
 
+    @property
+    def images(self) -> int:
+        """Images that it was given: stored or lost."""
+        return self.seen - len(self.lost) + self.rejects
+
     def to_json(self) -> bytes:
         """Return the record's file."""
         return json.dumps(asdict(self), sort_keys=True).encode()
@@ -205,17 +210,24 @@ class Ledger:
             finished = (self.out / "index.json").exists()
             return TokenIndex.load(self.out) if finished else None
         lost = [entry for record in records for entry in record.lost]
+        beside = [asdict(entry) for entry in self.source.beside]
         rejects = sum(record.rejects for record in records)
-        check_rejects(rejects, sum(r.seen for r in records), max_reject_fraction, lost)
+        given = sum(record.images for record in records)
         shards = [shard for record in records for shard in record.shards]
+        if (stored := sum(shard.samples for shard in shards)) + rejects != given:
+            raise RuntimeError(f"{stored} stored and {rejects} rejected images of {given}")
+        lines = [json.dumps(entry, sort_keys=True) for entry in [*beside, *lost]]
+        write_synced(self.out / "rejects.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        check_rejects(rejects, given, max_reject_fraction, lost, self.out / "rejects.jsonl")
         order = {"train": "0", "validation": "1"}
         shards.sort(key=lambda shard: (order.get(shard.split, "2" + shard.split), shard.file))
         if not shards:
-            raise UserError(f"images={self.source.name}: no image could be used")
+            reasons = [f"{entry['source']}: {entry['reason']}" for entry in (*lost, *beside)]
+            raise UserError(
+                "; ".join([f"images={self.source.name}: no image could be used", *reasons[:2]])
+            )
         for leftover in self.out.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        lines = [json.dumps(entry, sort_keys=True) for entry in lost]
-        write_synced(self.out / "rejects.jsonl", "".join(f"{line}\n" for line in lines).encode())
         scales = self.state / SCALES_FILE
         if scales.exists():
             write_synced(self.out / SCALES_FILE, scales.read_bytes())
@@ -274,16 +286,26 @@ class UnitFiles:
         return record
 
 
-def check_rejects(rejects: int, seen: int, limit: float, lost: list[dict[str, Any]]) -> None:
+def check_rejects(
+    rejects: int, images: int, limit: float, lost: list[dict[str, Any]], file: Path | None = None
+) -> None:
     """Stop when more than the share `limit` of all images could not be read.
+
+    Args:
+        rejects: How many could not.
+        images: How many were given.
+        limit: The share.
+        lost: Entries of rejects.jsonl, the first lost image's among them.
+        file: Where all of them stand, if anywhere.
 
     Raises:
         UserError: Naming the first of them and its reason.
     """
-    if rejects <= limit * seen:
+    if rejects <= limit * images:
         return
     first = next(entry for entry in lost if entry["image"])
+    rest = f"; all are in {file}" if file is not None and rejects > 1 else ""
     raise UserError(
-        f"{rejects} of {seen} images can't be read, more than max_reject_fraction={limit:g}; "
-        f"the first is {first['source']}: {first['reason']}"
+        f"{rejects} of {images} images can't be read, more than max_reject_fraction={limit:g}; "
+        f"the first is {first['source']}: {first['reason']}{rest}"
     )

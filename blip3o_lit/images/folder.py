@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.images.item import EXTENSIONS, Item, Lost, file_bytes
+from blip3o_lit.images.item import EXTENSIONS, Item, Lost, Reject, file_bytes
+from blip3o_lit.images.names import extension_of, plain, stem_of
+from blip3o_lit.images.walk import below, is_token_store
 
 CAPTIONS = ("txt", "caption", "json")
 CAPTION_BYTES = 1 << 18
@@ -33,48 +35,76 @@ def caption_of(content: bytes, extension: str) -> str:
     return data.strip() if isinstance(data, str) else ""
 
 
-def files_below(folder: Path, extensions: tuple[str, ...]) -> list[str]:
-    """Return the files with these extensions below a folder, relative, in a fixed order.
+@dataclass(frozen=True)
+class Folder:
+    """The pictures and tars below a folder."""
 
-    Hidden files and folders are passed over, and links to folders are not followed.
-    """
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and name.lower().rpartition(".")[2] in extensions:
-                found.append((Path(place) / name).relative_to(folder).as_posix())
-    return sorted(found)
+    items: list[Item | Lost]
+    """Pictures, and what of them is known to be lost, in order."""
+    tars: list[str]
+    """Paths of tars."""
+    captions: bool
+    """Whether any picture has one."""
+    fingerprint: str
+    """Changes with the pictures' names, sizes and captions."""
+    beside: list[Lost]
+    """What is no picture and is not read."""
 
 
-def folder_items(folder: Path) -> tuple[list[Item | Lost], bool, str]:
-    """List the images of a folder.
-
-    Returns:
-        The items, whether any has a caption, and a fingerprint of names and sizes.
+def read_folder(folder: Path, out: Path | None = None) -> Folder:
+    """List the pictures and tars of a folder; see `below` for what is not entered.
 
     Raises:
-        UserError: If there are none.
+        UserError: If there are none, or the folder is a token store or can't be listed.
     """
-    names = files_below(folder, EXTENSIONS)
-    if not names:
-        raise UserError(f"images={folder} holds no .{', .'.join(EXTENSIONS)}, and no .tar either")
-    items: list[Item | Lost] = []
+    try:
+        if is_token_store(folder) and not _same(folder, out):
+            raise UserError(f"images={folder} is a token store: data.tokens={folder} trains on it")
+        listing = below(folder, out)
+    except OSError as error:
+        raise UserError(f"images={folder} can't be listed ({error.strerror})") from error
+    if _same(folder, out):
+        raise UserError(f"out={out} is the folder of the pictures itself: choose another")
+    beside, used = listing.beside, set()
+    items: list[Item | Lost] = list(listing.lost)
     digest = hashlib.sha256()
     captions = False
-    for name in names:
-        path = folder / name
-        caption = _caption_beside(path)
+    texts = {(stem_of(name), extension_of(name)): name for name in listing.others}
+    for name in listing.pictures:
+        caption = ""
+        for extension in CAPTIONS:
+            text = texts.get((stem_of(name), extension))
+            if text is None:
+                continue
+            used.add(text)
+            try:
+                caption = caption or caption_of(file_bytes(folder / text, CAPTION_BYTES), extension)
+            except Reject as error:
+                beside.append(Lost(plain(text), f"a caption that is not read: {error}", False))
         captions = captions or bool(caption)
-        size = path.stat().st_size if path.exists() else -1
-        digest.update(f"{name}\t{size}\t{caption}\n".encode())
-        items.append(Item(name, partial(file_bytes, path), caption))
-    return items, captions, digest.hexdigest()
+        source = plain(name)
+        digest.update(f"{source}\t{_size(folder / name)}\t{caption}\n".encode(errors="replace"))
+        items.append(Item(source, partial(file_bytes, folder / name), caption))
+    items.sort(key=lambda item: item.source)
+    for name in listing.others:
+        if name not in used:
+            listing.passed.add(name)
+    if words := listing.passed.words():
+        beside.append(Lost(plain(folder.name or str(folder)), words, image=False))
+    if not listing.pictures and not listing.tars:
+        kinds = f"images={folder} holds no .{', .'.join(EXTENSIONS)}, and no .tar either"
+        rest = [f"{entry.source}: {entry.reason}" for entry in (*listing.lost, *beside)][:2]
+        raise UserError("; ".join([kinds, *rest]))
+    tars = [str(folder / name) for name in listing.tars]
+    return Folder(items, tars, captions, digest.hexdigest(), beside)
 
 
-def _caption_beside(path: Path) -> str:
-    for extension in CAPTIONS:
-        beside = path.with_suffix(f".{extension}")
-        if beside.is_file() and beside.stat().st_size <= CAPTION_BYTES:
-            return caption_of(beside.read_bytes(), extension)
-    return ""
+def _same(folder: Path, out: Path | None) -> bool:
+    return out is not None and folder.resolve() == out.resolve()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -134,6 +135,8 @@ class Source:
     """Changes when the images do: names and sizes of files, seeds of drawings."""
     classes: dict[str, list[str]] = field(default_factory=dict)
     """Prompts of the classes that its labels name, where it brings them."""
+    beside: list[Lost] = field(default_factory=list)
+    """What lies beside its images and is not read, in words."""
 
     @property
     def length(self) -> int | None:
@@ -156,19 +159,29 @@ def slices(items: list[Item | Lost], size: int) -> list[Part]:
     ]
 
 
-def file_bytes(path: Path) -> bytes:
-    """Read an image file.
+def file_bytes(path: Path, limit: int | None = None) -> bytes:
+    """Read an image file, or another of at most `limit` bytes.
 
     Raises:
-        Reject: If it is missing or absurdly large.
+        Reject: If it is missing, can't be read, is no regular file, or is absurdly large.
     """
+    limit = MAX_BYTES if limit is None else limit
     try:
-        size = path.stat().st_size
+        facts = path.stat()
+        if stat.S_ISDIR(facts.st_mode):
+            raise Reject("a folder, no file")
+        if not stat.S_ISREG(facts.st_mode):  # reading a pipe would wait for ever
+            raise Reject("no regular file")
+        if facts.st_size > limit:
+            raise Reject(f"file of {facts.st_size} bytes; {limit} is the limit")
+        return path.read_bytes()
     except FileNotFoundError as error:
-        raise Reject("file is missing") from error
-    if size > MAX_BYTES:
-        raise Reject(f"file of {size} bytes; {MAX_BYTES} is the limit")
-    return path.read_bytes()
+        link = path.is_symlink()
+        raise Reject("a link to a missing file" if link else "file is missing") from error
+    except OSError as error:
+        raise Reject(f"can't be read ({error.strerror or type(error).__name__})") from error
+    except ValueError as error:  # a NUL, or a character that no file name can hold
+        raise Reject(f"no path of a file ({str(error).split(':')[0]})") from error
 
 
 def decode(content: bytes | Image.Image, pixels: PixelsConfig = VIEWER) -> Image.Image:

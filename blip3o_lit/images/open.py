@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.images.folder import files_below, folder_items
+from blip3o_lit.images.folder import read_folder
 from blip3o_lit.images.item import Item, Lost, Part, Source, slices
 from blip3o_lit.images.table import split_file, table_items
-from blip3o_lit.images.tars import tar_parts, tar_urls
+from blip3o_lit.images.tar_urls import tar_urls
+from blip3o_lit.images.tars import tar_parts
 
 
 @dataclass(frozen=True)
@@ -41,40 +43,45 @@ class Given:
                 yield entry
 
 
-def open_source(images: str, shard_samples: int, splits: str | None = None) -> Source:
+def open_source(
+    images: str, shard_samples: int, splits: str | None = None, out: str | None = None
+) -> Source:
     """Return the images that `images=` names.
 
     Args:
         images: A folder, a .csv or .jsonl file, or tars: paths or addresses, with braces or `*`.
         shard_samples: Entries of one unit of work.
         splits: A table of `path` and `split`; it wins over every other rule.
+        out: The folder of the store that is being made, which is no source.
 
     Raises:
         UserError: If there is no such thing, or nothing in it.
     """
     given = split_file(Path(splits).expanduser()) if splits else {}
-    path = Path(images).expanduser()
-    tars: list[str] | None = None
-    if path.is_dir():
-        inside = [str(path / name) for name in files_below(path, ("tar",))]
-        if inside and not files_below(path, ("jpg", "jpeg", "png", "webp")):
-            tars = inside
-    elif "://" in images or images.startswith("pipe:") or ".tar" in images or ".tgz" in images:
-        tars = tar_urls(images if "://" in images else str(path))
-    if tars is not None:
-        parts, fingerprint = tar_parts(tars)
-        wrapped: list[Part] = [Given(part, given) if given else part for part in parts]
-        return Source(
-            images, wrapped, split_rule=_words(given), fingerprint=fingerprint + _digest(given)
-        )
-    if path.is_dir():
-        items, captions, fingerprint = folder_items(path)
-    elif path.suffix.lower() in (".csv", ".jsonl"):
+    path = Path(os.path.expanduser(images))  # an unknown ~user stays as it is
+    store = Path(os.path.expanduser(out)) if out else None
+    tars: list[str] = []
+    items: list[Item | Lost] = []
+    beside: list[Lost] = []
+    captions, fingerprint = True, ""
+    if "://" not in images and os.path.isdir(path):
+        folder = read_folder(path, store)
+        items, tars, beside = folder.items, folder.tars, folder.beside
+        captions = folder.captions or bool(tars)
+        fingerprint = folder.fingerprint if items else ""
+    elif "://" not in images and path.suffix.lower() in (".csv", ".jsonl"):
         items, captions, fingerprint = table_items(path)
-    elif not path.exists():
+    elif "://" in images or images.startswith("pipe:") or _names_tars(path):
+        tars = tar_urls(images if "://" in images else str(path), store)
+    elif not os.path.exists(path):
         raise UserError(f"images={images} does not exist; it may be a folder, tars, .csv or .jsonl")
     else:
         raise UserError(f"images={images} is no folder, .tar, .csv or .jsonl")
+    parts: list[Part] = []
+    if tars:
+        tar_list, digest = tar_parts(tars)
+        parts += [Given(part, given) if given else part for part in tar_list]
+        fingerprint = digest + fingerprint
     if given:
         items = [_with_split(item, given) for item in items]
     splits_given = [bool(item.split) for item in items if isinstance(item, Item)]
@@ -82,12 +89,18 @@ def open_source(images: str, shard_samples: int, splits: str | None = None) -> S
     words = _words(given) or ("given by the table" if column else "")
     return Source(
         images,
-        slices(items, shard_samples),
+        parts + slices(items, shard_samples),
         captions,
         words,
-        all_split=column and all(splits_given),
+        all_split=column and all(splits_given) and not tars,
         fingerprint=fingerprint + _digest(given),
+        beside=beside,
     )
+
+
+def _names_tars(path: Path) -> bool:
+    name = path.name.lower()
+    return ".tar" in name or ".tgz" in name
 
 
 def _words(given: dict[str, str]) -> str:

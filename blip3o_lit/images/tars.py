@@ -1,35 +1,42 @@
 """Images of WebDataset tars, local or behind a URL, read in order and never unpacked to disk.
 
-Members of one sample share a name up to the first dot: an image (jpg, jpeg, png, webp) and
-optionally a caption (txt, caption, json) and a label (cls: a class's name or number). Nothing else
-is decoded.
+Neighbours whose names agree up to the first dot are a sample: a picture and, optionally, a caption
+(txt, caption, json) and a label (cls: a class's name or number). Where a sample has several
+pictures, as dates and version numbers in names make it, each of them is one of its own. Nothing
+else is decoded, and what is passed over is counted.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import tarfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import aiohttp
-import fsspec
-from braceexpand import braceexpand
 
-from blip3o_lit.config.errors import UserError, one_of
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.remote import open_remote
 from blip3o_lit.images.folder import CAPTION_BYTES, CAPTIONS, caption_of
 from blip3o_lit.images.item import EXTENSIONS, MAX_BYTES, Item, Lost
+from blip3o_lit.images.names import (
+    ARCHIVES,
+    Passed,
+    companion,
+    extension_of,
+    plain,
+    unread,
+)
+from blip3o_lit.images.sample import LABEL, Sample, Text
 
-SCHEMES = ("http", "https", "s3", "gs", "hf", "file")
 DANGEROUS = ("pkl", "pickle", "pyd", "pth", "pt", "bin", "ckpt", "joblib", "so", "dll", "py", "sh")
 """Members that other tools would unpickle or run; here they are refused by name and counted."""
-LABEL = "cls"
+HELD_BYTES = MAX_BYTES
+"""A sample that holds more is handed on before its end."""
 ATTEMPTS = 4
 PAUSE = 1.0
 """Seconds before the second attempt at a remote tar; each further one waits twice as long."""
@@ -42,43 +49,25 @@ class StrictTarInfo(tarfile.TarInfo):
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> StrictTarInfo:
         """Read the next header.
 
+        After an end mark the file may end, or another tar may follow (`cat a.tar b.tar`).
+
         Raises:
             tarfile.ReadError: On a damaged header, or an archive that stops without its end mark.
         """
         try:
-            return super().fromtarfile(tarfile_)
+            member = super().fromtarfile(tarfile_)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            tarfile_.ended = True  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"damaged or cut off ({error})") from error
-
-
-@dataclass
-class Sample:
-    """The members of one sample, as they come."""
-
-    name: str
-    source: str
-    image: bytes | None = None
-    """Empty where the sample is passed over."""
-    caption: str = ""
-    label: str = ""
-    repeated: bool = False
-    """Whether another sample of the tar has its name."""
-    refused: list[Lost] = field(default_factory=list)
-
-    def entries(self) -> list[Item | Lost]:
-        """Return the sample's image, or what became of it, then its refused members."""
-        if self.repeated:
-            return [Lost(self.source, "its name appears twice in the tar"), *self.refused]
-        if self.image is not None:
-            image = self.image
-            extra = {"label": self.label} if self.label else {}
-            item = Item(self.source, partial(bytes, image), self.caption, extra=extra)
-            return [item, *self.refused]
-        if self.refused:
-            return list(self.refused)
-        return [Lost(self.source, f"no .{', .'.join(EXTENSIONS)} in this sample")]
+            ended = getattr(tarfile_, "ended", False)
+            short = (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError)  # type: ignore[attr-defined]
+            if ended and isinstance(error, short):  # no room for another header
+                raise
+            what = "what follows its end mark is no tar" if ended else "damaged or cut off"
+            raise tarfile.ReadError(f"{what} ({error})") from error
+        tarfile_.ended = False  # type: ignore[attr-defined]
+        return member
 
 
 @dataclass(frozen=True)
@@ -124,60 +113,97 @@ class TarPart:
         try:
             with (
                 open_tar(self.url) as file,
-                tarfile.open(fileobj=file, mode="r|", tarinfo=StrictTarInfo) as archive,
+                tarfile.open(
+                    fileobj=file, mode="r|", tarinfo=StrictTarInfo, ignore_zeros=True
+                ) as archive,
             ):
-                yield from _samples(archive, self.label, skip)
-        except (tarfile.TarError, EOFError) as error:
+                yield from islice(Members(archive, self.url, self.label).entries(), skip, None)
+        except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
             raise UserError(f"{self.url}: {error}: download it again, or leave it out") from error
 
 
-def _samples(archive: tarfile.TarFile, label: str, skip: int) -> Iterator[Item | Lost]:
-    """Group members into samples; the first `skip` entries are passed over, most of them unread."""
-    number = 0
-    sample: Sample | None = None
-    names: set[str] = set()
-    for member in archive:
-        if member.isdir():
-            continue
-        path = PurePosixPath(member.name)
-        stem, _, suffixes = path.name.partition(".")
-        name = (path.parent / stem).as_posix()
-        if sample is None or sample.name != name:
-            entries = sample.entries() if sample else []
-            yield from entries[max(skip - number, 0) :]
-            number += len(entries)
-            sample = Sample(name, f"{label}/{name}", repeated=name in names)
-            names.add(name)
-        reason = refusal(member)
-        extension = suffixes.lower().rpartition(".")[2]
+class Members:
+    """The members of an open tar, grouped into samples as they come."""
+
+    def __init__(self, archive: tarfile.TarFile, url: str, label: str) -> None:
+        """Start at the first member."""
+        self.archive, self.url, self.label = archive, url, label
+        self.places: dict[str, tuple[int, int]] = {}
+        """Where in the file each picture's content begins, and its size."""
+        self.passed = Passed()
+
+    def entries(self) -> Iterator[Item | Lost]:
+        """Yield pictures, lost and refused members, then one line of what was passed over."""
+        sample = Sample("")
+        empty = True
+        for member in self.archive:
+            if member.isdir():
+                continue
+            empty = False
+            path = PurePosixPath(member.name)
+            if companion(path.as_posix()):
+                self.passed.add(path.as_posix())
+                continue
+            name = (path.parent / path.name.partition(".")[0]).as_posix()
+            if sample.name != name or sample.size > HELD_BYTES:
+                cut = sample.name == name
+                yield from sample.entries(self.label, self.passed)
+                sample = Sample(name, cut=cut)
+            self._add(sample, path.as_posix(), member)
+        yield from sample.entries(self.label, self.passed)
+        if empty:
+            yield Lost(self.label, "an empty tar", image=False)
+        elif words := self.passed.words():
+            yield Lost(self.label, words, image=False)
+
+    def _add(self, sample: Sample, name: str, member: tarfile.TarInfo) -> None:
+        extension = extension_of(name)
+        picture = extension in EXTENSIONS
+        link = self._link(member) if picture and member.islnk() else None
+        reason = refusal(member) or unread(name) if link is None else ""
+        if picture and not reason and name in self.places:
+            reason = "its name appears twice in the tar"
         if reason:
-            sample.refused.append(Lost(f"{label}/{member.name}", reason, image=False))
-        elif extension in EXTENSIONS and sample.image is None:
-            sample.source = f"{label}/{member.name}"
-            sample.image = b"" if number < skip else _content(archive, member)
-        elif extension in CAPTIONS and not sample.caption and number >= skip:
-            sample.caption = caption_of(_content(archive, member), extension)
-        elif extension == LABEL and number >= skip:
-            sample.label = caption_of(_content(archive, member), extension)
-    entries = sample.entries() if sample else []
-    yield from entries[max(skip - number, 0) :]
+            lost = Lost(f"{self.label}/{plain(name)}", reason, picture or bool(unread(name)))
+            sample.lost.append((len(sample.pictures), lost))
+        elif picture:
+            self.places[name] = link or (member.offset_data, member.size)
+            content = self._content(member) if link is None else self._again(*link)
+            sample.pictures.append((name, content))
+        elif extension in (*CAPTIONS, LABEL):
+            sample.texts.append(Text(name, extension, caption_of(self._content(member), extension)))
+        else:
+            self.passed.add(name)
 
+    def _content(self, member: tarfile.TarInfo) -> bytes:
+        file = self.archive.extractfile(member)
+        assert file is not None  # refusal() admits regular files alone
+        return file.read()
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    assert file is not None  # refusal() admits regular files alone
-    return file.read()
+    def _link(self, member: tarfile.TarInfo) -> tuple[int, int] | None:
+        """Return the place of the picture that a hard link names; a stream has no way back."""
+        place = self.places.get(PurePosixPath(member.linkname).as_posix())
+        return None if "://" in self.url else place
+
+    def _again(self, start: int, size: int) -> bytes:
+        with open(self.url, "rb") as file:
+            file.seek(start)
+            return file.read(size)
 
 
 def refusal(member: tarfile.TarInfo) -> str:
     """Return why a member is not read, or an empty string."""
-    extension = member.name.lower().rpartition(".")[2]
+    extension = extension_of(member.name)
+    if member.islnk():
+        return f"a hard link to {plain(member.linkname)}: its content stands there"
     if not member.isreg() or member.issparse():
         return "a link or special file"
     if member.name.startswith(("/", "\\")) or ".." in PurePosixPath(member.name).parts:
         return "its path leaves the folder"
     if extension in DANGEROUS:
         return f".{extension} files are not read"
+    if extension in ARCHIVES or extension == "tar":
+        return "an archive in a tar is not read: unpack it"
     limit = MAX_BYTES if extension in EXTENSIONS else CAPTION_BYTES
     if extension in (*EXTENSIONS, *CAPTIONS, LABEL) and member.size > limit:
         return f"{member.size} bytes; {limit} is the limit"
@@ -198,63 +224,24 @@ def open_tar(url: str) -> BinaryIO:
         raise UserError(f"{url}: {error}") from error
 
 
-def tar_urls(words: str) -> list[str]:
-    """Expand braces and wildcards to paths and addresses.
-
-    Raises:
-        UserError: On `pipe:`, a scheme that is not listed, compressed tars, or no match.
-    """
-    try:
-        urls = list(braceexpand(words))
-    except ValueError as error:
-        raise UserError(f"images={words}: the braces don't match") from error
-    found: list[str] = []
-    for url in urls:
-        scheme, colon, _ = url.partition("://")
-        if url.startswith("pipe:") or "::" in url:
-            raise UserError(f"images={url}: pipes and chained addresses are not read")
-        if colon:
-            one_of("images' scheme", scheme, SCHEMES)
-        if url.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst")):
-            raise UserError(f"images={url} is compressed: unpack it to a plain .tar")
-        found += _matches(url)
-    if len(set(found)) != len(found):
-        raise UserError(f"images={words} names a tar twice")
-    return found
-
-
-def _matches(url: str) -> list[str]:
-    if "*" not in url:
-        if "://" not in url and not Path(url).is_file():
-            raise UserError(f"images={url} does not exist")
-        return [url]
-    if "://" not in url:
-        matches = sorted(glob.glob(url, recursive=True))
-    else:
-        try:
-            system, path = fsspec.url_to_fs(url)
-            matches = sorted(system.unstrip_protocol(str(name)) for name in system.glob(path))
-        except (ImportError, OSError) as error:
-            raise UserError(f"images={url} can't be listed ({error})") from error
-    if not matches:
-        raise UserError(f"images={url} matches nothing")
-    return matches
-
-
 def tar_parts(urls: list[str]) -> tuple[list[TarPart], str]:
     """Return a part for each tar, and a fingerprint of their names and, where local, sizes.
 
+    The parts' labels are the tars' names, with as many folders as it takes to tell them apart.
+
     Raises:
-        UserError: If two tars have the same name, which would make their samples' keys collide.
+        UserError: If two tars are one.
     """
-    labels = [PurePosixPath(url).name for url in urls]
-    if len(set(labels)) != len(labels):
-        labels = ["/".join(PurePosixPath(url).parts[-2:]) for url in urls]
-    if len(set(labels)) != len(labels):
-        raise UserError("two of the tars have the same name and folder: rename one")
+    paths = [PurePosixPath(url).parts for url in urls]
+    for depth in range(1, max(map(len, paths)) + 1):
+        labels = ["/".join(path[-depth:]) for path in paths]
+        if len(set(labels)) == len(labels):
+            break
+    else:
+        raise UserError("two of the tars are the same file: name it once")
     digest = hashlib.sha256()
     for url, label in zip(urls, labels):
         size = Path(url).stat().st_size if "://" not in url else ""
-        digest.update(f"{label}\t{size}\n".encode())
-    parts = [TarPart(url, label) for url, label in zip(urls, labels)]
+        digest.update(f"{plain(label)}\t{size}\n".encode())
+    parts = [TarPart(url, plain(label)) for url, label in zip(urls, labels)]
     return parts, digest.hexdigest()

@@ -1,0 +1,69 @@
+"""Members of a tar whose names agree: which caption and label belong to which picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from blip3o_lit.images.item import Item, Lost
+from blip3o_lit.images.names import Passed, plain, stem_of
+
+LABEL = "cls"
+"""Extension of a label."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A caption or label of a tar."""
+
+    name: str
+    extension: str
+    content: str
+
+
+@dataclass
+class Sample:
+    """Members that agree up to the first dot of their name, as they come."""
+
+    name: str
+    pictures: list[tuple[str, bytes]] = field(default_factory=list)
+    """Names and contents."""
+    texts: list[Text] = field(default_factory=list)
+    lost: list[tuple[int, Lost]] = field(default_factory=list)
+    """What is refused, and the number of pictures before it."""
+    cut: bool = False
+    """Whether earlier pictures of the same sample were handed on already."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that it holds."""
+        pictures = sum(len(content) for _, content in self.pictures)
+        return pictures + sum(len(text.content) for text in self.texts)
+
+    def entries(self, label: str, passed: Passed) -> Iterator[Item | Lost]:
+        """Yield its pictures and refused members in order; count texts that belong to none."""
+        several = self.cut or len(self.pictures) > 1
+        used: set[str] = set()
+        for number, (name, content) in enumerate(self.pictures):
+            yield from (lost for place, lost in self.lost if place == number)
+            near = [text for text in self.texts if not several or self._near(text, name)]
+            used |= {text.name for text in near}
+            near.sort(key=lambda text: text.name.rpartition(".")[0] == self.name)  # its own first
+            caption = next((t.content for t in near if t.extension != LABEL and t.content), "")
+            classes = next((t.content for t in near if t.extension == LABEL and t.content), "")
+            extra = {"label": classes} if classes else {}
+            source = f"{label}/{plain(name)}"
+            yield Item(source, partial(bytes, content), caption, extra=extra)
+        yield from (lost for place, lost in self.lost if place == len(self.pictures))
+        if self.pictures or self.cut or any(lost.image for _, lost in self.lost):
+            for text in self.texts:
+                if text.name not in used:
+                    passed.add(text.name)
+        elif self.texts:
+            reason = "no picture of this name beside it; `tar --sort=name` keeps the two together"
+            yield Lost(f"{label}/{plain(self.texts[0].name)}", reason)
+
+    def _near(self, text: Text, picture: str) -> bool:
+        """Whether a text is a picture's own, or that of the whole sample."""
+        return stem_of(text.name) in (stem_of(picture), picture, self.name)

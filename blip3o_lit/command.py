@@ -29,12 +29,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from blip3o_lit.arguments import check_arguments
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.home import refusal
+from blip3o_lit.config.home import adopt_home, refusal
 from blip3o_lit.config.secrets import masked
+from blip3o_lit.launcher import ignore_ranks
 from blip3o_lit.schema import Config, conf_dir, groups, typed
 from blip3o_lit.sweeps.plugins import register_plugins
 
 USER_ERROR_CODE = 2
+RANKED = ("train", "extract")
+"""Commands that several processes may run together."""
 
 
 def run_stamp() -> str:
@@ -65,6 +68,9 @@ def run_command(name: str, schema: type[Config], task: Callable[[Config], Any]) 
             stream, io.TextIOWrapper
         ):  # a console without Unicode, names of other letters
             stream.reconfigure(errors="backslashreplace")
+    adopt_home()
+    if name not in RANKED:
+        ignore_ranks()
     began = False
 
     def job(config: DictConfig) -> Any:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.home import refusal
+from blip3o_lit.config.home import adopt_home, refusal
 from blip3o_lit.config.secrets import masked
 from blip3o_lit.interrupt import Kept, interruptible
+from blip3o_lit.launcher import ignore_ranks
 from blip3o_lit.run_stamp import run_stamp
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ Config = TypeVar("Config")
 USER_ERROR_CODE = 2
 SHARDS_KEPT = "the finished shards are kept: give the same line again to go on"
 """What Ctrl-C leaves of the commands that write a token store."""
+RANKED = ("train", "extract")
+"""Commands that several processes may run together."""
 
 
 def run_command(name: str, schema: type[Config], task: Callable[[Config], Any], kept: Kept) -> None:
@@ -59,9 +62,7 @@ def _run(name: str, schema: type[Config], task: Callable[[Config], Any], kept: K
     register_plugins()
     folder = conf_dir()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a console without Unicode, names of other letters
+        if isinstance(stream, io.TextIOWrapper):  # consoles without Unicode, odd names
             stream.reconfigure(errors="backslashreplace")
     began = False
 
@@ -77,6 +78,9 @@ def _run(name: str, schema: type[Config], task: Callable[[Config], Any], kept: K
             fail(str(error))
 
     try:
+        adopt_home()
+        if name not in RANKED:
+            ignore_ranks()
         if "${" in os.getcwd():
             raise UserError(f"{os.getcwd()}: Hydra can't work in a folder with ${{ in its name")
         sys.argv[1:] = arranged(sys.argv[1:], schema)

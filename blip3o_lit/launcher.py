@@ -25,6 +25,8 @@ TASKS = "BLIP3O_TASKS"
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 NODES = ("NODE_RANK", "GROUP_RANK")
 OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "JSM_NAMESPACE_SIZE")
+TOLD_TO_LIBRARIES = ("SLURM_PROCID", "JSM_NAMESPACE_RANK")
+"""From which Lightning takes a rank, beside RANK and LOCAL_RANK, when it is imported."""
 TERMINAL_JOBS = ("bash", "sh", "zsh", "interactive")
 LAST_STEP = 0xFFFFFFF0
 """Slurm's steps from here on are the batch script's and the terminal's, not srun's."""
@@ -162,11 +164,16 @@ def settle(nodes: int) -> Launch:
             os.environ.pop(name, None)
     this = launch()
     if this.by == "plain" and PARENT not in os.environ:
-        for name in (*RANKS, "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
-            os.environ.pop(name, None)
+        ignore_ranks()
     if this.by == "parent":
         _end_with(int(os.environ[PARENT]))
     return this
+
+
+def ignore_ranks() -> None:
+    """Take ranks out of the environment of a command that is one process, whoever started it."""
+    for name in (*RANKS, *TOLD_TO_LIBRARIES):
+        os.environ.pop(name, None)
 
 
 def number(environment: Mapping[str, str], name: str) -> int:

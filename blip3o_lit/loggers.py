@@ -40,8 +40,8 @@ def loggers(config: TrainConfig, run_dir: Path, resumed: Path | None, step: int)
 
 def _wandb(config: TrainConfig, run_dir: Path) -> Any:
     """Start a run at Weights & Biases now, so that a missing key ends nothing that has begun."""
-    import wandb
     from lightning.pytorch.loggers import WandbLogger
+    from wandb.errors import Error as WandbError
 
     if not os.environ.get("WANDB_MODE", "given").strip():
         del os.environ["WANDB_MODE"]
@@ -55,7 +55,7 @@ def _wandb(config: TrainConfig, run_dir: Path) -> Any:
             config=masked(asdict(config)),
         )
         _ = logger.experiment
-    except (wandb.errors.Error, ValueError, OSError) as error:
+    except (WandbError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"logger=wandb can't start ({reason}): mend it, or set logger.wandb_offline=true or "

@@ -340,3 +340,34 @@ def test_a_model_goes_to_a_worker_process(model: BLIP3oInference) -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         made = pool.apply(model.generate, (conditions().numpy(), None, "heun-3"))
     torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5)
+
+
+NAMELESS = """
+import getpass, os, pathlib, pwd
+from blip3o_lit.config.home import adopt_home
+os.setuid(54321)
+adopt_home()
+print(pathlib.Path.home(), bool(getpass.getuser()))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can be others")
+def test_a_user_without_an_entry_has_a_home_and_a_name(tmp_path: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "BLIP3O_HOME": str(tmp_path)}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", NAMELESS],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == [str(tmp_path), "True"], done.stderr
+
+
+def test_ranks_do_not_reach_commands_that_are_one_process(tmp_path: Path) -> None:
+    left = {"RANK": "abc", "LOCAL_RANK": "", "SLURM_PROCID": "x"}
+    done = command("blip3o_lit.export", "ckpt=nowhere.ckpt", "out=out", cwd=tmp_path, **left)
+    assert done.returncode == 2
+    assert "nowhere.ckpt" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -6,6 +6,7 @@ And what it says when that folder, the run's or the temporary one can't be used.
 from __future__ import annotations
 
 import errno
+import getpass
 import os
 from pathlib import Path
 
@@ -40,6 +41,22 @@ def home() -> Path:
         ) from error
 
 
+def adopt_home() -> None:
+    """Give libraries that ask for a home folder and a name what a user without an entry lacks.
+
+    Containers run as numbers that no one has named; the home folder is then BLIP3O_HOME.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        if os.environ.get("BLIP3O_HOME"):
+            os.environ["HOME"] = str(home().absolute())
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"uid{os.getuid()}"
+
+
 def refusal(error: OSError, run_dir: Path | None = None) -> str | None:
     """Return one line for what the machine refuses: the file, why, and what moves it elsewhere.
 
@@ -50,16 +67,17 @@ def refusal(error: OSError, run_dir: Path | None = None) -> str | None:
     Returns:
         None for an error that may be a fault of the code.
     """
-    if error.errno not in MACHINE:
-        return None
     if error.filename is None:
-        return f"{error.strerror}"
+        return str(error.strerror) if error.errno in MACHINE else None
     path = Path(os.fsdecode(error.filename)).absolute()
     moves = ""
     try:
         cache = home().absolute()
     except UserError:
         cache = None
+    unmade = cache is not None and path.is_relative_to(cache) and not os.path.exists(cache)
+    if error.errno not in MACHINE and not unmade:
+        return None
     above = run_dir is None or not run_dir.absolute().is_relative_to(path)
     if cache is not None and (path.is_relative_to(cache) or (above and path in cache.parents)):
         moves = ": set BLIP3O_HOME to a folder that you can write"

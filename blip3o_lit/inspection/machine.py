@@ -214,12 +214,16 @@ def all_reduce() -> Iterator[Finding]:
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         command = [sys.executable, "-c", ALL_REDUCE]
-        running = [
-            subprocess.Popen([*command, str(rank), store], stderr=subprocess.PIPE, text=True)
-            for rank in range(2)
-        ]
+        running: list[subprocess.Popen[str]] = []
         try:
+            for rank in range(2):
+                words = [*command, str(rank), store]
+                running.append(subprocess.Popen(words, stderr=subprocess.PIPE, text=True))
             said = [process.communicate(timeout=GLOO_SECONDS)[1] for process in running]
+        except OSError as error:
+            says = f"{sys.executable} can't be started: {error.strerror}"
+            yield Finding("fail", "two processes", says, "use a python that this user may run")
+            return
         except subprocess.TimeoutExpired:
             said = [f"no answer in {GLOO_SECONDS} s"]
         finally:

@@ -18,7 +18,6 @@ import webdataset
 
 from benchmarks.made_store import ARRAYS, BATCH, SAMPLES, write
 from benchmarks.timing import interleaved, result
-from blip3o_lit.environment import keep_freed_memory
 from blip3o_lit.tokens.loader import TokenLoader
 from blip3o_lit.tokens.order import SampleOrder
 from blip3o_lit.tokens.packed import restored
@@ -47,7 +46,6 @@ def waiting(reader: TokenReader, images_a_second: float, batches: int) -> float:
 
 def run() -> list[dict[str, Any]]:
     """Time the three ways of getting every token once, from a warm page cache, on one thread."""
-    keep_freed_memory()  # as a training run does
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:

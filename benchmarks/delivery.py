@@ -19,7 +19,6 @@ import torch
 from benchmarks.made_store import ARRAYS, BATCH, SAMPLES, write
 from benchmarks.timing import interleaved, result
 from blip3o_lit.config.data import DataConfig
-from blip3o_lit.environment import keep_freed_memory
 from blip3o_lit.tokens.loader import TokenLoader
 from blip3o_lit.tokens.order import SampleOrder
 from blip3o_lit.tokens.packed import on_device
@@ -81,7 +80,6 @@ def copied(shard: Path, threads: int) -> Callable[[], None]:
 
 def run() -> list[dict[str, Any]]:
     """Time them on a warm page cache."""
-    keep_freed_memory()  # as a training run does
     threads = DataConfig().threads
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

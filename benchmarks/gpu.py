@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import delivery
 from benchmarks.timing import interleaved, result
 from benchmarks.training import SHAPE, model_config
+from blip3o_lit.budget.machine import peak_flops
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
@@ -28,7 +29,7 @@ from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.solvers import sample
 from blip3o_lit.models.build import build_network
 from blip3o_lit.models.optimizer import make_optimizer
-from blip3o_lit.plan import peak_flops
+from blip3o_lit.models.precision import PRECISIONS
 
 CLS = PairShape(TokenShape((16, 16), True, 4096), TokenShape((16, 16), True, 1024))
 GRID = PairShape(TokenShape((8, 8), False, 1280), TokenShape((8, 8), False, 768))
@@ -60,7 +61,7 @@ def run() -> list[dict[str, Any]]:
     """Time every case, eager and compiled by block, then what surrounds a step."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    peak = peak_flops(device, "bf16")
+    peak = peak_flops(device, torch.cuda.get_device_name(device), PRECISIONS["bf16"])
     print(
         f"  {torch.cuda.get_device_name() if cuda else 'CPU, toy sizes'}: {peak / 1e12:.1f} TFLOP/s"
     )

@@ -10,13 +10,11 @@ import torch
 from benchmarks.timing import interleaved, result
 from benchmarks.training import model_config, saved_bytes, stepper
 from blip3o_lit.config.shape import PairShape, TokenShape
-from blip3o_lit.environment import keep_freed_memory
 from blip3o_lit.models.build import build_network
 
 
 def run() -> list[dict[str, Any]]:
     """Return how far time and memory of a step are from what arithmetic says, `tiny` in bf16."""
-    keep_freed_memory()  # as a training run does
     shapes = {n: TokenShape((n, n), False, 4096) for n in (8, 16, 32)}
     cases = {
         "3 deep, 8": (3, shapes[16], 8),

@@ -16,10 +16,9 @@ import torch
 
 from benchmarks.timing import result
 from benchmarks.training import SHAPE, model_config, real_step, saved_bytes
-from blip3o_lit.environment import keep_freed_memory
-from blip3o_lit.footprint import units
-from blip3o_lit.forecast import rank_bytes
+from blip3o_lit.budget.states import rank_bytes, units
 from blip3o_lit.models.build import build_network
+from blip3o_lit.models.precision import PRECISIONS
 
 BATCH, STEPS = 8, 3
 EARLY, LATE = 20, 120
@@ -34,7 +33,6 @@ def resident(field: str) -> float:
 
 def peak() -> float:
     """Train `base` for a few steps and return the peak in bytes above the imports."""
-    keep_freed_memory()
     before = resident("VmRSS")
     step = real_step(model_config("base"), BATCH, torch.bfloat16)
     for _ in range(STEPS):
@@ -44,7 +42,6 @@ def peak() -> float:
 
 def growth() -> float:
     """Return resident memory after many steps over that after few, for a network of two blocks."""
-    keep_freed_memory()
     config = model_config("demo", depth=2, width=128, heads=2, kv_heads=2, mlp_width=256)
     step, seen = real_step(config, 2, torch.bfloat16), {}
     for number in range(1, LATE + 1):
@@ -61,7 +58,7 @@ def run() -> list[dict[str, Any]]:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         measured[name] = json.loads(done.stdout)
     config = model_config("base")
-    held = rank_bytes("single", units(config, SHAPE), "bf16", "adamw", 1)
+    held = rank_bytes("single", units(config, SHAPE), PRECISIONS["bf16"], "adamw", 1)
     one, two = (saved_bytes(build_network(config, SHAPE), batch) for batch in (1, 2))
     kept = one + (BATCH - 1) * (two - one)  # the weights in bf16 are kept once
     gib = [size / 2**30 for size in (measured["peak"], held, kept)]

@@ -13,7 +13,6 @@ from torch.optim import AdamW, Muon
 from benchmarks.timing import interleaved, result
 from benchmarks.training import SHAPE, model_config
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.environment import keep_freed_memory
 from blip3o_lit.models.build import build_network
 from blip3o_lit.models.optimizer import make_optimizer
 
@@ -38,7 +37,6 @@ def apart(network: nn.Module) -> Callable[[], None]:
 
 def run() -> list[dict[str, Any]]:
     """Time a step for two sizes."""
-    keep_freed_memory()  # as a training run does
     found = []
     for name in SIZES:
         network = build_network(model_config(name), SHAPE)

@@ -26,7 +26,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.ceiling import additions, products
 from benchmarks.timing import interleaved
 from benchmarks.training import TOKENS, model_config, real_step
-from blip3o_lit.environment import keep_freed_memory
 
 CASES = (("tiny", 8), ("base", 4))
 """Model and batch."""
@@ -81,7 +80,6 @@ def table(
     name: str, batch: int, dtype: torch.dtype, steps: int = 9
 ) -> list[tuple[str, float, float]]:
     """Return row, measured ms and ms by arithmetic, the longest first, the whole step last."""
-    keep_freed_memory()  # as a training run does
     config = model_config(name)
     step: Callable[[], None] = real_step(config, batch, dtype)
     multiply, flops = products(config, batch * TOKENS, dtype)

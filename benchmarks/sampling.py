@@ -22,7 +22,7 @@ from blip3o_lit.loading import solver_from_label
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.models.build import build_network
 from blip3o_lit.models.network import Network
-from blip3o_lit.models.weight_format import cast_weights
+from blip3o_lit.models.precision import cast_weights
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.translator import Translator
 

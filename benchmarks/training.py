@@ -24,7 +24,6 @@ from blip3o_lit.callbacks.ema import update_average
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape, TokenShape
-from blip3o_lit.environment import keep_freed_memory
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.build import build_network
 
@@ -148,7 +147,6 @@ def saved_bytes(network: nn.Module, batch: int, tokens: int = TOKENS) -> int:
 
 def run() -> list[dict[str, Any]]:
     """Time each case; ratios above 1 say that ours is faster or smaller."""
-    keep_freed_memory()  # as a training run does
     return [entry for case in CASES for entry in _case(*case)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import platform
@@ -32,8 +31,6 @@ PACKAGES = (
     "numpy",
     "safetensors",
 )
-# Of malloc.h: blocks that may be mapped apart, free memory that is given back, and heaps.
-MALLOPT_MMAP_MAX, MALLOPT_TRIM_THRESHOLD, MALLOPT_ARENA_MAX = -4, -1, -8
 # Warnings that a user of this project cannot act on, by the start of their message.
 KNOWN_NOISE = (
     "The 'train_dataloader' does not have many workers",
@@ -100,25 +97,6 @@ def own_defaults() -> Iterator[None]:
     finally:
         if number != torch.float32:
             torch.set_default_dtype(number)
-
-
-def keep_freed_memory() -> None:
-    """Make the C library keep what is freed and hand it out again, where it is glibc.
-
-    A large tensor is otherwise returned to the system when it is freed, and the next one is given
-    page by page, each page cleared: a step of `base` on a CPU took 160,000 page faults, a third of
-    its time. Freed memory then stays with the process, as an accelerator's caching allocator has
-    it; the peak is the same.
-
-    All threads share one heap: what a reader thread has filled is freed by the main thread, and a
-    heap of its own would give the thread fresh pages again (two threads read 5.2 GB/s so, 7.9 GB/s
-    from one heap).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(MALLOPT_MMAP_MAX, 0)
-        mallopt(MALLOPT_TRIM_THRESHOLD, -1)
-        mallopt(MALLOPT_ARENA_MAX, 1)
 
 
 def quiet_libraries() -> None:

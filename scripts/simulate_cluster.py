@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
+from blip3o_lit.budget.plan import forward_flops
+from blip3o_lit.budget.states import units
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.shape import PairShape, TokenShape
-from blip3o_lit.plan import count_parameters
 from blip3o_lit.tokens.index import ShardEntry
 from blip3o_lit.tokens.order import SampleOrder
 
@@ -123,7 +124,8 @@ def traffic(facts: Assumptions) -> list[list[str]]:
     """Return, for each model, images and tokens a second and what a checkpoint is."""
     rows = []
     for name, model in MODELS.items():
-        parameters, flops = count_parameters(model, STORES["full"])
+        parameters = units(model, STORES["full"]).total
+        flops = forward_flops(model, STORES["full"])
         images = facts.gpus * facts.peak * facts.mfu / (3 * flops)
         saved = SAVED_BYTES * parameters
         rows.append(
@@ -144,7 +146,7 @@ def traffic(facts: Assumptions) -> list[list[str]]:
 
 def flops_ratio(model: ModelConfig, full: int) -> float:
     """Return how many times more grid_64 images than full ones the same arithmetic takes in."""
-    return full / count_parameters(model, STORES["grid_64"])[1]
+    return full / forward_flops(model, STORES["grid_64"])
 
 
 def simulate(
@@ -229,7 +231,7 @@ def main() -> None:
     heads = ["model", "parameters", "images/s", "reads, full", "reads, grid_64", "checkpoint"]
     heads += ["each rank", "write"]
     show("Traffic", heads, traffic(facts))
-    parameters, _ = count_parameters(MODELS["nextdit"], STORES["full"])
+    parameters = units(MODELS["nextdit"], STORES["full"]).total
     save = SAVED_BYTES * parameters / 1e9 / facts.write_gbps
     mtbf = facts.gpu_hours_per_failure / facts.gpus
     title = f"Failures: one in {mtbf:.1f} h, a save stands for {save:.1f} s (nextdit)"

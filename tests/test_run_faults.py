@@ -14,21 +14,19 @@ from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import ROOT
+from lightning import LightningModule, Trainer
 from test_faults import NOBODY, in_child, open_folder  # noqa: F401 (a fixture)
 from test_training import config, differences, state
 
 from blip3o_lit import checkpointing
-from blip3o_lit.callbacks import watch
 from blip3o_lit.callbacks.metrics_csv import read_rows
+from blip3o_lit.callbacks.slow_data import SlowData
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import claimed
 from blip3o_lit.config.secrets import masked
 from blip3o_lit.resume import refuse_used, resolve_resume
-from blip3o_lit.tokens.packed import PackedBatch
-from blip3o_lit.tokens.reader import TokenReader
 from blip3o_lit.training import run_training
 
 
@@ -135,25 +133,17 @@ def test_two_runs_in_one_folder_are_refused(straight: Path, tmp_path: Path) -> N
     assert same_end(straight, tmp_path)
 
 
-def test_a_slow_disk_is_told_of_and_changes_nothing(
-    straight: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_store_that_keeps_training_waiting_is_told_of_again_and_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    read = TokenReader.read_packed
-
-    def slowly(self: TokenReader, ids: np.ndarray, pin: bool = False) -> PackedBatch:
-        time.sleep(0.3 if self.split == "train" else 0.0)
-        return read(self, ids, pin)
-
-    monkeypatch.setattr(TokenReader, "read_packed", slowly)
-    monkeypatch.setattr(watch, "DATA_SECONDS", 0.05)
-    monkeypatch.setattr(watch, "POLL", 0.02)
-    run_training(config(), tmp_path, [])
-    assert same_end(straight, tmp_path)
-    said = capsys.readouterr().err
-    assert re.search(r"warning: no batch for 0\.\ds: \S+ is slow or does not answer; data\.", said)
+    waiting = SlowData("s3://bucket/tokens", seconds=0.01)
+    trainer, module = Trainer(logger=False, enable_checkpointing=False), LightningModule()
+    waiting.on_train_start(trainer, module)
+    told = ""
+    while told.count("warning: no batch for") < 3:  # pytest's timeout ends it
+        told += capsys.readouterr().err
+    waiting.on_train_batch_start(trainer, module, None, 0)
+    assert "s3://bucket/tokens is slow or does not answer; data.threads=8" in told
 
 
 def test_a_quick_disk_is_not_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,10 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.tokens.legacy import LegacyFile
-from blip3o_lit.tokens.legacy_arrays import ArrayState
-from blip3o_lit.tokens.legacy_folder import legacy_files, manifest_problems
-from blip3o_lit.tokens.legacy_pickle import PickleReader, read_pickle
+from blip3o_lit.seeds.arrays import ArrayState
+from blip3o_lit.seeds.embeddings import LegacyFile
+from blip3o_lit.seeds.folder import legacy_files, manifest_problems
+from blip3o_lit.seeds.pickles import PickleReader, read_pickle
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage")
 
@@ -401,7 +401,7 @@ def test_hash_bombs_and_self_references_end(tmp_path: Path) -> None:
 
 
 def test_opcodes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blip3o_lit.tokens.legacy_pickle.MAX_OPCODES", 1000)
+    monkeypatch.setattr("blip3o_lit.seeds.pickles.MAX_OPCODES", 1000)
     content = b"]" * 2000 + b"."
     with pytest.raises(UserError, match="1,000 opcodes"):
         PickleReader(io.BytesIO(content), 0, len(content), "x").load()

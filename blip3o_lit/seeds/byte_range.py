@@ -6,7 +6,7 @@ import struct
 from typing import Any, BinaryIO
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.tokens.legacy_arrays import Span
+from blip3o_lit.seeds.arrays import Span
 
 
 class ByteRange:

@@ -25,8 +25,8 @@ import numpy as np
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.shape import TokenShape
-from blip3o_lit.tokens.legacy_arrays import ArrayState, StoredArray
-from blip3o_lit.tokens.legacy_pickle import read_pickle
+from blip3o_lit.seeds.arrays import ArrayState, StoredArray
+from blip3o_lit.seeds.pickles import read_pickle
 
 SIDES = ("eva", "clip")
 FULL_KEYS = ("{}_grid_embeddings", "{}_grid_embeddings_list")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.tokens.legacy_arrays import (
+from blip3o_lit.seeds.arrays import (
     ArrayState,
     DtypeState,
     Span,
@@ -27,7 +27,7 @@ from blip3o_lit.tokens.legacy_arrays import (
     take,
     tensor,
 )
-from blip3o_lit.tokens.legacy_bytes import ByteRange
+from blip3o_lit.seeds.byte_range import ByteRange
 
 MAX_OPCODES = 100_000_000
 """Opcodes of one file; 91,333 samples of the seeds need 400,000, a file of empty lists far more."""

@@ -355,7 +355,7 @@ def main(arguments: list[str], run: Callable[[Step], int] = run_step) -> int:
         arguments: The words after `scripts/from_seed.py`.
         run: How a step is run.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--images", help="images of an extraction: a folder, tars, or demo")
     parser.add_argument("--shrink", action="store_true", help="a network of a toy's size")
     parser.add_argument("--plan", action="store_true", help="add dry_run=true: the plan, no step")

@@ -149,7 +149,7 @@ def _side(data: dict[Any, Any], side: str, mode: str, path: Path) -> Side:
     name = present[0]
     value = data[name]
     items = value if isinstance(value, list) else [value]
-    parts = [item.array if isinstance(item, ArrayState) else item for item in items]
+    parts: list[Any] = [item.array if isinstance(item, ArrayState) else item for item in items]
     sides = 4 if "grid" in name else 3
     where = f"{path}: {name}"
     others = [type(part).__name__ for part in parts if not is_array(part)]

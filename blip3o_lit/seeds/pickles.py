@@ -23,6 +23,8 @@ import numpy as np
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.seeds.arrays import BFLOAT16, ArrayState, DtypeState, Storage, take, tensor, view
 
+UNPICKLER: Any = pickle._Unpickler  # pyright: ignore[reportAttributeAccessIssue]
+"""The unpickler that is written in Python; without a type, as its parts have none."""
 MOST_READS = 200_000_000
 """Reads of one file, two per opcode; 91,333 samples of the seeds need a million."""
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
@@ -98,7 +100,7 @@ class Global:
     name: str
 
 
-class SeedUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
+class SeedUnpickler(UNPICKLER):
     """Python's unpickler for plain containers, arrays and tensors."""
 
     def __init__(self, source: Source, storages: dict[str, Storage] | None = None) -> None:
@@ -198,9 +200,7 @@ class SeedUnpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccess
 
     dispatch = {
         **{
-            code: method
-            for code, method in pickle._Unpickler.dispatch.items()  # pyright: ignore
-            if OPCODES[code] in HARMLESS
+            code: method for code, method in UNPICKLER.dispatch.items() if OPCODES[code] in HARMLESS
         },
         pickle.REDUCE[0]: load_reduce,
         pickle.BUILD[0]: load_build,

@@ -9,7 +9,7 @@ from blip3o_lit.config.words import pasteable
 
 def convert(config: ConvertConfig) -> None:
     """Convert, then say what the store holds and how to train on it."""
-    from blip3o_lit.conversion.store import convert as run
+    from blip3o_lit.seeds.store import convert as run
 
     index = run(config)
     size = sum(shard.bytes for shard in index.shards) / 1e9

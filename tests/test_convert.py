@@ -19,9 +19,9 @@ import torch
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.conversion import journal as conversion_journal
-from blip3o_lit.conversion import store as conversion
-from blip3o_lit.conversion.store import convert
+from blip3o_lit.seeds import journal as conversion_journal
+from blip3o_lit.seeds import store as conversion
+from blip3o_lit.seeds.store import convert
 from blip3o_lit.tokens.index import TokenIndex
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 

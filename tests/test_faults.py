@@ -25,8 +25,8 @@ import torch
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.conversion.store import convert
 from blip3o_lit.inspection.store import inspect
+from blip3o_lit.seeds.store import convert
 from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex
 from blip3o_lit.tokens.reader import TokenReader, TokenStore

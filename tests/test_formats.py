@@ -21,11 +21,11 @@ from blip3o_lit import checkpointing
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.export import ExportConfig
-from blip3o_lit.conversion.store import convert
 from blip3o_lit.export import export
 from blip3o_lit.inference import BLIP3oInference
 from blip3o_lit.loading import load
 from blip3o_lit.report.page import write_report
+from blip3o_lit.seeds.store import convert
 from blip3o_lit.tokens.reader import TokenStore
 
 TOKENS = torch.zeros(1, 16, 6)

@@ -31,11 +31,8 @@ from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.schema import conf_dir, typed
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import from_seed
-import seed_flags
-from from_seed import Options, Step, Translation
+from blip3o_lit.seeds import command_line, flags
+from blip3o_lit.seeds.command_line import Options, Step, Translation
 
 SCHEMAS = {
     "train": TrainConfig,
@@ -187,7 +184,7 @@ def run_here(step: Step) -> int:
 
 
 def go(line: str, *before: str) -> int:
-    return from_seed.main([*before, "--", *words(line)], run_here)
+    return command_line.main([*before, "--", *words(line)], run_here)
 
 
 def write_64(file: Path, widths: tuple[int, int] = (1280, 768)) -> None:
@@ -271,18 +268,18 @@ def test_processes_make_the_global_batch() -> None:
     assert (train.strategy.name, train.trainer.devices) == ("ddp", "2")
 
 
-def lines_of(script: str) -> list[list[tuple[seed_flags.Flag, str]]]:
+def lines_of(script: str) -> list[list[tuple[flags.Flag, str]]]:
     """Return few lines that give each flag of a script each of its values.
 
     No two flags of a line set the same key, so that each override is composed.
     """
-    lines: list[list[tuple[seed_flags.Flag, str]]] = []
+    lines: list[list[tuple[flags.Flag, str]]] = []
     taken: list[set[str]] = []
-    for flag in (flag for flag in seed_flags.FLAGS if flag.script == script):
+    for flag in (flag for flag in flags.FLAGS if flag.script == script):
         number = re.fullmatch(r"[\d.]+(e-\d+)?", flag.default)
         values = list(flag.values) or [flag.default if number else flag.example]
         for value in values if flag.takes else ["true"]:
-            words = (word.split("=")[0] for word in from_seed.chosen(flag, value).split())
+            words = (word.split("=")[0] for word in command_line.chosen(flag, value).split())
             wants = {flag.name, *words}
             place = next((i for i, used in enumerate(taken) if not used & wants), len(lines))
             if place == len(lines):
@@ -293,11 +290,11 @@ def lines_of(script: str) -> list[list[tuple[seed_flags.Flag, str]]]:
     return lines
 
 
-@pytest.mark.parametrize("script", seed_flags.SCRIPTS)
+@pytest.mark.parametrize("script", flags.SCRIPTS)
 def test_every_flag_of_the_table_composes(script: str) -> None:
-    launched = script in (seed_flags.LAUNCH, seed_flags.TORCHRUN)
-    main = seed_flags.TRAIN_64 if launched else script
-    needed = [f.name for f in seed_flags.FLAGS if f.script == main and f.default == "required"]
+    launched = script in (flags.LAUNCH, flags.TORCHRUN)
+    main = flags.TRAIN_64 if launched else script
+    needed = [f.name for f in flags.FLAGS if f.script == main and f.default == "required"]
     for pairs in lines_of(script):
         given = [w for flag, value in pairs for w in (flag.name, value)[: 1 + flag.takes]]
         required = [w for name in needed if name not in given for w in (name, "somewhere")]
@@ -308,13 +305,13 @@ def test_every_flag_of_the_table_composes(script: str) -> None:
         assert isinstance(config_of(step), SCHEMAS[step.command])
         keys = {override.split("=")[0] for override in step.overrides}
         for flag, value in pairs:
-            for override in from_seed.chosen(flag, value).split():
+            for override in command_line.chosen(flag, value).split():
                 assert override.split("=")[0] in keys, f"{flag.name} lost {override}"
 
 
 def test_the_page_holds_the_table() -> None:
     page = (ROOT / "docs" / "migrating.md").read_text("utf-8")
-    assert seed_flags.table() in page, "paste the output of scripts/from_seed.py --table"
+    assert flags.table() in page, "paste the output of scripts/from_seed.py --table"
 
 
 @pytest.mark.parametrize(
@@ -490,7 +487,7 @@ def test_errors_of_a_step_stop_the_line(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     assert go(QUICK) == 2  # there is no pickle to convert
     with pytest.raises(UserError, match="no flag"):
-        from_seed.take_apart(["python", "train_blip3o_dit.py", "--nope"])
+        command_line.take_apart(["python", "train_blip3o_dit.py", "--nope"])
 
 
 def test_the_python_blocks_of_the_page_run(here: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "blip3o_lit"
-MIDDLE = {"conversion", "extraction", "inspection", "scoring", "sweeps"}
+MIDDLE = {"extraction", "inspection", "scoring", "seeds", "sweeps"}
 FOLDERS = {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file()}
 ROOMS = FOLDERS - MIDDLE
 COMMANDS = {"train", "evaluate", "extract", "generate", "convert", "export", "doctor"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
-import io
 import json
 import os
 import pickle
@@ -21,10 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.tokens.legacy import LegacyFile
-from blip3o_lit.tokens.legacy_arrays import ArrayState
-from blip3o_lit.tokens.legacy_folder import legacy_files, manifest_problems
-from blip3o_lit.tokens.legacy_pickle import PickleReader, read_pickle
+from blip3o_lit.seeds.arrays import ArrayState, float_rows
+from blip3o_lit.seeds.embeddings import LegacyFile
+from blip3o_lit.seeds.folder import legacy_files, manifest_problems
+from blip3o_lit.seeds.pickles import read_pickle
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage")
 
@@ -87,14 +86,13 @@ def test_arrays_and_values_read_as_pickle_reads_them(tmp_path: Path, protocol: i
         "nested": {"a": {"b": []}, 3: [{}]},
     }
     path = saved(tmp_path / "x.pkl", {**values, **ARRAYS}, protocol)
-    with open(path, "rb") as file:
-        read = read_pickle(file, path)
-        for name, array in ARRAYS.items():
-            expected = array.detach().float().numpy() if torch.is_tensor(array) else array
-            found = read[name].array if isinstance(read[name], ArrayState) else read[name]
-            rows = [found.rows(i, i + 1) for i in range(found.shape[0])]
-            assert np.array_equal(np.concatenate(rows), expected.astype("f4")), name
-            assert np.array_equal(found.rows(1, 3), expected[1:3].astype("f4")), name
+    read = read_pickle(path)
+    for name, array in ARRAYS.items():
+        expected = array.detach().float().numpy() if torch.is_tensor(array) else array
+        found = read[name].array if isinstance(read[name], ArrayState) else read[name]
+        rows = [float_rows(found, i, i + 1) for i in range(found.shape[0])]
+        assert np.array_equal(np.concatenate(rows), expected.astype("f4")), name
+        assert np.array_equal(float_rows(found, 1, 3), expected[1:3].astype("f4")), name
     assert {key: read[key] for key in values} == values
 
 
@@ -161,7 +159,7 @@ def test_missing_captions_and_keys_are_none_and_wrong_counts_are_refused(tmp_pat
         ({"eva_blip3o_embeddings": torch.randn(5, 64, 4)}, "64, 256"),
         ({"eva_blip3o_embeddings": torch.randn(5, 4)}, "5, 4"),
         ({"eva_blip3o_embeddings": torch.randn(0, 256, 4)}, "0, 256"),
-        ({"eva_blip3o_embeddings": np.ones((5, 256, 4), np.int32)}, "<i4"),
+        ({"eva_blip3o_embeddings": np.ones((5, 256, 4), np.int32)}, "int32"),
         ({"eva_blip3o_embeddings": [[1.0, 2.0]]}, "list"),
         ({"eva_blip3o_embeddings": []}, "empty list"),
         ({"eva_blip3o_embeddings": "text"}, "str"),
@@ -249,7 +247,7 @@ def hostile(marker: Path) -> dict[str, tuple[Any, str]]:
         ),
         "in a list in a dict": ({"eva_blip3o_embeddings": [[{"a": shell}]]}, r"system"),
         "behind good arrays": ({**embeddings(2), "config": {"x": shell}}, r"system"),
-        "INST": (b"(" + unicode + b"ios\nsystem\n.", r"os\.system"),
+        "INST": (b"(" + unicode + b"ios\nsystem\n.", "INST"),
         "OBJ": (b"(cos\nsystem\n" + unicode + b"o.", r"os\.system"),
         "NEWOBJ": (b"\x80\x02cos\nsystem\n)\x81.", r"os\.system"),
         "NEWOBJ of an array": (b"\x80\x02cnumpy\nndarray\n)\x81.", "NEWOBJ"),
@@ -260,11 +258,25 @@ def hostile(marker: Path) -> dict[str, tuple[Any, str]]:
             b"c_codecs\nencode\n}(X\x08\x00\x00\x00__code__Nub.",
             "state for something",
         ),
+        "state for an array's view": (
+            pickle.dumps(torch.zeros(3), protocol=2)[:-1] + b"}U\x01aNsb.",
+            "SHORT_BINSTRING",
+        ),
+        "attributes for a tensor": (
+            pickle.dumps(torch.zeros(3), protocol=2)[:-1] + b"}X\x05\x00\x00\x00shapeK\x01sb.",
+            "state for something",
+        ),
+        "attributes for a dict": (b"}}X\x03\x00\x00\x00getK\x01sb.", "state for something"),
+        "NumPy scalar of objects": (
+            b"cnumpy.core.multiarray\nscalar\n.",
+            r"numpy\.core\.multiarray\.scalar",
+        ),
+        "dtype of objects": (b"cnumpy\ndtype\n(X\x02\x00\x00\x00O8I00\nI01\ntR.", "type O8"),
         "call of a class": (b"\x80\x02cnumpy\nndarray\n(K\x05tR.", r"numpy\.ndarray"),
         "call of text": (b"X\x02\x00\x00\x00os)R.", "no global"),
         "persistent id": (b"\x80\x02X\x01\x00\x00\x00aQ.", "BINPERSID"),
         "persistent id in text": (b"Pabc\n.", "PERSID"),
-        "extension": (b"\x80\x02\x82\xf0.", "extension code 240"),
+        "extension": (b"\x80\x02\x82\xf0.", "EXT1"),
         "a codec": (b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x03\x00\x00\x00hextR.", "to hex"),
         "other NumPy": (b"cnumpy.testing._private.utils\nrunstring\n.", "runstring"),
         "marker in a global": (b"c" + word + b"\nx\n.", "refused"),
@@ -351,12 +363,12 @@ def numpy_state(shape: tuple[Any, ...], protocol: int = 4) -> bytes:
         (b"(((((.", "damaged"),
         (b"I" + b"9" * 5000 + b"\n.", "damaged"),
         (b"}(]Nu.", "dict key"),
-        (b"K\x01K\x02a.", "no list"),
-        (b"h\x07.", "KeyError"),
+        (b"K\x01K\x02a.", "damaged"),
+        (b"h\x07.", "Memo value not found"),
         (b"N", "cut off"),
         (b"", "cut off"),
-        (numpy_state((2**40,)), "claims the shape"),
-        (numpy_state((2**62, 2**62)), "claims the shape"),
+        (numpy_state((2**40,)), "cannot reshape"),
+        (numpy_state((2**62, 2**62)), "damaged"),
         (numpy_state((-1, -4)), "damaged"),
         (numpy_state((1,) * 40), "damaged"),
         (numpy_state((1.5,)), "damaged"),
@@ -377,12 +389,16 @@ def test_tensors_beyond_or_over_their_own_bytes_are_refused(tmp_path: Path) -> N
         (8, (5,), (1,)),
         (0, (3, 4), (5, 1)),
         (0, (10**9, 4), (0, 1)),
+        (0, (2,), (2**61,)),
+        (0, (3, 2), (2**63, 1)),
+        (0, (1,), (2**62,)),
+        (0, (0, 2**62), (1, 1)),
         (-1, (2,), (1,)),
         (0, (2,), (-1,)),
         (0, (2, 2), (1,)),
     ]:
         call = Call(rebuild, storage, offset, size, stride, False, {})
-        with pytest.raises(UserError, match="claims the shape|damaged"):
+        with pytest.raises(UserError, match="damaged|has the shape"):
             LegacyFile(saved(tmp_path / "x.pkl", {"eva_blip3o_embeddings": call}))
 
 
@@ -400,11 +416,41 @@ def test_hash_bombs_and_self_references_end(tmp_path: Path) -> None:
         LegacyFile(saved(path, {"eva_blip3o_embeddings": loop, "captions": loop}))
 
 
-def test_opcodes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blip3o_lit.tokens.legacy_pickle.MAX_OPCODES", 1000)
-    content = b"]" * 2000 + b"."
-    with pytest.raises(UserError, match="1,000 opcodes"):
-        PickleReader(io.BytesIO(content), 0, len(content), "x").load()
+DEEP = 100_000
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        # A key whose hash takes for ever, and one whose hash recurses beyond the stack.
+        (b"}" + b")" + b"q\x00h\x00\x86" * 200 + b"Ns.", "dict key of type tuple"),
+        (b"})" + b"\x85" * DEEP + b"Ns.", "dict key of type tuple"),
+        (b"(])" + b"\x85" * DEEP + b"Nd.", "damaged|dict key"),
+        (b"]" * DEEP + b"a" * (DEEP - 1) + b".", "no dict of embeddings"),
+        (b"(" * DEEP + b"l" * DEEP + b".", "no dict of embeddings"),
+        # The C unpickler makes a table of this many places.
+        (b"}r\xff\xff\xff\xff.", "none of eva"),
+        (b"}p" + b"9" * 4000 + b"\n.", "none of eva"),
+        (b"}\x8a\xff" + b"\x7f" * 255 + b"Ns.", "none of eva"),
+    ],
+)
+def test_bombs_of_few_bytes_cost_little(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "x.pkl"
+    path.write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=words):
+        LegacyFile(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e8
+
+
+def test_opcodes_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "x.pkl"
+    path.write_bytes(b"]" * 2000 + b".")
+    with pytest.raises(UserError, match="more opcodes"):
+        read_pickle(path, most_reads=1000)
+    assert read_pickle(path) == []
 
 
 SEEDS = [pickle.dumps(embeddings(2, 64), protocol=p) for p in (0, 2, 4, 5)] + [

@@ -209,7 +209,7 @@ def test_what_does_not_exist_or_fit_is_refused(tmp_path: Path, registered: str) 
     refused("write local-dir:", f"hf-hub:{tmp_path}")
     refused("has no open_clip_config.json", f"local-dir:{tmp_path}")
     (tmp_path / "config.json").write_text("{}")
-    refused("kind=huggingface", f"local-dir:{tmp_path}")
+    refused("kind=transformers", f"local-dir:{tmp_path}")
     refused("is no ViT", "RN50")
     refused("could not be loaded", "ViT-B-32", "openai")  # the hub is off in tests
     other = tmp_path / "other"

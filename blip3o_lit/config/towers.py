@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from blip3o_lit.config.errors import UserError, one_of, positive
 
-KINDS = ("open_clip", "timm", "huggingface", "eva_clip", "demo")
+TRANSFORMERS = ("transformers", "huggingface")
+"""Two words for one kind; the second is older."""
+KINDS = ("open_clip", "timm", *TRANSFORMERS, "eva_clip", "demo")
 TOWER_PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -15,7 +17,8 @@ class TowerConfig:
     """One tower: an architecture, its weights and which of its tokens to take."""
 
     kind: str = "demo"
-    """Who builds it: open_clip, timm, huggingface (CLIP folders), eva_clip (ours) or demo."""
+    """Who builds it: open_clip, timm, transformers (or its old word, huggingface), eva_clip (ours)
+    or demo."""
     model: str | None = None
     """Architecture, for example ViT-L-14-quickgelu; or, with its weights, local-dir:FOLDER or
     hf-hub:ORG/NAME (open_clip)."""

@@ -7,17 +7,13 @@ crops differ by one pixel where the difference of the sizes is odd.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
-from blip3o_lit.config.errors import UserError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -65,27 +61,27 @@ class ClipPixels:
             "std": list(self.std),
         }
 
-    @classmethod
-    def from_file(cls, path: Path) -> ClipPixels:
-        """Read a `preprocessor_config.json`.
-
-        Raises:
-            UserError: If it asks for steps that are not CLIP's.
-        """
-        config = json.loads(path.read_text())
+    @staticmethod
+    def can(config: dict[str, Any]) -> bool:
+        """Whether a `preprocessor_config.json` asks for these steps and no others."""
         steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-        off = [step for step in steps if not config.get(step, True)]
-        shortest, crop = config.get("size", 224), config.get("crop_size", 224)
-        shortest = shortest.get("shortest_edge") if isinstance(shortest, dict) else shortest
-        crop = crop.get("height") if isinstance(crop, dict) else crop
-        if off or not shortest or not crop or config.get("resample", 3) not in RESAMPLING:
-            raise UserError(
-                f"{path}: not CLIP's preprocessing (shortest edge, centre crop, rescale, normalise)"
-            )
+        size, crop = config.get("size") or {}, config.get("crop_size") or {}
+        return (
+            all(config.get(step) for step in steps)
+            and config.get("resample") in RESAMPLING
+            and set(size) == {"shortest_edge"}
+            and set(crop) == {"height", "width"}
+            and crop["height"] == crop["width"]
+            and abs(config.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-9
+        )
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> ClipPixels:
+        """Take the numbers of a configuration that `can` has passed."""
         return cls(
-            size=crop,
-            shortest=shortest,
-            mean=tuple(config.get("image_mean", OPENAI_MEAN)),
-            std=tuple(config.get("image_std", OPENAI_STD)),
-            interpolation=RESAMPLING[config.get("resample", 3)],
+            size=config["crop_size"]["height"],
+            shortest=config["size"]["shortest_edge"],
+            mean=tuple(config["image_mean"]),
+            std=tuple(config["image_std"]),
+            interpolation=RESAMPLING[config["resample"]],
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.towers import TowerConfig
+from blip3o_lit.config.towers import TRANSFORMERS, TowerConfig
 from blip3o_lit.towers.tower import Tower
 
 RANDOM_SEED = 0
@@ -33,7 +33,7 @@ def load_tower(config: TowerConfig, pretrained: bool = True, device: str = "cpu"
         from blip3o_lit.towers import demo
 
         return demo.load(config.model or "", pretrained=pretrained and device != "meta").to(device)
-    if config.model is None and config.kind != "huggingface":
+    if config.model is None and config.kind not in TRANSFORMERS:
         raise UserError(f"a tower of kind={config.kind} needs a model: set towers.*.model")
     brings_weights = (config.model or "").startswith(("local-dir:", "hf-hub:"))
     pretrained = pretrained and (brings_weights or config.pretrained is not None)
@@ -52,10 +52,10 @@ def _load(config: TowerConfig, pretrained: bool, device: str) -> Tower:
         from blip3o_lit.towers.timm_tower import load_timm
 
         return load_timm(config, pretrained, device)
-    if config.kind == "huggingface":
-        from blip3o_lit.towers.huggingface_tower import load_huggingface
+    if config.kind in TRANSFORMERS:
+        from blip3o_lit.towers.transformers_tower import load_transformers
 
-        return load_huggingface(config, pretrained, device)
+        return load_transformers(config, pretrained, device)
     from blip3o_lit.towers.eva_clip import load_eva_clip
 
     return load_eva_clip(config, pretrained, device)

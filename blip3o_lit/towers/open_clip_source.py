@@ -108,7 +108,7 @@ def _folder(path: Path, pretrained: bool) -> Source:
     config = path / FOLDER_CONFIG
     if not config.is_file():
         hint = (
-            ": it is a transformers folder, set towers.*.kind=huggingface"
+            ": it is a transformers folder, set towers.*.kind=transformers"
             if (path / "config.json").is_file()
             else ""
         )

@@ -46,7 +46,7 @@ def find(source: str, name: str) -> Path | None:
         return None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(
-            f"{source} is no local folder, and the hub did not give {name}: {_line(error)}"
+            f"{source} is no local folder, and the hub did not give {name}: {first_line(error)}"
         ) from error
 
 
@@ -105,7 +105,9 @@ def read(files: list[Path], wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
                 continue
             state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise UserError(f"{file}: not readable as plain tensors: {_line(error)}") from error
+            raise UserError(
+                f"{file}: not readable as plain tensors: {first_line(error)}"
+            ) from error
         for wrapper in WRAPPERS:
             if isinstance(state.get(wrapper), dict):
                 state = state[wrapper]
@@ -133,5 +135,6 @@ def mismatch(error: Exception) -> str:
     return " ".join(lines[1:2] or lines[:1])[:200]
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's words, shortened."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

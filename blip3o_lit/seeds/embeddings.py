@@ -14,19 +14,17 @@ Shape suffixes: b rows, N tokens (CLS first where there is one), C width.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.shape import TokenShape
-from blip3o_lit.tokens.legacy_arrays import ArrayState, StoredArray
-from blip3o_lit.tokens.legacy_pickle import read_pickle
+from blip3o_lit.seeds.arrays import ArrayState, float_rows, is_array, is_float
+from blip3o_lit.seeds.pickles import read_pickle
 
 SIDES = ("eva", "clip")
 FULL_KEYS = ("{}_grid_embeddings", "{}_grid_embeddings_list")
@@ -37,51 +35,11 @@ PROJECTED_WIDTHS = {"eva": 1280, "clip": 768}
 """Widths of EVA-CLIP-8B and CLIP ViT-L/14 after their projections (4096 and 1024 before)."""
 
 
-class Rows(Protocol):
-    """An array whose first side can be read in parts."""
-
-    shape: tuple[int, ...]
-
-    def rows(self, first: int, last: int) -> np.ndarray:
-        """Return rows `first` to `last` (excluded) as float32."""
-        ...
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """A tensor that `torch.load` mapped, with the same face as `StoredArray`."""
-
-    tensor: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return tuple(self.tensor.shape)
-
-    def rows(self, first: int, last: int) -> np.ndarray:
-        """Return rows `first` to `last` (excluded) as float32."""
-        return self.tensor[first:last].detach().float().numpy()
-
-    @property
-    def dtype(self) -> str:
-        """Name of its type."""
-        return str(self.tensor.dtype).removeprefix("torch.")
-
-    @property
-    def is_float(self) -> bool:
-        """Whether the numbers are floating-point ones."""
-        return self.tensor.is_floating_point()
-
-    def batched(self) -> Tensors:
-        """Return the same tensor with a leading side of 1."""
-        return Tensors(self.tensor[None])
-
-
 class Side:
     """One tower's tokens of one file: one or several arrays, read as `[b, N, C]`."""
 
-    def __init__(self, name: str, parts: Sequence[Rows], shape: TokenShape) -> None:
-        """Join `parts` along their first side."""
+    def __init__(self, name: str, parts: list[Any], shape: TokenShape) -> None:
+        """Join `parts`, arrays or torch tensors, along their first side."""
         self.name, self.parts, self.shape = name, parts, shape
         self.ends = np.cumsum([part.shape[0] for part in parts])
 
@@ -97,7 +55,7 @@ class Side:
             part, end = self.parts[number], int(self.ends[number])
             start = end - part.shape[0]
             stop = min(last, end)
-            blocks.append(part.rows(first - start, stop - start))
+            blocks.append(float_rows(part, first - start, stop - start))
             first = stop
         joined = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         return joined.reshape(len(joined), -1, self.shape.width)
@@ -119,24 +77,14 @@ class LegacyFile(AbstractContextManager["LegacyFile"]):
         """
         self.path = path
         try:
-            self._file = open(path, "rb")  # noqa: SIM115 (closed in __exit__)
+            with open(path, "rb") as file:
+                zipped = file.read(4) == b"PK\x03\x04"
+            of_torch = zipped or path.suffix in (".pt", ".pth")
+            data = _torch_load(path, zipped) if of_torch else read_pickle(path)
         except OSError as error:
             raise UserError(f"{path} can't be read: {error.strerror}") from error
-        try:
-            start = self._file.read(4)
-            zipped = start == b"PK\x03\x04"
-            if zipped or path.suffix in (".pt", ".pth"):
-                data = _torch_load(path, zipped)
-            else:
-                data = read_pickle(self._file, path)
-            if not isinstance(data, dict):
-                raise UserError(f"{path} holds no dict of embeddings")
-            self._fill(data, mode)
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _fill(self, data: dict[Any, Any], mode: str) -> None:
+        if not isinstance(data, dict):
+            raise UserError(f"{path} holds no dict of embeddings")
         self.sides = {side: _side(data, side, mode, self.path) for side in SIDES}
         counts = {name: len(side) for name, side in self.sides.items()}
         if len(set(counts.values())) > 1:
@@ -173,8 +121,8 @@ class LegacyFile(AbstractContextManager["LegacyFile"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the file."""
-        self._file.close()
+        """Let go of the arrays, and of the file that they map."""
+        self.sides.clear()
 
 
 def _torch_load(path: Path, zipped: bool) -> Any:
@@ -190,15 +138,6 @@ def _torch_load(path: Path, zipped: bool) -> Any:
         raise UserError(f"{path} is no file of tensors that torch can load safely") from error
 
 
-def _array(value: Any) -> Any:
-    """Return an array or tensor with the face of `Rows`, or None when it is neither."""
-    if isinstance(value, ArrayState):
-        return value.array
-    if isinstance(value, StoredArray):
-        return value
-    return Tensors(value) if hasattr(value, "untyped_storage") else None
-
-
 def _side(data: dict[Any, Any], side: str, mode: str, path: Path) -> Side:
     """Find and check the arrays of one side."""
     groups = {"auto": FULL_KEYS + TOKEN_KEYS, "grid_64": TOKEN_KEYS}
@@ -210,18 +149,18 @@ def _side(data: dict[Any, Any], side: str, mode: str, path: Path) -> Side:
     name = present[0]
     value = data[name]
     items = value if isinstance(value, list) else [value]
-    parts = [_array(item) for item in items]
+    parts: list[Any] = [item.array if isinstance(item, ArrayState) else item for item in items]
     sides = 4 if "grid" in name else 3
     where = f"{path}: {name}"
-    if not parts or None in parts:
-        kind = type(items[parts.index(None)]).__name__ if parts else "empty list"
-        raise UserError(f"{where} is a {kind}, no array")
+    others = [type(part).__name__ for part in parts if not is_array(part)]
+    if others or not parts:
+        raise UserError(f"{where} is a {others[0] if others else 'empty list'}, no array")
     if isinstance(value, list) and len(parts[0].shape) == sides - 1:
-        parts = [part.batched() for part in parts]
+        parts = [part[None] for part in parts]
     for part in parts:
         if len(part.shape) != sides or 0 in part.shape or part.shape[1:] != parts[0].shape[1:]:
             raise UserError(f"{where} has the shape {list(part.shape)}: {_due(sides)}")
-        if not part.is_float:
+        if not is_float(part):
             raise UserError(f"{where} holds {part.dtype} numbers: floats are due")
     shape = parts[0].shape[1:]
     if sides == 4:

@@ -1,1 +1,0 @@
-"""The seeds' embedding files -> a token store."""

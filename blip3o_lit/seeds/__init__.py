@@ -1,0 +1,1 @@
+"""All that knows the two projects before this one: their pickles, flags and command lines."""

@@ -19,6 +19,7 @@ from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.shape import PairShape, TokenShape
+from blip3o_lit.config.trainer import StrategyConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.build import build_network
 from blip3o_lit.models.optimizer import make_optimizer
@@ -102,7 +103,13 @@ def test_the_plan_of_many_gpus_needs_none(
 ) -> None:
     """The official nextdit on the testbed's tokens; no run directory is made, no weight either."""
     official = ModelConfig("nextdit", 1792, 24, 28, 28, 0, conditioning="cross", key_rope=False)
-    far = {"plan": True, "world": 64, "batch_size": 4096, "model": official}
+    far = {
+        "plan": True,
+        "strategy": StrategyConfig("auto"),
+        "world": 64,
+        "batch_size": 4096,
+        "model": official,
+    }
     kept = allocator_peak(lambda: run_training(config("1", **far), tmp_path / "run", []))
     said = " ".join(capsys.readouterr().out.split())
     assert "64 x H100" in said

@@ -121,7 +121,12 @@ def _rehearse(
     with torch.device("meta"):
         network = build_network(model, shape)
     network.to(precision.weights)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+
+    class CpuOnly(FakeTensorMode):
+        # Without a GPU it would set up a stand-in for one, and autograd start a thread for it.
+        avoid_device_init = False  # type: ignore[assignment]
+
+    with CpuOnly(allow_non_fake_inputs=True):
         network.to_empty(device="cpu")
         objective = FlowObjective(flow)
         live = LiveBytes()

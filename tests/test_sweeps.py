@@ -12,9 +12,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.storages.journal import JournalStorage
-
-from blip3o_lit.sweeps.sampler import StudyFile
+from optuna.storages.journal import JournalFileBackend, JournalStorage
 
 HERE = Path(__file__).resolve().parent
 TRIVIAL = f"hydra.launcher.command=[{sys.executable},{HERE / 'trivial_job.py'}]"
@@ -43,7 +41,7 @@ def sweep(*words: str, cwd: Path) -> tuple[int, str, str]:
 
 def trials(folder: Path) -> list[tuple[str, dict[str, object], float | None]]:
     """Return state, parameters and value of every trial of a study."""
-    storage = JournalStorage(StudyFile(folder / "study.jsonl"))
+    storage = JournalStorage(JournalFileBackend(str(folder / "study.jsonl")))
     study = optuna.load_study(study_name="sweep", storage=storage)
     return [(trial.state.name, trial.params, trial.value) for trial in study.trials]
 
@@ -75,6 +73,10 @@ def test_killed_study_has_the_trials_of_an_undisturbed_one(tmp_path: Path, count
     for jobs in (4, count // 2 + 1):
         first = begin(*words, "hydra.sweep.dir=killed", cwd=tmp_path, seconds=0.1)
         kill_when(first, killed, jobs)
+        with (killed / "study.jsonl").open("a") as journal:
+            journal.write('{"op_code":4,"wor')  # what a power cut leaves of a line
+        (killed / "study.jsonl.lock").unlink(missing_ok=True)
+        (killed / "study.jsonl.lock").symlink_to(killed / "study.jsonl")  # Optuna's own lock
     code, said, err = sweep(*words, "hydra.sweep.dir=killed", cwd=tmp_path)
     assert code == 1, err
     assert "goes on: " in said

@@ -12,7 +12,11 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.distributions import FloatDistribution
 from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.trial import Trial
+
+from blip3o_lit.sweeps.study import OptunaSweeperConf, draw
 
 HERE = Path(__file__).resolve().parent
 TRIVIAL = f"hydra.launcher.command=[{sys.executable},{HERE / 'trivial_job.py'}]"
@@ -55,6 +59,27 @@ def kill_when(process: subprocess.Popen[str], folder: Path, jobs: int) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+
+
+def test_a_parameter_does_not_depend_on_which_others_this_process_drew() -> None:
+    """A sweep may be killed between two parameters of a trial."""
+    range_ = FloatDistribution(0.0, 1.0)
+
+    def draws(interrupted: bool) -> dict[str, float]:
+        study = optuna.create_study(direction="maximize")
+        for number in range(12):
+            params = {"a": number / 12, "b": (5 * number % 12) / 12}
+            ranges = dict.fromkeys(params, range_)
+            value = params["a"] - params["b"]
+            study.add_trial(optuna.create_trial(params=params, distributions=ranges, value=value))
+        trial = study.ask()
+        draw(trial, "a", range_, OptunaSweeperConf())
+        if interrupted:
+            trial = Trial(study, trial._trial_id)
+        draw(trial, "b", range_, OptunaSweeperConf())
+        return trial.params
+
+    assert draws(interrupted=True) == draws(interrupted=False)
 
 
 @pytest.mark.parametrize("count", [12, pytest.param(24, marks=pytest.mark.soak)])

@@ -179,21 +179,8 @@ class OptunaSweeper(Sweeper):
         batch += [study.ask() for _ in range(len(trials), last)]
         for trial in batch:
             for key, within in space.items():
-                self._draw(trial, key, within)
+                draw(trial, key, within, self.options)
         return batch
-
-    def _draw(self, trial: optuna.Trial, key: str, within: BaseDistribution) -> None:
-        """Draw one parameter of a trial, unless an earlier process did.
-
-        The value depends on the seed, the trial's number, the parameter's name and the finished
-        trials, and not on how many values were drawn before by this process.
-        """
-        from optuna.samplers import TPESampler
-
-        words = f"{self.options.seed} {trial.number} {key}".encode()
-        seed = int.from_bytes(hashlib.sha256(words).digest()[:4], "little")
-        trial.study.sampler = TPESampler(n_startup_trials=self.options.startup_trials, seed=seed)
-        trial._suggest(key, within)  # what suggest_float, _int and _categorical come down to
 
     def _run_batch(
         self, study: optuna.Study, trials: list[optuna.Trial], fixed: list[str], keys: list[str]
@@ -216,6 +203,25 @@ class OptunaSweeper(Sweeper):
         for job in jobs:
             prune(job)
             tell(study, by_number[job.number], job, job.number in pruned)
+
+
+def draw(
+    trial: optuna.Trial, key: str, within: BaseDistribution, options: OptunaSweeperConf
+) -> None:
+    """Draw one parameter of a trial, unless an earlier process did.
+
+    The value depends on the seed, the trial's number, the parameter's name and the finished trials,
+    and not on how many values were drawn before by this process.
+    """
+    from optuna.samplers import TPESampler
+
+    words = f"{options.seed} {trial.number} {key}".encode()
+    seed = int.from_bytes(hashlib.sha256(words).digest()[:4], "little")
+    # Drawn jointly, a parameter would depend on those drawn before it.
+    trial.study.sampler = TPESampler(
+        n_startup_trials=options.startup_trials, seed=seed, multivariate=False
+    )
+    trial._suggest(key, within)  # what suggest_float, _int and _categorical come down to
 
 
 def distribution(override: Override) -> BaseDistribution:

@@ -1,12 +1,13 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_report import HOSTILE, Page
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.report import parallel
+from blip3o_lit.report import charts
 from blip3o_lit.report.__main__ import main
 from blip3o_lit.report.sweep import write_sweep
 
@@ -40,7 +41,7 @@ def test_sweep_page_ranks_runs_and_repeats_the_best(tmp_path: Path, capsys) -> N
     assert "python -m blip3o_lit.train optimizer.lr=1e-1 flow.path=trigonometric" in found.text
     assert "4 runs over optimizer.lr, flow.path. Best: 0.9700 by run 1" in found.text
     specs = json.loads(found.data["charts"])["specs"]
-    assert set(specs) == {"parallel", "learning-loss", "learning-cosine"}
+    assert set(specs) == {"setting-0", "setting-1", "learning-loss", "learning-cosine"}
     assert len([b for b in found.all("button") if "data-column" in b]) == 9
     rows = list(csv.DictReader((folder / "sweep.csv").open()))
     assert [row["run"] for row in rows] == ["1", "10", "0", "2"]
@@ -60,19 +61,18 @@ def test_evaluated_sweeps_are_ranked_by_their_evaluations(tmp_path: Path) -> Non
     assert "Posterior mean, 1 NFE, 8 images of validation" in found.text
 
 
-def test_parallel_coordinates_place_numbers_by_size_and_words_evenly() -> None:
-    axes = {"lr": [1e-4, 1e-2, 1e-3], "path": ["b", "a", "c"], "cosine": [0.5, 0.6, 0.7]}
-    spec = parallel.coordinates(axes, ["0", "1", "2"])
-    points = next(
-        values
-        for values in [layer["data"]["values"] for layer in spec["layer"]]
-        if "run" in values[0]
-    )
-    places = {(point["axis"], point["run"]): point["place"] for point in points}
-    assert [places["lr", run] for run in "012"] == pytest.approx([0.0, 1.0, 0.5])
-    assert [places["path", run] for run in "012"] == pytest.approx([0.5, 0.0, 1.0])
-    assert [places["cosine", run] for run in "012"] == pytest.approx([0.0, 0.5, 1.0])
-    assert {point["score"] for point in points if point["run"] == "2"} == {0.7}
+def test_numbers_have_an_axis_of_their_size_and_words_stand_evenly() -> None:
+    def channel(*values: object) -> dict[str, Any]:
+        points = [(str(run), value, 0.5 + run / 10) for run, value in enumerate(values)]
+        return charts.effect("key", points)["encoding"]["x"]
+
+    rate = channel(1e-4, 1e-2, 1e-3)
+    assert (rate["type"], rate["scale"]["type"]) == ("quantitative", "log")
+    depth = channel(4, 8, 12)
+    assert depth["type"] == "quantitative"
+    assert "type" not in depth["scale"]
+    assert channel("b", "a", 3)["type"] == "nominal"
+    assert channel(float("nan"), 1.0)["type"] == "nominal"
 
 
 def test_sweep_of_one_run_without_result_still_has_a_page(tmp_path: Path) -> None:

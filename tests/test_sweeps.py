@@ -12,9 +12,11 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.storages.journal import JournalStorage
+from optuna.distributions import FloatDistribution
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.trial import Trial
 
-from blip3o_lit.sweeps.sampler import StudyFile
+from blip3o_lit.sweeps.study import OptunaSweeperConf, draw
 
 HERE = Path(__file__).resolve().parent
 TRIVIAL = f"hydra.launcher.command=[{sys.executable},{HERE / 'trivial_job.py'}]"
@@ -42,7 +44,7 @@ def sweep(*words: str, cwd: Path) -> tuple[int, str, str]:
 
 def trials(folder: Path) -> list[tuple[str, dict[str, object], float | None]]:
     """Return state, parameters and value of every trial of a study."""
-    storage = JournalStorage(StudyFile(folder / "study.jsonl"))
+    storage = JournalStorage(JournalFileBackend(str(folder / "study.jsonl")))
     study = optuna.load_study(study_name="sweep", storage=storage)
     return [(trial.state.name, trial.params, trial.value) for trial in study.trials]
 
@@ -56,6 +58,27 @@ def kill_when(process: subprocess.Popen[str], folder: Path, jobs: int) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+
+
+def test_a_parameter_does_not_depend_on_which_others_this_process_drew() -> None:
+    """A sweep may be killed between two parameters of a trial."""
+    range_ = FloatDistribution(0.0, 1.0)
+
+    def draws(interrupted: bool) -> dict[str, float]:
+        study = optuna.create_study(direction="maximize")
+        for number in range(12):
+            params = {"a": number / 12, "b": (5 * number % 12) / 12}
+            ranges = dict.fromkeys(params, range_)
+            value = params["a"] - params["b"]
+            study.add_trial(optuna.create_trial(params=params, distributions=ranges, value=value))
+        trial = study.ask()
+        draw(trial, "a", range_, OptunaSweeperConf())
+        if interrupted:
+            trial = Trial(study, trial._trial_id)
+        draw(trial, "b", range_, OptunaSweeperConf())
+        return trial.params
+
+    assert draws(interrupted=True) == draws(interrupted=False)
 
 
 @pytest.mark.parametrize("count", [12, pytest.param(24, marks=pytest.mark.soak)])
@@ -74,6 +97,10 @@ def test_killed_study_has_the_trials_of_an_undisturbed_one(tmp_path: Path, count
     for jobs in (4, count // 2 + 1):
         first = begin(*words, "hydra.sweep.dir=killed", cwd=tmp_path, seconds=0.1)
         kill_when(first, killed, jobs)
+        with (killed / "study.jsonl").open("a") as journal:
+            journal.write('{"op_code":4,"wor')  # what a power cut leaves of a line
+        (killed / "study.jsonl.lock").unlink(missing_ok=True)
+        (killed / "study.jsonl.lock").symlink_to(killed / "study.jsonl")  # Optuna's own lock
     code, said, err = sweep(*words, "hydra.sweep.dir=killed", cwd=tmp_path)
     assert code == 1, err
     assert "goes on: " in said

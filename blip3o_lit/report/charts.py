@@ -1,90 +1,71 @@
-"""The charts as Vega-Lite specifications, made with Altair; colours come from the theme alone."""
+"""The charts as Vega-Lite specifications, made with Altair; colours come from the theme alone.
+
+Ranges, ticks, labels and their overlap are Altair's own.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
 
-from blip3o_lit.report.scores import Row, significant
+from blip3o_lit.report.scores import KINDS, Row, finite
 
 HEIGHT = 240
 """Height of a wide chart in pixels."""
-KINDS = ["Estimator", "Baseline", "Optimum"]
 SHAPES = ["circle", "diamond", "square"]
-
-FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
+"""Of `KINDS`, in their order."""
 
 Spec = dict[str, Any]
 Points = list[dict[str, Any]]
 
 
-def specification(chart: Any, description: str) -> Spec:
-    """Return a chart as a dict with its text for screen readers, without the schema's address."""
+def base(values: Points) -> alt.Chart:
+    """Return a chart of plain values."""
+    return alt.Chart(alt.Data(values=values))
+
+
+def specification(chart: Any, description: str, height: int | None = None) -> Spec:
+    """Return a chart as a dict with its text for screen readers, without the schema's address.
+
+    Args:
+        chart: The chart.
+        description: What it shows; its numbers stand in a table or a caption.
+        height: In pixels, of a chart that fills its place from left to right.
+    """
+    if height is not None:
+        fit = alt.AutoSizeParams(type="fit-x", contains="padding")
+        chart = chart.properties(width="container", height=height, autosize=fit)
     spec = chart.to_dict()
-    for key in ("$schema", "config"):
-        spec.pop(key, None)
-    spec["description"] = description
-    return spec
+    kept = {key: value for key, value in spec.items() if key not in ("$schema", "config")}
+    return {**kept, "description": description}
 
 
-def ladder(found: list[Row]) -> Spec:
+def ladder(rows: list[Row]) -> Spec:
     """Draw every row's cosine with its 95 % interval, the best on top."""
     values: Points = []
-    for row in found:
+    for row in rows:
         cosine = row.number("cosine")
-        if cosine is None:
-            continue
-        low, high = row.interval or (cosine, cosine)
-        values.append(
-            {
-                "name": row.label,
-                "kind": row.kind.capitalize(),
-                "cosine": cosine,
-                "low": low,
-                "high": high,
-                "text": f"{cosine:.4f}",
-            }
-        )
-    low, high = margins([item[key] for item in values for key in ("low", "high")], 0.04, 0.04)
-    kinds = [kind for kind in KINDS if any(item["kind"] == kind for item in values)]
-    scale = alt.Scale(domain=[low, high], nice=False)
-    base = alt.Chart(alt.Data(values=values)).encode(
-        y=alt.Y("name:N", sort=alt.SortField("cosine", "descending"))
-        .title(None)
-        .axis(grid=False, labelLimit=170, labelFontSize=12)
+        if cosine is not None:
+            low, high = row.interval or (cosine, cosine)
+            numbers = {"cosine": cosine, "low": low, "high": high, "text": f"{cosine:.4f}"}
+            values.append({"name": row.label, "kind": row.kind, **numbers})
+    values.sort(key=lambda item: -item["cosine"])
+    legend = alt.Legend(values=[kind for kind in KINDS if kind in {v["kind"] for v in values}])
+    colour = alt.Color("kind:N").scale(domain=KINDS).legend(legend)
+    shape = alt.Shape("kind:N").scale(domain=KINDS, range=SHAPES).legend(legend)
+    low = axis(alt.X("low:Q"), [item["low"] for item in values], "cosine, held out", False, 12)
+    line = base(values).encode(
+        alt.Y("name:N", sort=None, title=None).axis(grid=False, labelLimit=170, labelFontSize=12)
     )
-    colour = alt.Color("kind:N", scale=alt.Scale(domain=KINDS))
     chart = alt.layer(
-        base.mark_rule(strokeWidth=3, strokeOpacity=0.45).encode(
-            x=alt.X(
-                "low:Q",
-                scale=scale,
-                axis=alt.Axis(tickCount=5, labelOverlap=True, labelSeparation=8),
-            ).title("cosine, held out"),
-            x2="high:Q",
-            color=colour,
-        ),
-        base.mark_point(size=90, opacity=1).encode(
-            x=alt.X("cosine:Q", scale=scale),
-            color=colour.legend(values=kinds, symbolOpacity=1),
-            shape=alt.Shape("kind:N")
-            .scale(domain=KINDS, range=SHAPES)
-            .legend(values=kinds, symbolOpacity=1),
-            tooltip=[
-                alt.Tooltip("name:N", title="row"),
-                alt.Tooltip("cosine:Q", format=".4f"),
-                alt.Tooltip("low:Q", format=".4f", title="95 % from"),
-                alt.Tooltip("high:Q", format=".4f", title="95 % to"),
-            ],
-        ),
-        base.mark_text(align="left", dx=8).encode(x=alt.value("width"), text="text:N"),
-    ).properties(width="container", height=28 * len(values), autosize=FIT)
-    said = ", ".join(
-        f"{item['name']} {item['text']}" for item in sorted(values, key=lambda v: -v["cosine"])
+        line.mark_rule(strokeWidth=3, strokeOpacity=0.45).encode(low, colour, x2="high:Q"),
+        line.mark_point(size=90, opacity=1).encode(colour, shape, x="cosine:Q"),
+        line.mark_text(align="left", dx=8).encode(x=alt.value("width"), text="text:N"),
     )
-    return specification(chart, f"Cosine of each estimator and baseline, best first: {said}.")
+    text = "Cosine of each estimator and baseline with its interval, the best on top."
+    return specification(chart, text, 28 * len(values))
 
 
 def position_map(
@@ -95,7 +76,7 @@ def position_map(
     control: bool = True,
     size: int = 288,
 ) -> Spec:
-    """Draw one value a grid position, CLS apart above it.
+    """Draw one value per grid position, CLS apart above it.
 
     Args:
         grid: Rows of values, top row first.
@@ -105,71 +86,36 @@ def position_map(
         control: Whether a reader may stretch a fixed range to the map's own.
         size: Pixels of the longer side.
     """
-    flat = [value for line in grid for value in line]
-    low, high = min(flat), max(flat)
-    if cls is not None and not fixed:
-        low, high = min(low, cls), max(high, cls)
-    scale = alt.Scale(scheme="viridis", clamp=True, domain=[0, 1] if fixed else [low, high])
-    control = control and fixed
-    if control:
-        scale = alt.Scale(
-            scheme="viridis",
-            clamp=True,
-            domainMin=alt.ExprRef(f"stretch ? {low} : 0"),
-            domainMax=alt.ExprRef(f"stretch ? {high} : 1"),
-        )
-    step = size / max(len(grid), *(len(line) for line in grid))
-    colour = alt.Color("value:Q", scale=scale).legend(
-        orient="bottom",
-        gradientLength=size * 5 / 6,
-        gradientThickness=10,
-        title=title,
-        format=".3~f",
-    )
     values = [
         {"row": row, "column": column, "value": value}
         for row, line in enumerate(grid)
         for column, value in enumerate(line)
     ]
-    axis = alt.Axis(title=None, grid=False, labelAngle=0, labelOverlap=True)
-    patches = (
-        alt.Chart(alt.Data(values=values))
-        .mark_rect()
-        .encode(
-            x=alt.X("column:O", axis=axis),
-            y=alt.Y("row:O", axis=axis),
-            color=colour,
-            tooltip=[
-                alt.Tooltip("row:O"),
-                alt.Tooltip("column:O"),
-                alt.Tooltip("value:Q", format=".4f", title=title),
-            ],
-        )
-        .properties(width={"step": step}, height={"step": step})
-    )
-    chart: Any = patches
-    if cls is not None:
-        single = (
-            alt.Chart(alt.Data(values=[{"name": "CLS", "value": cls}]))
-            .mark_rect()
-            .encode(
-                y=alt.Y("name:N", axis=alt.Axis(title=None, grid=False)),
-                color=colour,
-                tooltip=[alt.Tooltip("value:Q", format=".4f", title=f"CLS, {title}")],
-            )
-            .properties(width=step, height=step)
-        )
-        chart = alt.vconcat(single, patches, spacing=10)
+    levels = [item["value"] for item in values] + ([] if cls is None or fixed else [cls])
+    low, high = min(levels), max(levels)
+    control = control and fixed
+    scale = alt.Scale(scheme="viridis", clamp=True, domain=[0, 1] if fixed else [low, high])
     if control:
-        chart = chart.add_params(
-            alt.param(
-                name="stretch",
-                value=False,
-                bind=alt.binding_checkbox(name="Stretch colours to this map's own range "),
-            )
-        )
-    said = f"Map of {len(grid)} rows: {title}, lowest {low:.4f}, highest {high:.4f}"
-    return specification(chart, said + (f", CLS {cls:.4f}." if cls is not None else "."))
+        ends = [alt.ExprRef(f"stretch ? {low} : 0"), alt.ExprRef(f"stretch ? {high} : 1")]
+        scale = alt.Scale(scheme="viridis", clamp=True, domainMin=ends[0], domainMax=ends[1])
+    colour = alt.Color("value:Q", title=title, scale=scale).legend(
+        orient="bottom", gradientLength=size * 5 / 6, gradientThickness=10, format=".4~g"
+    )
+    step = size / max(len(grid), len(grid[0]))
+    ticks = alt.Axis(title=None, grid=False, labelAngle=0, labelOverlap=True)
+    x, y = alt.X("column:O", axis=ticks), alt.Y("row:O", axis=ticks)
+    chart: Any = base(values).mark_rect().encode(x, y, colour)
+    chart = chart.properties(width=alt.Step(step), height=alt.Step(step))
+    if cls is not None:
+        above = alt.Y("name:N", title=None).axis(grid=False)
+        single = base([{"name": "CLS", "value": cls}]).mark_rect().encode(above, colour)
+        chart = alt.vconcat(single.properties(width=step, height=step), chart, spacing=10)
+    if control:
+        box = alt.binding_checkbox(name="Stretch colours to this map's own range ")
+        chart = chart.add_params(alt.param(name="stretch", value=False, bind=box))
+    cls_text = "" if cls is None else f", CLS {cls:.4f}"
+    text = f"Map of {len(grid)} rows: {title}, lowest {low:.4f}, highest {high:.4f}{cls_text}."
+    return specification(chart, text)
 
 
 def curves(
@@ -178,85 +124,72 @@ def curves(
     height: int = 200,
     decay: bool = False,
 ) -> Spec:
-    """Draw training curves that share an axis.
+    """Draw training curves by step.
 
     Args:
-        series: Name -> [(step, value), ...]; none empty.
+        series: Label -> [(step, value), ...].
         title: Title of the vertical axis.
-        height: Pixels.
-        decay: Whether the axis may be logarithmic; it is where the values span a decade.
+        height: In pixels.
+        decay: Whether a logarithmic axis helps where the values span more than a decade.
     """
     values = [
         {"series": name, "step": step, "value": value}
         for name, points in series.items()
         for step, value in points
     ]
-    levels = [item["value"] for item in values]
-    log = decay and min(levels) > 0 and max(levels) / min(levels) > 10
-    y = alt.Y("value:Q").title(title + (" (log)" if log else ""))
+    y = axis(alt.Y("value:Q"), [item["value"] for item in values], title, decay)
+    x = alt.X("step:Q", title="step").axis(grid=False, tickCount=6)
+    legend = alt.Legend(columns=3) if len(series) > 1 else None
+    colour = alt.Color("series:N", sort=None, legend=legend)
+    few = max(map(len, series.values())) <= 40
+    line = base(values).mark_line(point={"size": 36} if few else False, strokeWidth=1.75)
+    chart = line.encode(x, y, colour)
+    text = f"{title} over {max(item['step'] for item in values):,.0f} steps: {', '.join(series)}."
+    return specification(chart, text, height)
+
+
+def axis(
+    channel: Any, levels: list[float], title: str, decay: bool = True, padding: int = 0
+) -> Any:
+    """Return a channel with an axis of numbers, logarithmic where they span more than a decade.
+
+    Args:
+        channel: `alt.X(...)` or `alt.Y(...)`.
+        levels: The numbers.
+        title: Of the axis.
+        decay: Whether the axis may be logarithmic.
+        padding: Pixels between the axis's ends and its numbers.
+    """
+    log = decay and min(levels) > 0 and max(levels) / min(levels) >= 10
+    scale = alt.Scale(nice=not padding, padding=padding, zero=False)
+    words = "format(datum.value, abs(datum.value) < 10000 ? '~g' : '.4~s')"
+    ticks = alt.Axis(tickCount=5, labelOverlap=True, labelExpr=words)
     if log:
-        y = y.scale(type="log", nice=False).axis(
-            values=decades(min(levels), max(levels)), format="~g"
-        )
+        scale = alt.Scale(nice=False, padding=padding, type="log")
+        ticks = alt.Axis(tickCount=5, format="~g", grid=False)
+    return channel.scale(scale).axis(ticks).title(f"{title} (log)" if log else title)
+
+
+def bars(points: Sequence[Sequence[float]]) -> Spec:
+    """Draw a loss over intervals of t: `points` are (from, to, loss)."""
+    values = [{"low": low, "high": high, "loss": loss} for low, high, loss in points]
+    x = alt.X("low:Q", title="t (0 is noise)").bin("binned").scale(nice=False).axis(tickCount=10)
+    chart = base(values).mark_bar(binSpacing=1).encode(x, alt.Y("loss:Q"), x2="high:Q")
+    return specification(chart, f"Loss by time t, in {len(points)} intervals.", 200)
+
+
+def effect(setting: str, points: list[tuple[str, Any, float]]) -> Spec:
+    """Draw the cosine of each run by a setting: `points` are (run, value, cosine).
+
+    Numbers have an axis of their size, logarithmic where they span a decade; words stand evenly.
+    """
+    numbers = [number for _, value, _ in points if (number := finite(value)) is not None]
+    if len(numbers) == len(points):
+        x = axis(alt.X("value:Q"), numbers, setting, padding=12)
     else:
-        labels = "format(datum.value, abs(datum.value) < 10000 ? '~g' : '~s')"
-        y = y.scale(zero=False).axis(tickCount=5, labelExpr=labels)
-    base = alt.Chart(alt.Data(values=values)).encode(
-        x=alt.X("step:Q")
-        .axis(grid=False, tickCount=6, labelExpr="format(datum.value, '~s')")
-        .title("step"),
-        y=y,
-        color=alt.Color("series:N", sort=None).legend(
-            None if len(series) == 1 else alt.Legend(columns=3)
-        ),
-        tooltip=[
-            alt.Tooltip("series:N"),
-            alt.Tooltip("step:Q", format=",d"),
-            alt.Tooltip("value:Q", format=".4~g"),
-        ],
-    )
-    sparse = max(len(points) for points in series.values()) <= 40
-    chart = base.mark_line(point={"size": 36} if sparse else False, strokeWidth=1.75)
-    chart = chart.properties(width="container", height=height, autosize=FIT)
-    said = "; ".join(
-        f"{name} from {significant(points[0][1])} to {significant(points[-1][1])}"
-        for name, points in series.items()
-    )
-    last = max(item["step"] for item in values)
-    return specification(chart, f"{title} over {last:,.0f} steps: {said}.")
-
-
-def bars(points: list[tuple[float, float, float]]) -> Spec:
-    """Draw a value over intervals of t: `points` are (from, to, value)."""
-    values = [{"low": low, "high": high, "value": value} for low, high, value in points]
-    chart = (
-        alt.Chart(alt.Data(values=values))
-        .mark_bar(binSpacing=1)
-        .encode(
-            x=alt.X("low:Q", scale=alt.Scale(nice=False)).bin("binned").title("t (0 is noise)"),
-            x2="high:Q",
-            y=alt.Y("value:Q").title("loss"),
-            tooltip=[
-                alt.Tooltip("low:Q", format=".2f", title="from t"),
-                alt.Tooltip("high:Q", format=".2f", title="to t"),
-                alt.Tooltip("value:Q", format=".4~g", title="loss"),
-            ],
-        )
-        .properties(width="container", height=200, autosize=FIT)
-    )
-    said = "; ".join(f"{low:g} to {high:g}: {significant(value)}" for low, high, value in points)
-    return specification(chart, f"Loss by time t: {said}.")
-
-
-def margins(levels: list[float], below: float, above: float) -> tuple[float, float]:
-    """Return an axis range with a margin, as shares of the span, on both sides."""
-    low, high = min(levels), max(levels)
-    span = (high - low) or abs(high) or 1.0
-    return low - below * span, high + above * span
-
-
-def decades(low: float, high: float) -> list[float]:
-    """Return the ticks 1, 2, 5 of each decade between two positive numbers."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = (mantissa * 10.0**power for power in powers for mantissa in (1, 2, 5))
-    return [tick for tick in ticks if low <= tick <= high]
+        x = alt.X("value:N", title=setting).axis(labelAngle=0)
+        points = [(run, str(value), cosine) for run, value, cosine in points]
+    values = [{"run": run, "value": value, "cosine": cosine} for run, value, cosine in points]
+    y = alt.Y("cosine:Q").scale(zero=False, padding=8)
+    chart = base(values).mark_point(opacity=0.7).encode(x, y, detail="run:N")
+    return specification(chart, f"Cosine of each run by {setting}.", 200)

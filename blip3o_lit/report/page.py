@@ -10,24 +10,26 @@ import base64
 import hashlib
 import json
 from functools import cache
-from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
-from typing import Any
 
 import vl_convert
+from markupsafe import Markup
 
 from blip3o_lit import __version__
 from blip3o_lit.config.files import replacing
-from blip3o_lit.report.about_run import about_run
-from blip3o_lit.report.held_out import held_out, lede
+from blip3o_lit.report import about_run, captions, further, held_out
+from blip3o_lit.report.images import images
 from blip3o_lit.report.record import RunRecord
-from blip3o_lit.report.scores import finite
 from blip3o_lit.report.section import Section
-from blip3o_lit.report.theme import DARK, LIGHT
+from blip3o_lit.report.templating import TEMPLATES, asset, theme
 
 NAME = "report.html"
+SECTIONS = (
+    *(held_out.result, held_out.positions, held_out.sampling, captions.retrieval, images),
+    *(further.against, further.samples, further.times, further.paired, further.rest),
+    *(about_run.training, about_run.configuration, about_run.environment, about_run.repeat),
+)
+"""The sections of a run's page, from its top; each is left out where it returns None."""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -43,77 +45,46 @@ def write_report(run_dir: Path) -> Path:
         UserError: If `run_dir` is no directory, or a file in it can't be parsed.
     """
     record = RunRecord.load(Path(run_dir))
-    blocks = [*held_out(record), *about_run(record)]
-    page = render(
-        title=f"{record.name}: run report",
-        overline="blip3o_lit run report",
-        heading=record.name,
-        lede=lede(record),
-        blocks=blocks,
+    sections = [section for make in SECTIONS if (section := make(record)) is not None]
+    return write_page("report.html.j2", record.path / NAME, sections, held_out.opening(record))
+
+
+def write_page(template: str, target: Path, sections: list[Section], opening: object) -> Path:
+    """Write a page, titled by its folder; a reader never sees half of it.
+
+    Args:
+        template: Draws the opening, and the sections below it.
+        target: The file to write.
+        sections: From the top.
+        opening: What the template says before the first section.
+    """
+    specs = {name: spec for section in sections for name, spec in section.charts.items()}
+    themes = {"light": theme(), "dark": theme(dark=True)}
+    data = json.dumps({"specs": specs, "themes": themes}, allow_nan=False)
+    bundle, script = chart_library(), asset("page.js")
+    page = TEMPLATES.get_template(template).render(
+        name=target.parent.resolve().name,
+        opening=opening,
+        sections=sections,
+        charts=Markup(data.replace("<", "\\u003c")),
+        bundle=bundle,
+        script=script,
+        hashes=Markup(f"{_hash(bundle)} {_hash(script)}"),
+        style=asset("page.css"),
+        version=__version__,
     )
-    return publish(record.path / NAME, page)
-
-
-def publish(target: Path, page: str) -> Path:
-    """Write a page under another name first, so that no reader ever sees half of it."""
     with replacing(target) as part:
         part.write_text(page, "utf-8")
     return target
 
 
-def render(title: str, overline: str, heading: str, lede: str, blocks: list[Section]) -> str:
-    """Return a whole page.
-
-    Args:
-        title: The document's title.
-        overline: The line above the heading.
-        heading: The page's name.
-        lede: Opening paragraphs, as HTML.
-        blocks: The sections and their charts.
-    """
-    specs = {name: spec for block in blocks for name, spec in block.charts.items()}
-    bundle, script = chart_library(), _asset("page.js")
-    data = json.dumps({"specs": _numbers(specs), "themes": {"light": LIGHT, "dark": DARK}})
-    links = "".join(
-        f'<li><a href="#{block.identifier}">{escape(block.title)}</a></li>' for block in blocks
-    )
-    return Template(_asset("page.html")).substitute(
-        hashes=f"{_hash(bundle)} {_hash(script)}",
-        version=escape(__version__),
-        title=escape(title),
-        style=_asset("page.css"),
-        overline=escape(overline),
-        heading=escape(heading),
-        lede=lede,
-        links=links,
-        sections="\n".join(block.html for block in blocks),
-        charts=data.replace("<", "\\u003c"),
-        bundle=bundle,
-        script=script,
-    )
-
-
 @cache
-def chart_library() -> str:
-    """Return Vega, Vega-Lite and Vega-Embed as one script (0.9 MB, made in 1.6 s, no network)."""
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace(
-        "</script", "<\\/script"
-    )
-
-
-def _asset(name: str) -> str:
-    return resources.files("blip3o_lit.report").joinpath(name).read_text("utf-8")
+def chart_library() -> Markup:
+    """Return Vega, Vega-Lite and Vega-Embed as one script."""
+    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return Markup(bundle.replace("</script", "<\\/script"))
 
 
 def _hash(script: str) -> str:
     digest = hashlib.sha256(script.encode("utf-8")).digest()
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
-
-
-def _numbers(value: Any) -> Any:
-    """Return a specification with NaN and infinity as null, which JSON in a browser needs."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return None if isinstance(value, float) and finite(value) is None else value

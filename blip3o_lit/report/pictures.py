@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import vl_convert
 from PIL import Image
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.report import charts, tradeoffs
+from blip3o_lit.report.charts import Spec
 from blip3o_lit.report.record import RunRecord
-from blip3o_lit.report.scores import headline, rows
-from blip3o_lit.report.section import source
-from blip3o_lit.report.theme import LIGHT
+from blip3o_lit.report.scores import headline, mappings, rows, source
+from blip3o_lit.report.templating import theme
 
 WIDTH = 380
+APART = {"scale": dict.fromkeys(("color", "shape", "strokeDash"), "independent")}
+"""Charts beside one another have legends of their own."""
 
 
-def draw_picture(run_dir: Path, target: Path, scale: float = 1.5) -> Path:
+def draw_picture(run_dir: Path, target: Path) -> Path:
     """Draw cosine map, cosine against NFE, and the ladder of baselines side by side.
 
     Args:
         run_dir: An evaluated run directory.
         target: The PNG to write.
-        scale: Pixels a unit; 1.5 is sharp where a page shows it at 700 to 1200 pixels.
 
     Returns:
         `target`.
@@ -37,66 +37,54 @@ def draw_picture(run_dir: Path, target: Path, scale: float = 1.5) -> Path:
     if not record.evaluation:
         raise UserError(f"{run_dir} has no evaluation.json to draw: {record.evaluate_command}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    drawn = vl_convert.vegalite_to_png(
-        picture(record), scale=scale, config={**LIGHT, "padding": 16}
-    )
     # Without the alpha channel and compressed again it is a quarter of the size.
-    Image.open(io.BytesIO(drawn)).convert("RGB").save(target, "PNG", optimize=True)
+    drawn = Image.open(io.BytesIO(png(picture(record), scale=1.5)))
+    drawn.convert("RGB").save(target, "PNG", optimize=True)
     return target
 
 
-def png(spec: dict[str, Any], title: str = "", width: int = WIDTH, scale: float = 2.0) -> bytes:
+def png(spec: Spec, title: str = "", width: int = WIDTH, scale: float = 2.0) -> bytes:
     """Return one chart of the report as a PNG, for a notebook or a slide.
 
     Args:
         spec: A chart from `charts` or `tradeoffs`.
         title: Stands above it.
         width: Width in pixels of a chart that fills its place on the page.
-        scale: Pixels a unit.
+        scale: Pixels per unit.
     """
-    drawn = _titled(spec, title, width)
-    return vl_convert.vegalite_to_png(drawn, scale=scale, config={**LIGHT, "padding": 16})
+    config = {**theme(), "padding": 16}
+    return vl_convert.vegalite_to_png(_titled(spec, title, width), scale=scale, config=config)
 
 
-def picture(record: RunRecord) -> dict[str, Any]:
+def picture(record: RunRecord) -> Spec:
     """Return the picture as one Vega-Lite specification."""
-    found = rows(record)
-    row = headline(found)
-    evaluation = record.evaluation
-    parts: list[dict[str, Any]] = []
+    scored, evaluation = rows(record), record.evaluation
+    row = headline(scored)
+    parts: list[Spec] = []
     if "position_cosine" in evaluation:
         cls = row.number("cosine_cls") if row else None
         # One run alone: its own range shows more than the range that all runs share.
         grid, name = evaluation["position_cosine"], "cosine, colours over its own range"
         drawn = charts.position_map(grid, name, cls, fixed=False, size=440)
         parts.append(_titled(drawn, "Cosine by position"))
-    right = [_titled(charts.ladder(found), "Held-out cosine, with baselines")]
-    spec = tradeoffs.against_nfe(evaluation.get("nfe_curve") or [], found, "cosine", "cosine")
-    if spec is not None:
-        right.append(_titled(spec, "Cosine against network evaluations"))
-    parts.append({"vconcat": right, "spacing": 28, "resolve": _APART})
-    return {
-        "title": {
-            "text": source(record),
-            "anchor": "middle",
-            "orient": "bottom",
-            "offset": 14,
-            "fontSize": 11,
-            "fontWeight": "normal",
-            "color": LIGHT["axis"]["labelColor"],
-        },
-        "hconcat": parts,
-        "spacing": 48,
-        "resolve": _APART,
+    right = [_titled(charts.ladder(scored), "Held-out cosine, with baselines")]
+    curve = tradeoffs.against_nfe(mappings(evaluation.get("nfe_curve")), scored, "cosine", "cosine")
+    if curve is not None:
+        right.append(_titled(curve, "Cosine against network evaluations"))
+    parts.append({"vconcat": right, "spacing": 28, "resolve": APART})
+    muted = theme()["axis"]["labelColor"]
+    place = {"anchor": "middle", "orient": "bottom", "offset": 14}
+    title = {
+        "text": source(record),
+        **place,
+        "fontSize": 11,
+        "fontWeight": "normal",
+        "color": muted,
     }
+    return {"title": title, "hconcat": parts, "spacing": 48, "resolve": APART}
 
 
-_APART = {"scale": {"color": "independent", "shape": "independent"}}
-
-
-def _titled(spec: dict[str, Any], title: str, width: int = WIDTH) -> dict[str, Any]:
-    """Return a chart with a title and a width of its own."""
-    kept = {key: value for key, value in spec.items() if key != "description"}
-    if kept.get("width") == "container":
-        kept["width"] = width
-    return {**kept, "title": title} if title else kept
+def _titled(spec: Spec, title: str, width: int = WIDTH) -> Spec:
+    own = {"title": title} if title else {}
+    own |= {"width": width} if spec.get("width") == "container" else {}
+    return {**spec, **own}

@@ -26,32 +26,26 @@ FORMAT = 1
 ROWS = 600
 """Points kept of a training curve; more can't be told apart on a screen."""
 
+Curve = list[tuple[float, float]]
+"""Steps and values."""
+
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The files of one run.
-
-    Attributes:
-        path: The run directory.
-        evaluation: `evaluation.json`, empty when the run was never evaluated.
-        result: `result.json`, empty when the run has not ended.
-        environment: `environment.json`.
-        job: `job.json` of a sweep's launcher: state and error.
-        config: `config.yaml` as nested dicts, interpolations unresolved.
-        config_text: `config.yaml` as it stands.
-        overrides: The command-line overrides, one an entry.
-        metrics: Column name -> [(step, value), ...], finite values only, in the order logged.
-    """
+    """The files of one run; of a file that is missing, nothing."""
 
     path: Path
     evaluation: dict[str, Any]
     result: dict[str, Any]
     environment: dict[str, Any]
     job: dict[str, Any]
+    """State and error, by a sweep's launcher."""
     config: dict[str, Any]
+    """`config.yaml` as nested dicts, interpolations unresolved."""
     config_text: str
     overrides: list[str]
-    metrics: dict[str, list[tuple[float, float]]]
+    metrics: dict[str, Curve]
+    """The finite values of each column of `metrics.csv`."""
 
     @classmethod
     def load(cls, path: Path) -> RunRecord:
@@ -62,17 +56,19 @@ class RunRecord:
         """
         if not path.is_dir():
             raise UserError(f"{path} is not a run directory: name one, such as outputs/<run>")
-        config_file = path / "config.yaml"
+        names = ("evaluation", "result", "environment", "job")
+        files = {name: _json(path / f"{name}.json") for name in names}
+        check_format(path / "evaluation.json", files["evaluation"].get("format", FORMAT), FORMAT)
+        config = path / "config.yaml"
+        text = config.read_text("utf-8") if config.is_file() else ""
+        overrides, metrics = _lines(path / "overrides.txt"), _columns(path / "metrics.csv")
         return cls(
-            path=path,
-            evaluation=_evaluation(path / "evaluation.json"),
-            result=_json(path / "result.json"),
-            environment=_json(path / "environment.json"),
-            job=_json(path / "job.json"),
-            config=_yaml(config_file),
-            config_text=config_file.read_text("utf-8") if config_file.is_file() else "",
-            overrides=_lines(path / "overrides.txt"),
-            metrics=_columns(path / "metrics.csv"),
+            path,
+            **files,
+            config=_yaml(config),
+            config_text=text,
+            overrides=overrides,
+            metrics=metrics,
         )
 
     @property
@@ -83,20 +79,18 @@ class RunRecord:
     @property
     def train_command(self) -> str:
         """The shell command that trains this run again, from its first step."""
-        kept = [word for word in self.overrides if not word.startswith(("resume=", "overwrite="))]
-        words = ["python", "-m", "blip3o_lit.train", *kept]
-        return " ".join(shlex.quote(word) for word in words)
+        words = [w for w in self.overrides if not w.startswith(("resume=", "overwrite="))]
+        return shlex.join(["python", "-m", "blip3o_lit.train", *words])
 
     @property
     def evaluate_command(self) -> str:
         """The shell command that evaluates this run's best checkpoint."""
         folder = self.path / "checkpoints"
-        kept = sorted(folder.glob("*.ckpt"))
-        best = [file for file in kept if file.stem == "best"] or kept
-        checkpoint = best[-1] if best else folder / "best.ckpt"
+        files = [folder / "best.ckpt", *sorted(folder.glob("*.ckpt"), reverse=True)]
+        checkpoint = next((file for file in files if file.exists()), files[0])
         return f"python -m blip3o_lit.evaluate {pasteable('ckpt', checkpoint)} baselines=all"
 
-    def curve(self, name: str) -> list[tuple[float, float]]:
+    def curve(self, name: str) -> Curve:
         """Return a training curve by its short name, thinned to `ROWS` points by local means.
 
         Args:
@@ -106,12 +100,6 @@ class RunRecord:
             if column in self.metrics:
                 return _thin(self.metrics[column])
         return []
-
-
-def _evaluation(path: Path) -> dict[str, Any]:
-    content = _json(path)
-    check_format(path, content.get("format", FORMAT), FORMAT)
-    return content
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -139,25 +127,21 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 def _lines(path: Path) -> list[str]:
     """Return the overrides of a file: one a line, Hydra's own `- key=value` lists too."""
-    if not path.is_file():
-        return []
-    lines = (line.strip().removeprefix("- ") for line in path.read_text("utf-8").splitlines())
+    text = path.read_text("utf-8") if path.is_file() else ""
+    lines = (line.strip().removeprefix("- ") for line in text.splitlines())
     return [line for line in lines if line and line != "[]"]
 
 
-def _columns(path: Path) -> dict[str, list[tuple[float, float]]]:
-    columns: dict[str, list[tuple[float, float]]] = {}
-    if not path.is_file():
-        return columns
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            step = _number(row.get("step"))
-            if step is None:
-                continue
-            for name, text in row.items():
-                value = _number(text)
-                if name and name != "step" and value is not None:
-                    columns.setdefault(name, []).append((step, value))
+def _columns(path: Path) -> dict[str, Curve]:
+    columns: dict[str, Curve] = {}
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                step = _number(row.pop("step", None))
+                for name, text in row.items():
+                    value = _number(text)
+                    if name and step is not None and value is not None:
+                        columns.setdefault(name, []).append((step, value))
     return columns
 
 
@@ -170,10 +154,8 @@ def _number(text: object) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _thin(points: Curve) -> Curve:
     """Average neighbours until at most `ROWS` points are left."""
-    group = math.ceil(len(points) / ROWS)
-    if group <= 1:
-        return points
+    group = math.ceil(len(points) / ROWS) or 1
     blocks = [points[start : start + group] for start in range(0, len(points), group)]
     return [(block[-1][0], math.fsum(value for _, value in block) / len(block)) for block in blocks]

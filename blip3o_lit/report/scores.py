@@ -8,51 +8,15 @@ from typing import Any
 
 from blip3o_lit.report.record import RunRecord
 
-MISSING = "\N{EN DASH}"
-MINUS = "\N{MINUS SIGN}"
-
-FRECHET = "Fr\N{LATIN SMALL LETTER E WITH ACUTE}chet distance"
-
+MISSING = "–"
+FRECHET = "Fréchet distance"
+KINDS = ["estimator", "baseline", "optimum"]
 BASELINES = {
     "mean_token": "Mean token",
     "ridge": "Ridge",
     "mlp": "Patch MLP",
     "regression": "Noise-free transformer",
 }
-
-COLUMNS = {
-    "cosine": (
-        "Cosine",
-        "cosine a token, averaged over tokens, then over images; higher is better",
-    ),
-    "cosine_ci95": ("95 %", "95 % interval of the cosine over images"),
-    "cosine_centred": ("Centred", "cosine after taking the mean training token from both"),
-    "cosine_pooled": ("Pooled", "cosine of an image's mean patch"),
-    "cosine_cls": ("CLS", "cosine of the CLS token"),
-    "mse": ("MSE", "mean squared error in the tower's own units; lower is better"),
-    "r2": (
-        "R\N{SUPERSCRIPT TWO}",
-        "1 - squared error over squared distance to the mean training token",
-    ),
-    "norm_ratio": ("Norm", "length of the generated tokens over the true ones; 1 is right"),
-    "frechet": (
-        "Fr\N{LATIN SMALL LETTER E WITH ACUTE}chet",
-        "distance between the Gaussians of mean patch tokens, generated and true; lower is better",
-    ),
-    "nfe": ("NFE", "network evaluations an image"),
-}
-"""Columns of the main table: key -> (heading, what it means)."""
-
-SPREAD = {
-    "image_std": ("Std", "standard deviation of the cosine over images"),
-    "p5": ("p5", "5th percentile over images"),
-    "p50": ("Median", "median over images"),
-    "p95": ("p95", "95th percentile over images"),
-    "above_0.7": ("> 0.7", "share of images with a cosine above 0.7"),
-    "above_0.8": ("> 0.8", "share of images with a cosine above 0.8"),
-    "above_0.9": ("> 0.9", "share of images with a cosine above 0.9"),
-}
-"""Columns of the second table: how the cosine spreads over images."""
 
 
 @dataclass(frozen=True)
@@ -71,38 +35,70 @@ class Row:
     @property
     def interval(self) -> tuple[float, float] | None:
         """Return the 95 % interval of the cosine over images."""
-        given = self.scores.get("cosine_ci95")
-        if not isinstance(given, list) or len(given) != 2:
+        ends = self.scores.get("cosine_ci95")
+        if not isinstance(ends, list) or len(ends) != 2:
             return None
-        low, high = finite(given[0]), finite(given[1])
+        low, high = finite(ends[0]), finite(ends[1])
         return None if low is None or high is None else (low, high)
+
+    def text(self, name: str) -> str:
+        """Return a score as the tables print it."""
+        if name == "cosine_ci95":
+            return f"{self.interval[0]:.4f}–{self.interval[1]:.4f}" if self.interval else MISSING
+        value = self.number(name)
+        if value is None:
+            return "not finite" if isinstance(self.scores.get(name), float) else MISSING
+        if name == "nfe":
+            return f"{value:.4g}"
+        if name.startswith("above_"):
+            return f"{100 * value:.1f} %"
+        return significant(value) if name in ("frechet", "mse") else f"{value:.4f}"
+
+    def sort_key(self, name: str) -> str:
+        """Return what a column sorts by, empty where there is no number."""
+        value = self.number(name)
+        if name == "cosine_ci95":
+            value = self.interval and self.interval[0]
+        return "" if value is None else repr(value)
 
 
 def rows(record: RunRecord) -> list[Row]:
     """Return all rows: the headline, other estimators, baselines from simple to strong, optima."""
-    found: list[Row] = []
-    for kind, block, label in (
-        ("estimator", "estimators", estimator),
-        ("baseline", "baselines", baseline),
-        ("optimum", "optimum", optimum),
-    ):
-        for key, scores in mapping(record.evaluation.get(block)).items():
-            found.append(Row(key, kind, label(key), mapping(scores)))
-    kinds, known = ["estimator", "baseline", "optimum"], list(BASELINES)
-    first = str(record.evaluation.get("headline", "mean"))
-    return sorted(
-        found,
-        key=lambda row: (
-            kinds.index(row.kind),
-            row.key != first,
-            known.index(row.key) if row.key in known else len(known),
-        ),
-    )
+    labels = {"estimator": estimator, "baseline": baseline, "optimum": "Closed form, {}".format}
+    blocks = {"estimator": "estimators", "baseline": "baselines", "optimum": "optimum"}
+    first, known = str(record.evaluation.get("headline", "mean")), list(BASELINES)
+    unsorted = [
+        Row(key, kind, labels[kind](key), mapping(scores))
+        for kind in KINDS
+        for key, scores in mapping(record.evaluation.get(blocks[kind])).items()
+    ]
+
+    def place(row: Row) -> tuple[int, bool, int]:
+        strength = known.index(row.key) if row.key in known else len(known)
+        return KINDS.index(row.kind), row.key != first, strength
+
+    return sorted(unsorted, key=place)
 
 
-def headline(found: list[Row]) -> Row | None:
+def headline(rows: list[Row]) -> Row | None:
     """Return the estimator that the tiles speak of; `rows` puts it first."""
-    return next((row for row in found if row.kind == "estimator"), None)
+    return next((row for row in rows if row.kind == "estimator"), None)
+
+
+def source(record: RunRecord, row: Row | None = None) -> str:
+    """Return what numbers belong to: estimator, images, split, mode, checkpoint, tokens."""
+    about = record.evaluation
+    parts: list[str] = []
+    if row is not None:
+        parts.append(row.label)
+        parts += [f"{row.text('nfe')} NFE"] * (row.number("nfe") is not None)
+    images = finite(about.get("images"))
+    if images is not None:
+        parts.append(f"{images:,.0f} images of {about.get('split', 'an unnamed split')}")
+    for key in ("mode", "checkpoint", "tokens"):
+        if about.get(key):
+            parts.append(str(about[key]) if key == "mode" else f"{key} {str(about[key])[:12]}")
+    return ", ".join(parts)
 
 
 def estimator(key: str) -> str:
@@ -120,31 +116,19 @@ def baseline(key: str) -> str:
     return BASELINES.get(key, key.replace("_", " ").capitalize())
 
 
-def optimum(key: str) -> str:
-    """Return the label of a closed-form optimum."""
-    return f"Closed form, {key}"
+def inline(label: str) -> str:
+    """Return a label as it stands inside a sentence: `Patch MLP` -> `patch MLP`."""
+    return label if label[1:2].isupper() else label[:1].lower() + label[1:]
 
 
 def finite(value: object) -> float | None:
     """Return a finite float, or None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
-
-
-def text(name: str, row: Row) -> str:
-    """Return a score as the table prints it."""
-    if name == "cosine_ci95":
-        pair = row.interval
-        return f"{pair[0]:.4f}\N{EN DASH}{pair[1]:.4f}" if pair else MISSING
-    value = row.number(name)
-    if value is None:
-        return "not finite" if isinstance(row.scores.get(name), float) else MISSING
-    if name == "nfe":
-        return f"{value:.4g}"
-    if name.startswith("above_"):
-        return f"{100 * value:.1f} %"
-    return significant(value) if name in ("frechet", "mse") else f"{value:.4f}"
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number beyond what a float holds
+        return None
 
 
 def significant(value: float) -> str:
@@ -159,16 +143,11 @@ def significant(value: float) -> str:
     return f"{value:.{max(0, 3 - math.floor(math.log10(size)))}f}"
 
 
-def signed(difference: float) -> str:
-    """Return a difference with its sign: +0.1320."""
-    return f"{'+' if difference >= 0 else MINUS}{abs(difference):.4f}"
-
-
-def inline(label: str) -> str:
-    """Return a label as it stands inside a sentence: `Patch MLP` -> `patch MLP`."""
-    return label if label[1:2].isupper() else label[:1].lower() + label[1:]
-
-
 def mapping(value: object) -> dict[str, Any]:
     """Return a dict with string keys, empty for anything else."""
     return {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
+
+
+def mappings(value: object) -> list[dict[str, Any]]:
+    """Return the dicts of a list, none for anything else."""
+    return [mapping(item) for item in value if mapping(item)] if isinstance(value, list) else []

@@ -5,16 +5,16 @@ from __future__ import annotations
 import csv
 import math
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.report import charts, html, parallel
-from blip3o_lit.report.page import publish, render
+from blip3o_lit.report import charts
+from blip3o_lit.report.page import write_page
 from blip3o_lit.report.record import RunRecord
-from blip3o_lit.report.scores import finite, headline, mapping, rows
-from blip3o_lit.report.section import Section, source
+from blip3o_lit.report.scores import finite, headline, mapping, rows, source
+from blip3o_lit.report.section import Section
+from blip3o_lit.report.tables import flatten, table
 
 NAME = "sweep.html"
 CURVES = 6
@@ -23,19 +23,20 @@ CURVES = 6
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep.
-
-    Attributes:
-        record: Its files.
-        settings: The keys that differ between the runs, with this run's values.
-        score: Held-out cosine, or None for a run that has none yet.
-        about: What the score belongs to.
-    """
+    """One run of a sweep."""
 
     record: RunRecord
     settings: dict[str, Any]
+    """The keys that differ between the runs, with this run's values."""
     score: float | None
+    """Held-out cosine, or None for a run that has none yet."""
     about: str
+    """What the score belongs to."""
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return self.record.name
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -44,8 +45,7 @@ class Trial:
         ended = ("finished" if result.get("finished") else "stopped") if result else "no result"
         if self.record.job.get("state") == "failed":
             ended = f"failed: {self.record.job.get('error')}"
-        loss = self.record.curve("train/loss")
-        speed = self.record.curve("tokens_per_s")
+        loss, speed = self.record.curve("train/loss"), self.record.curve("tokens_per_s")
         return {
             "ended": ended,
             "step": result.get("step"),
@@ -70,16 +70,17 @@ def write_sweep(sweep_dir: Path) -> Path:
     folder = Path(sweep_dir)
     trials = read_trials(folder)
     write_table(folder / "sweep.csv", trials)
-    blocks = [best(trials), table(trials), effects(trials), learning(trials)]
-    shown = [block for block in blocks if block is not None]
-    page = render(
-        title=f"{folder.resolve().name}: sweep",
-        overline="blip3o_lit sweep report",
-        heading=folder.resolve().name,
-        lede=lede(trials),
-        blocks=shown,
-    )
-    return publish(folder / NAME, page)
+    top = trials[0]
+    opening = {
+        "count": len(trials),
+        "settings": list(top.settings),
+        "best": None if top.score is None else top,
+        "won": [f"{key}={_setting(value)}" for key, value in top.settings.items()],
+    }
+    commands = {"train": top.record.train_command, "evaluate": top.record.evaluate_command}
+    sections = [Section("best", "The best run", commands), runs(trials)]
+    sections += [part for part in (effects(trials), learning(trials)) if part.charts]
+    return write_page("sweep.html.j2", folder / NAME, sections, opening)
 
 
 def is_sweep(folder: Path) -> bool:
@@ -92,122 +93,68 @@ def read_trials(folder: Path) -> list[Trial]:
     records = [RunRecord.load(path) for path in _run_folders(folder)]
     if not records:
         raise UserError(f"{folder} holds no runs: name the directory of a sweep (train -m ...)")
-    flat = [html.flatten(record.config) for record in records]
-    keys = [
-        key
-        for key in dict.fromkeys(key for values in flat for key in values)
-        if len({repr(values.get(key)) for values in flat}) > 1
+    flat = [flatten(record.config) for record in records]
+    keys = dict.fromkeys(key for values in flat for key in values)
+    keys = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
+    score = _held_out if all(record.evaluation for record in records) else _validation
+    trials = [
+        Trial(record, {key: values.get(key) for key in keys}, *score(record))
+        for record, values in zip(records, flat, strict=True)
     ]
-    evaluated = all(record.evaluation for record in records)
-    trials = []
-    for record, values in zip(records, flat, strict=True):
-        score, about = _held_out(record) if evaluated else _validation(record)
-        trials.append(Trial(record, {key: values.get(key) for key in keys}, score, about))
     return sorted(trials, key=lambda trial: -math.inf if trial.score is None else trial.score)[::-1]
 
 
 def write_table(path: Path, trials: list[Trial]) -> None:
     """Write every run's settings and numbers as CSV."""
     first = trials[0]
-    columns = ["run", *first.settings, "cosine", "cosine_of", *first.facts]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(columns)
+        writer.writerow(["run", *first.settings, "cosine", "cosine_of", *first.facts])
         for trial in trials:
             numbers = [trial.score, trial.about, *trial.facts.values()]
-            writer.writerow([trial.record.name, *trial.settings.values(), *numbers])
+            writer.writerow([trial.name, *trial.settings.values(), *numbers])
 
 
-def lede(trials: list[Trial]) -> str:
-    """Return the opening paragraph: how many runs, over what, and the best."""
-    top = trials[0]
-    keys = ", ".join(top.settings) or "nothing"
-    said = f"{len(trials)} runs over {keys}. "
-    if top.score is None:
-        return f'<p class="lede">{escape(said)}None has a score yet.</p>'
-    won = ", ".join(f"{key}={_setting(value)}" for key, value in top.settings.items())
-    return (
-        f'<p class="lede">{escape(said)}Best: <strong>{top.score:.4f}</strong> by run '
-        f"{escape(top.record.name)}{escape(f' ({won})' if won else '')}.</p>"
-        f'<p class="source">Cosine: {escape(top.about)}. The best of many runs is chosen on the '
-        "images that score it: its cosine is a little too good.</p>"
-    )
-
-
-def best(trials: list[Trial]) -> Section:
-    """Return the commands that repeat and evaluate the best run."""
-    top = trials[0].record
-    body = html.command(top.train_command, "Train the best run again", "train-command")
-    body += html.command(top.evaluate_command, "Evaluate it beside all baselines", "eval-command")
-    return Section("best", "The best run", body)
-
-
-def table(trials: list[Trial]) -> Section:
+def runs(trials: list[Trial]) -> Section:
     """Return the sortable table of all runs."""
-    top = trials[0]
-    heads = ["Run", *top.settings, "Cosine", *(name.replace("_", " ") for name in top.facts)]
-    lines = [
-        [
-            trial.record.name,
-            *(_setting(value) for value in trial.settings.values()),
-            None if trial.score is None else f"{trial.score:.4f}",
-            *trial.facts.values(),
-        ]
-        for trial in trials
-    ]
-    caption = f"All runs; cosine: {escape(top.about)}. Select a heading to sort."
-    body = html.plain_table(heads, lines, caption, "runs", sortable=True)
-    return Section("runs", "All runs", body, "The same numbers stand in <code>sweep.csv</code>.")
+    lines = []
+    for trial in trials:
+        score = None if trial.score is None else f"{trial.score:.4f}"
+        settings = map(_setting, trial.settings.values())
+        lines.append([trial.name, *settings, score, *trial.facts.values()])
+    facts = (name.replace("_", " ") for name in trials[0].facts)
+    heads = ["Run", *trials[0].settings, "Cosine", *facts]
+    return Section("runs", "All runs", {"runs": table(heads, lines)})
 
 
-def effects(trials: list[Trial]) -> Section | None:
-    """Return parallel coordinates: one line a run through its settings to its cosine."""
+def effects(trials: list[Trial]) -> Section:
+    """Return a chart per setting: the cosine of each run by its value."""
     scored = [trial for trial in trials if trial.score is not None]
-    if len(scored) < 2 or not scored[0].settings:
-        return None
-    axes = {
-        key.rpartition(".")[2] if _unique(key, scored[0].settings) else key: [
-            trial.settings[key] for trial in scored
-        ]
-        for key in scored[0].settings
-    }
-    axes["cosine"] = [trial.score for trial in scored]
-    names = [trial.record.name for trial in scored]
-    caption = f"One line a run, lighter where the cosine is higher. {escape(scored[0].about)}."
-    body = html.figure("parallel", caption, "Settings and cosine")
-    return Section(
-        "effects",
-        "What the settings do",
-        body,
-        charts={"parallel": parallel.coordinates(axes, names)},
-    )
+    drawn, figures = {}, []
+    for number, key in enumerate(trials[0].settings if len(scored) > 1 else ()):
+        points = [(trial.name, trial.settings[key], trial.score or 0.0) for trial in scored]
+        drawn[f"setting-{number}"] = charts.effect(key, points)
+        figures.append((f"setting-{number}", key))
+    return Section("effects", "What the settings do", {"figures": figures}, drawn)
 
 
-def learning(trials: list[Trial]) -> Section | None:
+def learning(trials: list[Trial]) -> Section:
     """Return the learning curves of the best runs."""
-    specs: dict[str, dict[str, Any]] = {}
-    body = ""
-    for name, column, title, unit in (
-        ("loss", "train/loss", "Training loss", "loss"),
-        ("cosine", "val/cosine", "Validation cosine", "cosine"),
-    ):
-        series = {
-            f"run {trial.record.name}": trial.record.curve(column) for trial in trials[:CURVES]
-        }
-        series = {run: points for run, points in series.items() if points}
-        if series:
-            specs[f"learning-{name}"] = charts.curves(series, unit, 240, decay=name == "loss")
-            caption = f"The best {len(series)} runs that logged it."
-            body += html.figure(f"learning-{name}", caption, title)
-    if not specs:
-        return None
-    return Section("learning", "Learning curves", f'<div class="grid">{body}</div>', charts=specs)
+    drawn, figures = {}, []
+    for column, title in (("train/loss", "Training loss"), ("val/cosine", "Validation cosine")):
+        name = column.partition("/")[2]
+        lines = {f"run {trial.name}": trial.record.curve(column) for trial in trials[:CURVES]}
+        lines = {run: points for run, points in lines.items() if points}
+        if lines:
+            drawn[f"learning-{name}"] = charts.curves(lines, name, 240, decay=name == "loss")
+            figures.append((f"learning-{name}", title, len(lines)))
+    return Section("learning", "Learning curves", {"figures": figures}, drawn)
 
 
 def _run_folders(folder: Path) -> list[Path]:
-    found = [path.parent for path in folder.glob("*/config.yaml")] if folder.is_dir() else []
-    numbers = {path: (int(path.name) if path.name.isdigit() else -1) for path in found}
-    return sorted(found, key=lambda path: (numbers[path], path.name))
+    folders = [path.parent for path in folder.glob("*/config.yaml")]
+    number = {path: int(path.name) if path.name.isdecimal() else -1 for path in folders}
+    return sorted(folders, key=lambda path: (number[path], path.name))
 
 
 def _held_out(record: RunRecord) -> tuple[float | None, str]:
@@ -216,18 +163,11 @@ def _held_out(record: RunRecord) -> tuple[float | None, str]:
 
 
 def _validation(record: RunRecord) -> tuple[float | None, str]:
-    """Return the best validation cosine of training, and what it is of."""
-    result = record.result
-    score = finite(mapping(result.get("best")).get("cosine"))
-    estimator = result.get("estimator", "unnamed")
-    return score, f"{estimator} estimator, best validation while training"
+    score = finite(mapping(record.result.get("best")).get("cosine"))
+    name = record.result.get("estimator", "unnamed")
+    return score, f"{name} estimator, best validation while training"
 
 
 def _setting(value: Any) -> Any:
     number = finite(value)
     return value if number is None else f"{number:g}"
-
-
-def _unique(key: str, settings: dict[str, Any]) -> bool:
-    short = key.rpartition(".")[2]
-    return sum(other.rpartition(".")[2] == short for other in settings) == 1

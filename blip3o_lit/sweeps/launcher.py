@@ -18,7 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -27,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from blip3o_lit.config.errors import UserError, positive
 from blip3o_lit.config.words import override, pasteable
 from blip3o_lit.launcher import launch
-from blip3o_lit.sweeps.job import CONSOLE_FILE, Job
+from blip3o_lit.sweeps.jobs import CONSOLE_FILE, Job
 from blip3o_lit.sweeps.page import refresh
 
 PLUGIN_MODULE = "hydra_plugins.blip3o_lit"
@@ -36,8 +35,6 @@ SECONDS_BETWEEN_LOOKS = 0.2
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 OWN_KEYS = ("hydra.sweep", "hydra.launcher", "hydra/launcher", "hydra/sweeper", "hydra.mode")
 """Hydra's own keys that concern the sweep and not its jobs."""
-
-Watch = Callable[[Job], bool]
 
 
 @dataclass
@@ -53,7 +50,7 @@ class ProcessLauncherConf:
 
 @dataclass
 class SlurmLauncherConf(ProcessLauncherConf):
-    """`hydra/launcher=slurm`: a Slurm job a job, by the sbatch script of `scripts/`."""
+    """`hydra/launcher=slurm`: a Slurm job per job, by the sbatch script of `scripts/`."""
 
     n_jobs: int = 8
     command: list[str] = field(default_factory=lambda: ["sbatch", "--wait", "scripts/train.sbatch"])
@@ -66,8 +63,7 @@ class ProcessLauncher(Launcher):
 
     def __init__(self, n_jobs: int, command: Sequence[str]) -> None:
         """Take the options of the group `hydra/launcher`."""
-        self.n_jobs = n_jobs
-        self.command = list(command)
+        self.n_jobs, self.command = n_jobs, list(command)
         self.received: int | None = None
 
     def setup(
@@ -87,34 +83,36 @@ class ProcessLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Run a batch of jobs to its end, failures included; the page's callback counts them."""
-        jobs = self.prepare(job_overrides, initial_job_idx)
+        jobs = [self.prepare(words, initial_job_idx + i) for i, words in enumerate(job_overrides)]
         self.run(jobs)
-        return [_job_return(job) for job in jobs]
+        ends = [(job.overrides, job.objective) for job in jobs]
+        return [JobReturn(words, status=JobStatus.COMPLETED, _return_value=v) for words, v in ends]
 
-    def prepare(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
-        """Compose each job's config, which checks it, and give each its folder and command."""
-        jobs = []
-        name = self.config.hydra.job.name
-        start = self.command or [sys.executable, "-m", f"blip3o_lit.{name}"]
-        kept = [w for w in self.config.hydra.overrides.hydra if not w.startswith(OWN_KEYS)]
-        root = Path(str(self.config.hydra.sweep.dir)).absolute()
-        for number, words in enumerate(job_overrides, first):
-            overrides = [word for word in words if not word.startswith("hparams_search=")]
-            config = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
-            with open_dict(config):
-                config.hydra.job.num = config.hydra.job.id = number
-            folder = root / str(config.hydra.sweep.subdir)
-            place = [*kept, override("hydra.run.dir", folder)]
-            jobs.append(Job(number, folder, overrides, [*start, *overrides, *place]))
-            _write_config(config, folder)
-        return jobs
+    def prepare(self, words: Sequence[str], number: int) -> Job:
+        """Compose a job's config, which checks it, and give it its folder and command.
 
-    def run(self, jobs: list[Job], watch: Watch | None = None) -> None:
-        """Run jobs to their end.
+        The config is written before the job starts: one that fails at once is in the table too.
+        """
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
+        with open_dict(config):
+            config.hydra.job.num = config.hydra.job.id = number
+        folder = Path(str(self.config.hydra.sweep.dir)).absolute() / str(config.hydra.sweep.subdir)
+        if not (folder / "config.yaml").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            names = [str(key) for key in config if key != "hydra"]
+            OmegaConf.save(OmegaConf.masked_copy(config, names), folder / "config.yaml", True)
+        overrides = [word for word in words if not word.startswith("hparams_search=")]
+        own = [w for w in self.config.hydra.overrides.hydra if not w.startswith(OWN_KEYS)]
+        start = self.command or [sys.executable, "-m", f"blip3o_lit.{self.config.hydra.job.name}"]
+        place = override("hydra.run.dir", folder)
+        return Job(number, folder, overrides, [*start, *overrides, *own, place])
+
+    def run(self, jobs: list[Job], prune: Callable[[Job], bool] = lambda job: False) -> None:
+        """Run jobs to their end, in their order.
 
         Args:
-            jobs: In the order in which they are started.
-            watch: Looks at each job at work now and then; True stops the job.
+            jobs: All in folders of one sweep.
+            prune: Looks at each job at work now and then; True stops the job.
 
         Raises:
             SystemExit: After Ctrl-C or a scheduler's signal, when all jobs at work have saved.
@@ -123,21 +121,22 @@ class ProcessLauncher(Launcher):
             return
         root = jobs[0].folder.parent
         shared = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
-        waiting, working = list(jobs), []
+        waiting: list[Job] = list(jobs)
+        working: list[Job] = []
         with self._forwarding(working):
             while working or (waiting and self.received is None):
                 room = self.n_jobs - len(working) if self.received is None else 0
                 for job in waiting[:room]:
                     if job.try_start():
-                        waiting.remove(job)
                         working.append(job)
+                waiting = [job for job in waiting if job.state == "waiting"]
                 ended = [job for job in working if job.ended()]
                 for job in ended:
                     working.remove(job)
-                    _say(job, shared)
+                    _print_end(job, shared)
                     refresh(root)
                 for job in working:
-                    if watch is not None and watch(job):
+                    if prune(job):
                         job.stop()
                 if not ended:
                     time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -167,40 +166,14 @@ class ProcessLauncher(Launcher):
                 signal.signal(number, handler)
 
 
-def register() -> None:
-    """Put the launcher's groups into Hydra's store."""
-    store = ConfigStore.instance()
-    for name, node in (("process", ProcessLauncherConf), ("slurm", SlurmLauncherConf)):
-        store.store(group="hydra/launcher", name=name, node=node, provider="blip3o_lit")
-
-
-def _write_config(config: DictConfig, folder: Path) -> None:
-    """Write a job's config before it starts, so that jobs that fail at once are in the table."""
-    path = folder / "config.yaml"
-    if path.is_file():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [str(key) for key in config if key != "hydra"]
-    plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, names), resolve=True)
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
-
-
-def _say(job: Job, shared: set[str]) -> None:
+def _print_end(job: Job, shared: set[str]) -> None:
     """Print how a job ended, in one line, with the overrides that not all jobs share."""
-    if job.state == "done":
-        score = job.objective
-        how = "was done before" if job.earlier else f"done in {job.seconds:.1f} s"
-        how += f", cosine {score:.4f}" if score is not None else ""
-    elif job.state == "stopped":
-        how = f"stopped after {job.seconds:.1f} s"
-    else:
-        how = f"FAILED: {job.error}; see {job.folder / CONSOLE_FILE}"
+    words: dict[str, Any] = {
+        "done": "was done before" if job.earlier else f"done in {job.seconds:.1f} s",
+        "stopped": f"stopped after {job.seconds:.1f} s",
+        "failed": f"FAILED: {job.error}; see {job.folder / CONSOLE_FILE}",
+    }
+    score = job.objective if job.state == "done" else None
+    cosine = "" if score is None else f", cosine {score:.4f}"
     own = shlex.join(word for word in job.overrides if word not in shared)
-    print(f"job {job.number} ({own}): {how}", flush=True)
-
-
-def _job_return(job: Job) -> JobReturn:
-    done = JobReturn()
-    done.overrides, done.status = job.overrides, JobStatus.COMPLETED
-    done.return_value = job.objective
-    return done
+    print(f"job {job.number} ({own}): {words[job.state]}{cosine}", flush=True)

@@ -14,7 +14,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from blip3o_lit.sweeps.job import CONSOLE_FILE, read_state
+from blip3o_lit.sweeps.jobs import CONSOLE_FILE, read
 
 PATIENCE = 20.0
 """The page is not written again before so many times the time that it took to write."""
@@ -37,8 +37,7 @@ def refresh(sweep_dir: Path, at_once: bool = False) -> Path | None:
     if not is_sweep(sweep_dir) or (not at_once and began < _next.get(sweep_dir, 0.0)):
         return None
     page = write_sweep(sweep_dir)
-    took = time.monotonic() - began
-    _next[sweep_dir] = began + (1 + PATIENCE) * took
+    _next[sweep_dir] = began + (1 + PATIENCE) * (time.monotonic() - began)
     return page
 
 
@@ -54,19 +53,15 @@ class SweepPage(Callback):
         """Write the page, list the failures and say by the exit code whether there are any."""
         folder = Path(str(config.hydra.sweep.dir))
         page = refresh(folder, at_once=True)
-        states = {path.parent: read_state(path.parent) for path in folder.glob("*/job.json")}
-        failed = {path: state for path, state in states.items() if state["state"] == "failed"}
-        if states:
-            counts = Counter(state["state"] for state in states.values())
-            print(f"{len(states)} jobs: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
-        for path, state in sorted(failed.items(), key=lambda item: _order(item[0])):
-            print(f"  {path.name}: {state['error']}; see {path / CONSOLE_FILE}")
-            print("    " + " ".join(shlex.quote(word) for word in state["overrides"]))
+        jobs = {path.parent: read(path) for path in folder.glob("*/job.json")}
+        failed = {path: job for path, job in jobs.items() if job["state"] == "failed"}
+        if jobs:
+            counts = Counter(job["state"] for job in jobs.values())
+            print(f"{len(jobs)} jobs: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
+        for path in sorted(failed, key=lambda path: (len(path.name), path.name)):
+            print(f"  {path.name}: {failed[path]['error']}; see {path / CONSOLE_FILE}")
+            print(f"    {shlex.join(failed[path]['overrides'])}")
         if page:
             print(f"sweep: {page}", flush=True)
         if failed:
             sys.exit(1)
-
-
-def _order(path: Path) -> tuple[int, str]:
-    return int(path.name) if path.name.isdigit() else -1, path.name

@@ -6,6 +6,7 @@ import importlib
 import sys
 from types import ModuleType
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
 from blip3o_lit.sweeps import launcher, study
@@ -13,6 +14,11 @@ from blip3o_lit.sweeps import launcher, study
 PLUGIN_GROUPS = {
     "hydra/launcher": ["basic", "process", "slurm"],
     "hydra/sweeper": ["basic", "optuna"],
+}
+NODES = {
+    ("hydra/launcher", "process"): launcher.ProcessLauncherConf,
+    ("hydra/launcher", "slurm"): launcher.SlurmLauncherConf,
+    ("hydra/sweeper", "optuna"): study.OptunaSweeperConf,
 }
 
 
@@ -22,18 +28,15 @@ def register_plugins() -> None:
     Hydra instantiates plugins of the package `hydra_plugins` only. Registering them under that name
     here serves a checkout, an editable install and a wheel alike.
     """
-    plugins = Plugins.instance()
     try:
         namespace = importlib.import_module("hydra_plugins")
     except ImportError:
-        namespace = ModuleType("hydra_plugins")
+        namespace = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
         namespace.__path__ = []
-        sys.modules["hydra_plugins"] = namespace
-    room = ModuleType(launcher.PLUGIN_MODULE)
+    room = sys.modules[launcher.PLUGIN_MODULE] = ModuleType(launcher.PLUGIN_MODULE)
+    setattr(namespace, launcher.PLUGIN_MODULE.rpartition(".")[2], room)
     for plugin in (launcher.ProcessLauncher, study.OptunaSweeper):
         setattr(room, plugin.__name__, plugin)
-        plugins.register(plugin)
-    sys.modules[launcher.PLUGIN_MODULE] = room
-    setattr(namespace, launcher.PLUGIN_MODULE.rpartition(".")[2], room)
-    launcher.register()
-    study.register()
+        Plugins.instance().register(plugin)
+    for (group, name), node in NODES.items():
+        ConfigStore.instance().store(group=group, name=name, node=node, provider="blip3o_lit")

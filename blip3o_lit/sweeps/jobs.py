@@ -23,7 +23,6 @@ from typing import Any
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import write_json
 
-STATE_FILE = "job.json"
 CONSOLE_FILE = "console.log"
 PARENT_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 """What belongs to the sweep's own process and not to its jobs."""
@@ -32,27 +31,20 @@ _ERROR = re.compile(r"(error: |(\w+\.)*\w*(Error|Exception)\b|KeyboardInterrupt)
 
 @dataclass
 class Job:
-    """One job.
-
-    Attributes:
-        number: Its place in the sweep, from 0.
-        folder: Its run directory.
-        overrides: What it was asked to do.
-        command: The words that do it.
-        state: waiting, working, done, failed, or stopped (by the sweep, to go on later).
-        error: One line, when it failed.
-        earlier: Whether it was done before this sweep was started.
-        seconds: What it took, without earlier tries.
-    """
+    """One job: its place in the sweep, its run directory, what it was asked, the words to do it."""
 
     number: int
     folder: Path
     overrides: list[str]
     command: list[str]
     state: str = "waiting"
+    """Then working, and done, failed, or stopped (by the sweep, to go on later)."""
     error: str | None = None
+    """One line, when it failed."""
     earlier: bool = False
+    """Whether it was done before this sweep was started."""
     seconds: float = 0.0
+    """What it took, without earlier tries."""
     _stopping: bool = False
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _started: float = 0.0
@@ -71,18 +63,17 @@ class Job:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-            before = read_state(self.folder)
+            before = read(self.folder / "job.json")
             if before and before["overrides"] != self.overrides:
+                words = " ".join(before["overrides"])
                 raise UserError(
-                    f"{self.folder} holds another job ({' '.join(before['overrides'])}): "
-                    "choose another hydra.sweep.dir"
+                    f"{self.folder} holds another job ({words}): choose another hydra.sweep.dir"
                 )
             if before and (before["state"] == "done" or self.result.get("finished")):
-                self.state, self.earlier, self.seconds = "done", True, before["seconds"]
-                self._write()
+                self.earlier, self.seconds = True, before["seconds"]
+                self._enter("done")
                 return True
-            self.state = "working"
-            self._write()
+            self._enter("working")
             words = self.command
             if before:
                 words = [word for word in words if not word.startswith("overwrite=")]
@@ -108,13 +99,9 @@ class Job:
             if code is None:
                 return False
             self.seconds = round(time.monotonic() - self._started, 2)
-            if code == 0:
-                self.state = "done"
-            elif self._stopping:
-                self.state = "stopped"
-            else:
-                self.state, self.error = "failed", _reason(self.folder / CONSOLE_FILE, code)
-            self._write()
+            if code and not self._stopping:
+                self.error = _reason(self.folder / CONSOLE_FILE, code)
+            self._enter("failed" if self.error else "stopped" if code else "done")
         return True
 
     def stop(self, number: int = signal.SIGTERM) -> None:
@@ -126,8 +113,7 @@ class Job:
     @property
     def result(self) -> dict[str, Any]:
         """Return the content of the run's `result.json`, empty when there is none."""
-        path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read(self.folder / "result.json")
 
     @property
     def objective(self) -> float | None:
@@ -135,20 +121,14 @@ class Job:
         value = (self.result.get("best") or {}).get("cosine")
         return float(value) if value is not None and math.isfinite(value) else None
 
-    def _write(self) -> None:
-        content = {
-            "overrides": self.overrides,
-            "command": self.command,
-            "state": self.state,
-            "error": self.error,
-            "seconds": self.seconds,
-        }
-        write_json(self.folder / STATE_FILE, content)
+    def _enter(self, state: str) -> None:
+        self.state = state
+        names = ("overrides", "command", "state", "error", "seconds")
+        write_json(self.folder / "job.json", {name: getattr(self, name) for name in names})
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Return the content of a job's `job.json`, empty when it was never started."""
-    path = folder / STATE_FILE
+def read(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file, empty when it is not there."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
@@ -157,7 +137,7 @@ def _reason(console: Path, code: int) -> str:
     if code < 0:
         hint = ", perhaps for want of memory" if -code == signal.SIGKILL else ""
         return f"killed by {signal.Signals(-code).name}{hint}"
-    text = console.read_text("utf-8", "replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    named = [line for line in lines if _ERROR.match(line)]
-    return (named or lines or [f"exit code {code}"])[-1].removeprefix("error: ")[:500]
+    lines = [line.strip() for line in console.read_text("utf-8", "replace").splitlines()]
+    lines = [line for line in lines if line] or [f"exit code {code}"]
+    errors = [line for line in lines if _ERROR.match(line)] or lines
+    return errors[-1].removeprefix("error: ")[:500]

@@ -34,7 +34,7 @@ def prefetch(jobs: Iterable[Callable[[], T]], threads: int) -> Iterator[T]:
     """Run jobs ahead in threads and yield their results in order.
 
     At most `threads + 1` finished or running results wait. Copying tokens releases the interpreter
-    lock, so threads do; handing 20 MB batches between processes costs 7 times as much.
+    lock, so threads do.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="tokens")
     source = iter(jobs)
@@ -62,28 +62,19 @@ class TokenLoader:
         threads: int = 2,
         pin: bool = False,
     ) -> None:
-        """Prepare `steps` optimizer steps; nothing is read yet.
+        """Prepare `steps` optimizer steps, counted from the run's start; nothing is read yet.
 
-        Args:
-            reader: The training split.
-            order: Sample ids by global position.
-            plan: The cut of a global batch.
-            steps: Optimizer steps of the run, counted from its very start.
-            rank: This process.
-            threads: Reader threads.
-            pin: Read into page-locked memory.
+        With `pin` batches are read into page-locked memory.
         """
         self.reader, self.order, self.plan, self.steps = reader, order, plan, steps
         self.rank, self.threads, self.pin = rank, threads, pin
-        self._start_step, self._start_samples = 0, 0
-        self._taken = 0
+        self._start_step, self._start_samples, self._taken = 0, 0, 0
 
     def __len__(self) -> int:
         """Micro-batches of the whole run, those before a resume included (Lightning counts on)."""
         return self.steps * self.plan.accumulation
 
     def _job(self, number: int) -> Callable[[], PackedBatch]:
-        """Return the function that reads the `number`-th micro-batch from the starting point."""
         step, micro = divmod(number, self.plan.accumulation)
         position = self._start_samples + step * self.plan.batch_size
         position += self.plan.offset(self.rank, micro)
@@ -97,7 +88,6 @@ class TokenLoader:
         return job
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Yield the micro-batches from the starting point (0, or the loaded state) on."""
         self._taken = 0
         count = (self.steps - self._start_step) * self.plan.accumulation
         for batch in prefetch((self._job(i) for i in range(count)), self.threads):
@@ -154,13 +144,12 @@ class ValidationLoader:
         threads: int = 2,
         pin: bool = False,
     ) -> None:
-        """Read `reader` in batches of `batch_size` a rank, cut down where the split is small."""
+        """Read `reader` in batches of `batch_size` per rank, cut down where the split is small."""
         self.reader, self.rank, self.world_size = reader, rank, world_size
         self.batch_size = min(batch_size, -(-len(reader) // world_size))
         self.threads, self.pin = threads, pin
 
     def __len__(self) -> int:
-        """Batches of each rank."""
         return -(-len(self.reader) // (self.batch_size * self.world_size))
 
     def _job(self, number: int) -> Callable[[], PackedBatch]:
@@ -178,5 +167,4 @@ class ValidationLoader:
         return job
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Yield the batches of this rank."""
         yield from prefetch((self._job(i) for i in range(len(self))), self.threads)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,18 @@ from blip3o_lit.tokens.shards import pack_offsets, unpack_offsets
 class Shard:
     """One mapped tar and the offsets of its samples, `[samples, arrays + 2]` as in its .idx."""
 
-    def __init__(self, path: Path, entry: ShardEntry, data: mmap.mmap, offsets: np.ndarray) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        entry: ShardEntry,
+        arrays: dict[str, ArraySpec],
+        data: mmap.mmap,
+        offsets: np.ndarray,
+    ) -> None:
         self.entry, self.map, self.offsets = entry, data, offsets
+        self.columns = {name: column for column, name in enumerate(arrays)}
         self.bytes = np.frombuffer(data, np.uint8)
-        self.repair = repair_command(path.parent)
+        self.repair = repair_command(folder)
 
     @classmethod
     def open(
@@ -63,7 +72,7 @@ class Shard:
             # A read-only store is fine: the offsets then live in memory alone.
             if os.access(folder, os.W_OK):
                 write_synced(offsets_file, pack_offsets(offsets, entry.sha256))
-        return cls(path, entry, data, offsets)
+        return cls(folder, entry, arrays, data, offsets)
 
     @classmethod
     def by_headers(cls, folder: Path, entry: ShardEntry, arrays: dict[str, ArraySpec]) -> Shard:
@@ -72,17 +81,22 @@ class Shard:
         Raises:
             UserError: If it is missing, malformed, or holds another number of samples.
         """
-        path = folder / entry.file
-        data = map_tar(path)
-        return cls(path, entry, data, scan(data, arrays, entry.file, entry.samples))
+        data = map_tar(folder / entry.file)
+        offsets = scan(data, arrays, entry.file, entry.samples)
+        return cls(folder, entry, arrays, data, offsets)
 
-    def content(self, column: int, sample: int, start: int, end: int) -> np.ndarray:
+    def stored(self, array: str, spec: ArraySpec, sample: int) -> np.ndarray:
+        """Return a read-only view of one sample's stored numbers, in the array's shape."""
+        content = self.content(array, sample, 0, spec.nbytes)
+        return content.view(spec.stored).reshape(spec.shape)
+
+    def content(self, array: str, sample: int, start: int, end: int) -> np.ndarray:
         """Return a read-only view of one sample's stored bytes in an array, from start to end.
 
         Raises:
             UserError: If the offsets point behind the shard's end.
         """
-        offset = int(self.offsets[sample, column])
+        offset = int(self.offsets[sample, self.columns[array]])
         view = self.bytes[offset + start : offset + end]
         if len(view) != end - start:
             raise UserError(
@@ -120,9 +134,9 @@ def map_tar(path: Path) -> mmap.mmap:
         UserError: If it is missing, empty or can't be read.
     """
     fix = f"restore it or {repair_command(path.parent)}"
+    if not path.is_file():  # A pipe under that name would hang open() for ever.
+        raise UserError(f"shard {path} is missing: {fix}")
     try:
-        if not path.is_file():  # A pipe under that name would hang open() for ever.
-            raise UserError(f"shard {path} is missing: {fix}")
         with open(path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except ValueError:
@@ -140,20 +154,28 @@ def scan(
         UserError: If a member is foreign, unsafe or not what the index promises, or if the number
             of samples is not `promise`.
     """
-    suffixes = [f"{name}.npy" for name in arrays]
+    specs = {f"{name}.npy": spec for name, spec in arrays.items()}
     rows: list[list[int]] = []
     with memoryview(data) as view:
-        for sample in tar.samples(tar.members(view, where), {*suffixes, "json"}, where):
-            row = []
-            for suffix, spec in zip(suffixes, arrays.values()):
-                member = sample[suffix]
-                start = bytes(view[member.offset : member.offset + tar.NPY_HEADER_LIMIT])
-                skip = tar.npy_start(start, spec.stored, spec.shape, f"{where}: {member.name}")
-                if member.size != skip + spec.nbytes:
-                    raise UserError(f"{where}: {member.name} has a wrong size: extract it again")
-                row.append(member.offset + skip)
+        files = _checked(view, specs, where)
+        for sample in tar.samples(files, {*specs, "json"}, where):
+            row = [sample[suffix].offset for suffix in specs]
             rows.append([*row, sample["json"].offset, sample["json"].size])
     if not rows or promise not in (None, len(rows)):
         expected = "at least 1" if promise is None else promise
         raise UserError(f"{where} holds {len(rows)} whole samples, index.json promises {expected}")
     return np.array(rows, np.uint64)
+
+
+def _checked(view: memoryview, specs: dict[str, ArraySpec], where: str) -> Iterator[tar.Member]:
+    """Yield a tar's members, those of arrays checked and placed at their first number."""
+    for member in tar.members(view, where):
+        spec = specs.get(member.suffix)
+        if spec is None:
+            yield member
+            continue
+        start = bytes(view[member.offset : member.offset + tar.NPY_HEADER_LIMIT])
+        skip = tar.npy_start(start, spec.stored, spec.shape, f"{where}: {member.name}")
+        if member.size != skip + spec.nbytes:
+            raise UserError(f"{where}: {member.name} has a wrong size: extract it again")
+        yield tar.Member(member.name, member.offset + skip, spec.nbytes)

@@ -136,7 +136,8 @@ def _members(stream: BinaryIO, url: str, index: TokenIndex) -> Iterator[LoadedMe
         limit = limits.get(member.suffix)
         if limit is None or member.size > limit:
             reason = "is not in index.json" if limit is None else f"claims {member.size} bytes"
-            raise UserError(f"{url}: member {member.name} {reason}: the store is damaged or hostile")
+            where = f"{url}: member {member.name}"
+            raise UserError(f"{where} {reason}: the store is damaged or hostile")
         # Padding is read apart: cutting it off would copy the member.
         content, rest = read_whole(stream, member.size), -member.size % tar.BLOCK
         if len(content) != member.size or len(read_whole(stream, rest)) != rest:

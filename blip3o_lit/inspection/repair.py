@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import write_synced
-from blip3o_lit.inspection.shard import file_hash, shard_problem
+from blip3o_lit.inspection.store import file_hash, shard_problem
 from blip3o_lit.progress import Work
 from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.index import STORED, ArraySpec, ShardEntry, TokenIndex

@@ -6,6 +6,7 @@ Shape suffixes: B samples, N tokens, C channels.
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,10 @@ from torch import Tensor
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.inspection.finding import Finding
 from blip3o_lit.inspection.numbers import ArrayNumbers
-from blip3o_lit.inspection.shard import shard_problem
 from blip3o_lit.progress import Work
 from blip3o_lit.tokens.classes import Classes
 from blip3o_lit.tokens.heads import HEADS_FILE, Head
-from blip3o_lit.tokens.index import TokenIndex, repair_command
+from blip3o_lit.tokens.index import ShardEntry, TokenIndex, repair_command
 from blip3o_lit.tokens.mapped_shard import Shard
 from blip3o_lit.tokens.shards import unpack_offsets
 from blip3o_lit.tokens.storage import TORCH_TYPES, dequantise, finite, load_scales, scale_array
@@ -220,6 +220,28 @@ class Inspection:
                 cost = "not recorded" if spec.cosine is None else f"{spec.cosine:.6f}"
                 says = f"int8 with {spec.scale} scales, mean cosine to the true tokens {cost}"
                 yield Finding("ok", f"storage of {name}", says)
+
+
+def shard_problem(folder: Path, entry: ShardEntry) -> str:
+    """Compare a tar's size and checksum with the index; empty when both are right."""
+    path = folder / entry.file
+    try:
+        facts = path.stat()
+    except OSError as error:
+        return f"{entry.file} ({entry.samples} samples) can't be read: {error.strerror}"
+    if not stat.S_ISREG(facts.st_mode):
+        return f"{entry.file} is no regular file"
+    if facts.st_size != entry.bytes:
+        return f"{entry.file} has {facts.st_size} bytes, index.json promises {entry.bytes}"
+    if file_hash(path) != entry.sha256:
+        return f"{entry.file} has another sha256 than index.json says: its content changed"
+    return ""
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(content: bytes | memoryview) -> bytes:

@@ -65,13 +65,9 @@ def encode(
     scales: dict[str, np.ndarray],
     key: str,
 ) -> dict[str, np.ndarray]:
-    """Convert a sample's arrays to what is stored, in the index's order.
+    """Convert a sample's arrays to what is stored, in the index's order, token scales included.
 
-    Args:
-        arrays: The numbers, without token scales.
-        specs: The store's arrays, token scales included.
-        scales: Channel scales `[N, C]` of the int8 arrays.
-        key: The sample, for messages.
+    `scales` are the channel scales `[N, C]` of int8 arrays; `key` is the sample, for messages.
 
     Raises:
         UserError: On missing arrays, another shape, NaN, infinity, or magnitudes of 6e4 and more.
@@ -163,10 +159,6 @@ def fit_int8(spec: ArraySpec, samples_SNC: np.ndarray) -> tuple[ArraySpec, np.nd
     (larger ones are cut off later); `token` divides by the channels' rms, then spreads the levels
     over each token's largest value. The higher mean cosine to the true tokens wins.
 
-    Args:
-        spec: The array in a float format.
-        samples_SNC: Tokens of some samples, spread over the data.
-
     Returns:
         The int8 array's spec, its mean cosine included, and the channel scales `[K, C]`.
     """
@@ -175,17 +167,14 @@ def fit_int8(spec: ArraySpec, samples_SNC: np.ndarray) -> tuple[ArraySpec, np.nd
     largest = [np.maximum(part.max((0, 1)), -part.min((0, 1))) for part in rows]
     by_channel = np.stack(largest) / LEVELS
     by_token = np.stack([_rms(part) for part in rows])
-    best: tuple[ArraySpec, np.ndarray] | None = None
+    choices: list[tuple[float, str, np.ndarray]] = []
     for kind, raw_KC in (("channel", by_channel), ("token", by_token)):
         scale_KC = np.maximum(raw_KC, max(1e-6 * raw_KC.max(), 1e-12)).astype(np.float32)
         mean = _cosine(samples_SNC, spread(scale_KC, spec), kind == "token")
-        if best is None or mean > (best[0].cosine or 0):
-            described = replace(
-                spec, dtype="int8", scale=kind, cosine=mean, scale_hash=scale_hash(scale_KC)
-            )
-            best = described, scale_KC
-    assert best is not None
-    return best
+        choices.append((mean, kind, scale_KC))
+    mean, kind, scale_KC = max(choices, key=lambda choice: choice[0])
+    int8 = replace(spec, dtype="int8", scale=kind, cosine=mean, scale_hash=scale_hash(scale_KC))
+    return int8, scale_KC
 
 
 def _rms(samples_SNC: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.remote import resumed
 from blip3o_lit.config.shape import PairShape
-from blip3o_lit.tokens.loader import Batch, prefetch
+from blip3o_lit.tokens.loader import Batch, TrainingLoader, prefetch
 from blip3o_lit.tokens.mode import pair_of_views
 from blip3o_lit.tokens.order import random_permutation
 from blip3o_lit.tokens.packed import PackedBatch, PackedTokens, restored
@@ -122,7 +122,7 @@ class StreamReader:
             yield self.collate(batch)
 
 
-class StreamLoader:
+class StreamLoader(TrainingLoader):
     """Training micro-batches of one rank from a remote store; resume is approximate.
 
     A rank reads its own shards of every epoch's shuffled list, epoch after epoch, so all ranks have
@@ -144,13 +144,8 @@ class StreamLoader:
                 f"{reader.store.url} has {len(reader.shards)} training shards for "
                 f"{plan.world_size} processes: lower trainer.devices or extract smaller shards"
             )
-        self.reader, self.seed, self.plan, self.steps = reader, seed % 2**63, plan, steps
-        self.rank = rank
-        self._start_step, self._start_samples, self._taken = 0, 0, 0
-
-    def __len__(self) -> int:
-        """Micro-batches of the whole run, those before a resume included."""
-        return self.steps * self.plan.accumulation
+        super().__init__(plan, steps, rank)
+        self.reader, self.seed = reader, seed % 2**63
 
     def _shards(self, epoch: int) -> list[int]:
         """Return this rank's shards of an epoch in order, without those it has finished."""
@@ -176,7 +171,6 @@ class StreamLoader:
                 yield sample | {"epoch": epoch}
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        self._taken = 0
         samples = self._samples()
 
         def job() -> PackedBatch:
@@ -185,24 +179,9 @@ class StreamLoader:
             batch["epoch"] = torch.tensor([sample["epoch"] for sample in chosen])
             return batch
 
-        count = (self.steps - self._start_step) * self.plan.accumulation
-        jobs: Iterator[Callable[[], PackedBatch]] = itertools.repeat(job, count)
-        for batch in prefetch(jobs, threads=1):
-            self._taken += 1
-            yield batch
-            del batch  # As in TokenLoader.
+        jobs: Iterator[Callable[[], PackedBatch]] = itertools.repeat(job, self.micro_batches)
+        yield from self.counted(prefetch(jobs, threads=1))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in global samples; which of them is known to a shard only."""
-        steps = self._taken // self.plan.accumulation
-        return {
-            "samples": self._start_samples + steps * self.plan.batch_size,
-            "steps": self._start_step + steps,
-            "batch_size": self.plan.batch_size,
-            "approximate": True,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the first shard that was not finished."""
-        self._start_step, self._start_samples = state["steps"], state["samples"]
-        self._taken = 0
+        return super().state_dict() | {"approximate": True}

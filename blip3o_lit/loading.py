@@ -34,7 +34,6 @@ from blip3o_lit.translator import Translator
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-HEADS_FILE = "heads.safetensors"
 PARTS = ("network", "objective", "condition_standardizer", "target_standardizer")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

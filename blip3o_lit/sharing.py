@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import replacing, write_json
-from blip3o_lit.loading import CONFIG_FILE, HEADS_FILE, WEIGHTS_FILE, Loaded, load
+from blip3o_lit.loading import CONFIG_FILE, WEIGHTS_FILE, Loaded, load
+from blip3o_lit.tokens.heads import HEADS_FILE
 from blip3o_lit.tokens.index import TokenIndex
 
 CARD_FILE = "README.md"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from blip3o_lit.tokens.shards import ArraySpec, TokenIndex, TokenWriter
+from blip3o_lit.tokens.storage import fit_int8
 
 EVA = ArraySpec("tokens", "float16", (17, 6), cls=True, grid=(4, 4), tower="eva-test")
 CLIP = ArraySpec("tokens", "float16", (17, 4), cls=True, grid=(4, 4), tower="clip-test")
@@ -37,4 +38,26 @@ def write_store(
             split = "train" if number < train else "validation"
             key = f"{number:06d}"
             writer.add(split, key, sample(number, arrays), f"caption {number}", f"image {number}")
+    return TokenIndex.load(folder)
+
+
+def int8_tokens(kind: str) -> np.ndarray:
+    """Return tokens `[40, 17, 32]` for which one kind of int8 scale is the better one."""
+    rng = np.random.default_rng(0)
+    out = rng.uniform(-1, 1, (40, 17, 32))
+    if kind == "token":
+        out *= np.geomspace(0.01, 1, 40)[:, None, None]
+    else:  # half of the channels are rarely other than 0, so most tokens hold some far outlier
+        out[..., ::2] = np.sign(out[..., ::2]) * (rng.random((40, 17, 16)) < 1 / 8)
+    out[:, 0] *= 50
+    return (out * np.geomspace(0.1, 30, 32)).astype(np.float32)
+
+
+def write_int8(folder: Path, value: np.ndarray) -> TokenIndex:
+    """Write a store whose conditions are int8 and whose targets are the same tokens in fp16."""
+    plain = ArraySpec("tokens", "float16", (17, 32), cls=True, grid=(4, 4))
+    spec, scale_KC = fit_int8(plain, value)
+    with TokenWriter(folder, {"eva": spec, "clip": plain}, 7, scales={"eva": scale_KC}) as writer:
+        for number, row in enumerate(value):
+            writer.add("train", f"{number:03d}", {"eva": row, "clip": row})
     return TokenIndex.load(folder)

@@ -25,8 +25,7 @@ from blip3o_lit.doctor import doctor
 from blip3o_lit.inspection.finding import Finding
 from blip3o_lit.inspection.numbers import HEADER
 from blip3o_lit.inspection.repair import repair
-from blip3o_lit.inspection.shard import file_hash
-from blip3o_lit.inspection.store import inspect
+from blip3o_lit.inspection.store import file_hash, inspect
 from blip3o_lit.tokens.index import ArraySpec, TokenIndex
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.shards import TokenWriter, pack_offsets, unpack_offsets

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.loader import TokenLoader, ValidationLoader, prefetch
 from blip3o_lit.tokens.order import SampleOrder
-from blip3o_lit.tokens.packed import PackedBatch
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.world import align_checkpoint, batch_plan
+from blip3o_lit.tokens.world import BatchPlan, align_checkpoint, batch_plan
 
 SAMPLES = 22
 BATCH = 8
@@ -137,32 +135,32 @@ def test_error_in_a_reader_thread_reaches_the_loop() -> None:
         next(batches)
 
 
-def test_the_order_is_computed_in_reader_threads(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    at, threads = SampleOrder.at, set()
+def test_the_order_is_computed_in_reader_threads(folder: Path) -> None:
+    threads = set()
 
-    def noted(self: SampleOrder, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        threads.add(threading.current_thread().name.partition("_")[0])
-        return at(self, position, count)
+    class Order(SampleOrder):
+        def at(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+            threads.add(threading.current_thread().name.partition("_")[0])
+            return super().at(position, count)
 
-    monkeypatch.setattr(SampleOrder, "at", noted)
-    assert len(list(loader(folder))) == 6
+    reader = TokenReader(TokenStore.open(folder), "train")
+    order = Order(0, reader.shard_sizes, 2)
+    assert len(list(TokenLoader(reader, order, batch_plan(BATCH, None, 1), 6))) == 6
     assert threads == {"tokens"}
 
 
-def test_a_batch_is_freed_before_a_thread_is_woken_for_another(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make, freed = TokenLoader._job, []
+def test_a_batch_is_freed_before_a_thread_is_woken_for_another(folder: Path) -> None:
+    freed: list[bool] = []
     last: list[weakref.ref[torch.Tensor]] = []
 
-    def noted(self: TokenLoader, number: int) -> Callable[[], PackedBatch]:
-        freed.extend(ref() is None for ref in last)
-        return make(self, number)
+    class Plan(BatchPlan):
+        def offset(self, rank: int, micro: int) -> int:  # asked for before a thread gets the job
+            freed.extend(ref() is None for ref in last)
+            return super().offset(rank, micro)
 
-    monkeypatch.setattr(TokenLoader, "_job", noted)
-    batches = iter(loader(folder, steps=8))
+    reader = TokenReader(TokenStore.open(folder), "train")
+    order = SampleOrder(0, reader.shard_sizes, 2)
+    batches = iter(TokenLoader(reader, order, Plan(BATCH, 1, BATCH), 8))
     for _ in range(8):
         last = [weakref.ref(next(batches)["target"])]
     assert freed == [True] * 4  # 3 jobs wait before the first batch, one is added with it

@@ -8,14 +8,13 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from small_store import write_store
-from test_storage import tokens, write
+from small_store import int8_tokens, write_int8, write_store
 
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.loader import Batch
-from blip3o_lit.tokens.packed import PackedTokens, restored
+from blip3o_lit.tokens.packed import PackedBatch, PackedTokens, restored
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.recode import recode
 from blip3o_lit.tokens.remote_store import RemoteStore
@@ -39,7 +38,7 @@ def by_numpy(folder: Path, stored: PackedTokens, first: int) -> np.ndarray:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["channel", "token"])
 def test_packed_tokens_restore_to_the_reader_s_bits(tmp_path: Path, kind: str, mode: str) -> None:
-    write(tmp_path, tokens(kind))
+    write_int8(tmp_path, int8_tokens(kind))
     reader = TokenReader(TokenStore.open(tmp_path), "train", mode=ModeConfig(mode))
     packed, plain = reader.read_packed(IDS), reader.read(IDS)
     stored = packed["condition"]
@@ -55,7 +54,7 @@ def test_packed_tokens_restore_to_the_reader_s_bits(tmp_path: Path, kind: str, m
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["channel", "token"])
 def test_streams_pack_the_same(tmp_path: Path, kind: str, mode: str) -> None:
-    write(tmp_path, tokens(kind))
+    write_int8(tmp_path, int8_tokens(kind))
     url = f"file://{tmp_path}"
     data = DataConfig(name="tokens", tokens=url)
     remote = StreamReader(RemoteStore(url), "train", data, ModeConfig(mode))
@@ -79,7 +78,7 @@ def test_pieces_give_the_bits_of_the_whole(by_token: bool) -> None:
 
 def test_all_that_travels_is_page_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU nothing can be pinned: what is asked for is recorded instead."""
-    write(tmp_path, tokens("token"))
+    write_int8(tmp_path, int8_tokens("token"))
     reader = TokenReader(TokenStore.open(tmp_path), "train", mode=ModeConfig("cls_patch"))
     asked: list[tuple[int, ...]] = []
     empty = torch.empty
@@ -144,9 +143,7 @@ def fit(data: TokenDataModule) -> Recorder:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_training_steps_are_those_of_tokens_restored_by_the_reader(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_steps_are_those_of_tokens_restored_by_the_reader(tmp_path: Path) -> None:
     write_store(tmp_path / "fp16")
     folder = tmp_path / "int8"
     recode(TokenStore.open(tmp_path / "fp16"), folder, "int8")
@@ -160,9 +157,16 @@ def test_training_steps_are_those_of_tokens_restored_by_the_reader(
     first = next(iter(handed_over.train_dataloader()))
     assert isinstance(first["condition"], PackedTokens)
     on_device = fit(handed_over)
-    read_packed = TokenReader.read_packed
-    monkeypatch.setattr(TokenReader, "read_packed", lambda *given: restored(read_packed(*given)))
-    in_reader = fit(data())
+
+    class Restoring(TokenReader):
+        def read_packed(self, ids: np.ndarray, pin: bool = False) -> PackedBatch:
+            return {**restored(super().read_packed(ids, pin))}
+
+    restoring = data()
+    restoring.open()
+    restoring.train = Restoring(TokenStore.open(folder), "train")
+    restoring.validation = Restoring(TokenStore.open(folder), "validation")
+    in_reader = fit(restoring)
     assert len(on_device.losses) == 3
     assert torch.equal(torch.stack(on_device.losses), torch.stack(in_reader.losses))
     assert len(on_device.batches) == len(in_reader.batches) == 3 + 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_store import write_store
+from small_store import int8_tokens, write_int8, write_store
 
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
@@ -15,39 +15,15 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.recode import recode
 from blip3o_lit.tokens.remote_store import RemoteStore
-from blip3o_lit.tokens.shards import ArraySpec, TokenIndex, TokenWriter
-from blip3o_lit.tokens.storage import fit_int8
 from blip3o_lit.tokens.stream import StreamReader
 
-SPEC = ArraySpec("tokens", "float16", (17, 32), cls=True, grid=(4, 4))
 CLS_PATCH = ModeConfig("cls_patch")
-
-
-def tokens(kind: str) -> np.ndarray:
-    """Tokens for which one kind of scale is the better one."""
-    rng = np.random.default_rng(0)
-    out = rng.uniform(-1, 1, (40, 17, 32))
-    if kind == "token":
-        out *= np.geomspace(0.01, 1, 40)[:, None, None]
-    else:  # half of the channels are rarely other than 0, so most tokens hold some far outlier
-        out[..., ::2] = np.sign(out[..., ::2]) * (rng.random((40, 17, 16)) < 1 / 8)
-    out[:, 0] *= 50
-    return (out * np.geomspace(0.1, 30, 32)).astype(np.float32)
-
-
-def write(folder: Path, value: np.ndarray) -> TokenIndex:
-    spec, scale_KC = fit_int8(SPEC, value)
-    other = ArraySpec("tokens", "float16", (17, 32), cls=True, grid=(4, 4))
-    with TokenWriter(folder, {"eva": spec, "clip": other}, 7, scales={"eva": scale_KC}) as writer:
-        for number, row in enumerate(value):
-            writer.add("train", f"{number:03d}", {"eva": row, "clip": row})
-    return TokenIndex.load(folder)
 
 
 @pytest.mark.parametrize("kind", ["channel", "token"])
 def test_the_better_scale_is_chosen_and_its_cost_is_true(tmp_path: Path, kind: str) -> None:
-    value = tokens(kind)
-    index = write(tmp_path, value)
+    value = int8_tokens(kind)
+    index = write_int8(tmp_path, value)
     spec = index.arrays["eva"]
     assert (spec.dtype, spec.scale) == ("int8", kind)
     assert ("eva_scale" in index.arrays) == (kind == "token")
@@ -60,8 +36,8 @@ def test_the_better_scale_is_chosen_and_its_cost_is_true(tmp_path: Path, kind: s
 
 
 def test_error_is_at_most_half_a_level(tmp_path: Path) -> None:
-    value = tokens("channel")
-    write(tmp_path, value)
+    value = int8_tokens("channel")
+    write_int8(tmp_path, value)
     reader = TokenReader(TokenStore.open(tmp_path), "train", mode=CLS_PATCH)
     back = reader.read(np.arange(40))["condition"].numpy().astype(np.float32)
     for rows in (slice(0, 1), slice(1, 17)):
@@ -71,7 +47,7 @@ def test_error_is_at_most_half_a_level(tmp_path: Path) -> None:
 
 
 def test_patches_alone_and_any_order(tmp_path: Path) -> None:
-    write(tmp_path, tokens("token"))
+    write_int8(tmp_path, int8_tokens("token"))
     store = TokenStore.open(tmp_path)
     whole = TokenReader(store, "train", mode=CLS_PATCH).read(np.arange(40))["condition"]
     ids = np.array([39, 3, 3, 17])
@@ -81,7 +57,7 @@ def test_patches_alone_and_any_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["channel", "token"])
 def test_streaming_gives_the_same(tmp_path: Path, kind: str) -> None:
-    write(tmp_path, tokens(kind))
+    write_int8(tmp_path, int8_tokens(kind))
     local = TokenReader(TokenStore.open(tmp_path), "train")
     url = f"file://{tmp_path}"
     data = DataConfig(name="tokens", tokens=url)
@@ -92,8 +68,8 @@ def test_streaming_gives_the_same(tmp_path: Path, kind: str) -> None:
 
 
 def test_missing_and_foreign_scales(tmp_path: Path) -> None:
-    write(tmp_path / "a", tokens("channel"))
-    write(tmp_path / "b", tokens("channel") * 2)
+    write_int8(tmp_path / "a", int8_tokens("channel"))
+    write_int8(tmp_path / "b", int8_tokens("channel") * 2)
     file = tmp_path / "a" / "scales.safetensors"
     file.write_bytes((tmp_path / "b" / "scales.safetensors").read_bytes())
     with pytest.raises(UserError, match="other scales for eva"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
 import io
@@ -9,16 +10,19 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_store import sample, write_store
 
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.config.remote import open_remote, read_whole
-from blip3o_lit.tokens import remote_shard, stream, tar
+from blip3o_lit.config.remote import open_remote, read_whole, resumed
+from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.remote_store import RemoteStore, is_url, open_url
@@ -35,17 +39,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def url(folder: Path) -> Iterator[str]:
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *args: object) -> None:
-            pass
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
-    handler = functools.partial(Quiet, directory=str(folder))
+
+@contextlib.contextmanager
+def serving(kind: type[http.server.SimpleHTTPRequestHandler], folder: Path) -> Iterator[str]:
+    handler = functools.partial(kind, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    with serving(Quiet, folder) as address:
+        yield address
 
 
 def reader(url: str, **options: int) -> StreamReader:
@@ -145,38 +156,55 @@ def test_other_schemes_are_refused(address: str) -> None:
         module.open()
 
 
-def test_a_broken_connection_is_resumed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = [sample["id"] for sample in reader(url).samples(1)]
-    breaks = iter([700, 3000, None])
+class Breaking(Quiet):
+    """Breaks the first answer with a shard after some bytes."""
 
-    class Breaking:
-        """A connection that breaks after some bytes."""
+    answers = 0
 
-        def __init__(self, address: str) -> None:
-            self.stream, self.left = open_url(address), next(breaks)
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        if not self.path.endswith(".tar"):
+            super().copyfile(source, outputfile)
+            return
+        Breaking.answers += 1
+        outputfile.write(source.read(3000 if Breaking.answers == 1 else -1))
+        self.close_connection = True
 
-        def __enter__(self) -> Breaking:
-            return self
 
-        def __exit__(self, *args: object) -> None:
-            self.stream.close()
+def test_a_shard_is_opened_again_after_a_broken_connection(folder: Path, url: str) -> None:
+    whole = list(reader(url).samples(1))
+    with serving(Breaking, folder) as address:
+        samples = list(reader(address).samples(1))
+    assert Breaking.answers == 2
+    assert [sample["id"] for sample in samples] == [sample["id"] for sample in whole]
+    for one, other in zip(samples, whole):
+        np.testing.assert_array_equal(one["eva"], other["eva"])
 
-        def read(self, size: int) -> bytes:
-            content = self.stream.read(size)
-            if self.left is not None:
-                self.left -= len(content)
-                if self.left < 0:
-                    raise ConnectionResetError("reset by peer")
-            return content
 
-    remote = reader(url)
-    monkeypatch.setattr(stream, "PAUSE", 0)
-    monkeypatch.setattr(remote_shard, "open_url", Breaking)
-    assert [sample["id"] for sample in remote.samples(1)] == whole
-    monkeypatch.setattr(stream, "ATTEMPTS", 1)
-    breaks = iter([700])
-    with pytest.raises(UserError, match=r"000001.tar can't be read \(reset by peer\)"):
-        list(remote.samples(1))
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 4), max_size=12), st.integers(0, 9))
+def test_nothing_is_lost_or_repeated_over_broken_connections(lengths: list[int], n: int) -> None:
+    """Each connection gives some items and breaks; three in a row without any end it."""
+    connections = iter(lengths)
+
+    def read(start: int) -> Iterator[int]:
+        yield from range(start, min(start + next(connections, n), n))
+        if start < n:
+            raise ConnectionResetError("reset by peer")
+
+    items: list[int] = []
+    end = ""
+    try:
+        items.extend(resumed(read, "https://host/a.tar", pauses=(0, 0)))
+    except UserError as error:
+        end = str(error)
+    assert end in ("", "https://host/a.tar can't be read (reset by peer): check the network")
+    assert items == list(range(len(items)))
+    assert end or len(items) == n
+
+
+def test_a_missing_file_is_not_asked_for_again(url: str) -> None:
+    with pytest.raises(UserError, match=r"none.tar can't be read \(it is not there\)"):
+        list(resumed(lambda _: iter([open_remote(f"{url}/none.tar")]), f"{url}/none.tar"))
 
 
 def test_missing_files_and_foreign_subsets(url: str) -> None:

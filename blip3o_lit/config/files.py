@@ -16,7 +16,7 @@ from blip3o_lit.config.errors import UserError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a name beside `path` to write to; what was written there then takes the place of `path`.
+    """Yield a name beside `path` to write to; what was written there takes the place of `path`.
 
     Missing folders are made. A failed write leaves the old file as it was, and nothing else. The
     file's mode is what the umask and the folder make it, whatever a library gives its files.
@@ -41,12 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_synced(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Write a file that is complete and on disk when this returns, or is not there at all.
-
-    Args:
-        path: The file; its folder exists.
-        content: All of it, or its pieces in order.
-    """
+    """Write a file that is complete and on disk when this returns, or is not there at all."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.writelines([content] if isinstance(content, bytes) else content)
         file.flush()
@@ -61,17 +56,18 @@ def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
         temporary.write_text(text + "\n", "utf-8")
 
 
-def check_format(path: Path, found: object, known: int) -> None:
+def check_format(path: Path, version: object, known: int) -> None:
     """Refuse a file of a format that this version does not know.
 
     Raises:
         UserError: That says whether the file is newer, or not of this project.
     """
-    if isinstance(found, bool) or not isinstance(found, int):
-        raise UserError(f"{path}: its format is {found!r}, not a number: it is damaged")
-    if found > known:
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise UserError(f"{path}: its format is {version!r}, not a number: it is damaged")
+    if version > known:
         raise UserError(
-            f"{path}: format {found} is newer than this version reads ({known}): update blip3o_lit"
+            f"{path}: format {version} is newer than this version reads ({known}): "
+            "update blip3o_lit"
         )
 
 
@@ -80,11 +76,7 @@ def claimed(folder: Path, key: str) -> Iterator[None]:
     """Make a folder and hold it, so that no other process writes into it at the same time.
 
     The claim ends with the process, however it ends. Where a file system has no locks, nothing is
-    claimed.
-
-    Args:
-        folder: The folder.
-        key: The override that chooses it.
+    claimed. `key` is the override that chooses the folder.
 
     Raises:
         UserError: If another process holds it, or it can't be made or written.

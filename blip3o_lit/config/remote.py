@@ -1,11 +1,20 @@
-"""Files behind an address, read once from front to back."""
+"""Files behind an address, read once from front to back; broken connections are opened again."""
 
 from __future__ import annotations
 
-from typing import BinaryIO
+import time
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, TypeVar
 
 import aiohttp
 import fsspec
+
+from blip3o_lit.config.errors import UserError
+
+SCHEMES = ("http", "https", "s3", "gs", "hf", "file")
+PAUSES = (1.0, 4.0, 16.0)
+"""Seconds before a broken connection is opened again; one more failure in a row ends it."""
+T = TypeVar("T")
 
 
 def open_remote(url: str) -> BinaryIO:
@@ -15,14 +24,21 @@ def open_remote(url: str) -> BinaryIO:
     then return less than was asked for. All others are read block by block.
 
     Raises:
-        OSError, ImportError: What fsspec raises for a missing file or driver.
+        UserError: On a scheme that is not listed, or a missing driver.
+        OSError: What fsspec raises for a missing file.
     """
-    if not url.startswith(("http://", "https://")):
-        return fsspec.open(url, "rb").open()  # type: ignore[union-attr, return-value]
-    patience = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=300)
-    system, path = fsspec.url_to_fs(url, client_kwargs={"timeout": patience})
-    options = {} if system.info(path).get("partial") else {"block_size": 0}
-    return system.open(path, "rb", **options)
+    scheme = url.partition(":")[0]
+    if scheme not in SCHEMES or "://" not in url or "::" in url:
+        raise UserError(f"{url}: {scheme}: is not read; use one of {', '.join(SCHEMES)}")
+    try:
+        if not scheme.startswith("http"):
+            return fsspec.open(url, "rb").open()  # type: ignore[union-attr, return-value]
+        patience = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=300)
+        system, path = fsspec.url_to_fs(url, client_kwargs={"timeout": patience})
+        options = {} if system.info(path).get("partial") else {"block_size": 0}
+        return system.open(path, "rb", **options)
+    except ImportError as error:
+        raise UserError(f"{url}: {error}") from error
 
 
 def read_whole(file: BinaryIO, size: int) -> bytes:
@@ -32,3 +48,30 @@ def read_whole(file: BinaryIO, size: int) -> bytes:
         parts.append(part)
         left -= len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def resumed(
+    read: Callable[[int], Iterator[T]],
+    url: str,
+    start: int = 0,
+    pauses: tuple[float, ...] = PAUSES,
+) -> Iterator[T]:
+    """Yield what `read(start)` yields; after a broken connection go on with `read(next item)`.
+
+    Raises:
+        UserError: If the file is not there, or several connections in a row break.
+    """
+    failures = 0
+    while True:
+        try:
+            for item in read(start):
+                start, failures = start + 1, 0
+                yield item
+            return
+        except FileNotFoundError as error:
+            raise UserError(f"{url} can't be read (it is not there): check the address") from error
+        except (OSError, aiohttp.ClientError) as error:
+            if failures == len(pauses):
+                raise UserError(f"{url} can't be read ({error}): check the network") from error
+            time.sleep(pauses[failures])
+            failures += 1

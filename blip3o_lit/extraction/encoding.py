@@ -16,12 +16,11 @@ from torch import Tensor
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.heads import Head
 from blip3o_lit.tokens.index import ArraySpec
-from blip3o_lit.tokens.mode import average
+from blip3o_lit.tokens.mode import GRID_64, average
 from blip3o_lit.towers.tower import Tower
 
 TEXT = "text"
 """Name of the caption embeddings' array."""
-GRID_64 = (8, 8)
 STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 

@@ -26,7 +26,6 @@ class Finding:
     """What to do about it; empty where all is well."""
 
     def __str__(self) -> str:
-        """Return the plain line."""
         fix = f" -> {self.fix}" if self.fix else ""
         return f"{self.level:<4}  {self.what}: {self.says}{fix}"
 

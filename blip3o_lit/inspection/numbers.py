@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blip3o_lit.inspection.finding import Finding
 from blip3o_lit.tokens.index import ArraySpec
-from blip3o_lit.tokens.statistics import TokenMoments
+from blip3o_lit.tokens.statistics import ChannelMoments, TokenMoments
 
 OUTLIER = 10.0
 """Channels whose spread is this many times the median channel's are named."""
@@ -21,76 +21,50 @@ NAMED = 5
 HEADER = ["array", "shape", "stored", "min", "max", "mean", "std", "token norm", "CLS norm"]
 
 
-class Norms:
-    """Running mean and standard deviation of token norms."""
-
-    def __init__(self) -> None:
-        """Start empty."""
-        self.count, self.total, self.squares, self.zeros = 0, 0.0, 0.0, 0
-
-    def add(self, norms: Tensor) -> None:
-        """Count a batch of norms."""
-        norms = norms.double()
-        self.count += norms.numel()
-        self.total += float(norms.sum())
-        self.squares += float(norms.square().sum())
-        self.zeros += int((norms == 0).sum())
-
-    def __str__(self) -> str:
-        """Return mean +- standard deviation."""
-        if not self.count:
-            return "-"
-        mean = self.total / self.count
-        spread = math.sqrt(max(self.squares / self.count - mean * mean, 0.0))
-        return f"{mean:.3f} +- {spread:.3f}"
-
-
 class ArrayNumbers:
     """Everything that is counted of one array."""
 
     def __init__(self, spec: ArraySpec) -> None:
-        """Start empty."""
         self.spec = spec
         self.moments: TokenMoments | None = None
-        self.patch_norms, self.cls_norms = Norms(), Norms()
+        self.norms: TokenMoments | None = None
+        self.zeros = 0
         self.low, self.high = math.inf, -math.inf
 
     def add(self, numbers: Tensor) -> None:
         """Count a batch `[B, N, C]` (or `[B, P]`) of finite fp32 numbers."""
-        tokens_BNC = numbers if numbers.ndim == 3 else numbers[:, None]  # noqa: PLR2004
+        tokens_BNC = numbers if numbers.ndim == 3 else numbers[:, None]
         self.low = min(self.low, float(tokens_BNC.min()))
         self.high = max(self.high, float(tokens_BNC.max()))
+        norms_BN1 = tokens_BNC.norm(dim=-1, keepdim=True)
+        self.zeros += int((norms_BN1 == 0).sum())
         moments = TokenMoments.of(tokens_BNC, self.spec.cls)
-        self.moments = moments if self.moments is None else self.moments.merge(moments)
-        norms_BN = tokens_BNC.norm(dim=-1)
-        if self.spec.cls:
-            self.cls_norms.add(norms_BN[:, 0])
-        self.patch_norms.add(norms_BN[:, int(self.spec.cls) :])
+        norms = TokenMoments.of(norms_BN1, self.spec.cls)
+        self.moments = self.moments.merge(moments) if self.moments else moments
+        self.norms = self.norms.merge(norms) if self.norms else norms
 
     def row(self, name: str) -> list[str]:
         """Return the figures of the table with `HEADER`."""
-        shape = "x".join(str(side) for side in self.spec.shape)
-        head = [name, shape, self.spec.dtype]
-        if self.moments is None:
+        head = [name, "x".join(str(side) for side in self.spec.shape), self.spec.dtype]
+        if self.moments is None or self.norms is None:
             return head + ["-"] * (len(HEADER) - len(head))
         patch = self.moments.patch
         mean = float(patch.mean_C.mean())
-        within = patch.m2_C / patch.count + patch.mean_C.square()
-        spread = math.sqrt(max(float(within.mean()) - mean * mean, 0.0))
-        figures = [f"{value:.4g}" for value in (self.low, self.high, mean, spread)]
-        return [*head, *figures, str(self.patch_norms), str(self.cls_norms)]
+        square = patch.m2_C / patch.count + patch.mean_C.square()
+        std = math.sqrt(max(float(square.mean()) - mean * mean, 0.0))
+        figures = [f"{value:.4g}" for value in (self.low, self.high, mean, std)]
+        return [*head, *figures, _mean_and_std(self.norms.patch), _mean_and_std(self.norms.cls)]
 
     def findings(self, name: str) -> Iterator[Finding]:
-        """Yield what is remarkable."""
-        zeros = self.patch_norms.zeros + self.cls_norms.zeros
-        if zeros:
-            says = f"{zeros} tokens of {name} are all zero: they have no cosine"
+        if self.moments is None or self.norms is None:
+            return
+        if self.zeros:
+            says = f"{self.zeros} tokens of {name} are all zero: they have no cosine"
             yield Finding("warn", "numbers", says, "look at their images")
         if self.spec.kind == "text":
-            if self.patch_norms.count and not 0.99 < self._mean_norm() < 1.01:  # noqa: PLR2004
-                yield Finding("warn", name, f"mean norm {self._mean_norm():.3f}, 1 is due")
-            return
-        if self.moments is None:
+            norm = float(self.norms.patch.mean_C)
+            if not 0.99 < norm < 1.01:
+                yield Finding("warn", name, f"mean norm {norm:.3f}, 1 is due")
             return
         patch = self.moments.patch
         std_C = (patch.m2_C / patch.count).clamp_min(0).sqrt()
@@ -108,5 +82,9 @@ class ArrayNumbers:
             says = f"none spreads over {OUTLIER:.0f} times the median channel"
         yield Finding("ok", f"channels of {name}", says)
 
-    def _mean_norm(self) -> float:
-        return self.patch_norms.total / self.patch_norms.count
+
+def _mean_and_std(norms: ChannelMoments | None) -> str:
+    if norms is None:
+        return "-"
+    std = math.sqrt(max(float(norms.m2_C) / norms.count, 0.0))
+    return f"{float(norms.mean_C):.3f} +- {std:.3f}"

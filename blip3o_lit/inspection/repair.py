@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import mmap
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import write_synced
-from blip3o_lit.inspection.shard import file_hash, open_shard, shard_problem
+from blip3o_lit.inspection.store import file_hash, shard_problem
 from blip3o_lit.progress import Work
 from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.index import STORED, ArraySpec, ShardEntry, TokenIndex
+from blip3o_lit.tokens.mapped_shard import map_tar, scan
+from blip3o_lit.tokens.mode import GRID_64
 from blip3o_lit.tokens.shards import pack_offsets
 from blip3o_lit.tokens.storage import SCALES_FILE, scale_array, scale_hash
 
@@ -33,7 +32,7 @@ class Repaired:
 
     index: TokenIndex
     lost: list[str]
-    """One line a shard that is not in the new index."""
+    """One line per shard that is not in the new index."""
     found: list[str]
     """Shards that the old index did not list."""
 
@@ -58,65 +57,53 @@ def repair(folder: Path) -> Repaired:
         }
         names = sorted(set(entries) | {path.name for path in folder.glob("*.tar")})
         lost: list[str] = []
-        kept: list[ShardEntry] = []
+        sound: list[ShardEntry] = []
         with Work("checking", len(names), "shards") as work:
             for name in names:
                 entry = entries.get(name)
                 try:
-                    problem = shard_problem(folder, entry) if entry else ""
-                    if problem:
-                        raise UserError(problem)
-                    kept.append(_sound(folder, name, entry, arrays))
+                    sound.append(_sound(folder, name, entry, arrays))
                 except UserError as error:
                     samples = f"{entry.samples} samples" if entry else "its samples"
                     lost.append(f"{name}: {samples} lost ({error})")
                 work.advance(1)
-        if not kept:
+        if not sound:
             raise UserError(f"{folder} has no sound shard: extract or convert again")
-        kept.sort(key=lambda shard: shard.file)
-        reduced, rule = data.get("reduced"), str(data.get("split_rule", ""))
-        if "reduced" not in data:
-            sizes = {spec.grid for spec in arrays.values() if spec.kind == "tokens"}
-            reduced = "grid_64" if sizes == {(8, 8)} else None
+        if "reduced" in data:
+            reduced = data["reduced"]
+        else:
+            grids = {spec.grid for spec in arrays.values() if spec.kind == "tokens"}
+            reduced = "grid_64" if grids == {GRID_64} else None
         rejects = data.get("rejects", 0)
-        index = TokenIndex(arrays, kept, reduced, rule, rejects if type(rejects) is int else 0)
+        rule = str(data.get("split_rule", ""))
+        index = TokenIndex(arrays, sound, reduced, rule, rejects if type(rejects) is int else 0)
         old = folder / "index.json"
         if old.exists():
             write_synced(folder / "index.json.before-repair", old.read_bytes())
         index.write(folder)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror}: mend it first") from error
-    return Repaired(index, lost, [shard.file for shard in kept if shard.file not in entries])
+    return Repaired(index, lost, [shard.file for shard in sound if shard.file not in entries])
 
 
 def _sound(
     folder: Path, name: str, entry: ShardEntry | None, arrays: dict[str, ArraySpec]
 ) -> ShardEntry:
-    """Check a shard's headers, write its offsets, and return its entry."""
-    found = SHARD.fullmatch(name)
-    if entry is None and not found:
+    """Check a shard, write its offsets, and return its entry."""
+    problem = shard_problem(folder, entry) if entry else ""
+    if problem:
+        raise UserError(problem)
+    parts = SHARD.fullmatch(name)
+    if parts is None:
         raise UserError(f"{name} is no name of a shard (<split>-NNNNNN.tar)")
+    path = folder / name
+    offsets = scan(map_tar(path), arrays, name, entry.samples if entry else None)
     if entry is None:
-        assert found is not None  # noqa: S101 (checked above)
-        path = folder / name
-        samples = _count(path)
         offsets_name = f"{name.removesuffix('.tar')}.idx"
         size = path.stat().st_size
-        entry = ShardEntry(name, offsets_name, found[1], samples, size, file_hash(path))
-    shard = open_shard(folder, entry, arrays)
-    write_synced(folder / entry.offsets, pack_offsets(shard.offsets, entry.sha256))
+        entry = ShardEntry(name, offsets_name, parts[1], len(offsets), size, file_hash(path))
+    write_synced(folder / entry.offsets, pack_offsets(offsets, entry.sha256))
     return entry
-
-
-def _count(path: Path) -> int:
-    """Return how many KEY.json a tar holds."""
-    with open(path, "rb") as file:
-        try:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:
-            raise UserError(f"{path.name} is empty") from None
-    with memoryview(data) as view:
-        return sum(member.suffix == "json" for member in tar.members(view, path.name))
 
 
 def _old_index(folder: Path) -> dict[str, Any]:
@@ -143,82 +130,72 @@ def _entry(data: Any) -> ShardEntry | None:
 def _arrays(folder: Path, data: dict[str, Any]) -> dict[str, ArraySpec]:
     """Return the arrays of the old index, else what the first readable shard's headers show."""
     try:
-        known = {str(k): ArraySpec.from_dict(k, v) for k, v in data["arrays"].items()}
+        listed = {str(k): ArraySpec.from_dict(k, v) for k, v in data["arrays"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
-        known = {}
-    if known:
-        return known
-    scales = _scale_hashes(folder)
+        listed = {}
+    if listed:
+        return listed
     for path in sorted(folder.glob("*.tar")):
         try:
-            with open(path, "rb") as file:
-                data_map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            with memoryview(data_map) as view:
-                found = _first_sample(view, path.name)
-        except (UserError, ValueError):
+            arrays = _first_sample(path)
+        except UserError:
             continue
-        if found:
-            return _described(folder, _with_scales(folder, found, scales))
+        if arrays:
+            return _described(folder, _with_scales(folder, arrays))
     raise UserError(f"{folder} has no index.json and no readable shard: extract or convert again")
 
 
-def _first_sample(view: memoryview, where: str) -> dict[str, ArraySpec]:
+def _first_sample(path: Path) -> dict[str, ArraySpec]:
     """Return the arrays of a tar's first sample; grids are taken to be square, scales left open.
 
     Raises:
-        ValueError: If a header is no plain npy header.
+        UserError: If a header is broken, or an array is none that a store can hold.
     """
     types = {stored: name for name, stored in STORED.items()}
     arrays: dict[str, ArraySpec] = {}
-    for member in tar.members(view, where):
-        if member.suffix == "json":
-            return arrays
-        name = member.suffix.removesuffix(".npy")
-        stream = io.BytesIO(bytes(view[member.offset : member.offset + tar.NPY_HEADER_LIMIT]))
-        np.lib.format.read_magic(stream)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-        stored = types.get(dtype.str, "")
-        if len(shape) == 1:
-            spec = ArraySpec("text", stored, shape)
-        else:
-            side = math.isqrt(shape[0])
-            cls = side * side == shape[0] - 1
-            spec = ArraySpec("tokens", stored, shape, cls=cls, grid=(side, side))
-        arrays[name] = spec if stored == "int8" else ArraySpec.from_dict(name, spec.to_dict())
+    with memoryview(map_tar(path)) as view:
+        for member in tar.members(view, path.name):
+            if member.suffix == "json":
+                return arrays
+            name = member.suffix.removesuffix(".npy")
+            start = bytes(view[member.offset : member.offset + tar.NPY_HEADER_LIMIT])
+            dtype, shape, _ = tar.read_npy_header(start, f"{path.name}: {member.name}")
+            stored = types.get(dtype, "")
+            if len(shape) == 1:
+                spec = ArraySpec("text", stored, shape)
+            else:
+                side = math.isqrt(shape[0]) if shape else 0
+                cls = len(shape) > 0 and side * side == shape[0] - 1
+                spec = ArraySpec("tokens", stored, shape, cls=cls, grid=(side, side))
+            arrays[name] = spec if stored == "int8" else ArraySpec.from_dict(name, spec.to_dict())
     return {}
 
 
-def _scale_hashes(folder: Path) -> dict[str, str]:
-    """Return the checksum of each array's channel scales; empty where the file is lost."""
-    try:
-        return {name: scale_hash(value) for name, value in load_file(folder / SCALES_FILE).items()}
-    except (OSError, SafetensorError):
-        return {}
-
-
-def _with_scales(
-    folder: Path, arrays: dict[str, ArraySpec], hashes: dict[str, str]
-) -> dict[str, ArraySpec]:
+def _with_scales(folder: Path, arrays: dict[str, ArraySpec]) -> dict[str, ArraySpec]:
     """Give int8 arrays their scales: by token where such an array lies beside them.
 
     Raises:
         UserError: If scales.safetensors is lost: without it int8 says nothing.
     """
-    found = dict(arrays)
+    try:
+        scales = load_file(folder / SCALES_FILE)
+    except (OSError, SafetensorError):
+        scales = {}
+    out = dict(arrays)
     for name, spec in arrays.items():
         if spec.dtype != "int8":
             continue
-        if name not in hashes:
+        if name not in scales:
             raise UserError(
                 f"{folder / SCALES_FILE} is missing or damaged, and {name} is int8: restore it, or "
                 "extract or convert again"
             )
         beside = arrays.get(scale_array(name))
         if beside is not None:
-            found[scale_array(name)] = replace(beside, kind="scale")
+            out[scale_array(name)] = replace(beside, kind="scale")
         scale = "channel" if beside is None else "token"
-        found[name] = replace(spec, scale=scale, scale_hash=hashes[name])
-    return found
+        out[name] = replace(spec, scale=scale, scale_hash=scale_hash(scales[name]))
+    return out
 
 
 def _described(folder: Path, arrays: dict[str, ArraySpec]) -> dict[str, ArraySpec]:
@@ -229,10 +206,9 @@ def _described(folder: Path, arrays: dict[str, ArraySpec]) -> dict[str, ArraySpe
         known = {name: ArraySpec.from_dict(name, entry) for name, entry in entries.items() if entry}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return arrays
-    formats = ("dtype", "scale", "scale_hash", "cosine")
-    return {
-        name: replace(known[name], **{key: getattr(spec, key) for key in formats})
-        if name in known and known[name].shape == spec.shape
-        else spec
-        for name, spec in arrays.items()
-    }
+    out = dict(arrays)
+    for name, spec in arrays.items():
+        if name in known and known[name].shape == spec.shape:
+            parts = ("dtype", "scale", "scale_hash", "cosine")
+            out[name] = replace(known[name], **{part: getattr(spec, part) for part in parts})
+    return out

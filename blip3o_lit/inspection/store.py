@@ -6,7 +6,7 @@ Shape suffixes: B samples, N tokens, C channels.
 from __future__ import annotations
 
 import hashlib
-import json
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.words import pasteable
 from blip3o_lit.inspection.finding import Finding
 from blip3o_lit.inspection.numbers import ArrayNumbers
-from blip3o_lit.inspection.shard import OpenShard, open_shard, shard_problem
 from blip3o_lit.progress import Work
 from blip3o_lit.tokens.classes import Classes
-from blip3o_lit.tokens.heads import Head
-from blip3o_lit.tokens.index import TokenIndex
+from blip3o_lit.tokens.heads import HEADS_FILE, Head
+from blip3o_lit.tokens.index import ShardEntry, TokenIndex, repair_command
+from blip3o_lit.tokens.mapped_shard import Shard
 from blip3o_lit.tokens.shards import unpack_offsets
 from blip3o_lit.tokens.storage import TORCH_TYPES, dequantise, finite, load_scales, scale_array
 
@@ -55,7 +54,6 @@ class Inspection:
             self.findings.append(Finding(level, what, says, fix))
 
     def run(self) -> None:
-        """Read every shard."""
         tokens = [name for name, spec in self.index.arrays.items() if spec.kind == "tokens"]
         self.condition = "eva" if "eva" in tokens else tokens[0] if tokens else ""
         self.numbers = {
@@ -69,15 +67,14 @@ class Inspection:
             self.note("fail", "scales", str(error))
             scales = {}
         self._scales = {name: torch.from_numpy(scale_NC) for name, scale_NC in scales.items()}
-        store = pasteable("tokens", self.folder)
-        repair = f"restore it, or python -m blip3o_lit.doctor {store} repair=true"
+        repair = f"restore it, or {repair_command(self.folder)}"
         with Work("reading", self.index.samples, "samples") as work:
             for entry in self.index.shards:
                 problem = shard_problem(self.folder, entry)
                 if problem:
                     self.note("fail", "shard", problem, repair)
                 try:
-                    shard = open_shard(self.folder, entry, self.index.arrays)
+                    shard = Shard.by_headers(self.folder, entry, self.index.arrays)
                     self.offsets(shard)
                     self.read(shard)
                 except UserError as error:
@@ -86,8 +83,7 @@ class Inspection:
                 work.advance(entry.samples)
         self.conclude()
 
-    def offsets(self, shard: OpenShard) -> None:
-        """Compare the .idx file with the tar's own headers."""
+    def offsets(self, shard: Shard) -> None:
         entry = shard.entry
         path = self.folder / entry.offsets
         fix = f"delete {path}: it is made again when first used"
@@ -101,15 +97,14 @@ class Inspection:
         elif not np.array_equal(known, shard.offsets):
             self.note("fail", "offsets", f"{entry.offsets} points to wrong places", fix)
 
-    def read(self, shard: OpenShard) -> None:
-        """Read all samples of one shard."""
+    def read(self, shard: Shard) -> None:
         for first in range(0, shard.entry.samples, READ_SAMPLES):
             batch = range(first, min(first + READ_SAMPLES, shard.entry.samples))
             sound = [sample for sample in batch if self.sample(shard, sample)]
             if sound:
                 stored = {
-                    name: np.stack([shard.stored(column, spec, sample) for sample in sound])
-                    for column, (name, spec) in enumerate(self.index.arrays.items())
+                    name: np.stack([shard.stored(name, spec, sample) for sample in sound])
+                    for name, spec in self.index.arrays.items()
                 }
                 for name, numbers in self.numbers.items():
                     values = self.values(name, stored)
@@ -128,7 +123,7 @@ class Inspection:
         token_BN = None if by_token is None else torch.from_numpy(by_token)
         return dequantise(tensor, self._scales[name], token_BN).float()
 
-    def sample(self, shard: OpenShard, sample: int) -> bool:
+    def sample(self, shard: Shard, sample: int) -> bool:
         """Check one sample's key, caption and content; False when a number is not finite."""
         key, file, split = shard.key(sample), shard.entry.file, shard.entry.split
         self.samples += 1
@@ -136,15 +131,12 @@ class Inspection:
         if before != file:
             self.note("warn", "duplicate key", f"{key} is in {before} and in {file}", "rename one")
         try:
-            metadata = json.loads(shard.metadata(sample))
-            self.captions += bool(metadata.get("caption"))
-        except (ValueError, AttributeError, RecursionError):
-            self.note(
-                "fail", "metadata", f"{key}.json in {file} is no JSON object", "extract again"
-            )
+            self.captions += bool(shard.metadata(sample).get("caption"))
+        except UserError as error:
+            self.note("fail", "metadata", str(error))
         sound = True
-        for column, (name, spec) in enumerate(self.index.arrays.items()):
-            stored = shard.stored(column, spec, sample)
+        for name, spec in self.index.arrays.items():
+            stored = shard.stored(name, spec, sample)
             if not finite(stored, spec.dtype):
                 sound = False
                 says = f"sample {key} in {file}: {name} holds NaN or infinity"
@@ -154,7 +146,6 @@ class Inspection:
         return sound
 
     def content(self, patches: np.ndarray, key: str, file: str, split: str) -> None:
-        """Compare a sample's condition tokens with all that were seen."""
         mark = digest(np.ascontiguousarray(patches).data)
         other_split, place = self._contents.setdefault(mark, (split, f"{key} in {file}"))
         if place == f"{key} in {file}":
@@ -181,15 +172,14 @@ class Inspection:
         if self.samples != index.samples:
             says = f"{self.samples:,} can be read, index.json promises {index.samples:,}"
             self.note("fail", "samples", says, "repair=true drops what is lost")
-        if len(index.splits) < 2:  # noqa: PLR2004
+        if len(index.splits) < 2:
             self.note("warn", "splits", f"only {', '.join(index.splits)}", "evaluation needs two")
         self.findings += [*self.heads(), *self.classes(), *self.summary()]
         for name, numbers in self.numbers.items():
             self.findings += numbers.findings(name)
 
     def heads(self) -> Iterator[Finding]:
-        """Check heads.safetensors, where there is one."""
-        if not (self.folder / "heads.safetensors").is_file():
+        if not (self.folder / HEADS_FILE).is_file():
             return
         for name, spec in self.index.arrays.items():
             if spec.kind != "tokens":
@@ -207,7 +197,6 @@ class Inspection:
                 yield Finding("fail", f"head of {name}", says, "extract again")
 
     def classes(self) -> Iterator[Finding]:
-        """Check classes.safetensors, where there is one."""
         try:
             classes = Classes.load(self.folder)
         except UserError as error:
@@ -218,11 +207,10 @@ class Inspection:
             yield Finding("ok", "classes", says)
 
     def summary(self) -> Iterator[Finding]:
-        """Yield what the store holds."""
         index, total = self.index, sum(shard.bytes for shard in self.index.shards)
         splits = ", ".join(f"{count:,} {split}" for split, count in index.splits.items())
         yield Finding("ok", "samples", f"{index.samples:,} ({splits}), {index.rejects} rejected")
-        size = f"{total / 1e9:.3f} GB, {total / index.samples / 1e6:.3f} MB a sample"
+        size = f"{total / 1e9:.3f} GB, {total / index.samples / 1e6:.3f} MB per sample"
         yield Finding("ok", "size", f"{len(index.shards)} shards, {size}")
         share = self.captions / max(self.samples, 1)
         yield Finding("ok", "captions", f"{share:.1%} of the samples have one")
@@ -232,6 +220,28 @@ class Inspection:
                 cost = "not recorded" if spec.cosine is None else f"{spec.cosine:.6f}"
                 says = f"int8 with {spec.scale} scales, mean cosine to the true tokens {cost}"
                 yield Finding("ok", f"storage of {name}", says)
+
+
+def shard_problem(folder: Path, entry: ShardEntry) -> str:
+    """Compare a tar's size and checksum with the index; empty when both are right."""
+    path = folder / entry.file
+    try:
+        facts = path.stat()
+    except OSError as error:
+        return f"{entry.file} ({entry.samples} samples) can't be read: {error.strerror}"
+    if not stat.S_ISREG(facts.st_mode):
+        return f"{entry.file} is no regular file"
+    if facts.st_size != entry.bytes:
+        return f"{entry.file} has {facts.st_size} bytes, index.json promises {entry.bytes}"
+    if file_hash(path) != entry.sha256:
+        return f"{entry.file} has another sha256 than index.json says: its content changed"
+    return ""
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(content: bytes | memoryview) -> bytes:

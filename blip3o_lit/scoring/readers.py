@@ -11,8 +11,8 @@ from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
 from blip3o_lit.loading import Loaded
 from blip3o_lit.token_source import token_store
 from blip3o_lit.tokens.classes import CLASSES_FILE
+from blip3o_lit.tokens.heads import HEADS_FILE
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.recode import HEADS_FILE
 from blip3o_lit.tokens.remote_store import RemoteStore, is_url
 
 

@@ -28,7 +28,6 @@ class Classes:
     """The encoder whose text side made them."""
 
     def content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return tensors and metadata of classes.safetensors."""
         return {"text": self.text_KP}, {"classes": json.dumps(self.names), "tower": self.tower}
 
     @classmethod

@@ -58,8 +58,8 @@ class TokenDataModule(pl.LightningDataModule):
             mode: The view of the stored tokens.
             store: Folder or URL of the token store.
             seed: Seed of the sample order.
-            batch_size: Samples of an optimizer step, over all processes.
-            micro_batch_size: Samples of a forward pass; None: a process's whole share.
+            batch_size: Samples per optimizer step, over all processes.
+            micro_batch_size: Samples per forward pass; None: a process's whole share.
             steps: Optimizer steps of the run; `steps_for` sets it too.
             validation_images: Upper limit on validation images, beside data.validation_subset.
         """
@@ -120,7 +120,6 @@ class TokenDataModule(pl.LightningDataModule):
         return batch_plan(self.batch_size, micro_batch_size, world_size).accumulation
 
     def setup(self, stage: str) -> None:
-        """Open the store where nobody has yet; called by Lightning on every process."""
         if not hasattr(self, "shape"):
             self.open()
 

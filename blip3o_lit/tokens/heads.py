@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from blip3o_lit.config.errors import UserError
 
+HEADS_FILE = "heads.safetensors"
 NORMS = ("layer", "rms", "none")
 
 
@@ -40,7 +41,6 @@ class Head(nn.Module):
 
     @property
     def width(self) -> int:
-        """Channels P of a projected token."""
         return self.projection_CP.shape[1]
 
     def forward(self, tokens_BNC: Tensor) -> Tensor:
@@ -57,19 +57,15 @@ class Head(nn.Module):
 
     @classmethod
     def load(cls, path: Path | str, array: str, normed: bool = False) -> Head:
-        """Read the head of one array from a store or a heads.safetensors file.
+        """Read the head of one array from a store's folder or a heads.safetensors file.
 
-        Args:
-            path: The store's folder, or the file itself.
-            array: The array's name in the index, for example `clip`.
-            normed: Whether stored tokens have the final norm already, so that only the
-                projection is left to do.
+        Where stored tokens are `normed` already, only the projection is left to do.
 
         Raises:
             UserError: If there is no such file, or no projection for this array in it.
         """
         file = Path(path)
-        file = file / "heads.safetensors" if file.is_dir() else file
+        file = file / HEADS_FILE if file.is_dir() else file
         if not file.is_file():
             raise UserError(
                 f"{file} is missing, so {array} tokens can't be projected: "

@@ -23,7 +23,7 @@ KINDS = ("tokens", "text", "scale")
 STORED = {"float16": "<f2", "bfloat16": "<i2", "float32": "<f4", "int8": "|i1"}
 """Types in index.json and in the npy files; npy knows no bfloat16, so its bits go in as int16."""
 SCALES = ("channel", "token")
-SAFE_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_\-.]*").fullmatch
+SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*").fullmatch
 SHA256 = re.compile(r"[0-9a-f]{64}").fullmatch
 
 
@@ -70,11 +70,9 @@ class ArraySpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one sample's numbers."""
         return int(np.prod(self.shape)) * np.dtype(self.stored).itemsize
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry of index.json."""
         out = asdict(self)
         out["shape"], out["grid"] = list(self.shape), list(self.grid)
         if self.kind != "tokens":
@@ -137,7 +135,6 @@ class TokenIndex:
 
     @property
     def splits(self) -> dict[str, int]:
-        """Samples of each split."""
         counts: dict[str, int] = {}
         for shard in self.shards:
             counts[shard.split] = counts.get(shard.split, 0) + shard.samples
@@ -158,7 +155,6 @@ class TokenIndex:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of index.json."""
         return {
             "schema": SCHEMA,
             "samples": self.samples,
@@ -172,7 +168,6 @@ class TokenIndex:
         }
 
     def write(self, folder: Path) -> None:
-        """Write index.json into `folder`, through a temporary name."""
         write_synced(folder / "index.json", json.dumps(self.to_dict(), indent=1).encode())
 
     @classmethod
@@ -221,12 +216,11 @@ class TokenIndex:
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"{where} is damaged ({type(error).__name__}: {error}): "
-                f"python -m blip3o_lit.doctor {pasteable('tokens', Path(where).parent)} repair=true"
+                f"{repair_command(Path(where).parent)}"
             ) from error
         return index
 
     def _check(self, data: dict[str, Any], where: str) -> None:
-        """Refuse unsafe names and counts that don't add up."""
         if not self.arrays or not self.shards:
             raise UserError("no arrays or no shards: extract or convert again")
         if self.reduced is not None:
@@ -246,8 +240,13 @@ class TokenIndex:
         if data["splits"] != self.splits or data["samples"] != self.samples:
             raise UserError(
                 "the counts of samples, splits and shards disagree: "
-                f"python -m blip3o_lit.doctor {pasteable('tokens', Path(where).parent)} repair=true"
+                f"{repair_command(Path(where).parent)}"
             )
+
+
+def repair_command(folder: Path) -> str:
+    """Return the command that writes a store's index and offsets again."""
+    return f"python -m blip3o_lit.doctor {pasteable('tokens', folder)} repair=true"
 
 
 def check_array_name(name: str) -> None:

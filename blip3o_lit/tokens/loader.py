@@ -34,7 +34,7 @@ def prefetch(jobs: Iterable[Callable[[], T]], threads: int) -> Iterator[T]:
     """Run jobs ahead in threads and yield their results in order.
 
     At most `threads + 1` finished or running results wait. Copying tokens releases the interpreter
-    lock, so threads do; handing 20 MB batches between processes costs 7 times as much.
+    lock, so threads do.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="tokens")
     source = iter(jobs)
@@ -49,7 +49,49 @@ def prefetch(jobs: Iterable[Callable[[], T]], threads: int) -> Iterator[T]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-class TokenLoader:
+class TrainingLoader:
+    """Where a run of `steps` optimizer steps is in its data: what both training loaders share."""
+
+    def __init__(self, plan: BatchPlan, steps: int, rank: int) -> None:
+        self.plan, self.steps, self.rank = plan, steps, rank
+        self._start_step, self._start_samples, self._taken = 0, 0, 0
+
+    def __len__(self) -> int:
+        """Micro-batches of the whole run, those before a resume included (Lightning counts on)."""
+        return self.steps * self.plan.accumulation
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches from the starting point on."""
+        return (self.steps - self._start_step) * self.plan.accumulation
+
+    def counted(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        """Yield the batches, counting those that the training loop takes."""
+        self._taken = 0
+        for batch in batches:
+            self._taken += 1
+            yield batch
+            del batch  # Freeing lets go of the interpreter: do it before a thread is woken.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in global samples after the last whole step, equal on every rank.
+
+        Micro-batches of an unfinished step don't count: their gradients are not in a checkpoint.
+        """
+        steps = self._taken // self.plan.accumulation
+        return {
+            "samples": self._start_samples + steps * self.plan.batch_size,
+            "steps": self._start_step + steps,
+            "batch_size": self.plan.batch_size,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the samples of `state`; world size and batch size may differ."""
+        self._start_step, self._start_samples = state["steps"], state["samples"]
+        self._taken = 0
+
+
+class TokenLoader(TrainingLoader):
     """Training micro-batches of one rank, for a whole run."""
 
     def __init__(
@@ -62,28 +104,14 @@ class TokenLoader:
         threads: int = 2,
         pin: bool = False,
     ) -> None:
-        """Prepare `steps` optimizer steps; nothing is read yet.
+        """Prepare `steps` optimizer steps, counted from the run's start; nothing is read yet.
 
-        Args:
-            reader: The training split.
-            order: Sample ids by global position.
-            plan: The cut of a global batch.
-            steps: Optimizer steps of the run, counted from its very start.
-            rank: This process.
-            threads: Reader threads.
-            pin: Read into page-locked memory.
+        With `pin` batches are read into page-locked memory.
         """
-        self.reader, self.order, self.plan, self.steps = reader, order, plan, steps
-        self.rank, self.threads, self.pin = rank, threads, pin
-        self._start_step, self._start_samples = 0, 0
-        self._taken = 0
-
-    def __len__(self) -> int:
-        """Micro-batches of the whole run, those before a resume included (Lightning counts on)."""
-        return self.steps * self.plan.accumulation
+        super().__init__(plan, steps, rank)
+        self.reader, self.order, self.threads, self.pin = reader, order, threads, pin
 
     def _job(self, number: int) -> Callable[[], PackedBatch]:
-        """Return the function that reads the `number`-th micro-batch from the starting point."""
         step, micro = divmod(number, self.plan.accumulation)
         position = self._start_samples + step * self.plan.batch_size
         position += self.plan.offset(self.rank, micro)
@@ -97,27 +125,13 @@ class TokenLoader:
         return job
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Yield the micro-batches from the starting point (0, or the loaded state) on."""
-        self._taken = 0
-        count = (self.steps - self._start_step) * self.plan.accumulation
-        for batch in prefetch((self._job(i) for i in range(count)), self.threads):
-            self._taken += 1
-            yield batch
-            del batch  # Freeing lets go of the interpreter: do it before a thread is woken.
+        jobs = (self._job(number) for number in range(self.micro_batches))
+        yield from self.counted(prefetch(jobs, self.threads))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position after the last whole step, equal on every rank.
-
-        Micro-batches of an unfinished step don't count: their gradients are not in a checkpoint.
-        """
-        steps = self._taken // self.plan.accumulation
-        return {
-            "samples": self._start_samples + steps * self.plan.batch_size,
-            "steps": self._start_step + steps,
-            "batch_size": self.plan.batch_size,
-            "seed": self.order.seed,
-            "data": self.reader.content_hash,
-        }
+        """Return the position, and what must be the same when the run goes on."""
+        same = {"seed": self.order.seed, "data": self.reader.content_hash}
+        return super().state_dict() | same
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the samples of `state`; world size and batch size may differ.
@@ -135,8 +149,7 @@ class TokenLoader:
                 "the checkpoint was trained on other data (store, mode, condition, target or "
                 "subset): resume with the same data and mode, or start a new run"
             )
-        self._start_step, self._start_samples = state["steps"], state["samples"]
-        self._taken = 0
+        super().load_state_dict(state)
 
 
 class ValidationLoader:
@@ -154,13 +167,12 @@ class ValidationLoader:
         threads: int = 2,
         pin: bool = False,
     ) -> None:
-        """Read `reader` in batches of `batch_size` a rank, cut down where the split is small."""
+        """Read `reader` in batches of `batch_size` per rank, cut down where the split is small."""
         self.reader, self.rank, self.world_size = reader, rank, world_size
         self.batch_size = min(batch_size, -(-len(reader) // world_size))
         self.threads, self.pin = threads, pin
 
     def __len__(self) -> int:
-        """Batches of each rank."""
         return -(-len(self.reader) // (self.batch_size * self.world_size))
 
     def _job(self, number: int) -> Callable[[], PackedBatch]:
@@ -178,5 +190,4 @@ class ValidationLoader:
         return job
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Yield the batches of this rank."""
         yield from prefetch((self._job(i) for i in range(len(self))), self.threads)

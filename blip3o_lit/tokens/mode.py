@@ -20,7 +20,7 @@ from blip3o_lit.tokens.index import ArraySpec, TokenIndex
 GRID_64 = (8, 8)
 """The seeds' reduced grid."""
 CHUNK = 16
-"""Samples projected at a time: 16 x 256 x 4096 in fp32 are 64 MiB."""
+"""Samples projected at a time, to spare memory."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,9 @@ def view_of(
     reduced: str | None,
     load_head: Callable[[str], Head],
 ) -> View:
-    """Return the view that `mode` has of an array.
+    """Return the view that `mode` has of an array; `reduced` is that of the index.
 
-    Args:
-        array: The array's name, for messages and for its head.
-        spec: Its entry in the index.
-        mode: The mode in use.
-        reduced: `reduced` of the index.
-        load_head: Called with the array's name when a projection is needed.
+    `load_head` is called with the array's name when a projection is needed.
 
     Raises:
         UserError: If the store can't give this view; the message names a mode that it can.
@@ -93,7 +88,15 @@ def view_of(
         raise UserError(
             f"mode=cls_patch needs a CLS token, which array {array} lacks: use mode=patch_only"
         )
-    head = _head(array, spec, mode, reduced, load_head)
+    head = None
+    # A reduced store has one view: its tokens as they are.
+    if not reduced and mode.projected != spec.projected:
+        if spec.projected:
+            raise UserError(
+                f"{array} tokens are stored projected, so mode.projected=false has nothing to "
+                "read: set mode.projected=true"
+            )
+        head = load_head(array)
     width = head.width if head else spec.shape[1]
     keeps_cls = mode.name == "cls_patch"
     grid, pool = spec.grid, (1, 1)
@@ -128,21 +131,3 @@ def pair_of_views(
         side: view_of(array, index.arrays[array], mode, index.reduced, load_head)
         for side, array in (("condition", condition), ("target", target))
     }
-
-
-def _head(
-    array: str,
-    spec: ArraySpec,
-    mode: ModeConfig,
-    reduced: str | None,
-    load_head: Callable[[str], Head],
-) -> Head | None:
-    """Return the head to apply, or None where tokens are taken as stored."""
-    if reduced or mode.projected == spec.projected:
-        return None  # A reduced store has one view: its tokens as they are.
-    if spec.projected:
-        raise UserError(
-            f"{array} tokens are stored projected, so mode.projected=false has nothing to read: "
-            "set mode.projected=true"
-        )
-    return load_head(array)

@@ -21,16 +21,14 @@ class PackedTokens:
     stored_BNC: Tensor
     scale_KC: Tensor
     token_BN: Tensor | None
-    """A scale a token, where the store has them."""
+    """One scale per token, where the store has them."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedTokens:
-        """Copy tokens and scales to a device."""
-        token_BN = self.token_BN
-        return PackedTokens(
-            self.stored_BNC.to(device, non_blocking=non_blocking),
-            self.scale_KC.to(device, non_blocking=non_blocking),
-            None if token_BN is None else token_BN.to(device, non_blocking=non_blocking),
-        )
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        token_BN = None if self.token_BN is None else copy(self.token_BN)
+        return PackedTokens(copy(self.stored_BNC), copy(self.scale_KC), token_BN)
 
     def restore(self) -> Tensor:
         """Return the tokens `[B, N, C]` in fp16, on their device."""
@@ -56,10 +54,7 @@ def on_device(batch: PackedBatch, device: torch.device) -> dict[str, Tensor]:
 
     Ids and epochs stay on the CPU, where seeds are mixed.
     """
-    stays = ("sample", "epoch")
-    return restored(
-        {
-            key: value if key in stays else value.to(device, non_blocking=True)
-            for key, value in batch.items()
-        }
-    )
+    out = dict(batch)
+    for key in batch.keys() - {"sample", "epoch"}:
+        out[key] = batch[key].to(device, non_blocking=True)
+    return restored(out)

@@ -47,22 +47,18 @@ class TokenStore:
     """A local token store: its index, its shards as they are needed, and its heads."""
 
     def __init__(self, path: Path, index: TokenIndex, verify: str = "size") -> None:
-        """Wrap a loaded index; `TokenStore.open` is the usual way in."""
         self.path, self.index, self.verify = path, index, verify
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._verified: set[int] = set()
         self._lock = threading.Lock()
-        self._columns = {name: column for column, name in enumerate(index.arrays)}
-        self._finite: dict[tuple[int, str], np.ndarray] = {}
+        self._finite: dict[tuple[int, str], bytearray] = {}
         self._scales: dict[str, np.ndarray] | None = None
 
     @classmethod
     def open(cls, path: Path | str, verify: str = "size") -> TokenStore:
         """Load the index of a folder.
 
-        Args:
-            path: The folder with index.json.
-            verify: `size` checks each shard's size when it is first used, `full` its sha256 too.
+        `verify="size"` checks a shard's size when it is first used, `full` its sha256 too.
 
         Raises:
             UserError: If there is no readable store.
@@ -75,7 +71,8 @@ class TokenStore:
             shard = self._shards.get(number)
             if shard is None:
                 verify = "size" if number in self._verified else self.verify
-                shard = Shard(self.path, self.index.shards[number], self.index, verify)
+                entry = self.index.shards[number]
+                shard = Shard.open(self.path, entry, self.index.arrays, verify)
                 self._verified.add(number)
                 self._shards[number] = shard
                 if len(self._shards) > OPEN_SHARDS:
@@ -85,16 +82,7 @@ class TokenStore:
             return shard
 
     def stored(self, located: list[Place], array: str, first: int = 0, pin: bool = False) -> Tensor:
-        """Copy one array of some samples as it is stored, from row `first` on, into one tensor.
-
-        Args:
-            located: Where the samples are.
-            array: Name of the array.
-            first: First row that is taken.
-            pin: Use page-locked memory.
-
-        Returns:
-            `[B, N, C]`, int8 included.
+        """Copy an array of some samples as it is stored, from row `first` on: `[B, N, C]`.
 
         Raises:
             UserError: If a stored number is not finite; each sample is checked on its first read.
@@ -104,23 +92,20 @@ class TokenStore:
         shape = (len(located), spec.shape[0] - first, *spec.shape[1:])
         out = torch.empty(shape, dtype=dtype, pin_memory=pin)
         flat = (out.view(torch.int16) if dtype == torch.bfloat16 else out).numpy()
-        column, end = self._columns[array], spec.nbytes
+        end = spec.nbytes
         start = end // spec.shape[0] * first
         content = out.view(-1).view(torch.uint8).view(len(located), end - start).numpy()
         for i, place in enumerate(located):
-            np.copyto(content[i], place.shard.content(column, place.sample, start, end))
-            known = self._finite.get((place.number, array))
-            if known is None:
-                known = np.zeros(place.shard.entry.samples, bool)
-                self._finite[place.number, array] = known
-            if not known[place.sample]:
-                if not finite(flat[i], spec.dtype):
-                    raise UserError(
-                        f"sample {place.shard.key(place.sample)} in "
-                        f"{self.path / place.shard.entry.file}: {array} holds NaN or infinity; "
-                        "extract it again or drop it (doctor lists all)"
-                    )
-                known[place.sample] = True
+            np.copyto(content[i], place.shard.content(array, place.sample, start, end))
+            unread = bytearray(place.shard.entry.samples)
+            known = self._finite.setdefault((place.number, array), unread)
+            if not known[place.sample] and not finite(flat[i], spec.dtype):
+                raise UserError(
+                    f"sample {place.shard.key(place.sample)} in "
+                    f"{self.path / place.shard.entry.file}: {array} holds NaN or infinity; "
+                    "extract it again or drop it (doctor lists all)"
+                )
+            known[place.sample] = True
         return out
 
     def packed(
@@ -144,7 +129,6 @@ class TokenStore:
         return tokens.restore() if isinstance(tokens, PackedTokens) else tokens
 
     def head(self, array: str) -> Head:
-        """Return the norm and projection of an array's tower."""
         return Head.load(self.path, array, self.index.arrays[array].normed)
 
 
@@ -175,14 +159,8 @@ class TokenReader:
     ) -> None:
         """Choose the split's shards and the view of both arrays; opens no shard.
 
-        Args:
-            store: The open store.
-            split: For example `train`.
-            condition: Name of the array that conditions the flow.
-            target: Name of the array that the flow generates.
-            mode: The view; patch_only when left out.
-            max_shards: Read only so many shards.
-            limit: Read only so many samples.
+        `condition` and `target` are names of arrays. The mode is patch_only when left out; at most
+        `max_shards` shards and `limit` samples are read.
 
         Raises:
             UserError: If the store has no such split or array, or can't give the view.
@@ -196,14 +174,13 @@ class TokenReader:
         numbers = [i for i, shard in enumerate(index.shards) if shard.split == split][:max_shards]
         ends = np.cumsum([index.shards[i].samples for i in numbers])
         total = int(ends[-1]) if limit is None else min(limit, int(ends[-1]))
-        kept = int(np.searchsorted(ends, total)) + 1
-        self._numbers = np.array(numbers[:kept])
-        self._starts = np.concatenate([[0], ends[: kept - 1]])
+        count = int(np.searchsorted(ends, total)) + 1
+        self._numbers = np.array(numbers[:count])
+        self._starts = np.concatenate([[0], ends[: count - 1]])
         self.shard_sizes = np.diff(np.append(self._starts, total))
         self._total, self._limits = total, (max_shards, limit)
 
     def __len__(self) -> int:
-        """Samples in reach."""
         return self._total
 
     @property
@@ -218,7 +195,6 @@ class TokenReader:
         return view_hash(self.store.index, self.split, sides, self.mode, self._limits)
 
     def _locate(self, ids: np.ndarray) -> list[Place]:
-        """Return where each id is."""
         ids = np.asarray(ids, np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < self._total:
             raise IndexError(f"sample ids must be in 0..{self._total - 1}")
@@ -237,13 +213,9 @@ class TokenReader:
     def read_packed(self, ids: np.ndarray, pin: bool = False) -> PackedBatch:
         """Read a batch whose int8 tokens are restored later, on the device.
 
-        Args:
-            ids: `[B]` int64 sample ids, in any order, repeats allowed.
-            pin: Put the result into page-locked memory, for copies to a GPU.
-
-        Returns:
-            `condition` `[B, N, C]` and `target` `[B, N, D]`: as stored, fp32 when the mode
-            averages or projects.
+        Ids `[B]` come in any order, repeats allowed. `condition` `[B, N, C]` and `target`
+        `[B, N, D]` are as stored, or fp32 when the mode averages or projects; with `pin` they lie
+        in page-locked memory.
 
         Raises:
             UserError: If a shard is damaged, or a token is not finite.
@@ -266,13 +238,10 @@ class TokenReader:
         return self.store.gather(self._locate(ids), self._text).float()
 
     def metadata(self, ids: np.ndarray) -> list[dict[str, Any]]:
-        """Return each sample's KEY.json."""
         return [place.shard.metadata(place.sample) for place in self._locate(ids)]
 
     def captions(self, ids: np.ndarray) -> list[str]:
-        """Return each sample's caption."""
         return [str(item.get("caption", "")) for item in self.metadata(ids)]
 
     def keys(self, ids: np.ndarray) -> list[str]:
-        """Return each sample's key."""
         return [place.shard.key(place.sample) for place in self._locate(ids)]

@@ -13,17 +13,11 @@ import numpy as np
 
 from blip3o_lit.config.errors import one_of
 from blip3o_lit.tokens.classes import CLASSES_FILE
+from blip3o_lit.tokens.heads import HEADS_FILE
 from blip3o_lit.tokens.index import STORED, ArraySpec, ShardEntry, TokenIndex
 from blip3o_lit.tokens.reader import Place, TokenStore
 from blip3o_lit.tokens.shards import ShardWriter
-from blip3o_lit.tokens.storage import (
-    fit_int8,
-    load_scales,
-    save_scales,
-    with_token_scales,
-)
-
-HEADS_FILE = "heads.safetensors"
+from blip3o_lit.tokens.storage import fit_int8, load_scales, save_scales, with_token_scales
 
 
 def first_pass(store: TokenStore, array: str, images: int) -> np.ndarray:
@@ -39,16 +33,10 @@ def first_pass(store: TokenStore, array: str, images: int) -> np.ndarray:
 
 
 def recode(store: TokenStore, out: Path, storage: str, images: int = 256) -> TokenIndex:
-    """Write a store again with its tokens in another format; captions' embeddings stay.
+    """Write a store to `out` with its tokens in another format; captions' embeddings stay.
 
-    Args:
-        store: The store to copy.
-        out: Folder of the new one.
-        storage: float16, bfloat16, float32 or int8.
-        images: Samples of the first pass that fixes int8's scales.
-
-    Returns:
-        The new index; int8 arrays name their measured cosine to the old tokens in it.
+    Scales of int8 come from a first pass over about `images` samples; the new index names the
+    cosine to the old tokens that was measured there.
 
     Raises:
         UserError: On an unknown format, damaged shards, or numbers that don't fit.
@@ -66,7 +54,7 @@ def recode(store: TokenStore, out: Path, storage: str, images: int = 256) -> Tok
                 arrays[name] = replace(plain, dtype=storage)
         elif spec.kind == "text":
             arrays[name] = spec
-    kept = list(arrays)
+    names = list(arrays)
     arrays = with_token_scales(arrays)
     if scales:
         save_scales(out, scales)
@@ -78,7 +66,7 @@ def recode(store: TokenStore, out: Path, storage: str, images: int = 256) -> Tok
         shard = store.shard(number)
         for sample in range(entry.samples):
             place = [Place(shard, number, sample)]
-            values = {array: store.gather(place, array)[0].float().numpy() for array in kept}
+            values = {array: store.gather(place, array)[0].float().numpy() for array in names}
             writer.add(shard.key(sample), values, shard.metadata(sample))
         entries.append(writer.close())
     for name in (HEADS_FILE, CLASSES_FILE):

@@ -1,23 +1,29 @@
-"""A token store behind a URL: its index, heads and validation shards, which are downloaded once."""
+"""A token store behind a URL: small files and validation shards are downloaded once, others read.
+
+A shard is read from front to back; its members are checked against the index and read as plain
+numbers, never decoded by file type.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import fsspec
+import numpy as np
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import write_synced
 from blip3o_lit.config.home import home
-from blip3o_lit.config.remote import open_remote
-from blip3o_lit.tokens.heads import Head
+from blip3o_lit.config.remote import open_remote, read_whole
+from blip3o_lit.tokens import tar
+from blip3o_lit.tokens.heads import HEADS_FILE, Head
 from blip3o_lit.tokens.index import ShardEntry, TokenIndex
 from blip3o_lit.tokens.reader import TokenStore
-from blip3o_lit.tokens.storage import SCALES_FILE
+from blip3o_lit.tokens.storage import SCALES_FILE, finite
 
-SCHEMES = ("http", "https", "s3", "gs", "hf", "file")
 COPY_BYTES = 1 << 24
 
 
@@ -32,19 +38,14 @@ def open_url(url: str) -> BinaryIO:
     Raises:
         UserError: On a scheme that is not listed, a missing file, or a missing driver.
     """
-    scheme = url.partition(":")[0]
-    if scheme not in SCHEMES or "://" not in url or "::" in url:
-        raise UserError(f"{url}: {scheme}: is not read; use one of {', '.join(SCHEMES)}")
     try:
         return open_remote(url)
-    except ImportError as error:
-        raise UserError(f"{url}: {error}") from error
     except OSError as error:
         raise UserError(f"{url} can't be opened ({error}): check the address") from error
 
 
 class RemoteStore:
-    """The index, heads and validation shards of a store behind a URL."""
+    """The index of a store behind a URL, and what of it lies in the cache."""
 
     def __init__(self, url: str, verify: str = "size") -> None:
         """Read index.json.
@@ -67,9 +68,7 @@ class RemoteStore:
         return path
 
     def head(self, array: str) -> Head:
-        """Return the norm and projection of an array's tower."""
-        path = self.fetch("heads.safetensors")
-        return Head.load(path, array, self.index.arrays[array].normed)
+        return Head.load(self.fetch(HEADS_FILE), array, self.index.arrays[array].normed)
 
     def offers(self, name: str) -> bool:
         """Return whether the store has a file of that name."""
@@ -88,3 +87,60 @@ class RemoteStore:
                 count += entry.samples
                 self.fetch(entry.file)
         return TokenStore(self.cache, replace(self.index, shards=shards), self.verify)
+
+    def samples(
+        self, entry: ShardEntry, arrays: tuple[str, ...]
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the stored numbers of `arrays`, sample by sample, from one shard.
+
+        Raises:
+            UserError: If the shard is not what the index promises.
+            OSError, aiohttp.ClientError: If the network fails.
+        """
+        url, count = f"{self.url}/{entry.file}", 0
+        suffixes = {*(f"{name}.npy" for name in self.index.arrays), "json"}
+        with open_remote(url) as stream:
+            for sample in tar.samples(_members(stream, url, self.index), suffixes, url):
+                numbers = {}
+                for name in arrays:
+                    member, spec = sample[f"{name}.npy"], self.index.arrays[name]
+                    where = f"{url}: {member.name}"
+                    start = tar.npy_start(member.content, spec.stored, spec.shape, where)
+                    if member.size != start + spec.nbytes:
+                        raise UserError(f"{where} has a wrong size: the store is damaged")
+                    flat = np.frombuffer(member.content, spec.stored, offset=start)
+                    if not finite(flat, spec.dtype):
+                        raise UserError(f"{where} holds NaN or infinity: extract it again")
+                    numbers[name] = flat.reshape(spec.shape)
+                yield numbers
+                count += 1
+        if count != entry.samples:
+            raise UserError(f"{url} holds {count} samples, index.json promises {entry.samples}")
+
+
+@dataclass(frozen=True)
+class LoadedMember(tar.Member):
+    """A file of a shard with its bytes."""
+
+    content: bytes
+
+
+def _members(stream: BinaryIO, url: str, index: TokenIndex) -> Iterator[LoadedMember]:
+    """Read a tar's files, each checked before its content is read."""
+    limits = {f"{name}.npy": s.nbytes + tar.NPY_HEADER_LIMIT for name, s in index.arrays.items()}
+    limits["json"] = tar.JSON_LIMIT
+    while block := read_whole(stream, tar.BLOCK):
+        member = tar.parse_header(block, url)
+        if member is None:
+            return
+        limit = limits.get(member.suffix)
+        if limit is None or member.size > limit:
+            reason = "is not in index.json" if limit is None else f"claims {member.size} bytes"
+            where = f"{url}: member {member.name}"
+            raise UserError(f"{where} {reason}: the store is damaged or hostile")
+        # Padding is read apart: cutting it off would copy the member.
+        content, rest = read_whole(stream, member.size), -member.size % tar.BLOCK
+        if len(content) != member.size or len(read_whole(stream, rest)) != rest:
+            raise UserError(f"{url}: sample {member.key} is cut off")
+        yield LoadedMember(member.name, 0, member.size, content)
+    raise UserError(f"{url}: the shard is cut off")

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,12 +19,7 @@ import numpy as np
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.files import sync_folder, temporary_name, write_synced
 from blip3o_lit.tokens import tar
-from blip3o_lit.tokens.index import (
-    ArraySpec,
-    ShardEntry,
-    TokenIndex,
-    check_array_name,
-)
+from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex, check_array_name
 from blip3o_lit.tokens.storage import encode, load_scales, save_scales, with_token_scales
 
 __all__ = ["ArraySpec", "ShardEntry", "ShardWriter", "TokenIndex", "TokenWriter"]
@@ -52,14 +46,12 @@ def _offsets_head(samples: int, columns: int, sha256: str) -> bytes:
 
 def unpack_offsets(content: bytes, samples: int, columns: int, sha256: str) -> np.ndarray | None:
     """Return the `[samples, columns]` offsets, or None when the file is not this shard's."""
-    body = content[:-8]
-    expected = _offsets_head(samples, columns, sha256)
-    size = len(expected) + 8 * samples * columns
-    if len(body) != size or not body.startswith(expected):
+    body, check = content[:-8], content[-8:]
+    head = _offsets_head(samples, columns, sha256)
+    size = len(head) + 8 * samples * columns
+    if len(body) != size or not body.startswith(head) or hashlib.sha256(body).digest()[:8] != check:
         return None
-    if hashlib.sha256(body).digest()[:8] != content[-8:]:
-        return None
-    return np.frombuffer(body, "<u8", offset=len(expected)).reshape(samples, columns)
+    return np.frombuffer(body, "<u8", offset=len(head)).reshape(samples, columns)
 
 
 class ShardWriter:
@@ -84,7 +76,6 @@ class ShardWriter:
         self._keys: set[str] = set()
 
     def __len__(self) -> int:
-        """Samples so far."""
         return len(self._rows)
 
     def _put(self, *parts: bytes | memoryview) -> None:
@@ -131,17 +122,10 @@ class ShardWriter:
         write_synced(self.folder / f"{self.name}.idx", offsets)
         self._temporary.replace(self.folder / f"{self.name}.tar")
         sync_folder(self.folder)
-        return ShardEntry(
-            f"{self.name}.tar",
-            f"{self.name}.idx",
-            self.split,
-            len(self._rows),
-            self._position,
-            sha256,
-        )
+        tar_name, idx_name = f"{self.name}.tar", f"{self.name}.idx"
+        return ShardEntry(tar_name, idx_name, self.split, len(self), self._position, sha256)
 
     def abort(self) -> None:
-        """Drop what was written."""
         self._file.close()
         self._temporary.unlink(missing_ok=True)
 
@@ -168,7 +152,7 @@ class TokenWriter:
         Args:
             out: The folder.
             arrays: What each sample holds; `storage.fit_int8` describes int8 arrays.
-            shard_samples: Samples of a shard.
+            shard_samples: Samples per shard.
             reduced: `grid_64` for a store of 64 averaged tokens.
             split_rule: How the split was made, in words.
             scales: Channel scales `[K, C]` of the int8 arrays.
@@ -218,7 +202,6 @@ class TokenWriter:
             done.append(self._open.pop(split).close())
 
     def close(self) -> TokenIndex:
-        """Finish open shards and write index.json."""
         for split in list(self._open):
             self._done[split].append(self._open.pop(split).close())
         shards = [entry for entries in self._done.values() for entry in entries]
@@ -229,18 +212,11 @@ class TokenWriter:
         return index
 
     def __enter__(self) -> TokenWriter:
-        """Return the writer."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close, or after an error drop open shards and leave no index."""
         if kind is None:
             self.close()
-            return
         for shard in self._open.values():
             shard.abort()

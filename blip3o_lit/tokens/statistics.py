@@ -1,7 +1,7 @@
 """Per-channel mean and standard deviation of tokens, and the scaling that uses them.
 
-Networks train on standardised tokens: a few CLIP channels are 30 times larger than the rest, and on
-raw targets training hardly learns. Patches and CLS have statistics of their own.
+Networks train on standardised tokens: a few CLIP channels are far larger than the rest, and on raw
+targets training hardly learns. Patches and CLS have statistics of their own.
 
 Shape suffixes: B samples, N tokens, R rows (tokens of several samples), C channels.
 """
@@ -28,7 +28,7 @@ from blip3o_lit.tokens.reader import TokenReader
 
 READ_SAMPLES = 16
 CHUNK_ROWS = 64
-"""Rows converted to fp64 at a time: 64 x 4096 stay in cache, 5 times faster than a whole batch."""
+"""Rows converted to fp64 at a time: these stay in the cache."""
 FLOOR = 1e-3
 """Channels whose std is below this share of the median std count as constant."""
 SIDES = ("condition", "target")
@@ -81,13 +81,11 @@ class TokenMoments:
 
     @classmethod
     def of(cls, tokens_BNC: Tensor, has_cls: bool) -> TokenMoments:
-        """Compute the moments of a batch."""
         first = ChannelMoments.of(tokens_BNC[:, 0]) if has_cls else None
         patches = tokens_BNC[:, 1:] if has_cls else tokens_BNC
         return cls(ChannelMoments.of(patches.reshape(-1, patches.shape[-1])), first)
 
     def merge(self, other: TokenMoments) -> TokenMoments:
-        """Return the moments of both sets together."""
         both = self.cls.merge(other.cls) if self.cls and other.cls else None
         return TokenMoments(self.patch.merge(other.patch), both)
 
@@ -99,7 +97,6 @@ class Standardizer(nn.Module):
     std_NC: Tensor
 
     def __init__(self, mean_NC: Tensor, std_NC: Tensor) -> None:
-        """Keep mean and std of every position as buffers."""
         super().__init__()
         self.register_buffer("mean_NC", mean_NC.float().contiguous())
         self.register_buffer("std_NC", std_NC.float().contiguous())
@@ -162,11 +159,7 @@ def cached_standardizers(
 ) -> tuple[Standardizer, Standardizer]:
     """Return the standardizers of condition and target, computing them once per content.
 
-    Args:
-        content_hash: Hash of all that decides what is read.
-        shape: Shapes of both sides.
-        images: How many images `batches` covers; part of the cache key.
-        batches: Called when nothing is cached.
+    `batches`, which covers `images` images, is called when nothing is cached.
 
     Raises:
         UserError: If the cached file is damaged.
@@ -179,12 +172,8 @@ def cached_standardizers(
         saved = load_file(file)
     except SafetensorError as error:
         raise UserError(f"{file} is damaged: delete it, it is computed again") from error
-    sides = (_from_tensors(saved, side) for side in SIDES)
-    first, second = (
-        Standardizer.of(moments, side_shape)
-        for moments, side_shape in zip(sides, (shape.condition, shape.target))
-    )
-    return first, second
+    condition = Standardizer.of(_from_tensors(saved, "condition"), shape.condition)
+    return condition, Standardizer.of(_from_tensors(saved, "target"), shape.target)
 
 
 def _save(file: Path, moments: tuple[TokenMoments, TokenMoments]) -> None:
@@ -201,16 +190,9 @@ def _save(file: Path, moments: tuple[TokenMoments, TokenMoments]) -> None:
 
 
 def _from_tensors(saved: dict[str, Tensor], side: str) -> TokenMoments:
-    """Rebuild one side's moments."""
-    channels = [
-        ChannelMoments(
-            int(saved[f"{side}.{name}.count"]),
-            saved[f"{side}.{name}.mean"],
-            saved[f"{side}.{name}.m2"],
-        )
-        if f"{side}.{name}.mean" in saved
-        else None
-        for name in ("patch", "cls")
-    ]
-    assert channels[0] is not None
-    return TokenMoments(channels[0], channels[1])
+    def channels(name: str) -> ChannelMoments:
+        count, mean_C, m2_C = (saved[f"{side}.{name}.{part}"] for part in ("count", "mean", "m2"))
+        return ChannelMoments(int(count), mean_C, m2_C)
+
+    has_cls = f"{side}.cls.mean" in saved
+    return TokenMoments(channels("patch"), channels("cls") if has_cls else None)

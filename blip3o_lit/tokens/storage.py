@@ -1,7 +1,7 @@
 """Number formats of stored tokens: fp16, bf16, fp32, and int8 with scales.
 
 int8 tokens are q * channel scale (`scale="channel"`) or q * channel scale * token scale
-(`scale="token"`, one number a token, stored beside the tokens as `<array>_scale`). Channel scales
+(`scale="token"`, one number per token, stored beside the tokens as `<array>_scale`). Channel scales
 come from a first pass over some samples, CLS and patches apart, and lie in `scales.safetensors`.
 
 Shape suffixes: S samples of the first pass, B samples, N tokens, R tokens of a piece, C channels,
@@ -47,8 +47,8 @@ def scale_array(name: str) -> str:
 def finite(stored: np.ndarray, dtype: str) -> bool:
     """Return whether all stored numbers are finite.
 
-    The two 16-bit floats are read as integers: NaN and infinity are the largest of either sign, so
-    two SIMD maxima decide, 10 times faster than a float test.
+    The 16-bit floats are compared as integers, which is much faster: NaN and infinity are the
+    largest of either sign.
     """
     if dtype == "int8":
         return True
@@ -65,13 +65,9 @@ def encode(
     scales: dict[str, np.ndarray],
     key: str,
 ) -> dict[str, np.ndarray]:
-    """Convert a sample's arrays to what is stored, in the index's order.
+    """Convert a sample's arrays to what is stored, in the index's order, token scales included.
 
-    Args:
-        arrays: The numbers, without token scales.
-        specs: The store's arrays, token scales included.
-        scales: Channel scales `[N, C]` of the int8 arrays.
-        key: The sample, for messages.
+    `scales` are the channel scales `[N, C]` of int8 arrays; `key` is the sample, for messages.
 
     Raises:
         UserError: On missing arrays, another shape, NaN, infinity, or magnitudes of 6e4 and more.
@@ -96,25 +92,13 @@ def encode(
     return out
 
 
-def magnitude(value: np.ndarray) -> float:
-    """Return the largest absolute value; NaN or infinity where there is one.
-
-    fp16 is compared as integers, whose order is that of magnitudes with NaN above infinity.
-    """
-    if value.dtype != np.float16 or not value.flags.c_contiguous:
-        return float(np.max(np.abs(value)))
-    top = (value.view(np.uint16) & 0x7FFF).max()
-    return float(np.array(top, np.uint16).view(np.float16))
-
-
 def _check(value: np.ndarray, spec: ArraySpec, key: str, name: str) -> None:
-    """Refuse an array that would not survive."""
     if value.shape != spec.shape:
         raise UserError(
             f"sample {key}: {name} has shape {list(value.shape)}, "
             f"the store holds {list(spec.shape)}"
         )
-    largest = magnitude(value)
+    largest = np.abs(value.astype(np.float32, copy=False)).max()
     if not largest < LARGEST:
         raise UserError(
             f"sample {key}: {name} holds {'NaN' if np.isnan(largest) else f'{largest:g}'}; "
@@ -136,9 +120,8 @@ def quantise(
 def dequantise(stored_BNC: Tensor, scale_NC: Tensor, token_BN: Tensor | None) -> Tensor:
     """Return the tokens in fp16, as fp16 stores give them, on the device of what is stored.
 
-    An accelerator's kernels convert as they read and write, so the last product gives fp16. On a
-    CPU a few tokens at a time go through one fp32 buffer, which stays in the cache; the pieces are
-    too small for torch to share out, so that nothing waits for threads that others keep busy.
+    On a CPU a few tokens at a time go through one fp32 buffer, which stays in the cache: several
+    times faster (docs/performance.md). The pieces are too small for torch to share out to threads.
     """
     out = torch.empty_like(stored_BNC, dtype=torch.float16)
     if stored_BNC.device.type != "cpu":
@@ -176,10 +159,6 @@ def fit_int8(spec: ArraySpec, samples_SNC: np.ndarray) -> tuple[ArraySpec, np.nd
     (larger ones are cut off later); `token` divides by the channels' rms, then spreads the levels
     over each token's largest value. The higher mean cosine to the true tokens wins.
 
-    Args:
-        spec: The array in a float format.
-        samples_SNC: Tokens of some samples, spread over the data.
-
     Returns:
         The int8 array's spec, its mean cosine included, and the channel scales `[K, C]`.
     """
@@ -188,17 +167,14 @@ def fit_int8(spec: ArraySpec, samples_SNC: np.ndarray) -> tuple[ArraySpec, np.nd
     largest = [np.maximum(part.max((0, 1)), -part.min((0, 1))) for part in rows]
     by_channel = np.stack(largest) / LEVELS
     by_token = np.stack([_rms(part) for part in rows])
-    best: tuple[ArraySpec, np.ndarray] | None = None
-    for kind, found in (("channel", by_channel), ("token", by_token)):
-        scale_KC = np.maximum(found, max(1e-6 * found.max(), 1e-12)).astype(np.float32)
+    choices: list[tuple[float, str, np.ndarray]] = []
+    for kind, raw_KC in (("channel", by_channel), ("token", by_token)):
+        scale_KC = np.maximum(raw_KC, max(1e-6 * raw_KC.max(), 1e-12)).astype(np.float32)
         mean = _cosine(samples_SNC, spread(scale_KC, spec), kind == "token")
-        if best is None or mean > (best[0].cosine or 0):
-            described = replace(
-                spec, dtype="int8", scale=kind, cosine=mean, scale_hash=scale_hash(scale_KC)
-            )
-            best = described, scale_KC
-    assert best is not None
-    return best
+        choices.append((mean, kind, scale_KC))
+    mean, kind, scale_KC = max(choices, key=lambda choice: choice[0])
+    int8 = replace(spec, dtype="int8", scale=kind, cosine=mean, scale_hash=scale_hash(scale_KC))
+    return int8, scale_KC
 
 
 def _rms(samples_SNC: np.ndarray) -> np.ndarray:
@@ -208,7 +184,6 @@ def _rms(samples_SNC: np.ndarray) -> np.ndarray:
 
 
 def _cosine(samples_SNC: np.ndarray, scale_NC: np.ndarray, by_token: bool) -> float:
-    """Return the mean cosine of tokens to what their int8 form gives back."""
     total, scales = 0.0, torch.from_numpy(scale_NC)
     for start in range(0, len(samples_SNC), CHUNK):
         true = samples_SNC[start : start + CHUNK]
@@ -247,10 +222,10 @@ def load_scales(folder: Path, specs: dict[str, ArraySpec]) -> dict[str, np.ndarr
         return {}
     file = folder / SCALES_FILE
     try:
-        found = load_file(file)
+        scales = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is missing or damaged: int8 tokens need it, restore it") from error
     for name, spec in wanted.items():
-        if name not in found or scale_hash(found[name]) != spec.scale_hash:
+        if name not in scales or scale_hash(scales[name]) != spec.scale_hash:
             raise UserError(f"{file} holds no or other scales for {name}: restore it")
-    return {name: spread(found[name], spec) for name, spec in wanted.items()}
+    return {name: spread(scales[name], spec) for name, spec in wanted.items()}

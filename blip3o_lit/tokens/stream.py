@@ -1,4 +1,4 @@
-"""Training on a token store behind a URL: shards streamed in order through webdataset.
+"""Training on a token store behind a URL: shards streamed in order through a shuffle buffer.
 
 There is no random access, so the order is that of shuffled shards and a shuffle buffer, and a
 resumed run continues approximately: at the first shard that was not finished.
@@ -10,28 +10,24 @@ from __future__ import annotations
 
 import itertools
 import random
-import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
-import aiohttp
 import numpy as np
 import torch
 from torch import Tensor
 from webdataset.filters import shuffle
-from webdataset.pipeline import DataPipeline
 
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
+from blip3o_lit.config.remote import resumed
 from blip3o_lit.config.shape import PairShape
-from blip3o_lit.tokens.loader import Batch, prefetch
+from blip3o_lit.tokens.loader import Batch, TrainingLoader, prefetch
 from blip3o_lit.tokens.mode import pair_of_views
 from blip3o_lit.tokens.order import random_permutation
 from blip3o_lit.tokens.packed import PackedBatch, PackedTokens, restored
 from blip3o_lit.tokens.reader import view_hash
-from blip3o_lit.tokens.remote_shard import shard_samples
 from blip3o_lit.tokens.remote_store import RemoteStore
 from blip3o_lit.tokens.storage import SCALES_FILE, TORCH_TYPES, load_scales, scale_array
 from blip3o_lit.tokens.world import BatchPlan
@@ -39,10 +35,6 @@ from blip3o_lit.tokens.world import BatchPlan
 SHUFFLE_BYTES = 1 << 29
 """Memory of a rank's shuffle buffer: 200 samples of the mission's pair."""
 STATISTICS_SHARDS = 8
-ATTEMPTS = 4
-"""Failures in a row after which a shard is given up."""
-PAUSE = 0.25
-"""Seconds; waits are 1, 4 and 16 seconds."""
 
 
 class StreamReader:
@@ -72,7 +64,6 @@ class StreamReader:
         self.shape = PairShape(self._views["condition"].shape, self._views["target"].shape)
 
     def __len__(self) -> int:
-        """Samples of the chosen shards."""
         return int(self.shard_sizes.sum())
 
     @property
@@ -83,27 +74,17 @@ class StreamReader:
     def samples(self, number: int) -> Iterator[dict[str, Any]]:
         """Yield a shard's samples with their ids, the same as a local reader's.
 
-        When the network fails, the shard is opened again and goes on where it stopped.
-
         Raises:
             UserError: If the shard is damaged, or the network fails several times in a row.
         """
         entry = self.shards[number]
         first = int(self.shard_sizes[:number].sum())
-        url = f"{self.store.url}/{entry.file}"
-        given, failures = 0, 0
-        while given < entry.samples:
-            try:
-                samples = shard_samples(url, entry, self.index, self._read)
-                for place, sample in enumerate(samples):
-                    if place >= given:
-                        given, failures = place + 1, 0
-                        yield sample | {"id": first + place}
-            except (OSError, aiohttp.ClientError) as error:
-                failures += 1
-                if failures == ATTEMPTS:
-                    raise UserError(f"{url} can't be read ({error}): check the network") from error
-                time.sleep(PAUSE * 4**failures)
+
+        def read(start: int) -> Iterator[dict[str, np.ndarray]]:
+            return itertools.islice(self.store.samples(entry, self._read), start, None)
+
+        for place, sample in enumerate(resumed(read, f"{self.store.url}/{entry.file}")):
+            yield sample | {"id": first + place}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Stack samples and apply the mode; int8 tokens are restored to fp16."""
@@ -136,12 +117,12 @@ class StreamReader:
         count = min(len(self.shards), STATISTICS_SHARDS)
         numbers = np.linspace(0, len(self.shards) - 1, count).round().astype(int)
         every = (sample for n in numbers for sample in self.samples(int(n)))
-        kept = itertools.islice(every, images)
-        while batch := list(itertools.islice(kept, 16)):
+        chosen = itertools.islice(every, images)
+        while batch := list(itertools.islice(chosen, 16)):
             yield self.collate(batch)
 
 
-class StreamLoader:
+class StreamLoader(TrainingLoader):
     """Training micro-batches of one rank from a remote store; resume is approximate.
 
     A rank reads its own shards of every epoch's shuffled list, epoch after epoch, so all ranks have
@@ -151,12 +132,7 @@ class StreamLoader:
     approximate_resume = True
 
     def __init__(
-        self,
-        reader: StreamReader,
-        seed: int,
-        plan: BatchPlan,
-        steps: int,
-        rank: int = 0,
+        self, reader: StreamReader, seed: int, plan: BatchPlan, steps: int, rank: int = 0
     ) -> None:
         """Prepare `steps` optimizer steps.
 
@@ -168,13 +144,8 @@ class StreamLoader:
                 f"{reader.store.url} has {len(reader.shards)} training shards for "
                 f"{plan.world_size} processes: lower trainer.devices or extract smaller shards"
             )
-        self.reader, self.seed, self.plan, self.steps = reader, seed % 2**63, plan, steps
-        self.rank = rank
-        self._start_step, self._start_samples, self._taken = 0, 0, 0
-
-    def __len__(self) -> int:
-        """Micro-batches of the whole run, those before a resume included."""
-        return self.steps * self.plan.accumulation
+        super().__init__(plan, steps, rank)
+        self.reader, self.seed = reader, seed % 2**63
 
     def _shards(self, epoch: int) -> list[int]:
         """Return this rank's shards of an epoch in order, without those it has finished."""
@@ -191,9 +162,8 @@ class StreamLoader:
         buffer = max(1, min(len(self.reader), SHUFFLE_BYTES // self.reader.sample_bytes))
         for epoch in itertools.count(self._start_samples // len(self.reader)):
             rng = random.Random(f"{self.seed}/{epoch}/{self.rank}")
-            numbers = self._shards(epoch)
-            source = partial(self._read, numbers, epoch)
-            yield from DataPipeline(source, shuffle(buffer, buffer // 4, rng=rng))
+            source = self._read(self._shards(epoch), epoch)
+            yield from shuffle(buffer, buffer // 4, rng=rng)(source)
 
     def _read(self, numbers: list[int], epoch: int) -> Iterator[dict[str, Any]]:
         for number in numbers:
@@ -201,8 +171,6 @@ class StreamLoader:
                 yield sample | {"epoch": epoch}
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Yield this rank's micro-batches from the starting point on."""
-        self._taken = 0
         samples = self._samples()
 
         def job() -> PackedBatch:
@@ -211,24 +179,9 @@ class StreamLoader:
             batch["epoch"] = torch.tensor([sample["epoch"] for sample in chosen])
             return batch
 
-        count = (self.steps - self._start_step) * self.plan.accumulation
-        jobs: Iterator[Callable[[], PackedBatch]] = itertools.repeat(job, count)
-        for batch in prefetch(jobs, threads=1):
-            self._taken += 1
-            yield batch
-            del batch  # As in TokenLoader.
+        jobs: Iterator[Callable[[], PackedBatch]] = itertools.repeat(job, self.micro_batches)
+        yield from self.counted(prefetch(jobs, threads=1))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in global samples; which of them is known to a shard only."""
-        steps = self._taken // self.plan.accumulation
-        return {
-            "samples": self._start_samples + steps * self.plan.batch_size,
-            "steps": self._start_step + steps,
-            "batch_size": self.plan.batch_size,
-            "approximate": True,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the first shard that was not finished."""
-        self._start_step, self._start_samples = state["steps"], state["samples"]
-        self._taken = 0
+        return super().state_dict() | {"approximate": True}

@@ -1,16 +1,18 @@
-"""The few parts of tar and npy that token shards need: fixed headers out, checked headers in.
+"""Tars and npy headers of token shards: one output for one input, and every header checked.
 
-A shard is an uncompressed ustar archive of regular files. Writing has one output for one input (no
-clock, user or mode goes in), so rebuilds are byte-identical. Reading trusts nothing: every header's
-checksum, name, type and size is checked before a byte of its content is used.
+A shard is an uncompressed ustar archive of regular files. No clock, user or mode goes in, so
+rebuilds are byte-identical. Every header's checksum, name, type and size is checked before a byte
+of its content is used.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from tokenize import TokenError
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,16 +21,15 @@ from blip3o_lit.config.errors import UserError
 BLOCK = 512
 END = bytes(2 * BLOCK)
 JSON_LIMIT = 1 << 20
-"""Largest KEY.json, in bytes; captions and sources are a few hundred."""
+"""Largest KEY.json, in bytes."""
 NPY_HEADER_LIMIT = 4096
-"""Largest npy header, in bytes; numpy itself writes 128."""
-EXTENSIONS = ("npy", "json")
+"""Largest npy header, in bytes."""
 KEY_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 
 
 @dataclass(frozen=True)
 class Member:
-    """One regular file inside a shard."""
+    """One regular file inside a shard; its key and suffix are those of `<key>.<suffix>`."""
 
     name: str
     offset: int
@@ -38,13 +39,14 @@ class Member:
 
     @property
     def key(self) -> str:
-        """The sample that it belongs to."""
         return self.name.partition(".")[0]
 
     @property
     def suffix(self) -> str:
-        """What follows the key, for example `eva.npy`."""
         return self.name.partition(".")[2]
+
+
+M = TypeVar("M", bound=Member)
 
 
 def padding(size: int) -> bytes:
@@ -54,18 +56,87 @@ def padding(size: int) -> bytes:
 
 def header(name: str, size: int) -> bytes:
     """Return the ustar header of a regular file: mode 0644, owner 0, time 0."""
-    field = bytearray(BLOCK)
-    field[0 : len(name)] = name.encode("ascii")
-    field[100:108] = b"0000644\0"
-    field[108:116] = b"0000000\0"
-    field[116:124] = b"0000000\0"
-    field[124:136] = b"%011o\0" % size
-    field[136:148] = b"00000000000\0"
-    field[148:156] = b" " * 8
-    field[156:157] = b"0"
-    field[257:265] = b"ustar\x0000"
-    field[148:156] = b"%06o\0 " % sum(field)
-    return bytes(field)
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def parse_header(block: bytes, where: str) -> Member | None:
+    """Check one 512-byte header; None at the archive's end. The member's offset is left at 0.
+
+    Raises:
+        UserError: On a damaged header, a link, folder or device, or a foreign name.
+    """
+    try:
+        info = tarfile.TarInfo.frombuf(block, "ascii", "backslashreplace")
+    except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+        return None
+    except tarfile.HeaderError as error:
+        raise UserError(f"{where}: broken tar header: the shard is damaged, restore it") from error
+    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        raise UserError(
+            f"{where}: member {info.name!r} is a link, folder, device or long path; "
+            "a shard holds plain files alone"
+        )
+    member = Member(info.name, 0, info.size)
+    if not KEY_CHARACTERS.issuperset(member.key) or not member.key:
+        raise UserError(
+            f"{where}: member {info.name!r} is no plain sample name; the shard is not ours"
+        )
+    array, _, extension = member.suffix.partition(".")
+    if member.suffix != "json" and (not array or extension != "npy"):
+        raise UserError(
+            f"{where}: member {info.name!r} is refused, only npy and json files are read"
+        )
+    if info.size < 0 or (member.suffix == "json" and info.size > JSON_LIMIT):
+        raise UserError(f"{where}: member {info.name} claims an absurd size")
+    return member
+
+
+def members(data: memoryview, where: str) -> Iterator[Member]:
+    """Walk the headers of a whole tar, usually a memory map, and yield its members in order.
+
+    Raises:
+        UserError: On broken headers, links and devices, foreign names, or content beyond the end.
+    """
+    position = 0
+    while position + BLOCK <= len(data):
+        member = parse_header(bytes(data[position : position + BLOCK]), where)
+        if member is None:
+            return
+        start, size = position + BLOCK, member.size
+        if start + size > len(data):
+            raise UserError(f"{where}: sample {member.key} is cut off or claims an absurd size")
+        yield Member(member.name, start, size)
+        position = start + size + (-size % BLOCK)
+    if position > len(data):
+        raise UserError(f"{where}: the shard is cut off")
+
+
+def samples(files: Iterable[M], suffixes: Collection[str], where: str) -> Iterator[dict[str, M]]:
+    """Group members into samples: one member per suffix, in any order.
+
+    Raises:
+        UserError: On a missing or repeated member, or one of another sample or suffix.
+    """
+    sample: dict[str, M] = {}
+    key = ""
+    for member in files:
+        key = key if sample else member.key
+        if member.key != key or member.suffix not in suffixes or member.suffix in sample:
+            raise UserError(
+                f"{where}: sample {key} is incomplete before member {member.name}: "
+                "the shard is not the one that index.json describes"
+            )
+        sample[member.suffix] = member
+        if len(sample) == len(suffixes):
+            yield sample
+            sample = {}
+    if sample:
+        raise UserError(
+            f"{where}: sample {key} is incomplete at the end: "
+            "the shard is not the one that index.json describes"
+        )
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
@@ -77,110 +148,40 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return out.getvalue()
 
 
-def npy_start(content: bytes, dtype: str, shape: tuple[int, ...], where: str) -> int:
-    """Check an npy header against what the index promises and return where the numbers start.
-
-    Args:
-        content: At least the header of the file.
-        dtype: The promised type, for example `<f2`.
-        shape: The promised shape.
-        where: Shard and member, for the message.
+def read_npy_header(content: bytes, where: str) -> tuple[str, tuple[int, ...], int]:
+    """Return the type (as in `<f2`), the shape and the start of the numbers of an npy file.
 
     Raises:
-        UserError: If this is no npy file, or one of another type, order or shape.
+        UserError: If this is no npy file in C order.
     """
     stream = io.BytesIO(content[:NPY_HEADER_LIMIT])
     try:
         version = np.lib.format.read_magic(stream)
-        if version not in ((1, 0), (2, 0)):
+        if version == (1, 0):
+            read = np.lib.format.read_array_header_1_0
+        elif version == (2, 0):
+            read = np.lib.format.read_array_header_2_0
+        else:
             raise ValueError(f"npy version {version}")
-        read = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        found_shape, fortran, found = read(stream, max_header_size=NPY_HEADER_LIMIT)
+        shape, fortran, dtype = read(stream, max_header_size=NPY_HEADER_LIMIT)
+        if fortran:
+            raise ValueError("Fortran order")
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, TokenError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{where} is no plain npy file ({reason}): extract it again") from error
-    if fortran or found.str != np.dtype(dtype).str or found_shape != shape:
-        raise UserError(
-            f"{where} holds {found.str} {list(found_shape)}, index.json promises "
-            f"{np.dtype(dtype).str} {list(shape)}: extract it again"
-        )
-    return stream.tell()
+    return dtype.str, shape, stream.tell()
 
 
-def check_name(name: str, where: str) -> None:
-    """Refuse member names that are no KEY.<array>.npy or KEY.json.
+def npy_start(content: bytes, dtype: str, shape: tuple[int, ...], where: str) -> int:
+    """Check an npy file's first bytes against the index and return where its numbers start.
 
     Raises:
-        UserError: On paths, hidden files, and every extension but npy and json.
+        UserError: If this is no npy file, or one of another type, order or shape.
     """
-    key, _, suffix = name.partition(".")
-    if not key or not KEY_CHARACTERS.issuperset(key):
-        raise UserError(f"{where}: member {name!r} is no plain sample name; the shard is not ours")
-    if suffix != "json" and (suffix.count(".") != 1 or suffix.rpartition(".")[2] != "npy"):
+    stored, stored_shape, start = read_npy_header(content, where)
+    if stored != dtype or stored_shape != shape:
         raise UserError(
-            f"{where}: member {name!r} is refused, only {' and '.join(EXTENSIONS)} files are read"
+            f"{where} holds {stored} {list(stored_shape)}, index.json promises "
+            f"{dtype} {list(shape)}: extract it again"
         )
-
-
-def _number(field: bytes) -> int:
-    """Parse an octal header field; negative when it is not one."""
-    text = field.strip(b" \0")
-    return int(text, 8) if text and all(48 <= c <= 55 for c in text) else -1
-
-
-def parse_header(block: bytes, where: str) -> tuple[str, int] | None:
-    """Check one 512-byte header and return the file's name and size; None at the archive's end.
-
-    Raises:
-        UserError: On a damaged header, a link, folder or device, or a foreign name.
-    """
-    if not any(block):
-        return None
-    total = sum(block) - sum(block[148:156]) + 8 * 32
-    if len(block) != BLOCK or _number(block[148:156]) != total:
-        raise UserError(f"{where}: broken tar header: the shard is damaged, restore it")
-    name = block[0:100].rstrip(b"\0").decode("ascii", errors="backslashreplace")
-    if block[156:157] not in (b"0", b"\0") or block[345:500].strip(b"\0"):
-        raise UserError(
-            f"{where}: member {name!r} is a link, folder, device or long path; "
-            "a shard holds plain files alone"
-        )
-    check_name(name, where)
-    size = _number(block[124:136])
-    if size < 0 or (name.endswith(".json") and size > JSON_LIMIT):
-        raise UserError(f"{where}: member {name} claims an absurd size")
-    return name, size
-
-
-def members(data: memoryview, where: str) -> Iterator[Member]:
-    """Walk the headers of a tar, checking each.
-
-    Args:
-        data: The whole file, usually a memory map.
-        where: The shard's name, for messages.
-
-    Yields:
-        The members in file order.
-
-    Raises:
-        UserError: On broken headers, links and devices, foreign names, or content beyond the end.
-    """
-    position = 0
-    while position + BLOCK <= len(data):
-        parsed = parse_header(bytes(data[position : position + BLOCK]), where)
-        if parsed is None:
-            return
-        name, size = parsed
-        start = position + BLOCK
-        if start + size > len(data):
-            raise UserError(
-                f"{where}: sample {name.partition('.')[0]} is cut off or claims an absurd size"
-            )
-        yield Member(name, start, size)
-        position = start + size + (-size % BLOCK)
-    if position > len(data):
-        raise UserError(f"{where}: the shard is cut off")
+    return start

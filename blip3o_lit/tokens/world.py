@@ -57,23 +57,18 @@ def batch_plan(batch_size: int, micro_batch_size: int | None, world_size: int) -
 
 
 def align_checkpoint(checkpoint: dict[str, Any], accumulation: int) -> None:
-    """Make a checkpoint's loop counters and data position agree with its optimizer steps.
+    """Make a checkpoint's loop counters and data position agree with its optimizer steps, in place.
 
     Call it from `LightningModule.on_load_checkpoint`. Lightning counts micro-batches; after a
     change of world or micro-batch size, a save in mid-accumulation or in mid-step, or a longer
     `max_steps`, its counters would make the resumed run step at wrong places or stop at once.
-
-    Args:
-        checkpoint: What Lightning loaded; changed in place.
-        accumulation: Micro-batches per step of the run that goes on.
     """
     steps = checkpoint["global_step"]
     fit = checkpoint["loops"]["fit_loop"]
     progress = fit["epoch_loop.batch_progress"]
+    batches = steps * accumulation
     for counter in (progress["current"], progress["total"]):
-        counter.update(dict.fromkeys(("ready", "started", "processed", "completed"), 0))
-        for name in ("ready", "started", "processed", "completed"):
-            counter[name] = steps * accumulation
+        counter.update(ready=batches, started=batches, processed=batches, completed=batches)
     progress["is_last_batch"] = False
     for counter in (fit["epoch_progress"]["current"], fit["epoch_progress"]["total"]):
         counter.update(ready=1, started=1, processed=0, completed=0)

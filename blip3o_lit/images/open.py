@@ -10,7 +10,8 @@ from pathlib import Path
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.images.folder import files_below, folder_items
 from blip3o_lit.images.item import Item, Lost, Part, Source, slices
-from blip3o_lit.images.table import split_file, table_items
+from blip3o_lit.images.split_file import assigned, assigned_in_tars, endings, read_splits
+from blip3o_lit.images.table import TABLES, table_items
 from blip3o_lit.images.tars import tar_parts, tar_urls
 
 
@@ -45,14 +46,15 @@ def open_source(images: str, shard_samples: int, splits: str | None = None) -> S
     """Return the images that `images=` names.
 
     Args:
-        images: A folder, a .csv or .jsonl file, or tars: paths or addresses, with braces or `*`.
+        images: A folder, a .csv, .tsv or .jsonl file, or tars: paths or addresses, with braces or `*`.
         shard_samples: Entries of one unit of work.
         splits: A table of `path` and `split`; it wins over every other rule.
 
     Raises:
         UserError: If there is no such thing, or nothing in it.
     """
-    given = split_file(Path(splits).expanduser()) if splits else {}
+    file = Path(splits).expanduser() if splits else Path()
+    given = read_splits(file) if splits else {}
     path = Path(images).expanduser()
     tars: list[str] | None = None
     if path.is_dir():
@@ -63,29 +65,34 @@ def open_source(images: str, shard_samples: int, splits: str | None = None) -> S
         tars = tar_urls(images if "://" in images else str(path))
     if tars is not None:
         parts, fingerprint = tar_parts(tars)
+        given = assigned_in_tars(given, file, parts) if given else {}
         wrapped: list[Part] = [Given(part, given) if given else part for part in parts]
         return Source(
             images, wrapped, split_rule=_words(given), fingerprint=fingerprint + _digest(given)
         )
     if path.is_dir():
         items, captions, fingerprint = folder_items(path)
-    elif path.suffix.lower() in (".csv", ".jsonl"):
+    elif path.suffix.lower() in TABLES:
         items, captions, fingerprint = table_items(path)
     elif not path.exists():
-        raise UserError(f"images={images} does not exist; it may be a folder, tars, .csv or .jsonl")
+        raise UserError(
+            f"images={images} does not exist; it may be a folder, tars, .csv, .tsv or .jsonl"
+        )
     else:
-        raise UserError(f"images={images} is no folder, .tar, .csv or .jsonl")
+        raise UserError(f"images={images} is no folder, .tar, .csv, .tsv or .jsonl")
+    column = any(item.split for item in items if isinstance(item, Item))
     if given:
+        home = path if path.is_dir() else path.parent
+        given = assigned(given, file, (item.source for item in items), endings(home))
         items = [_with_split(item, given) for item in items]
     splits_given = [bool(item.split) for item in items if isinstance(item, Item)]
-    column = any(splits_given)
-    words = _words(given) or ("given by the table" if column else "")
+    words = "; else ".join(filter(None, (_words(given), "given by the table" if column else "")))
     return Source(
         images,
         slices(items, shard_samples),
         captions,
         words,
-        all_split=column and all(splits_given),
+        all_split=bool(splits_given) and all(splits_given),
         fingerprint=fingerprint + _digest(given),
     )
 

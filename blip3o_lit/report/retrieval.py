@@ -23,6 +23,8 @@ def retrieval(record: RunRecord) -> Section | None:
     recalls = [path for path in _leaves(block) if any("@" in name for name in path[1])]
     if recalls:
         own = str(block.get("read_out", "tower"))
+        images = finite(block.get("images"))
+        counted = f" ({images:.0f} images have one)" if images is not None else ""
         depths = sorted({depth for _, leaf in recalls for depth in leaf}, key=_depth)
         lines = []
         for (*read_out, origin, direction), leaf in recalls:
@@ -31,7 +33,7 @@ def retrieval(record: RunRecord) -> Section | None:
         body += html.plain_table(
             ["Direction", "Read-out", "Tokens", *depths],
             _ordered(lines),
-            f"Recall of captions by images, and of images by captions: {about}.",
+            f"Recall of captions by images, and of images by captions{counted}: {about}.",
             "retrieval-table",
         )
     accuracies = [path for path in _leaves(zero_shot) if "top1" in path[1]]
@@ -45,6 +47,8 @@ def retrieval(record: RunRecord) -> Section | None:
             for key in ("classes", "images", "chance")
             if (value := finite(zero_shot.get(key))) is not None
         ]
+        if strange := finite(zero_shot.get("strange")):
+            facts.append(f"{strange:.0f} labels name no class")
         if "classes_from" in zero_shot:
             facts.append(f"classes are means of {zero_shot['classes_from']}")
         body += html.plain_table(

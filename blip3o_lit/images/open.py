@@ -46,7 +46,8 @@ def open_source(images: str, shard_samples: int, splits: str | None = None) -> S
     """Return the images that `images=` names.
 
     Args:
-        images: A folder, a .csv, .tsv or .jsonl file, or tars: paths or addresses, with braces or `*`.
+        images: A folder, a .csv, .tsv or .jsonl file, or tars: paths or addresses, with braces or
+            `*`.
         shard_samples: Entries of one unit of work.
         splits: A table of `path` and `split`; it wins over every other rule.
 

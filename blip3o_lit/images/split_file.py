@@ -7,6 +7,7 @@ import posixpath
 import tarfile
 import unicodedata
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from blip3o_lit.config.errors import UserError
@@ -52,7 +53,8 @@ def assigned(
         splits: What `read_splits` returned.
         file: The split file.
         names: Images of the source.
-        prefixes: What may stand before a name; all rows have to be written in one way.
+        prefixes: What may stand before a name: folders, and their endings, of which all rows have
+            to use the same.
 
     Raises:
         UserError: If a row names no image, or two rows give an image two splits.
@@ -61,26 +63,26 @@ def assigned(
     if splits.keys() <= known:
         return splits
     fewest = list(splits)
+    folders = [prefix for prefix in prefixes if prefix.startswith("/")]
     for prefix in ("", *prefixes):
+        below = partial(_below, [*folders, prefix])
         images: dict[str, list[str]] = {}
         for name in known:
-            images.setdefault(_below(prefix, name), []).append(name)
-        missing = [row for row in splits if _below(prefix, row) not in images]
+            images.setdefault(below(name), []).append(name)
+        missing = [row for row in splits if below(row) not in images]
         if not missing:
-            return _given(splits, images, prefix, file)
+            return _given(splits, {row: images[below(row)] for row in splits}, file)
         fewest = min(fewest, missing, key=len)
     raise UserError(
-        f"split.file={file}: {len(fewest)} of its {len(splits)} rows name no image of this source, "
-        f"such as {fewest[0]!r}; its images are called like {min(known, default='')!r}"
+        f"split.file={file}: {len(fewest)} of its {len(splits)} rows name no image of this "
+        f"source, such as {fewest[0]!r}; its images are called like {min(known, default='')!r}"
     )
 
 
-def _given(
-    splits: dict[str, str], images: dict[str, list[str]], prefix: str, file: Path
-) -> dict[str, str]:
+def _given(splits: dict[str, str], images: dict[str, list[str]], file: Path) -> dict[str, str]:
     given: dict[str, str] = {}
     for row, split in splits.items():
-        for name in images[_below(prefix, row)]:
+        for name in images[row]:
             if given.setdefault(name, split) != split:
                 raise UserError(f"split.file={file} gives {name} two splits")
     return given
@@ -100,8 +102,11 @@ def _plain(name: str) -> str:
     return posixpath.normpath(unicodedata.normalize("NFC", name.replace("\\", "/")))
 
 
-def _below(prefix: str, name: str) -> str:
-    return _plain(name).removeprefix(f"{prefix}/") if prefix else _plain(name)
+def _below(prefixes: list[str], name: str) -> str:
+    name = _plain(name)
+    for prefix in prefixes:
+        name = name.removeprefix(f"{prefix}/")
+    return name
 
 
 def assigned_in_tars(splits: dict[str, str], file: Path, parts: list[TarPart]) -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 Shape suffixes: B images, P embedding width, Q queries, G gallery, U distinct captions.
 Equal captions are one caption: it is one entry of the gallery, and every image that carries it is a
-hit for it. An empty caption is none: its image neither asks nor is found. Ties are resolved by expectation over random order, so that a constant image embedding
-scores what chance scores and not what the sort happens to do.
+hit for it. An empty caption is none: its image neither asks nor is found. Ties are resolved by
+expectation over random order, so that a constant image embedding scores what chance scores and not
+what the sort happens to do.
 """
 
 from __future__ import annotations

@@ -116,8 +116,8 @@ def test_broken_tables_are_refused_or_counted(tmp_path):
     table.write_text('{"url": "a.jpg"}\n')
     with pytest.raises(UserError, match="no column of paths"):
         open_source(str(table), 8)
-    table.write_bytes(b"\xff\xfe\x00bad")
-    with pytest.raises(UserError, match="UTF-8"):
+    table.write_bytes(b'{"path": "a.jpg"}\n{"path": "caf\xe9.jpg"}\n')
+    with pytest.raises(UserError, match="line 2 is not UTF-8"):
         open_source(str(table), 8)
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.extraction.pipeline import cpu_lanes
+from blip3o_lit.images.text import label_of, read_text, whole
 from blip3o_lit.tokens.classes import Classes
 from blip3o_lit.towers.tower import Tower
 
@@ -30,26 +31,39 @@ def read_classes(file: Path) -> dict[str, list[str]]:
 
     Args:
         file: A .json, `{"name": "prompt" or ["prompt", ...]}` or `["name", ...]`; or a text file
-            with a name a line. Names without prompts get `TEMPLATE`.
+            with a name a line; empty lines don't count. Names without prompts get `TEMPLATE`.
 
     Raises:
-        UserError: If it is missing, or fewer than two different classes are in it.
+        UserError: If it is missing, names a class twice, or fewer than two.
     """
     try:
-        text = file.read_text("utf-8-sig")
-        data: Any = json.loads(text) if file.suffix.lower() == ".json" else text.splitlines()
-    except (OSError, ValueError, RecursionError) as error:
+        text = read_text(file)
+        if file.suffix.lower() == ".json":
+            data: Any = json.loads(text, object_pairs_hook=tuple)  # a dict would drop repeats
+        else:
+            data = [line.strip() for line in text.split("\n")]
+    except UserError as error:
+        raise UserError(f"classes={error}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"classes={file} can't be read: {str(error).splitlines()[0]}") from error
-    if isinstance(data, list):
-        data = {str(name).strip(): [] for name in data if str(name).strip()}
-    if not isinstance(data, dict) or len(data) < 2:
+    if not isinstance(data, (list, tuple)):
         raise UserError(f"classes={file} must name two classes or more")
-    classes = {}
-    for name, prompts in data.items():
+    classes: dict[str, list[str]] = {}
+    for name, prompts in data if isinstance(data, tuple) else ((name, []) for name in data):
+        if name == "" and file.suffix.lower() != ".json":
+            continue
+        if not isinstance(name, (str, int, float)) or not str(name).strip():
+            raise UserError(f"classes={file}: {name!r} is no name of a class")
         listed = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(listed, list) or not all(isinstance(p, str) for p in listed):
             raise UserError(f"classes={file}: the prompts of {name} are no text or list of texts")
-        classes[name] = listed or [TEMPLATE.format(name)]
+        name = whole(name).strip() if isinstance(name, str) else label_of(name)
+        if name in classes:
+            raise UserError(f"classes={file} names {name} twice")
+        prompts = [whole(prompt).strip() for prompt in listed if prompt.strip()]
+        classes[name] = prompts or [TEMPLATE.format(name)]
+    if len(classes) < 2:
+        raise UserError(f"classes={file} must name two classes or more")
     return classes
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.images.item import EXTENSIONS, Item, Lost, Reject, file_bytes
 from blip3o_lit.images.names import extension_of, plain, stem_of
+from blip3o_lit.images.text import encoding, json_text, text_of
 from blip3o_lit.images.walk import below, is_token_store
 
 CAPTIONS = ("txt", "caption", "json")
@@ -22,17 +21,12 @@ CAPTION_KEYS = ("caption", "text", "prompt")
 
 
 def caption_of(content: bytes, extension: str) -> str:
-    """Return the caption in a txt, caption or json file; invalid UTF-8 is replaced."""
-    text = content.decode("utf-8", errors="replace").strip()
-    if extension != "json":
-        return text
+    """Return the caption in a txt, caption or json file; what is no text is replaced."""
+    text = content.decode(encoding(content), errors="replace").strip()
     try:
-        data: Any = json.loads(text)
+        return json_text(text, CAPTION_KEYS) if extension == "json" else text_of(text)
     except (ValueError, RecursionError):
         return ""
-    if isinstance(data, dict):
-        data = next((data[key] for key in CAPTION_KEYS if data.get(key)), "")
-    return data.strip() if isinstance(data, str) else ""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.images.folder import read_folder
 from blip3o_lit.images.item import Item, Lost, Part, Source, slices
-from blip3o_lit.images.table import split_file, table_items
+from blip3o_lit.images.split_file import assigned, assigned_in_tars, endings, read_splits
+from blip3o_lit.images.table import TABLES, table_items
 from blip3o_lit.images.tar_urls import tar_urls
 from blip3o_lit.images.tars import tar_parts
 
@@ -49,7 +50,8 @@ def open_source(
     """Return the images that `images=` names.
 
     Args:
-        images: A folder, a .csv or .jsonl file, or tars: paths or addresses, with braces or `*`.
+        images: A folder, a .csv, .tsv or .jsonl file, or tars: paths or addresses, with braces or
+            `*`.
         shard_samples: Entries of one unit of work.
         splits: A table of `path` and `split`; it wins over every other rule.
         out: The folder of the store that is being made, which is no source.
@@ -57,7 +59,8 @@ def open_source(
     Raises:
         UserError: If there is no such thing, or nothing in it.
     """
-    given = split_file(Path(splits).expanduser()) if splits else {}
+    file = Path(os.path.expanduser(splits)) if splits else Path()
+    given = read_splits(file) if splits else {}
     path = Path(os.path.expanduser(images))  # an unknown ~user stays as it is
     store = Path(os.path.expanduser(out)) if out else None
     tars: list[str] = []
@@ -69,30 +72,37 @@ def open_source(
         items, tars, beside = folder.items, folder.tars, folder.beside
         captions = folder.captions or bool(tars)
         fingerprint = folder.fingerprint if items else ""
-    elif "://" not in images and path.suffix.lower() in (".csv", ".jsonl"):
+    elif "://" not in images and path.suffix.lower() in TABLES:
         items, captions, fingerprint = table_items(path)
     elif "://" in images or images.startswith("pipe:") or _names_tars(path):
         tars = tar_urls(images if "://" in images else str(path), store)
     elif not os.path.exists(path):
-        raise UserError(f"images={images} does not exist; it may be a folder, tars, .csv or .jsonl")
+        raise UserError(
+            f"images={images} does not exist; it may be a folder, tars, .csv, .tsv or .jsonl"
+        )
     else:
-        raise UserError(f"images={images} is no folder, .tar, .csv or .jsonl")
+        raise UserError(f"images={images} is no folder, .tar, .csv, .tsv or .jsonl")
     parts: list[Part] = []
     if tars:
         tar_list, digest = tar_parts(tars)
+        if given:
+            given = assigned_in_tars(given, file, tar_list, (item.source for item in items))
         parts += [Given(part, given) if given else part for part in tar_list]
         fingerprint = digest + fingerprint
+    elif given:
+        home = path if path.is_dir() else path.parent
+        given = assigned(given, file, (item.source for item in items), endings(home))
+    column = any(item.split for item in items if isinstance(item, Item))
     if given:
         items = [_with_split(item, given) for item in items]
     splits_given = [bool(item.split) for item in items if isinstance(item, Item)]
-    column = any(splits_given)
-    words = _words(given) or ("given by the table" if column else "")
+    words = "; else ".join(filter(None, (_words(given), "given by the table" if column else "")))
     return Source(
         images,
         parts + slices(items, shard_samples),
         captions,
         words,
-        all_split=column and all(splits_given) and not tars,
+        all_split=bool(splits_given) and all(splits_given) and not tars,
         fingerprint=fingerprint + _digest(given),
         beside=beside,
     )

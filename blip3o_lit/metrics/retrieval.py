@@ -2,8 +2,9 @@
 
 Shape suffixes: B images, P embedding width, Q queries, G gallery, U distinct captions.
 Equal captions are one caption: it is one entry of the gallery, and every image that carries it is a
-hit for it. Ties are resolved by expectation over random order, so that a constant image embedding
-scores what chance scores and not what the sort happens to do.
+hit for it. An empty caption is none: its image neither asks nor is found. Ties are resolved by
+expectation over random order, so that a constant image embedding scores what chance scores and not
+what the sort happens to do.
 """
 
 from __future__ import annotations
@@ -18,13 +19,22 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 DEPTHS = (1, 5, 10, 20)
+NO_CAPTION = -1
 _CHUNK = 1024
 
 
 def caption_ids(captions: Sequence[str]) -> Tensor:
-    """Return a 63-bit fingerprint of each caption; equal captions get equal ids `[B]`."""
-    digests = (hashlib.sha256(caption.encode()).digest()[:8] for caption in captions)
-    return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests])
+    """Return a 63-bit fingerprint of each caption `[B]`, NO_CAPTION where it is blank.
+
+    Equal captions get equal ids.
+    """
+    return torch.tensor([_caption_id(caption) for caption in captions], dtype=torch.long)
+
+
+def _caption_id(caption: str) -> int:
+    if not caption.strip():
+        return NO_CAPTION
+    return int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "big") >> 1
 
 
 def recall(scores_QG: Tensor, relevant_QG: Tensor, depths: Sequence[int] = DEPTHS) -> list[float]:
@@ -71,10 +81,22 @@ class Retrieval(Metric):
         self.text.append(F.normalize(text_BP.double(), dim=-1))
         self.caption.append(caption_B)
 
+    @property
+    def captioned(self) -> int:
+        """Return how many of the images have a caption."""
+        return int((dim_zero_cat(self.caption) != NO_CAPTION).sum())
+
     def compute(self) -> dict[str, dict[str, float]]:
-        """Return `{"image_to_text": {"R@1": ...}, "text_to_image": {...}}`."""
-        image_BP, text_BP = dim_zero_cat(self.image), dim_zero_cat(self.text)
+        """Return `{"image_to_text": {"R@1": ...}, "text_to_image": {...}}`.
+
+        Empty where no image has a caption.
+        """
         caption_B = dim_zero_cat(self.caption)
+        known_B = caption_B != NO_CAPTION
+        if not known_B.any():
+            return {}
+        image_BP, text_BP = dim_zero_cat(self.image)[known_B], dim_zero_cat(self.text)[known_B]
+        caption_B = caption_B[known_B]
         distinct_U, member_B = torch.unique(caption_B, return_inverse=True)
         first_U = torch.full_like(distinct_U, len(caption_B))
         order = torch.arange(len(caption_B), device=caption_B.device)

@@ -91,6 +91,11 @@ class _Moments:
         for key in ("x_TC", "y_TD", "xx", "xy", "yy"):
             getattr(self, key).add_(getattr(other, key))
 
+    @property
+    def noise(self) -> float:
+        """Return a bound on what rounding leaves of `about`'s xx where inputs do not vary."""
+        return 1e-12 * float(self.xx.diagonal().sum()) + 1e-12
+
     def about(self, x_TC: Tensor, y_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums of products of deviations from given position means."""
         n = self.images
@@ -148,7 +153,10 @@ class Ridge(nn.Module):
                 fitted[index].add(x[rest, part], y[rest, part])
                 held[index].add(x[~rest, part], y[~rest, part])
         if seen < 2:
-            raise UserError(f"baselines: ridge needs 2 training images, got {seen}; add data")
+            raise UserError(
+                f"baselines: ridge needs 2 training images, got {seen}: add data, or set "
+                "baselines=none"
+            )
         for index, part in enumerate(self.parts):
             self._solve(index, part, fitted[index], held[index])
 
@@ -165,7 +173,7 @@ class Ridge(nn.Module):
         held_xx, held_xy, held_yy = held.about(*means)
         errors = []
         for penalty in self.penalties:
-            weight = _ridge(xx, xy, penalty)
+            weight = _ridge(xx, xy, penalty, fitted.noise)
             errors.append(
                 held_yy - 2 * (weight * held_xy).sum() + (weight * (held_xx @ weight)).sum()
             )
@@ -173,7 +181,7 @@ class Ridge(nn.Module):
         fitted.merge(held)
         x_TC, y_TD = fitted.means()
         xx, xy, _ = fitted.about(x_TC, y_TD)
-        weight = _ridge(xx, xy, best)
+        weight = _ridge(xx, xy, best, fitted.noise)
         self.weight[index], self.bias[part] = weight.float(), (y_TD - x_TC @ weight).float()
         self.penalty[index] = best
 
@@ -184,9 +192,12 @@ class Ridge(nn.Module):
         return torch.cat(parts, 1) + self.bias
 
 
-def _ridge(xx: Tensor, xy: Tensor, penalty: float) -> Tensor:
-    """Solve (xx + penalty * mean diagonal * I) w = xy by Cholesky."""
-    shift = penalty * xx.diagonal().mean().clamp_min(1e-12)
+def _ridge(xx: Tensor, xy: Tensor, penalty: float, noise: float) -> Tensor:
+    """Solve (xx + shift I) w = xy by Cholesky; the shift is a share of the mean diagonal.
+
+    It is no smaller than `noise`, so that inputs that are all alike get weights of about zero.
+    """
+    shift = (penalty * xx.diagonal().mean()).clamp_min(noise)
     factor = torch.linalg.cholesky(
         xx + shift * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
     )

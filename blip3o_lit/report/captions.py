@@ -36,12 +36,15 @@ def retrieval(record: RunRecord) -> Section | None:
         for key in ("classes", "images", "chance")
         if finite(zero_shot.get(key)) is not None
     ]
+    if strange := finite(zero_shot.get("strange")):
+        facts.append(f"{strange:.0f} labels name no class")
     if "classes_from" in zero_shot:
         facts.append(f"classes are means of {zero_shot['classes_from']}")
     data: dict[str, Any] = {
         "recall": table(["Direction", "Read-out", "Tokens", *depths], _ordered(lines, depths)),
         "accuracy": table(["Read-out", "Tokens", "Top-1", "Agrees with true tokens"], accuracy),
         "facts": facts,
+        "captioned": finite(recall.get("images")),
     }
     return Section("retrieval", "Captions", data)
 

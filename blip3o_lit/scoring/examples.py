@@ -17,7 +17,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.images.item import Reject, decode, file_bytes
-from blip3o_lit.metrics.retrieval import Retrieval
+from blip3o_lit.metrics.retrieval import NO_CAPTION, Retrieval
 from blip3o_lit.tokens.reader import TokenReader
 from blip3o_lit.towers.scenes import scene_of
 
@@ -63,7 +63,7 @@ def examples(
         "median": order[middle : middle + count],
         "worst": order[:count],
     }
-    texts = {name: _nearest_captions(found) for name, found in recall.items()}
+    texts = {name: _nearest_captions(found) for name, found in recall.items() if found.captioned}
     made = {}
     for name, ids in chosen.items():
         made[name] = _rows(held, cosine_B, ids)
@@ -91,7 +91,12 @@ def _rows(held: TokenReader, cosine_B: np.ndarray, ids: np.ndarray) -> list[dict
 def _nearest_captions(found: Retrieval) -> np.ndarray:
     """Return, for each image, the number of the image whose caption is nearest `[B]`."""
     image_BP, text_BP = dim_zero_cat(found.image), dim_zero_cat(found.text)
-    return torch.cat([(part @ text_BP.T).argmax(1) for part in image_BP.split(1024)]).cpu().numpy()
+    blank_B = dim_zero_cat(found.caption) == NO_CAPTION
+    nearest = [
+        (part @ text_BP.T).masked_fill(blank_B, -torch.inf).argmax(1)
+        for part in image_BP.split(1024)
+    ]
+    return torch.cat(nearest).cpu().numpy()
 
 
 def _picture(source: str, folder: str | None) -> str | None:

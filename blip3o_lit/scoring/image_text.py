@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.shape import PairShape, TokenShape
+from blip3o_lit.images.text import label_of
 from blip3o_lit.metrics.retrieval import Retrieval, caption_ids
 from blip3o_lit.models.baselines import Ridge
 from blip3o_lit.tokens.classes import Classes
@@ -29,6 +30,7 @@ ReadOut = Callable[[Tensor], Tensor]
 FIT_IMAGES = 8192
 """Training images of the fitted read-out and of the class embeddings, at most."""
 _BATCH = 64
+_PAIR = 2
 _UNLABELLED = -1
 
 
@@ -44,7 +46,8 @@ class ImageText:
     """Read-outs from target tokens to the space of captions, and the embeddings of classes.
 
     Classes are the store's class prompts where it has them, else means of training captions.
-    A sample's label is a class's name, or its number from 0.
+    A sample's label is a class's name, or its number from 0; where names are numbers, its name.
+    Images without a caption take no part in recall.
 
     Args:
         held: The images that are scored.
@@ -59,12 +62,16 @@ class ImageText:
         self.classes_from = "training captions"
         self.answers: dict[str, Answers] = {}
         self.labels: list[Tensor] = []
+        self.strange: list[str] = []
+        """Labels that name no class."""
         tower = tower_read_out(held, device)
         if tower is None:
             return
         self.read_outs["tower"] = tower
         if train is not None:
-            self.read_outs["fitted"] = fitted_read_out(train, device)
+            fitted = fitted_read_out(train, device)
+            if fitted is not None:
+                self.read_outs["fitted"] = fitted
         stored = Classes.load(held.store.path)
         if stored is not None and stored.tower == held.store.index.arrays[held.target].tower:
             self.classes = stored.names, stored.text_KP.double().to(device)
@@ -79,10 +86,7 @@ class ImageText:
             return
         caption_B = caption_ids(self.held.captions(ids))
         if self.classes is not None:
-            place = {str(number): number for number in range(len(self.classes[0]))}
-            place |= {name: number for number, name in enumerate(self.classes[0])}
-            found = [place.get(str(item.get("label", ""))) for item in self.held.metadata(ids)]
-            self.labels.append(torch.tensor([_UNLABELLED if n is None else n for n in found]))
+            self._add_labels(self.held.metadata(ids), self.classes[0])
         for source, tokens_BND in tokens.items():
             answers = self.answers.setdefault(source, Answers())
             for name, read in self.read_outs.items():
@@ -96,9 +100,21 @@ class ImageText:
         constant = chance.recall.setdefault("tower", Retrieval())
         constant.update(torch.zeros_like(text_BP), text_BP, caption_B)
 
+    def _add_labels(self, metadata: list[dict[str, Any]], names: list[str]) -> None:
+        place = {label_of(name): number for number, name in enumerate(names)}
+        if not any(name.isdecimal() for name in place):
+            place |= {str(number): number for number in range(len(names))}
+        place.pop("", None)
+        labels = [label_of(item.get("label")) for item in metadata]
+        self.labels.append(torch.tensor([place.get(label, _UNLABELLED) for label in labels]))
+        self.strange += [label for label in labels if label and label not in place]
+
     def retrieval(self) -> dict[str, Any]:
-        """Return recall by source and direction; those of the fitted read-out in `fitted`."""
-        if not self.answers:
+        """Return recall by source and direction; those of the fitted read-out in `fitted`.
+
+        `images` have a caption and are counted. Empty where none has one.
+        """
+        if not self.answers or not self.answers["chance"].recall["tower"].captioned:
             return {}
         tables = {
             name: {
@@ -108,16 +124,23 @@ class ImageText:
             }
             for name in self.read_outs
         }
-        table: dict[str, Any] = {"read_out": read_out_name(self.held), **tables.pop("tower")}
+        table: dict[str, Any] = {
+            "read_out": read_out_name(self.held),
+            "images": self.answers["chance"].recall["tower"].captioned,
+            **tables.pop("tower"),
+        }
         return table | tables
 
     def zero_shot(self) -> dict[str, Any]:
-        """Return top-1 accuracy by source, and how often a source agrees with the true tokens."""
+        """Return top-1 accuracy by source, and how often a source agrees with the true tokens.
+
+        `strange` labels name no class, and one of them is `strange_label`.
+        """
         if not self.labels or self.classes is None:
             return {}
         label_B = torch.cat(self.labels)
         known = label_B != _UNLABELLED
-        if not known.any():
+        if not known.any() and not self.strange:
             return {}
         names = self.classes[0]
         result: dict[str, Any] = {
@@ -126,6 +149,10 @@ class ImageText:
             "images": int(known.sum()),
             "chance": 1 / len(names),
         }
+        if self.strange:
+            result |= {"strange": len(self.strange), "strange_label": self.strange[0]}
+        if not known.any():
+            return result
         for name in self.read_outs:
             rows = {
                 source: torch.cat(answers.guesses[name])
@@ -166,11 +193,12 @@ def tower_read_out(reader: TokenReader, device: torch.device) -> ReadOut | None:
     return lambda tokens_BND: head(tokens_BND[:, :1])[:, 0] if cls else head(tokens_BND).mean(1)
 
 
-def fitted_read_out(train: TokenReader, device: torch.device) -> ReadOut:
+def fitted_read_out(train: TokenReader, device: torch.device) -> ReadOut | None:
     """Fit a ridge from the mean true patch token to the tower's own image embedding.
 
-    Where the store keeps no CLS token, the caption's embedding takes the image's place. The fit
-    sees true training tokens alone; on generated tokens it is used as it is.
+    Where the store keeps no CLS token, the embedding of the caption, where there is one, takes the
+    image's place. The fit sees true training tokens alone; on generated tokens it is used as it
+    is. None where fewer than two images can be fitted.
     """
     store, name = train.store, train.target
     spec = store.index.arrays[name]
@@ -182,6 +210,10 @@ def fitted_read_out(train: TokenReader, device: torch.device) -> ReadOut:
     head = store.head(name).to(device) if whole is not None and not spec.projected else None
     first = int(train.shape.target.cls)
     ids = np.linspace(0, len(train) - 1, min(FIT_IMAGES, len(train))).round().astype(np.int64)
+    if whole is None:
+        ids = ids[captioned(train, ids)]
+    if len(ids) < _PAIR:
+        return None
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(ids), _BATCH):
@@ -202,6 +234,11 @@ def fitted_read_out(train: TokenReader, device: torch.device) -> ReadOut:
     return lambda tokens_BND: ridge.predict(tokens_BND[:, first:].mean(1, keepdim=True))[:, 0]
 
 
+def captioned(reader: TokenReader, ids: np.ndarray) -> np.ndarray:
+    """Return whether each image has a caption `[B]`."""
+    return np.array([bool(caption.strip()) for caption in reader.captions(ids)], dtype=bool)
+
+
 def class_embeddings(train: TokenReader, device: torch.device) -> tuple[list[str], Tensor] | None:
     """Return class names and the mean caption embedding `[K, P]` of each label, fp64 unit norm.
 
@@ -211,11 +248,12 @@ def class_embeddings(train: TokenReader, device: torch.device) -> tuple[list[str
     sums: dict[str, Tensor] = {}
     for start in range(0, min(FIT_IMAGES, len(train)), _BATCH):
         ids = np.arange(start, min(start + _BATCH, FIT_IMAGES, len(train)))
-        labels = [str(item.get("label", "")) for item in train.metadata(ids)]
+        labels = [label_of(item.get("label")) for item in train.metadata(ids)]
         text_BP = train.text(ids)
         assert text_BP is not None
-        for label, row in zip(labels, F.normalize(text_BP.double(), dim=-1)):
-            if label:
+        unit_BP = F.normalize(text_BP.double(), dim=-1)
+        for label, row, known in zip(labels, unit_BP, captioned(train, ids)):
+            if label and known:
                 sums[label] = sums.get(label, torch.zeros_like(row)) + row
     if len(sums) < 2:
         return None

@@ -1,0 +1,127 @@
+"""Text that strangers wrote: encodings, captions of any JSON type, labels, half characters."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from blip3o_lit.config.errors import UserError
+
+MARKS = (
+    (b"\xef\xbb\xbf", "utf-8-sig"),
+    (b"\xff\xfe\x00\x00", "utf-32"),
+    (b"\x00\x00\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
+"""Byte-order marks; UTF-32's little-endian one begins like UTF-16's, so it comes first."""
+NOTHING = ("", "nan", "NaN")
+"""What stands for no text; the words are those that pandas makes of a gap."""
+
+
+def encoding(start: bytes) -> str:
+    """Return the encoding that a file's first bytes tell: by its mark, else UTF-8."""
+    return next((name for mark, name in MARKS if start.startswith(mark)), "utf-8")
+
+
+def encoding_of(file: Path) -> str:
+    """Return a text file's encoding.
+
+    Raises:
+        UserError: If it can't be read, or looks like UTF-16 without its mark.
+    """
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(4)
+    except OSError as error:
+        raise UserError(f"{file} can't be read: {error.strerror}") from error
+    name = encoding(start)
+    if name == "utf-8" and b"\0" in start:
+        raise UserError(f"{file} is UTF-16 without a byte-order mark, or no text: save it as UTF-8")
+    return name
+
+
+def not_text(file: Path, name: str) -> UserError:
+    """Return the error of a file that is not in the encoding `name`, with the line of the fault."""
+    if not name.startswith("utf-8"):
+        return UserError(f"{file} is damaged {name.upper()}: save it as UTF-8")
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return UserError(
+                    f"{file} line {number} is not UTF-8 (byte {line[error.start]:#04x}; "
+                    "Windows-1252 or Latin-1?): save it as UTF-8"
+                )
+    return UserError(f"{file} is not UTF-8: save it as UTF-8")
+
+
+def read_text(file: Path) -> str:
+    """Return a text file's content, without its byte-order mark.
+
+    Raises:
+        UserError: If it can't be read, or is in no encoding that its first bytes tell.
+    """
+    name = encoding_of(file)
+    try:
+        return file.read_text(name)
+    except UnicodeError as error:
+        raise not_text(file, name) from error
+
+
+def whole(text: str) -> str:
+    """Return text without surrogates: pairs are joined, halves become U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def text_of(value: Any) -> str:
+    """Return a cell or a JSON value as text: of a list its first that is not empty.
+
+    Empty text, null and not-a-number are an empty string; whole floats lose their point.
+
+    Raises:
+        ValueError: If it is an object or a list in a list.
+    """
+    if isinstance(value, list):
+        if any(isinstance(item, (list, dict, tuple)) for item in value):
+            raise ValueError("a nested list is no text")
+        return next((text for text in map(text_of, value) if text), "")
+    if isinstance(value, (dict, tuple)):
+        raise ValueError("an object is no text")
+    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
+        value = int(value)
+    text = "" if value is None else whole(str(value)).strip().strip("\ufeff").strip()
+    return "" if text in NOTHING else text
+
+
+def label_of(value: Any) -> str:
+    """Return a label as text; `3.0`, which pandas makes of 3 beside a gap, is 3 again.
+
+    Raises:
+        ValueError: See `text_of`.
+    """
+    text = text_of(value)
+    return text.partition(".")[0] if re.fullmatch(r"-?[0-9]+\.0+", text) else text
+
+
+def column(name: str) -> str:
+    """Return a column's name as it is compared: small letters and digits alone."""
+    return re.sub(r"[\W_]+", "", name).lower()
+
+
+def json_text(content: str, names: tuple[str, ...]) -> str:
+    """Return the text of a JSON document: itself, or the first of an object's fields that has any.
+
+    Raises:
+        ValueError: If it is no JSON, or its text is no text.
+        RecursionError: If it is nested absurdly deep.
+    """
+    data = json.loads(content)
+    if isinstance(data, dict):
+        fields = {column(name): value for name, value in data.items()}
+        return next((text for name in names if (text := text_of(fields.get(name)))), "")
+    return text_of(data)

@@ -17,9 +17,9 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.pixels import PixelsConfig
 from blip3o_lit.config.shape import TokenShape
-from blip3o_lit.images.folder import EXTENSIONS, files_below
-from blip3o_lit.images.item import Reject, decode, file_bytes
+from blip3o_lit.images.item import EXTENSIONS, Reject, decode, file_bytes
 from blip3o_lit.images.pixels import VIEWER
+from blip3o_lit.images.walk import below
 from blip3o_lit.tokens.heads import Head
 from blip3o_lit.tokens.index import ArraySpec
 from blip3o_lit.tokens.mode import View, view_of
@@ -37,7 +37,7 @@ def picture_files(place: str | Path) -> list[Path]:
     """
     path = Path(place).expanduser()
     if path.is_dir():
-        found = [path / name for name in files_below(path, EXTENSIONS)]
+        found = [path / name for name in below(path).pictures]
         if not found:
             raise UserError(f"images={place} holds no .{', .'.join(EXTENSIONS)}")
         return found

@@ -133,10 +133,7 @@ def samples(files: Iterable[M], suffixes: Collection[str], where: str) -> Iterat
             yield sample
             sample = {}
     if sample:
-        raise UserError(
-            f"{where}: sample {key} is incomplete at the end: "
-            "the shard is not the one that index.json describes"
-        )
+        raise UserError(f"{where}: sample {key} is incomplete at the end: extract it again")
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:

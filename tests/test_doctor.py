@@ -26,6 +26,7 @@ from blip3o_lit.inspection.finding import Finding
 from blip3o_lit.inspection.numbers import HEADER
 from blip3o_lit.inspection.repair import repair
 from blip3o_lit.inspection.store import file_hash, inspect
+from blip3o_lit.tokens import tar
 from blip3o_lit.tokens.index import ArraySpec, TokenIndex
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.shards import TokenWriter, pack_offsets, unpack_offsets
@@ -300,6 +301,13 @@ def test_repair_keeps_the_sound_shards_and_names_the_lost(tmp_path: Path) -> Non
     assert set(after) == {"00000", "00001", "00002", "00003", "00008", "00009", "00014"}
     assert all(torch.equal(after[key], before[key]) for key in after)
     assert (folder / "index.json.before-repair").is_file()
+
+
+def test_repair_leaves_out_a_tar_without_samples(tmp_path: Path) -> None:
+    folder = store(tmp_path / "s")
+    (folder / "train-000009.tar").write_bytes(tar.END)
+    assert [line.split(":")[0] for line in repair(folder).lost] == ["train-000009.tar"]
+    assert TokenIndex.load(folder).samples == 15
 
 
 def test_repair_mends_wrong_counts(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import tarfile
@@ -34,6 +35,14 @@ def test_two_builds_are_byte_identical(tmp_path: Path) -> None:
     assert len(files) == 1 + 2 * (5 + 2)
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_headers_are_those_of_earlier_versions() -> None:
+    """Whatever Python's tarfile does: another header would change every store's checksums."""
+    digest = hashlib.sha256(tar.header("000017.eva.npy", 12345)).hexdigest()
+    assert digest == "cde5ceb7af709ea9f2a189eefd2b1118d927d04a1a682ac35766c59f574b56e4"
+    with pytest.raises(UserError, match="longer than 100 characters"):
+        tar.header("a" * 60 + "." + "b" * 40 + ".npy", 1)
 
 
 def test_standard_tar_and_numpy_read_a_shard(tmp_path: Path) -> None:

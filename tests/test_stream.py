@@ -170,7 +170,7 @@ class Breaking(Quiet):
         self.close_connection = True
 
 
-def test_a_shard_is_opened_again_after_a_broken_connection(folder: Path, url: str) -> None:
+def test_a_broken_connection_is_resumed(folder: Path, url: str) -> None:
     whole = list(reader(url).samples(1))
     with serving(Breaking, folder) as address:
         samples = list(reader(address).samples(1))

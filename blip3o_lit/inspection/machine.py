@@ -23,9 +23,9 @@ COMPROMISED = {"2.6.2", "2.6.3"}
 PYTHONS = ((3, 11), (3, 14))
 GIB = 2**30
 LOW_MEMORY = 6 * GIB
-"""Training keeps 20 bytes a parameter: weights, gradients, two moments and the average, in fp32."""
+"""Training keeps 20 bytes per parameter: weights, gradients, two moments, an average, in fp32."""
 LOW_DISK = 10 * GIB
-"""Room for demo tokens and a few checkpoints, 16 bytes a parameter each."""
+"""Room for demo tokens and a few checkpoints, 16 bytes per parameter each."""
 GLOO_SECONDS = 300
 """Both processes import torch first, which alone can take a minute on a busy machine."""
 ALL_REDUCE = """
@@ -70,15 +70,15 @@ def lightning() -> Iterator[Finding]:
     """Look for the two stolen releases, by metadata alone: importing them is the attack."""
     for name in ("lightning", "pytorch-lightning"):
         try:
-            found = version(name)
+            installed = version(name)
         except PackageNotFoundError:
             continue
-        if found in COMPROMISED:
-            says = f"{found} is a malicious release (GHSA-w37p-236h-pfx3)"
+        if installed in COMPROMISED:
+            says = f"{installed} is a malicious release (GHSA-w37p-236h-pfx3)"
             fix = "don't import it; pip install 'lightning>=2.6.4' and change all credentials"
             yield Finding("fail", name, says, fix)
         else:
-            yield Finding("ok", name, f"{found}, not one of the stolen {sorted(COMPROMISED)}")
+            yield Finding("ok", name, f"{installed}, not one of the stolen {sorted(COMPROMISED)}")
 
 
 def packages() -> Iterator[Finding]:
@@ -97,14 +97,14 @@ def packages() -> Iterator[Finding]:
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            found = version(requirement.name)
+            installed = version(requirement.name)
         except PackageNotFoundError:
             yield Finding("fail", requirement.name, "is not installed", "make setup")
             continue
-        if requirement.specifier.contains(found, prereleases=True):
-            good.append(f"{requirement.name} {found}")
+        if requirement.specifier.contains(installed, prereleases=True):
+            good.append(f"{requirement.name} {installed}")
         else:
-            says = f"{found}, but {requirement.specifier} is needed"
+            says = f"{installed}, but {requirement.specifier} is needed"
             yield Finding("fail", requirement.name, says, "make setup")
     yield Finding("ok", "packages", ", ".join(good))
 
@@ -112,7 +112,7 @@ def packages() -> Iterator[Finding]:
 def torchvision() -> Iterator[Finding]:
     """Import torchvision: one that was built for another torch breaks timm and lightning too."""
     try:
-        found = version("torchvision")
+        installed = version("torchvision")
     except PackageNotFoundError:
         says = "not installed, and timm and open_clip import it"
         yield Finding("fail", "torchvision", says, "install the build that matches torch")
@@ -121,9 +121,11 @@ def torchvision() -> Iterator[Finding]:
         import torchvision as module
 
         module.ops.nms  # noqa: B018 (registered by its binary part alone)
-        yield Finding("ok", "torchvision", f"{found} works with torch {version('torch')}")
+        yield Finding("ok", "torchvision", f"{installed} works with torch {version('torch')}")
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
-        says = f"{found} does not work with torch {version('torch')}: {str(error).splitlines()[0]}"
+        says = (
+            f"{installed} does not work with torch {version('torch')}: {str(error).splitlines()[0]}"
+        )
         yield Finding("fail", "torchvision", says, "install the build that matches torch")
 
 
@@ -155,7 +157,6 @@ def devices() -> Iterator[Finding]:
 
 
 def _cpu_flags() -> set[str]:
-    """Return the CPU's feature flags, empty where the system doesn't tell."""
     file = Path("/proc/cpuinfo")
     if not file.is_file():
         return set()
@@ -219,13 +220,13 @@ def all_reduce() -> Iterator[Finding]:
             for rank in range(2):
                 words = [*command, str(rank), store]
                 running.append(subprocess.Popen(words, stderr=subprocess.PIPE, text=True))
-            said = [process.communicate(timeout=GLOO_SECONDS)[1] for process in running]
+            errors = [process.communicate(timeout=GLOO_SECONDS)[1] for process in running]
         except OSError as error:
             says = f"{sys.executable} can't be started: {error.strerror}"
             yield Finding("fail", "two processes", says, "use a python that this user may run")
             return
         except subprocess.TimeoutExpired:
-            said = [f"no answer in {GLOO_SECONDS} s"]
+            errors = [f"no answer in {GLOO_SECONDS} s"]
         finally:
             for process in running:
                 process.kill()
@@ -233,6 +234,6 @@ def all_reduce() -> Iterator[Finding]:
     if all(process.returncode == 0 for process in running):
         yield Finding("ok", "two processes", "gloo all-reduce gives the right sum")
         return
-    lines = [line for text in said for line in text.splitlines() if line.strip()]
+    lines = [line for text in errors for line in text.splitlines() if line.strip()]
     fix = "set GLOO_SOCKET_IFNAME to a network interface, such as lo"
     yield Finding("fail", "two processes", f"gloo: {lines[-1] if lines else 'failed'}", fix)

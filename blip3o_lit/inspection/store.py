@@ -181,9 +181,8 @@ class Inspection:
     def heads(self) -> Iterator[Finding]:
         if not (self.folder / HEADS_FILE).is_file():
             return
-        for name, spec in self.index.arrays.items():
-            if spec.kind != "tokens":
-                continue
+        tokens = {name: s for name, s in self.index.arrays.items() if s.kind == "tokens"}
+        for name, spec in tokens.items():
             try:
                 head = Head.load(self.folder, name, spec.normed)
                 width = head.projection_CP.shape[0]

@@ -56,12 +56,12 @@ class TokenDataModule(pl.LightningDataModule):
         Args:
             data: Which arrays are read, how many samples, by how many threads.
             mode: The view of the stored tokens.
-            store: Folder or URL of the token store.
+            store: Folder or URL.
             seed: Seed of the sample order.
             batch_size: Samples per optimizer step, over all processes.
             micro_batch_size: Samples per forward pass; None: a process's whole share.
             steps: Optimizer steps of the run; `steps_for` sets it too.
-            validation_images: Upper limit on validation images, beside data.validation_subset.
+            validation_images: Upper limit, beside data.validation_subset.
         """
         super().__init__()
         self.data, self.mode, self.store_path = data, mode, store

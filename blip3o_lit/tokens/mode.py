@@ -52,10 +52,7 @@ class View:
 
 
 def average(tokens_BNC: Tensor, grid: tuple[int, int], pool: tuple[int, int]) -> Tensor:
-    """Average blocks of `pool` neighbours of a row-major grid; `grid` is the one that comes out.
-
-    A CLS token, which no averaging mode takes, must not be in it.
-    """
+    """Average blocks of `pool` neighbours of a row-major grid without CLS; `grid` comes out."""
     if pool == (1, 1):
         return tokens_BNC
     batch, _, width = tokens_BNC.shape

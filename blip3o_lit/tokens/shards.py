@@ -40,7 +40,6 @@ def pack_offsets(offsets: np.ndarray, sha256: str) -> bytes:
 
 
 def _offsets_head(samples: int, columns: int, sha256: str) -> bytes:
-    """Return the four words that tie an .idx file to its tar."""
     return OFFSETS_MAGIC + np.array([samples, columns], "<u8").tobytes() + bytes.fromhex(sha256)[:8]
 
 

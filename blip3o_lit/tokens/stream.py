@@ -33,7 +33,7 @@ from blip3o_lit.tokens.storage import SCALES_FILE, TORCH_TYPES, load_scales, sca
 from blip3o_lit.tokens.world import BatchPlan
 
 SHUFFLE_BYTES = 1 << 29
-"""Memory of a rank's shuffle buffer: 200 samples of the mission's pair."""
+"""Memory of a rank's shuffle buffer."""
 STATISTICS_SHARDS = 8
 
 

@@ -55,7 +55,13 @@ def padding(size: int) -> bytes:
 
 
 def header(name: str, size: int) -> bytes:
-    """Return the ustar header of a regular file: mode 0644, owner 0, time 0."""
+    """Return the ustar header of a regular file: mode 0644, owner 0, time 0.
+
+    Raises:
+        UserError: If the name does not fit.
+    """
+    if len(name) > 100:
+        raise UserError(f"{name} is longer than 100 characters: shorten the name of its array")
     info = tarfile.TarInfo(name)
     info.size = size
     return info.tobuf(tarfile.USTAR_FORMAT)
@@ -133,10 +139,7 @@ def samples(files: Iterable[M], suffixes: Collection[str], where: str) -> Iterat
             yield sample
             sample = {}
     if sample:
-        raise UserError(
-            f"{where}: sample {key} is incomplete at the end: "
-            "the shard is not the one that index.json describes"
-        )
+        raise UserError(f"{where}: sample {key} is incomplete at the end: extract it again")
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from blip3o_lit.command import run_command
 from blip3o_lit.config.errors import UserError
@@ -15,10 +12,6 @@ from blip3o_lit.config.files import write_json
 from blip3o_lit.config.home import home
 from blip3o_lit.config.words import pasteable
 
-if TYPE_CHECKING:
-    from blip3o_lit.scoring.baselines import Report
-
-UNITS = {"mlp": "steps", "regression": "steps"}
 KEPT = "no score was written, fitted baselines are kept: give the same line again"
 COLUMNS = {
     "cosine": "cosine",
@@ -35,6 +28,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score one checkpoint; write evaluation.json and report.html; return the former's content."""
     from blip3o_lit.budget.out_of_memory import batch_limit
     from blip3o_lit.loading import best_device, find_weights, load
+    from blip3o_lit.progress import phases
     from blip3o_lit.report.page import write_report
     from blip3o_lit.scoring.readers import open_readers
     from blip3o_lit.scoring.score import Scorer
@@ -49,7 +43,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     rival = load(config.vs, device) if config.vs else None
     if rival is not None and rival.shape != loaded.shape:
         raise UserError(f"vs={config.vs} translates other token shapes than ckpt={config.ckpt}")
-    with progress() as report, batch_limit("batch_size", config.batch_size):
+    with phases() as report, batch_limit("batch_size", config.batch_size):
         scorer = Scorer(loaded, held, train, config, home() / "baselines", report, rival)
         result = scorer.run()
     write_json(folder / "evaluation.json", result)
@@ -59,29 +53,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     words = pasteable("ckpt", loaded.file), pasteable("out", folder / "export")
     print("next: python -m blip3o_lit.export", *words)
     return result
-
-
-@contextmanager
-def progress() -> Iterator[Report]:
-    """Show a bar for each long part."""
-    from blip3o_lit.progress import Work
-
-    started = 0.0
-    with ExitStack() as stack:
-        active: Work | None = None
-
-        def report(what: str, done: int, total: int) -> None:
-            nonlocal active, started
-            if active is None:
-                started = time.monotonic()
-                active = stack.enter_context(Work(what, total, UNITS.get(what, "images")))
-            active.advance(done - active.done)
-            if done == total:
-                stack.pop_all().close()
-                print(f"{what}: {total} {active.unit} in {time.monotonic() - started:.1f} s")
-                active = None
-
-        yield report
 
 
 def show(result: dict[str, Any]) -> None:

@@ -99,8 +99,8 @@ def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
 def generate(config: GenerateConfig) -> Path:
     """Translate a store's condition tokens; return the folder of the generated store."""
     from blip3o_lit.budget.out_of_memory import batch_limit
-    from blip3o_lit.evaluate import progress
     from blip3o_lit.loading import best_device, load
+    from blip3o_lit.progress import phases
     from blip3o_lit.tokens.index import TokenIndex
     from blip3o_lit.tokens.reader import TokenReader, TokenStore
 
@@ -124,7 +124,7 @@ def generate(config: GenerateConfig) -> Path:
     spec = _spec(loaded, store, settings)
     entries: list[ShardEntry] = []
     limit = batch_limit("batch_size", config.batch_size)
-    with claimed(out, "out"), progress() as report, limit:
+    with claimed(out, "out"), phases() as report, limit:
         _claim(out, settings)
         write_json(out / SETTINGS_FILE, settings)
         for split, reader in readers.items():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -11,6 +13,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 10.0
 """Seconds between two lines where no terminal is attached."""
+UNITS = {"mlp": "steps", "regression": "steps"}
+"""What a phase counts, where that is not images."""
+Report = Callable[[str, int, int], None]
+"""Told of a phase, what of it is done, and its total."""
 
 
 class Work:
@@ -79,3 +85,24 @@ class Work:
         """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
+
+
+@contextmanager
+def phases() -> Iterator[Report]:
+    """Show a bar for each phase of a long command; its length and time when it ends."""
+    started = 0.0
+    with ExitStack() as stack:
+        active: Work | None = None
+
+        def report(what: str, done: int, total: int) -> None:
+            nonlocal active, started
+            if active is None:
+                started = time.monotonic()
+                active = stack.enter_context(Work(what, total, UNITS.get(what, "images")))
+            active.advance(done - active.done)
+            if done == total:
+                stack.pop_all().close()
+                print(f"{what}: {total} {active.unit} in {time.monotonic() - started:.1f} s")
+                active = None
+
+        yield report

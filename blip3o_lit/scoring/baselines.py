@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ from blip3o_lit.loading import Loaded
 from blip3o_lit.models.baselines import MeanToken, Ridge
 from blip3o_lit.models.precision import PRECISIONS
 from blip3o_lit.models.regression import PatchMLP, Regression
+from blip3o_lit.progress import Report
 from blip3o_lit.tokens.reader import TokenReader
 from blip3o_lit.translator import Translator
 
@@ -36,7 +37,6 @@ FORMAT = 2
 CLOSED_FORM = ("mean_token", "ridge")
 _BATCH = 64
 
-Report = Callable[[str, int, int], None]
 """Called with (what is being done, units done, units in all)."""
 
 

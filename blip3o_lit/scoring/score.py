@@ -20,8 +20,9 @@ from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.loading import Loaded, solver_from_label
 from blip3o_lit.metrics.calibration import Calibration
 from blip3o_lit.metrics.paired import compare
+from blip3o_lit.progress import Report
 from blip3o_lit.report.record import FORMAT
-from blip3o_lit.scoring.baselines import BaselineFits, Report, fit_settings
+from blip3o_lit.scoring.baselines import BaselineFits, fit_settings
 from blip3o_lit.scoring.estimators import (
     Estimator,
     exact_estimators,

@@ -281,6 +281,7 @@ def test_recall_and_labels_of_true_tokens_and_of_constants(home, tmp_path):
     report = scored(run, home / "fits", solvers=[], curve=[])[0]
     recalls = report["retrieval"]
     assert recalls["read_out"] == "cls"
+    assert recalls["images"] == 16
     assert recalls["true"]["image_to_text"]["R@1"] == 1
     assert recalls["true"]["text_to_image"]["R@1"] == 1
     assert recalls["chance"]["image_to_text"]["R@5"] == pytest.approx(5 / 16)

@@ -16,6 +16,7 @@ from blip3o_lit.extraction.classes import read_classes
 from blip3o_lit.images.folder import caption_of
 from blip3o_lit.images.item import Item, Lost
 from blip3o_lit.images.open import open_source
+from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.metrics.retrieval import Retrieval, caption_ids
 from blip3o_lit.models.baselines import Ridge
 
@@ -120,7 +121,10 @@ def test_paths_that_are_none_lose_their_row_alone(tmp_path):
     table.write_text("".join(json.dumps({"path": path}) + "\n" for path in paths))
     found = entries(open_source(str(table), 8))
     assert [isinstance(entry, Item) for entry in found] == [True, True, True, False, True, False]
-    assert found[0].read() == found[1].read()
+    first, literal = found[:2]
+    assert isinstance(first, Item)
+    assert isinstance(literal, Item)
+    assert first.read() == literal.read()
     found[4].source.encode()
 
 
@@ -150,6 +154,8 @@ def test_what_can_not_be_read_names_the_real_cause(tmp_path, content, says):
 def test_text_with_a_comma_and_no_quotes_is_not_cut(tmp_path):
     (tmp_path / "list.csv").write_text("path,caption\na.png,a red, round seven\nb.png,b,\n")
     lost, item = entries(open_source(str(tmp_path / "list.csv"), 8))
+    assert isinstance(lost, Lost)
+    assert isinstance(item, Item)
     assert "quote text with commas" in lost.reason
     assert (item.source, item.caption) == ("b.png", "b")
 
@@ -292,3 +298,12 @@ def test_ridge_of_images_that_are_all_alike_is_their_token(images, size):
     ridge.fit(lambda: iter([both]))
     made = ridge.predict(condition)
     assert (made - target).abs().max() <= 1e-5 * max(size, 1e-9) * 10
+
+
+def test_true_tokens_that_are_all_alike_have_no_r2():
+    token = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = TokenScores(token.float(), TokenShape((2, 2), True, 6))
+    scores.update(torch.randn(3, 5, 6), token.expand(3, -1, -1))
+    values = scores.compute()
+    assert values["r2"] is values["std_ratio"] is values["variance_ratio"] is None
+    assert -1 <= values["cosine"] <= 1

@@ -19,6 +19,8 @@ from blip3o_lit.config.shape import TokenShape
 
 THRESHOLDS = (0.7, 0.8, 0.9)
 RESAMPLES = 1000
+ROUNDING = 1e-12
+"""Share of the energy that a mean token in fp32 may leave of the spread of equal tokens."""
 _SUMS = ("images", "tokens", "centred", "pooled", "patch", "cls", "distance", "error", "energy")
 _SUMS += ("spread_true", "spread_generated", "norm_true", "norm_generated")
 
@@ -130,7 +132,8 @@ class TokenScores(Metric):
         cosine of each patch position, as rows of the grid.
 
         `r2` (one minus the squared error over the squared distance to the mean token) and the
-        ratios are None where their denominator is zero.
+        ratios are None where their denominator is zero; tokens that are the mean token but for
+        rounding have no spread.
         """
         total = {name: float(getattr(self, f"sum_{name}")) for name in _SUMS}
         images = total["images"]
@@ -141,6 +144,8 @@ class TokenScores(Metric):
         low, high = interval(values)
         p1, p5, p25, p50, p75, p95 = np.percentile(values, [1, 5, 25, 50, 75, 95]).tolist()
         ratio = _ratio(total["norm_generated"], total["norm_true"])
+        if total["spread_true"] < ROUNDING * total["energy"]:
+            total["spread_true"] = 0.0
         spread = _ratio(total["spread_generated"], total["spread_true"])
         explained = _ratio(total["error"], total["spread_true"])
         noise = _ratio(total["energy"], total["error"])

@@ -12,6 +12,7 @@ from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.config.words import pasteable
 
 if TYPE_CHECKING:
+    from blip3o_lit.images.item import Source
     from blip3o_lit.tokens.index import TokenIndex
 
 NAMED = 4
@@ -44,11 +45,7 @@ def extract(config: ExtractConfig) -> None:
         "clip": load_tower(config.towers.target, config.towers.pretrained, device),
     }
     out = Path(config.out).expanduser()
-    lengths = [part.length for part in source.parts]
-    tars = lengths.count(None)
-    loose = sum(length or 0 for length in lengths)
-    counts = ([f"{loose:,} images"] if loose else []) + ([f"{tars:,} tars"] if tars else [])
-    print(f"{config.images}: {' and '.join(counts)}; worker {worker} of {workers}")
+    print(f"{config.images}: {_counts(source)}; worker {worker} of {workers}")
     for line in _few([f"{entry.source}: {entry.reason}" for entry in source.beside]):
         print(f"  {line}")
     for name, tower in towers.items():
@@ -79,6 +76,17 @@ def extract(config: ExtractConfig) -> None:
     words = ["data=tokens", pasteable("data.tokens", config.out)]
     words += ["mode=grid_64"] if index.reduced else []
     print("next: python -m blip3o_lit.train", *words)
+
+
+def _counts(source: Source) -> str:
+    """Return how many images and captions a source lists, and how many tars."""
+    from blip3o_lit.images.item import Item
+
+    loose = [entry for part in source.parts if part.length is not None for entry in part.entries()]
+    captions = sum(isinstance(entry, Item) and bool(entry.caption) for entry in loose)
+    tars = sum(part.length is None for part in source.parts)
+    counts = [f"{len(loose):,} images, {captions:,} with a caption"] if loose else []
+    return " and ".join(counts + ([f"{tars:,} tars"] if tars else []))
 
 
 def _account(index: TokenIndex, out: Path) -> list[tuple[str, str]]:

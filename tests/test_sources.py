@@ -1,9 +1,13 @@
 """Nothing is skipped in silence: pictures of folders and tars are stored or named, always."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import random
+import re
 import stat
 import subprocess
 import sys
@@ -158,6 +162,14 @@ def test_tars_without_pictures_and_odd_names_are_named(tmp_path):
     assert "2 files that are no pictures (.md, .npy); 1 companions" in rejected["notes.tar"]
 
 
+@pytest.mark.parametrize("press", [gzip, bz2, lzma])
+def test_a_compressed_tar_by_a_plain_name_is_said_to_be_one(tmp_path, press):
+    file = make_tar(tmp_path / "a.tar", [("0.png", png())])
+    file.write_bytes(press.compress(file.read_bytes()))
+    with pytest.raises(UserError, match="a.tar: it is compressed"):
+        read(open_source(str(file), 8))
+
+
 def test_what_follows_an_end_mark_must_be_a_tar(tmp_path):
     path = make_tar(tmp_path / "a.tar", [("a.png", png())])
     whole = path.read_bytes()
@@ -243,6 +255,26 @@ def test_links_hidden_files_companions_and_others_are_counted(tmp_path):
     before = source.fingerprint
     (photos / "later.md").write_bytes(b"x")
     assert open_source(str(photos), 8).fingerprint == before
+
+
+def test_captions_beside_a_picture_bear_its_stem_or_its_whole_name(tmp_path):
+    for name in ("a.png", "a.jpg", "b.c.png", "d.png"):
+        (tmp_path / name).write_bytes(png())
+    for name in ("a.txt", "a.jpg.txt", "b.c.png.caption", "d.png.json", "d.caption"):
+        (tmp_path / name).write_text("{}" if name.endswith("json") else name)
+    source = open_source(str(tmp_path), 8)
+    expected = {"a.png": "a.txt", "a.jpg": "a.jpg.txt", "b.c.png": "b.c.png.caption"}
+    assert captions(source) == {**expected, "d.png": "d.caption"}
+    assert not source.beside
+
+
+def test_a_table_among_pictures_is_named_with_the_words_that_read_it(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "seven"}')
+    (beside,) = open_source(str(tmp_path), 8).beside
+    assert beside.source == "metadata.jsonl"
+    (words,) = re.findall("images=(.*) reads", beside.reason)
+    assert captions(open_source(words, 8)) == {"a.png": "seven"}
 
 
 def test_a_tree_deeper_than_paths_may_be_long_is_read_as_far_as_it_goes(tmp_path):
@@ -346,6 +378,7 @@ def test_stored_and_rejected_are_given_by_the_real_command(tmp_path):
     assert lost < set(pictures)
     account = f"{len(pictures)}: {index['samples']} stored, {index['rejects']} rejected"
     assert account in done.stdout
+    assert "images, 0 with a caption and 1 tars;" in done.stdout
 
 
 def test_early_losses_do_not_end_what_is_sound_as_a_whole(tmp_path, towers):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.words import pasteable
 from blip3o_lit.images.item import EXTENSIONS, Item, Lost, Reject, file_bytes
 from blip3o_lit.images.names import extension_of, plain, stem_of
 from blip3o_lit.images.text import encoding, json_text, text_of
 from blip3o_lit.images.walk import below, is_token_store
 
 CAPTIONS = ("txt", "caption", "json")
+TABLES = ("csv", "jsonl")
 CAPTION_BYTES = 1 << 18
 """Longer caption files are refused."""
 CAPTION_KEYS = ("caption", "text", "prompt")
@@ -66,8 +69,8 @@ def read_folder(folder: Path, out: Path | None = None) -> Folder:
     texts = {(stem_of(name), extension_of(name)): name for name in listing.others}
     for name in listing.pictures:
         caption = ""
-        for extension in CAPTIONS:
-            text = texts.get((stem_of(name), extension))
+        for stem, extension in product((name, stem_of(name)), CAPTIONS):  # a.png.txt, a.txt
+            text = texts.get((stem, extension))
             if text is None:
                 continue
             used.add(text)
@@ -81,7 +84,11 @@ def read_folder(folder: Path, out: Path | None = None) -> Folder:
         items.append(Item(source, partial(file_bytes, folder / name), caption))
     items.sort(key=lambda item: item.source)
     for name in listing.others:
-        if name not in used:
+        if extension_of(name) in TABLES:
+            words = pasteable("images", str(folder / name))
+            reason = f"a table is not read with its folder: {words} reads what it lists"
+            beside.append(Lost(plain(name), plain(reason), image=False))
+        elif name not in used:
             listing.passed.add(name)
     if words := listing.passed.words():
         beside.append(Lost(plain(folder.name or str(folder)), words, image=False))

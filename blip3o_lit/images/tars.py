@@ -35,6 +35,8 @@ from blip3o_lit.images.sample import LABEL, Sample, Text
 
 DANGEROUS = ("pkl", "pickle", "pyd", "pth", "pt", "bin", "ckpt", "joblib", "so", "dll", "py", "sh")
 """Members that other tools would unpickle or run; here they are refused by name and counted."""
+MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
+"""First bytes of compressed files."""
 HELD_BYTES = MAX_BYTES
 """A sample that holds more is handed on before its end."""
 ATTEMPTS = 4
@@ -119,7 +121,10 @@ class TarPart:
             ):
                 yield from islice(Members(archive, self.url, self.label).entries(), skip, None)
         except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-            raise UserError(f"{self.url}: {error}: download it again, or leave it out") from error
+            what = f"{error}: download it again, or leave it out"
+            if compressed(self.url):
+                what = "it is compressed, for all its name: unpack it to a plain .tar"
+            raise UserError(f"{self.url}: {what}") from error
 
 
 class Members:
@@ -208,6 +213,14 @@ def refusal(member: tarfile.TarInfo) -> str:
     if extension in (*EXTENSIONS, *CAPTIONS, LABEL) and member.size > limit:
         return f"{member.size} bytes; {limit} is the limit"
     return ""
+
+
+def compressed(url: str) -> bool:
+    """Whether a local file begins as gzip, bzip2, xz or Zstandard do; false of addresses."""
+    if "://" in url:
+        return False
+    with open(url, "rb") as file:
+        return file.read(6).startswith(MAGIC)
 
 
 def open_tar(url: str) -> BinaryIO:

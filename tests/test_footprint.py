@@ -115,7 +115,7 @@ def test_the_plan_of_many_gpus_needs_none(
     assert "64 x H100" in said
     assert "a rank, ddp 2" in said
     assert "a rank, fsdp2" in said
-    assert "4096 = 64 x 64 x 1 accumulated" in said
+    assert "4096 = 64 process(es) x 64 x 1 accumulated" in said
     assert "GB/s in all" in said
     assert not (tmp_path / "run").exists()
     assert kept < 2**28

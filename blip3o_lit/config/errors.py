@@ -20,8 +20,18 @@ class UserError(ValueError):
 def nearest(word: str, options: Iterable[str]) -> str:
     """Return the option that `word` misspells, or an empty string."""
     choices = list(options)
-    swapped = [option for option in choices if sorted(option) == sorted(word)]
-    return next(iter(swapped or difflib.get_close_matches(word, choices, n=1, cutoff=CLOSE)), "")
+    close = [option for option in choices if sorted(option) == sorted(word)]
+    # In a short word one wrong letter is a third of it, too far for the ratio below.
+    close += [option for option in choices if _letters_apart(word, option) == 1]
+    close += difflib.get_close_matches(word, choices, n=1, cutoff=CLOSE)
+    return close[0] if close else ""
+
+
+def _letters_apart(one: str, other: str) -> int:
+    """Return in how many places two words of one length differ; all of them otherwise."""
+    if len(one) != len(other) or len(one) < 3:
+        return len(one) + len(other)
+    return sum(a != b for a, b in zip(one, other))
 
 
 def one_of(key: str, value: str, options: Iterable[str]) -> None:

@@ -166,7 +166,7 @@ def reader_target(folder: Path) -> Target:
 
 def pickle_target(folder: Path) -> Target:
     """A pickle of the seeds."""
-    from test_legacy import SEEDS, check_only_user_errors
+    from hostile_pickles import SEEDS, check_only_user_errors
 
     file = folder / "x.pkl"
     return Target(SEEDS, damaged_bytes, lambda case: check_only_user_errors(file, case))
@@ -272,7 +272,7 @@ def _other_member(case: bytes, draw: random.Random) -> bytes:
 
 def evaluation_target(folder: Path) -> Target:
     """An evaluation.json that a report is made from."""
-    from test_report import evaluation
+    from made_report import evaluation
 
     run = folder / "evaluated"
     run.mkdir()

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import in_child
 from conftest import ROOT
 from made_run import small_config
-from test_faults import in_child
-from test_training import config
+from quick_run import config
 
 from blip3o_lit.budget.activations import activations
 from blip3o_lit.budget.out_of_memory import advice, batch_limit, savings

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from seed_pickles import embeddings
 
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.errors import UserError
@@ -26,18 +27,6 @@ from blip3o_lit.tokens.index import TokenIndex
 from blip3o_lit.tokens.reader import TokenReader, TokenStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage")
-
-
-def embeddings(samples: int, tokens: int, seed: int = 0, widths: tuple[int, int] = (4, 3)) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "eva_blip3o_embeddings": torch.randn(samples, tokens, widths[0], generator=generator),
-        "clip_blip3o_embeddings": torch.randn(samples, tokens, widths[1], generator=generator),
-        "captions": [f"caption {seed}.{i}" for i in range(samples)],
-        "keys": [f"{seed:02d}{i:04d}" for i in range(samples)],
-        "total_samples": samples,
-        "config": {"clip_model": "openai/clip-vit-large-patch14", "eva_model": "BAAI/EVA-CLIP-8B"},
-    }
 
 
 def chunks(folder: Path, counts: list[int], tokens: int = 256, **widths: Any) -> list[Any]:

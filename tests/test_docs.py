@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from documented import DOCS, FOREIGN, PAGES, blocks, lines
 from hydra.core.config_store import ConfigStore
 from made_run import make_run
 from omegaconf import OmegaConf
@@ -43,18 +43,6 @@ SCHEMAS = {
     "generate": GenerateConfig,
     "train": TrainConfig,
 }
-DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
-# Commands of others, which no test runs.
-FOREIGN = {
-    "git": "needs the repository's address",
-    "hf": "downloads gigabytes",
-    "printf": "the shell's own",
-    "sbatch": "needs a Slurm cluster",
-    "scontrol": "needs a Slurm cluster",
-    "source": "the shell's own",
-    "torchrun": "starts processes; what it starts is checked",
-}
 # Pages that scripts write from runs; the site leads to them, a checkout may be without them.
 GENERATED = {"objective.md", "results.md"}
 # Python blocks that are compiled and whose names are looked up, but not run here.
@@ -62,26 +50,6 @@ NOT_RUN = {
     "migrating.md": "tests/test_from_seed.py runs them",
     "tutorial.md 1": "needs the demo's towers and a run on their tokens: a minute",
 }
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """Return the fenced blocks of a language, without the indent of a list."""
-    found = re.findall(
-        rf"^( *)```{language}\n(.*?)^\1```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE
-    )
-    return [re.sub(rf"^{indent}", "", text, flags=re.MULTILINE) for indent, text in found]
-
-
-def lines(page: Path) -> Iterator[list[str]]:
-    """Yield the words of each command of a page's shell blocks, without set variables."""
-    for block in blocks(page, "(?:bash|sh|console)"):
-        for line in block.replace("\\\n", " ").splitlines():
-            for part in re.split(r"\s&&\s|\s\|\s", line):
-                words = shlex.split(part, comments=True)
-                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                    words = words[1:]
-                if words:
-                    yield words
 
 
 def check_overrides(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import resource
 import shutil
-import signal
-import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from children import NOBODY, in_child, pickled
 
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.errors import UserError
@@ -33,7 +29,6 @@ from blip3o_lit.tokens.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.shards import TokenWriter
 
 SPECS = {name: ArraySpec("tokens", "float16", (4, 3), grid=(2, 2)) for name in ("eva", "clip")}
-NOBODY = 65534
 
 
 def store(folder: Path, train: int = 6, validation: int = 2, shard_samples: int = 2) -> Path:
@@ -49,51 +44,6 @@ def store(folder: Path, train: int = 6, validation: int = 2, shard_samples: int 
 def read(folder: Path, split: str = "train", verify: str = "full") -> torch.Tensor:
     reader = TokenReader(TokenStore.open(folder, verify), split, mode=ModeConfig("patch_only"))
     return reader.read(np.arange(len(reader)))["target"]
-
-
-def pickled(path: Path, samples: int = 40, width: int = 8) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    data = {
-        "eva_blip3o_embeddings": torch.randn(samples, 64, width, generator=generator),
-        "clip_blip3o_embeddings": torch.randn(samples, 64, width, generator=generator),
-    }
-    path.write_bytes(pickle.dumps(data))
-    return path
-
-
-def in_child(work: Callable[[], None], user: int | None = None, seconds: int = 60) -> None:
-    """Run `work` in a process of its own (as another user if we may), and fail when it fails."""
-    output, said = os.pipe()
-    child = os.fork()
-    if child == 0:
-        signal.alarm(seconds)
-        code = 1
-        try:
-            if user is not None and os.getuid() == 0:
-                os.setgid(user)
-                os.setuid(user)
-            work()
-            code = 0
-        except BaseException:
-            os.write(said, traceback.format_exc().encode()[-4000:])
-        finally:
-            os._exit(code)
-    os.close(said)
-    with os.fdopen(output, "rb") as pipe:
-        message = pipe.read().decode()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, message
-
-
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder that other users can reach."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        yield folder
-        for path in (folder, *folder.rglob("*")):
-            if path.is_dir():
-                path.chmod(0o755)
 
 
 def test_a_read_only_store_is_read_and_not_written(open_folder: Path) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from children import pickled
 from made_run import make_run
 from small_store import write_store
-from test_faults import pickled
 
 from blip3o_lit import checkpointing
 from blip3o_lit.config.convert import ConvertConfig

@@ -22,7 +22,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from PIL import Image
-from test_convert import embeddings
+from seed_pickles import embeddings
 
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.doctor import DoctorConfig

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import config, differences, state
+from quick_run import config, differences, state
 
 from blip3o_lit import checkpointing
 from blip3o_lit.callbacks.metrics_csv import read_rows

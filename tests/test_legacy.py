@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copyreg
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile_pickles import SEEDS, check_only_user_errors, embeddings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,19 +26,6 @@ from blip3o_lit.seeds.folder import legacy_files, manifest_problems
 from blip3o_lit.seeds.pickles import read_pickle
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage")
-
-
-def embeddings(samples: int = 5, tokens: int = 256, **more: Any) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(samples)
-    data = {
-        "clip_blip3o_embeddings": torch.randn(samples, tokens, 3, generator=generator),
-        "eva_blip3o_embeddings": torch.randn(samples, tokens, 4, generator=generator),
-        "captions": [f"caption {i}" for i in range(samples)],
-        "keys": [f"{i:06d}" for i in range(samples)],
-        "total_samples": samples,
-        "config": {"clip_model": "a", "eva_model": "b", "tokens": tokens, "extraction_time": 1.5},
-    }
-    return {**data, **more}
 
 
 def saved(path: Path, data: Any, protocol: int = pickle.HIGHEST_PROTOCOL) -> Path:
@@ -451,22 +438,6 @@ def test_opcodes_are_counted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="more opcodes"):
         read_pickle(path, most_reads=1000)
     assert read_pickle(path) == []
-
-
-SEEDS = [pickle.dumps(embeddings(2, 64), protocol=p) for p in (0, 2, 4, 5)] + [
-    pickle.dumps(
-        {k: v.numpy() if torch.is_tensor(v) else v for k, v in embeddings(2, 64).items()},
-        protocol=p,
-    )
-    for p in (2, 5)
-]
-
-
-def check_only_user_errors(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-    with contextlib.suppress(UserError), LegacyFile(path) as file:
-        for side in file.sides.values():
-            assert side.rows(0, len(side)).shape[0] == file.samples
 
 
 def test_every_cut_is_a_user_error(tmp_path: Path) -> None:

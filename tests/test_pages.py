@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 from browser import CHROMIUM, opened
+from made_report import evaluation
 from made_run import PROBLEM, make_run, small_config
-from test_report import evaluation
 
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.evaluate import evaluate

@@ -15,10 +15,10 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
+from children import NOBODY, in_child, open_folder  # noqa: F401 (a fixture)
 from conftest import ROOT
 from lightning import LightningModule, Trainer
-from test_faults import NOBODY, in_child, open_folder  # noqa: F401 (a fixture)
-from test_training import config, differences, state
+from quick_run import config, differences, state
 
 from blip3o_lit import checkpointing
 from blip3o_lit.callbacks.metrics_csv import read_rows

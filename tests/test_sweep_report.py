@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import HOSTILE, Page
+from made_report import HOSTILE, Page
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.report import charts

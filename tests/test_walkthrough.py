@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_convert import embeddings
-from test_docs import DOCS, FOREIGN, PAGES, blocks, lines
+from documented import DOCS, FOREIGN, PAGES, blocks, lines
+from seed_pickles import embeddings
 
 STEPS = "trainer.max_steps=3 trainer.accelerator=cpu evaluation.images=8 precision=fp32"
 TOKENS = "data=tokens data.tokens=tokens"

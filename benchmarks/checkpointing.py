@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from benchmarks.timing import result
-from blip3o_lit.checkpointing import AtomicCheckpointIO
+from blip3o_lit.checkpoints.files import AtomicCheckpointIO
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.config.shape import PairShape, TokenShape
+from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.flow.objective import FlowObjective
-from blip3o_lit.models.build import build_network
-from blip3o_lit.tokens.order import SampleOrder
+from blip3o_lit.models.network_of import build_network
+from blip3o_lit.tokens.reading.order import SampleOrder
 
 EVERY, BATCH, STEPS = 100, 32, 2
 SHAPE = PairShape(TokenShape((16, 16), False, 4096), TokenShape((16, 16), False, 1024))

@@ -15,7 +15,7 @@ from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.solvers import sample
-from blip3o_lit.models.build import build_network
+from blip3o_lit.models.network_of import build_network
 
 
 def run() -> list[dict[str, Any]]:

@@ -23,11 +23,11 @@ from blip3o_lit.budget.machine import peak_flops
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.config.shape import PairShape, TokenShape
+from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.solvers import sample
-from blip3o_lit.models.build import build_network
+from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.optimizer import make_optimizer
 from blip3o_lit.models.precision import PRECISIONS
 

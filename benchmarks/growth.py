@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.timing import interleaved, result
 from benchmarks.training import model_config, saved_bytes, stepper
-from blip3o_lit.config.shape import PairShape, TokenShape
-from blip3o_lit.models.build import build_network
+from blip3o_lit.base.shape import PairShape, TokenShape
+from blip3o_lit.models.network_of import build_network
 
 
 def run() -> list[dict[str, Any]]:

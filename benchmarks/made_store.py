@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blip3o_lit.tokens.shards import ArraySpec, TokenWriter
+from blip3o_lit.tokens.store.shards import ArraySpec, TokenWriter
 
 SAMPLES, BATCH = 64, 8
 ARRAYS = {

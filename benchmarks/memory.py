@@ -17,7 +17,7 @@ import torch
 from benchmarks.timing import result
 from benchmarks.training import SHAPE, model_config, real_step, saved_bytes
 from blip3o_lit.budget.states import rank_bytes, units
-from blip3o_lit.models.build import build_network
+from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.precision import PRECISIONS
 
 BATCH, STEPS = 8, 3

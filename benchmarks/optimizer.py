@@ -13,7 +13,7 @@ from torch.optim import AdamW, Muon
 from benchmarks.timing import interleaved, result
 from benchmarks.training import SHAPE, model_config
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.models.build import build_network
+from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.optimizer import make_optimizer
 
 SIZES = ("demo", "base")

@@ -28,12 +28,12 @@ from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import PrecisionConfig, TrainerConfig
 from blip3o_lit.extraction.demo import demo_source
 from blip3o_lit.extraction.engine import extract
-from blip3o_lit.loading import load
-from blip3o_lit.tokens.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.recode import recode
-from blip3o_lit.tokens.shards import ArraySpec, TokenWriter
+from blip3o_lit.checkpoints.load import load
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.store.recode import recode
+from blip3o_lit.tokens.store.shards import ArraySpec, TokenWriter
 from blip3o_lit.towers import demo
-from blip3o_lit.training import run_training
+from blip3o_lit.training.run import run_training
 
 SAMPLES = 48
 SPEC = ArraySpec("tokens", "float32", (257, 1024), cls=True, grid=(16, 16))

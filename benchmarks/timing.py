@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from blip3o_lit.config.files import write_json
-from blip3o_lit.environment import commit
+from blip3o_lit.base.files import write_json
+from blip3o_lit.training.environment import commit
 
 OUTPUT = Path("outputs") / "bench.json"
 

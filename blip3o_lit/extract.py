@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip3o_lit.command import SHARDS_KEPT, run_command
+from blip3o_lit.cli.command import SHARDS_KEPT, run_command
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
-from blip3o_lit.config.words import pasteable
+from blip3o_lit.base.words import pasteable
 
 if TYPE_CHECKING:
     from blip3o_lit.images.item import Source
-    from blip3o_lit.tokens.index import TokenIndex
+    from blip3o_lit.tokens.store.index import TokenIndex
 
 NAMED = 4
 """Things beside the images that are named one by one."""

@@ -16,15 +16,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip3o_lit.command import SHARDS_KEPT, run_command
+from blip3o_lit.cli.command import SHARDS_KEPT, run_command
 from blip3o_lit.config.errors import UserError, one_of
-from blip3o_lit.config.files import claimed, write_json
+from blip3o_lit.base.files import claimed, write_json
 from blip3o_lit.config.generate import GenerateConfig
 
 if TYPE_CHECKING:
-    from blip3o_lit.loading import Loaded
-    from blip3o_lit.tokens.index import ArraySpec, ShardEntry
-    from blip3o_lit.tokens.reader import TokenReader, TokenStore
+    from blip3o_lit.checkpoints.load import Loaded
+    from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry
+    from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 
 SETTINGS_FILE = "generate.json"
 
@@ -45,8 +45,8 @@ def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
 
     from blip3o_lit.budget.out_of_memory import batch_limit
     from blip3o_lit.inference import BLIP3oInference
-    from blip3o_lit.pictures import embed_captions, picture_files, rank_captions
-    from blip3o_lit.progress import Work
+    from blip3o_lit.translation.pictures import embed_captions, picture_files, rank_captions
+    from blip3o_lit.base.progress import Work
     from blip3o_lit.towers.load import load_tower
 
     assert config.images
@@ -99,10 +99,10 @@ def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
 def generate(config: GenerateConfig) -> Path:
     """Translate a store's condition tokens; return the folder of the generated store."""
     from blip3o_lit.budget.out_of_memory import batch_limit
-    from blip3o_lit.loading import best_device, load
-    from blip3o_lit.progress import phases
-    from blip3o_lit.tokens.index import TokenIndex
-    from blip3o_lit.tokens.reader import TokenReader, TokenStore
+    from blip3o_lit.checkpoints.load import best_device, load
+    from blip3o_lit.base.progress import phases
+    from blip3o_lit.tokens.store.index import TokenIndex
+    from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 
     loaded = load(config.ckpt, best_device() if config.device == "auto" else config.device)
     store = TokenStore.open(config.tokens)
@@ -172,7 +172,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
 
 def _spec(loaded: Loaded, store: TokenStore, settings: dict[str, Any]) -> ArraySpec:
     """Return the index entry of the generated array: the target's, marked as generated."""
-    from blip3o_lit.tokens.index import ArraySpec
+    from blip3o_lit.tokens.store.index import ArraySpec
 
     shape, data = loaded.shape.target, loaded.config.data
     source = store.index.arrays.get(data.target)
@@ -192,7 +192,7 @@ def _spec(loaded: Loaded, store: TokenStore, settings: dict[str, Any]) -> ArrayS
 
 def _finished(out: Path, name: str, split: str, samples: int) -> ShardEntry | None:
     """Return the entry of a shard that an earlier call finished, or None."""
-    from blip3o_lit.tokens.index import ShardEntry
+    from blip3o_lit.tokens.store.index import ShardEntry
 
     tar, offsets = out / f"{name}.tar", out / f"{name}.idx"
     if not tar.is_file() or not offsets.is_file():
@@ -215,7 +215,7 @@ def _write_shard(
     import numpy as np
     import torch
 
-    from blip3o_lit.tokens.shards import ShardWriter
+    from blip3o_lit.tokens.store.shards import ShardWriter
 
     data = loaded.config.data
     device = next(loaded.translator.network.parameters()).device

@@ -21,12 +21,12 @@ from torch.nn import functional as F
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
-from blip3o_lit.config.home import home
+from blip3o_lit.base.home import home
 from blip3o_lit.config.pixels import PixelsConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.towers import TowersConfig
-from blip3o_lit.environment import own_defaults
-from blip3o_lit.loading import best_device, load, solver_from_label
+from blip3o_lit.training.environment import own_defaults
+from blip3o_lit.checkpoints.load import best_device, load, solver_from_label
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -143,7 +143,7 @@ class BLIP3oInference:
             `keys`, `captions` (lists), `generated` `[B, N, D]` and `target` `[B, N, D]` (as
             stored).
         """
-        from blip3o_lit.scoring.readers import open_readers
+        from blip3o_lit.evaluation.readers import open_readers
 
         config = EvaluateConfig(ckpt=str(self.loaded.file), split=split)
         config.data.tokens = str(tokens) if tokens else None
@@ -169,8 +169,8 @@ class BLIP3oInference:
             tokens: A token store; by default the one that the model was trained on.
             **settings: Keys of the evaluate command: `split`, `baselines`, `solvers`, `images`, ...
         """
-        from blip3o_lit.scoring.readers import open_readers
-        from blip3o_lit.scoring.score import Scorer
+        from blip3o_lit.evaluation.readers import open_readers
+        from blip3o_lit.evaluation.score import Scorer
 
         config = EvaluateConfig(ckpt=str(self.loaded.file), **settings)
         config.data.tokens = str(tokens) if tokens else None
@@ -224,7 +224,7 @@ class BLIP3oInference:
         Returns:
             `[B, N, D]`.
         """
-        from blip3o_lit.pictures import picture_tokens
+        from blip3o_lit.translation.pictures import picture_tokens
         from blip3o_lit.towers.load import load_tower
 
         if tower is None:
@@ -236,7 +236,7 @@ class BLIP3oInference:
 
     def push_to_hub(self, repository: str, private: bool = True) -> str:
         """Upload the model and its card to the Hugging Face Hub; returns the address."""
-        from blip3o_lit.sharing import push
+        from blip3o_lit.checkpoints.export import push
 
         return push(self.loaded, repository, private)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from blip3o_lit.command import (
+from blip3o_lit.cli.command import (
     command_line_overrides,
     in_multirun,
     is_running,
@@ -14,15 +14,15 @@ from blip3o_lit.command import (
 )
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.config.words import pasteable
-from blip3o_lit.launcher import settle
+from blip3o_lit.base.words import pasteable
+from blip3o_lit.base.launcher import settle
 
 
 def train(config: TrainConfig) -> float | None:
     """Run one training job and return its best held-out cosine."""
     settle(config.trainer.num_nodes)
     import blip3o_lit.metrics  # noqa: F401  (before Lightning imports torchmetrics with all it has)
-    from blip3o_lit.training import run_training
+    from blip3o_lit.training.run import run_training
 
     _refuse_unsafe_multirun(config)
     return run_training(config, run_directory(), command_line_overrides())

@@ -114,7 +114,7 @@ ROWS = [row for rows in SECTIONS.values() for row in rows]
 def store_hash() -> str:
     """Return the content hash of the demo's token store, which is built if it is missing."""
     from blip3o_lit.extraction.demo import demo_store
-    from blip3o_lit.tokens.index import TokenIndex
+    from blip3o_lit.tokens.store.index import TokenIndex
 
     return TokenIndex.load(demo_store()).hash
 
@@ -128,7 +128,7 @@ def overrides(row: Row) -> list[str]:
 def place(row: Row, tokens: str) -> Path:
     """Return where a row's result is kept."""
     from blip3o_lit import __version__
-    from blip3o_lit.command import composed
+    from blip3o_lit.cli.command import composed
     from blip3o_lit.config.train import TrainConfig
 
     config = asdict(composed("train", TrainConfig, overrides(row)))
@@ -139,10 +139,10 @@ def place(row: Row, tokens: str) -> Path:
 def measure(row: Row, tokens: str) -> dict[str, Any]:
     """Train a row's network and score it on held-out scenes."""
     from blip3o_lit import BLIP3oInference
-    from blip3o_lit.command import composed
+    from blip3o_lit.cli.command import composed
     from blip3o_lit.config.solver import SolverConfig
     from blip3o_lit.config.train import TrainConfig
-    from blip3o_lit.training import run_training
+    from blip3o_lit.training.run import run_training
 
     config = composed("train", TrainConfig, overrides(row))
     folder = FOLDER / f".{place(row, tokens).stem}"
@@ -184,7 +184,7 @@ def baseline() -> float:
 
     from blip3o_lit.config.mode import ModeConfig
     from blip3o_lit.extraction.demo import demo_store
-    from blip3o_lit.tokens.reader import TokenReader, TokenStore
+    from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 
     store, mode = TokenStore.open(demo_store()), ModeConfig("grid_64", True)
     train, held = (TokenReader(store, split, mode=mode) for split in ("train", "validation"))
@@ -258,7 +258,7 @@ def main(words: list[str]) -> int:
         for row in ROWS:
             print(f"{row.what}\n  {COMMAND} {row.overrides}")
         return 0
-    from blip3o_lit.config.files import write_json
+    from blip3o_lit.base.files import write_json
 
     most = next((int(word[5:]) for word in words if word.startswith("rows=")), len(ROWS))
     tokens = store_hash()

@@ -83,7 +83,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a result to count as this run's: all of its configuration."""
         from blip3o_lit import __version__
-        from blip3o_lit.command import composed
+        from blip3o_lit.cli.command import composed
         from blip3o_lit.config.evaluate import EvaluateConfig
         from blip3o_lit.config.train import TrainConfig
 

@@ -25,7 +25,7 @@ from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import PrecisionConfig, StrategyConfig, TrainerConfig
-from blip3o_lit.training import run_training
+from blip3o_lit.training.run import run_training
 
 PROBLEM = LinearGaussianConfig(images=72, validation_images=20, condition_width=6, target_width=4)
 CROSS = ModelConfig(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from blip3o_lit import checkpointing
+from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.config.checkpoint import CheckpointConfig
 from blip3o_lit.config.data import DataConfig, LinearGaussianConfig
 from blip3o_lit.config.evaluation import EvaluationConfig

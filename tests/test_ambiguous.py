@@ -11,9 +11,9 @@ from blip3o_lit.config.ambiguous import AmbiguousConfig
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.tokens.ambiguous import ambiguous_store, coverage, draw
-from blip3o_lit.tokens.problem import Problem, optimum
-from blip3o_lit.tokens.reader import TokenReader, TokenStore
+from blip3o_lit.testbeds.ambiguous import ambiguous_store, coverage, draw
+from blip3o_lit.testbeds.law import Problem, optimum
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 
 CONFIG = AmbiguousConfig(images=64, validation_images=4096)
 

@@ -11,8 +11,8 @@ from made_run import small_config
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluation import EvaluationConfig
 from blip3o_lit.config.trainer import TrainerConfig
-from blip3o_lit.module import TranslationModule
-from blip3o_lit.training import run_training
+from blip3o_lit.training.module import TranslationModule
+from blip3o_lit.training.run import run_training
 
 
 def train(

@@ -8,7 +8,7 @@ import torch
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.config.shape import PairShape, TokenShape
+from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.models.baselines import MeanToken, Ridge, condition_at_targets
 from blip3o_lit.models.regression import PatchMLP, Regression
 

@@ -11,11 +11,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from blip3o_lit.arguments import OPTIONAL_GROUPS
+from blip3o_lit.cli.arguments import OPTIONAL_GROUPS
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.schema import conf_dir, groups, keys, typed
-from blip3o_lit.sweeps.plugins import register_plugins
+from blip3o_lit.cli.schema import conf_dir, groups, keys, typed
+from blip3o_lit.cli.sweeps.plugins import register_plugins
 
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 register_plugins()

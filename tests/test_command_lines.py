@@ -14,13 +14,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from blip3o_lit.arguments import arranged
+from blip3o_lit.cli.arguments import arranged
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
-from blip3o_lit.config.paths import expanded
+from blip3o_lit.base.paths import expanded
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.config.words import override, pasteable
-from blip3o_lit.schema import conf_dir, groups, keys, unknown_key
+from blip3o_lit.base.words import override, pasteable
+from blip3o_lit.cli.schema import conf_dir, groups, keys, unknown_key
 
 PARSER = OverridesParser.create()
 LETTERS = "ab1_.,=[](){}$%#!&~'\"\\ \t\n*:;|<>?`^@/+-üé新\u00a0"
@@ -223,7 +223,7 @@ runpy.run_module(sys.argv[0], run_name="__main__")
     [
         ("train", "hydra", ""),
         ("train", "lightning", "hydra.run.dir=run"),
-        ("train", "blip3o_lit.sweeps.launcher", "-m seed=1,2"),
+        ("train", "blip3o_lit.cli.sweeps.launcher", "-m seed=1,2"),
         ("extract", "omegaconf", ""),
         ("extract", "torch", "images=photos out=tok"),
         ("evaluate", "torch", "ckpt=run"),

@@ -18,7 +18,7 @@ from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.export import export
 from blip3o_lit.generate import generate
 from blip3o_lit.inference import BLIP3oInference
-from blip3o_lit.tokens.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,12 @@ from blip3o_lit.budget.plan import Plan
 from blip3o_lit.budget.states import rank_bytes, units
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.config.shape import PairShape, TokenShape
+from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import PrecisionConfig, TrainerConfig
 from blip3o_lit.doctor import COMPLETION
 from blip3o_lit.models.precision import PRECISIONS
-from blip3o_lit.training import run_training
+from blip3o_lit.training.run import run_training
 
 
 def made_plan(run: TrainConfig, world: int, micro_batch: int, strategy: str = "single") -> Plan:

@@ -23,8 +23,8 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.seeds import journal as conversion_journal
 from blip3o_lit.seeds import store as conversion
 from blip3o_lit.seeds.store import convert
-from blip3o_lit.tokens.index import TokenIndex
-from blip3o_lit.tokens.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.store.index import TokenIndex
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage")
 

@@ -11,7 +11,7 @@ from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
-from blip3o_lit.tokens.loader import ValidationLoader
+from blip3o_lit.tokens.reading.loader import ValidationLoader
 
 
 @pytest.fixture(scope="module")

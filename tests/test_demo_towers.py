@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.tokens.heads import Head
+from blip3o_lit.tokens.store.heads import Head
 from blip3o_lit.towers import demo
 from blip3o_lit.towers.scenes import scene
 

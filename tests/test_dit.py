@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.config.shape import PairShape, TokenShape
+from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.models.dit import DiT
 from blip3o_lit.models.optimizer import make_optimizer
 

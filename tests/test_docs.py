@@ -22,7 +22,7 @@ from made_run import make_run
 from omegaconf import OmegaConf
 
 import blip3o_lit
-from blip3o_lit.arguments import check_arguments
+from blip3o_lit.cli.arguments import check_arguments
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.doctor import DoctorConfig
 from blip3o_lit.config.evaluate import EvaluateConfig
@@ -31,8 +31,8 @@ from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.config.generate import GenerateConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.export import export
-from blip3o_lit.schema import conf_dir
-from blip3o_lit.sweeps.plugins import register_plugins
+from blip3o_lit.cli.schema import conf_dir
+from blip3o_lit.cli.sweeps.plugins import register_plugins
 
 SCHEMAS = {
     "convert": ConvertConfig,

@@ -26,11 +26,11 @@ from blip3o_lit.inspection.finding import Finding
 from blip3o_lit.inspection.numbers import HEADER
 from blip3o_lit.inspection.repair import repair
 from blip3o_lit.inspection.store import file_hash, inspect
-from blip3o_lit.tokens import tar
-from blip3o_lit.tokens.index import ArraySpec, TokenIndex
-from blip3o_lit.tokens.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.shards import TokenWriter, pack_offsets, unpack_offsets
-from blip3o_lit.tokens.storage import fit_int8
+from blip3o_lit.tokens.store import tar
+from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.store.shards import TokenWriter, pack_offsets, unpack_offsets
+from blip3o_lit.tokens.store.storage import fit_int8
 
 SPECS = {
     "eva": ArraySpec("tokens", "float16", (17, 6), cls=True, grid=(4, 4)),

@@ -13,9 +13,9 @@ from PIL import Image
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.metrics.retrieval import Retrieval, caption_ids
-from blip3o_lit.scoring.examples import EXAMPLES, examples, worst
-from blip3o_lit.tokens.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.shards import ArraySpec, TokenWriter
+from blip3o_lit.evaluation.examples import EXAMPLES, examples, worst
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.store.shards import ArraySpec, TokenWriter
 from blip3o_lit.towers.scenes import scene, scene_of
 
 COUNT = 12

@@ -22,9 +22,9 @@ from blip3o_lit.images.item import Item, slices
 from blip3o_lit.images.item import Source as Images
 from blip3o_lit.images.open import open_source
 from blip3o_lit.tokens.classes import Classes
-from blip3o_lit.tokens.heads import Head
-from blip3o_lit.tokens.index import TokenIndex
-from blip3o_lit.tokens.reader import TokenStore
+from blip3o_lit.tokens.store.heads import Head
+from blip3o_lit.tokens.store.index import TokenIndex
+from blip3o_lit.tokens.reading.reader import TokenStore
 from blip3o_lit.towers import demo
 from blip3o_lit.towers.scenes import DIGITS, digit_prompts, scene
 
@@ -79,7 +79,7 @@ def test_stored_tokens_are_the_towers_tokens(tmp_path, towers):
 
 
 def _place(store, number, row):
-    from blip3o_lit.tokens.reader import Place
+    from blip3o_lit.tokens.reading.reader import Place
 
     return Place(store.shard(number), number, row)
 

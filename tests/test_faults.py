@@ -23,10 +23,10 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.inspection.store import inspect
 from blip3o_lit.seeds.store import convert
-from blip3o_lit.tokens import tar
-from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex
-from blip3o_lit.tokens.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.shards import TokenWriter
+from blip3o_lit.tokens.store import tar
+from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.store.shards import TokenWriter
 
 SPECS = {name: ArraySpec("tokens", "float16", (4, 3), grid=(2, 2)) for name in ("eva", "clip")}
 

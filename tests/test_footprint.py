@@ -13,18 +13,18 @@ from tracked import allocator_peak
 
 from blip3o_lit.budget.activations import activations
 from blip3o_lit.budget.states import rank_bytes, units
-from blip3o_lit.callbacks.ema import update_average
+from blip3o_lit.training.callbacks.ema import update_average
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.config.shape import PairShape, TokenShape
+from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.config.trainer import StrategyConfig
 from blip3o_lit.flow.objective import FlowObjective
-from blip3o_lit.models.build import build_network
+from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.optimizer import make_optimizer
 from blip3o_lit.models.precision import PRECISIONS, Precision
-from blip3o_lit.training import run_training
+from blip3o_lit.training.run import run_training
 
 SHAPE = PairShape(TokenShape((8, 8), False, 96), TokenShape((8, 8), False, 64))
 DIT = ModelConfig(width=96, depth=6, heads=4, kv_heads=2, mlp_width=256)

@@ -17,16 +17,16 @@ from children import pickled
 from made_run import make_run
 from small_store import write_store
 
-from blip3o_lit import checkpointing
+from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.export import ExportConfig
 from blip3o_lit.export import export
 from blip3o_lit.inference import BLIP3oInference
-from blip3o_lit.loading import load
+from blip3o_lit.checkpoints.load import load
 from blip3o_lit.report.page import write_report
 from blip3o_lit.seeds.store import convert
-from blip3o_lit.tokens.reader import TokenStore
+from blip3o_lit.tokens.reading.reader import TokenStore
 
 TOKENS = torch.zeros(1, 16, 6)
 

@@ -30,7 +30,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.schema import conf_dir, typed
+from blip3o_lit.cli.schema import conf_dir, typed
 from blip3o_lit.seeds import command_line, flags
 from blip3o_lit.seeds.command_line import Options, Step, Translation
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from made_run import make_run
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.loading import load
+from blip3o_lit.checkpoints.load import load
 
 CASES = Path(__file__).parent / "fuzz_cases"
 EXAMPLES = {"config": 20, "evaluation": 12, "checkpoint": 60}

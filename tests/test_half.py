@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from blip3o_lit.towers import demo
-from blip3o_lit.towers.half import LeftHalf
+from blip3o_lit.towers.left_half import LeftHalf
 from blip3o_lit.towers.scenes import scene
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blip3o_lit.callbacks.health import PATIENCE_ROWS, RunHealth
+from blip3o_lit.training.callbacks.health import PATIENCE_ROWS, RunHealth
 
 
 def rows(health: RunHealth, **columns: list[float]) -> list[str]:

@@ -23,16 +23,16 @@ import pytest
 import torch
 from quick_run import config, differences, state
 
-from blip3o_lit import checkpointing
-from blip3o_lit.callbacks.metrics_csv import read_rows
+from blip3o_lit.checkpoints import files as checkpointing
+from blip3o_lit.checkpoints.metrics_csv import read_rows
 from blip3o_lit.config.checkpoint import CheckpointConfig
 from blip3o_lit.config.evaluation import EvaluationConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import StrategyConfig, TrainerConfig
-from blip3o_lit.training import run_training
+from blip3o_lit.training.run import run_training
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["blip3o_lit.training", "test_training"])
+SERVER.set_forkserver_preload(["blip3o_lit.training.run", "test_training"])
 
 
 def long_config(steps: int, devices: int = 1) -> TrainConfig:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from blip3o_lit.callbacks.metrics_csv import read_rows
+from blip3o_lit.checkpoints.metrics_csv import read_rows
 
 SMALL = [
     *("experiment=linear_gaussian", "model.width=16", "model.depth=1", "batch_size=16"),

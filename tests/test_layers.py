@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from blip3o_lit.config.shape import TokenShape
+from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.models.layers import (
     GELUMLP,
     DeepAdapter,

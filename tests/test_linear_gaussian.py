@@ -9,16 +9,16 @@ from safetensors.torch import load_file
 from blip3o_lit.config.data import LinearGaussianConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.config.shape import TokenShape
+from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.metrics.cosine import TokenScores
-from blip3o_lit.tokens.linear_gaussian import (
+from blip3o_lit.testbeds.linear_gaussian import (
     Problem,
     draw,
     linear_gaussian_store,
     optimum,
     posterior_mean,
 )
-from blip3o_lit.tokens.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 
 SMALL = LinearGaussianConfig(images=1024, validation_images=256)
 

@@ -18,10 +18,10 @@ from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
-from blip3o_lit.tokens.loader import TokenLoader, ValidationLoader, prefetch
-from blip3o_lit.tokens.order import SampleOrder
-from blip3o_lit.tokens.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.world import BatchPlan, align_checkpoint, batch_plan
+from blip3o_lit.tokens.reading.loader import TokenLoader, ValidationLoader, prefetch
+from blip3o_lit.tokens.reading.order import SampleOrder
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.batches import BatchPlan, align_checkpoint, batch_plan
 
 SAMPLES = 22
 BATCH = 8

@@ -14,9 +14,9 @@ from small_store import sample, write_store
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.config.shape import TokenShape
-from blip3o_lit.tokens.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.shards import ArraySpec
+from blip3o_lit.base.shape import TokenShape
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.store.shards import ArraySpec
 
 GRID = (16, 16)
 FULL = {

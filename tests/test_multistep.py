@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from blip3o_lit.command import composed
+from blip3o_lit.cli.command import composed
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.flow import PATHS, FlowConfig
 from blip3o_lit.config.solver import SolverConfig, check_solver
@@ -15,7 +15,7 @@ from blip3o_lit.flow.multistep import coefficients, multistep
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.path import path_named
 from blip3o_lit.flow.solvers import sample
-from blip3o_lit.loading import solver_from_label
+from blip3o_lit.checkpoints.load import solver_from_label
 
 VARIANCES = torch.logspace(-2, 0, 9, dtype=torch.float64)
 

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.config.shape import PairShape, TokenShape
-from blip3o_lit.models.build import build_network
+from blip3o_lit.base.shape import PairShape, TokenShape
+from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.nextdit import NextDiT
 
 TINY = ModelConfig(

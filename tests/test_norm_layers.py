@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from blip3o_lit.config.shape import TokenShape
+from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.models.layers import rope_table
 from blip3o_lit.models.norms import RMSNorm, modulate, rotated, rotated_rms_norm
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from blip3o_lit.config.flow import PATHS, PREDICTIONS, FlowConfig
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.schema import conf_dir, groups, keys
+from blip3o_lit.cli.schema import conf_dir, groups, keys
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from objective_table import BASE, COMMAND, ROWS, SECTIONS, wrapped

@@ -13,9 +13,9 @@ from tracked import allocator_peak
 
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.config.shape import PairShape, TokenShape
+from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.models import muon
-from blip3o_lit.models.build import build_network
+from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.muon import orthogonalised
 from blip3o_lit.models.network import Network
 from blip3o_lit.models.optimizer import make_optimizer

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.tokens.order import SampleOrder, random_permutation
-from blip3o_lit.tokens.world import batch_plan
+from blip3o_lit.tokens.reading.order import SampleOrder, random_permutation
+from blip3o_lit.tokens.reading.batches import batch_plan
 
 sizes_lists = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 

@@ -25,8 +25,8 @@ from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import PrecisionConfig, TrainerConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.path import Path as FlowPath
-from blip3o_lit.overfit import FAILED_CODE, check_overfit
-from blip3o_lit.training import open_data, run_training
+from blip3o_lit.training.overfit import FAILED_CODE, check_overfit
+from blip3o_lit.training.run import open_data, run_training
 
 BAR = 0.95
 SOLVER = "heun-10"

@@ -13,13 +13,13 @@ from small_store import int8_tokens, write_int8, write_store
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
-from blip3o_lit.tokens.loader import Batch
-from blip3o_lit.tokens.packed import PackedBatch, PackedTokens, restored
-from blip3o_lit.tokens.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.recode import recode
-from blip3o_lit.tokens.remote_store import RemoteStore
-from blip3o_lit.tokens.storage import dequantise, load_scales
-from blip3o_lit.tokens.stream import StreamReader
+from blip3o_lit.tokens.reading.loader import Batch
+from blip3o_lit.tokens.reading.packed import PackedBatch, PackedTokens, restored
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.store.recode import recode
+from blip3o_lit.tokens.store.remote_store import RemoteStore
+from blip3o_lit.tokens.store.storage import dequantise, load_scales
+from blip3o_lit.tokens.reading.stream import StreamReader
 
 CPU = torch.device("cpu")
 IDS = np.array([39, 3, 3, 17])

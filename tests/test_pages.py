@@ -23,7 +23,7 @@ from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.evaluate import evaluate
 from blip3o_lit.report.page import write_report
 from blip3o_lit.report.sweep import write_sweep
-from blip3o_lit.tokens.linear_gaussian import linear_gaussian_store
+from blip3o_lit.testbeds.linear_gaussian import linear_gaussian_store
 
 BYTES = 5_000_000
 SECONDS = 2.0

@@ -16,7 +16,7 @@ from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.config.generate import GenerateConfig
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.schema import conf_dir, groups, keys
+from blip3o_lit.cli.schema import conf_dir, groups, keys
 
 PAGE = (ROOT / "docs" / "parity.md").read_text("utf-8")
 SCHEMAS = (TrainConfig, EvaluateConfig, ConvertConfig, ExtractConfig, GenerateConfig)

@@ -7,16 +7,16 @@ import pytest
 import torch
 from made_run import make_run, small_config
 
-from blip3o_lit import progress
+from blip3o_lit.base import progress
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.generate import GenerateConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.generate import caption
 from blip3o_lit.inference import BLIP3oInference
-from blip3o_lit.pictures import embed_captions, picture_files, picture_tokens, rank_captions
-from blip3o_lit.tokens.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.shards import ArraySpec, TokenWriter
+from blip3o_lit.translation.pictures import embed_captions, picture_files, picture_tokens, rank_captions
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.store.shards import ArraySpec, TokenWriter
 from blip3o_lit.towers import demo, scenes
 
 SCENES = [scenes.scene("validation", number) for number in range(6)]

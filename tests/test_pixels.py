@@ -20,7 +20,7 @@ from blip3o_lit.config.pixels import PixelsConfig
 from blip3o_lit.extraction.engine import extract
 from blip3o_lit.images.item import FORMATS, MAX_RATIO, Reject, decode
 from blip3o_lit.images.open import open_source
-from blip3o_lit.tokens.index import TokenIndex
+from blip3o_lit.tokens.store.index import TokenIndex
 from blip3o_lit.towers import demo
 from blip3o_lit.towers.scenes import scene
 

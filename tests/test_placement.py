@@ -13,7 +13,7 @@ from blip3o_lit.budget.placement import USABLE, resolve
 from blip3o_lit.budget.states import rank_bytes, units
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.config.shape import PairShape, TokenShape
+from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import (
     PRECISIONS,

@@ -15,10 +15,10 @@ from small_store import ARRAYS, sample, write_store
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.tokens import tar
-from blip3o_lit.tokens.reader import OPEN_SHARDS, TokenReader, TokenStore
-from blip3o_lit.tokens.shards import ArraySpec, TokenWriter
-from blip3o_lit.tokens.storage import finite
+from blip3o_lit.tokens.store import tar
+from blip3o_lit.tokens.reading.reader import OPEN_SHARDS, TokenReader, TokenStore
+from blip3o_lit.tokens.store.shards import ArraySpec, TokenWriter
+from blip3o_lit.tokens.store.storage import finite
 
 CLS_PATCH = ModeConfig("cls_patch")
 

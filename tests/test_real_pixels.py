@@ -16,7 +16,7 @@ from PIL import Image
 from skimage import data as skimage_data
 from sklearn.datasets import load_sample_images
 
-from blip3o_lit.callbacks.metrics_csv import read_rows
+from blip3o_lit.checkpoints.metrics_csv import read_rows
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.evaluation import EvaluationConfig
 from blip3o_lit.config.extract import EngineConfig, ExtractConfig
@@ -28,11 +28,11 @@ from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import PrecisionConfig, TrainerConfig
 from blip3o_lit.extraction.engine import extract
 from blip3o_lit.images.open import open_source
-from blip3o_lit.schema import conf_dir
-from blip3o_lit.tokens.reader import TokenReader, TokenStore
+from blip3o_lit.cli.schema import conf_dir
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.towers.load import load_tower
 from blip3o_lit.towers.tower import Tower
-from blip3o_lit.training import run_training
+from blip3o_lit.training.run import run_training
 
 
 def photographs(folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from blip3o_lit.command import composed
+from blip3o_lit.cli.command import composed
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.train import TrainConfig
 

@@ -20,14 +20,14 @@ from conftest import ROOT
 from lightning import LightningModule, Trainer
 from quick_run import config, differences, state
 
-from blip3o_lit import checkpointing
-from blip3o_lit.callbacks.metrics_csv import read_rows
-from blip3o_lit.callbacks.slow_data import SlowData
+from blip3o_lit.checkpoints import files as checkpointing
+from blip3o_lit.checkpoints.metrics_csv import read_rows
+from blip3o_lit.training.callbacks.slow_data import SlowData
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.files import claimed
-from blip3o_lit.config.secrets import masked
-from blip3o_lit.resume import refuse_used, resolve_resume
-from blip3o_lit.training import run_training
+from blip3o_lit.base.files import claimed
+from blip3o_lit.base.secrets import masked
+from blip3o_lit.checkpoints.resume import refuse_used, resolve_resume
+from blip3o_lit.training.run import run_training
 
 
 @pytest.fixture(scope="module")

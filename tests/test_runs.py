@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip3o_lit import checkpointing
-from blip3o_lit.callbacks.metrics_csv import read_rows
-from blip3o_lit.run_stamp import run_stamp
+from blip3o_lit.checkpoints import files as checkpointing
+from blip3o_lit.checkpoints.metrics_csv import read_rows
+from blip3o_lit.cli.run_stamp import run_stamp
 from blip3o_lit.train import main
 
 SMALL = [
@@ -321,7 +321,7 @@ def test_tasks_of_an_srun_agree_and_no_two_launches_do(monkeypatch: pytest.Monke
 
 def test_ranks_of_torchrun_agree_and_no_two_launches_do(tmp_path: Path) -> None:
     # One torchrun may start two runs in a row, and two may have one run id and one port.
-    code = "from blip3o_lit.run_stamp import run_stamp as name\nprint('NAME', name(), name())\n"
+    code = "from blip3o_lit.cli.run_stamp import run_stamp as name\nprint('NAME', name(), name())\n"
     (tmp_path / "names.py").write_text(code)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

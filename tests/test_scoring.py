@@ -13,14 +13,14 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.loading import load, solver_from_label
-from blip3o_lit.scoring.estimators import exact_estimators, known_problem
-from blip3o_lit.scoring.readers import open_readers
-from blip3o_lit.scoring.score import Scorer
-from blip3o_lit.scoring.swapped import swapped
-from blip3o_lit.scoring.verdict import check_finite, standing, verdict, verdict_note, word
+from blip3o_lit.checkpoints.load import load, solver_from_label
+from blip3o_lit.evaluation.estimators import exact_estimators, known_problem
+from blip3o_lit.evaluation.readers import open_readers
+from blip3o_lit.evaluation.score import Scorer
+from blip3o_lit.evaluation.swapped import swapped
+from blip3o_lit.evaluation.verdict import check_finite, standing, verdict, verdict_note, word
 from blip3o_lit.tokens.classes import Classes
-from blip3o_lit.tokens.shards import ArraySpec, TokenWriter
+from blip3o_lit.tokens.store.shards import ArraySpec, TokenWriter
 
 
 @pytest.fixture(scope="module")

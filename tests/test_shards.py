@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from small_store import ARRAYS, CLIP, EVA, sample, write_store
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.tokens import tar
-from blip3o_lit.tokens.shards import (
+from blip3o_lit.tokens.store import tar
+from blip3o_lit.tokens.store.shards import (
     ArraySpec,
     TokenIndex,
     TokenWriter,

@@ -13,13 +13,13 @@ from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.evaluation import EvaluationConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.trainer import TrainerConfig
-from blip3o_lit.loading import load
-from blip3o_lit.scoring.readers import open_readers
-from blip3o_lit.scoring.score import Scorer
-from blip3o_lit.tokens.linear_gaussian import linear_gaussian_store
-from blip3o_lit.tokens.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.shards import TokenWriter
-from blip3o_lit.training import run_training
+from blip3o_lit.checkpoints.load import load
+from blip3o_lit.evaluation.readers import open_readers
+from blip3o_lit.evaluation.score import Scorer
+from blip3o_lit.testbeds.linear_gaussian import linear_gaussian_store
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.store.shards import TokenWriter
+from blip3o_lit.training.run import run_training
 
 PROBLEM = LinearGaussianConfig(
     images=2048, validation_images=128, grid=2, condition_width=6, target_width=4

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from blip3o_lit.callbacks.metrics_csv import read_rows
+from blip3o_lit.checkpoints.metrics_csv import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [

@@ -10,10 +10,10 @@ import torch
 from small_store import sample, write_store
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.home import home
+from blip3o_lit.base.home import home
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.config.shape import TokenShape
-from blip3o_lit.tokens.reader import TokenReader, TokenStore
+from blip3o_lit.base.shape import TokenShape
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.statistics import (
     ChannelMoments,
     Standardizer,

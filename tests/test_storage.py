@@ -12,10 +12,10 @@ from small_store import int8_tokens, write_int8, write_store
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.tokens.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.recode import recode
-from blip3o_lit.tokens.remote_store import RemoteStore
-from blip3o_lit.tokens.stream import StreamReader
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.store.recode import recode
+from blip3o_lit.tokens.store.remote_store import RemoteStore
+from blip3o_lit.tokens.reading.stream import StreamReader
 
 CLS_PATCH = ModeConfig("cls_patch")
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from layouts import half, run_job, two_processes
 
-from blip3o_lit import checkpointing
-from blip3o_lit.callbacks.metrics_csv import read_rows
+from blip3o_lit.checkpoints import files as checkpointing
+from blip3o_lit.checkpoints.metrics_csv import read_rows
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.loading import load
-from blip3o_lit.resume import resolve_resume
+from blip3o_lit.checkpoints.load import load
+from blip3o_lit.checkpoints.resume import resolve_resume
 
 pytestmark = pytest.mark.timeout(900)  # The first test waits for two processes and all runs.
 PAIRS = [("fsdp2", "fsdp2"), ("fsdp2-full", "fsdp2"), ("1", "fsdp2"), ("fsdp2", "ddp")]

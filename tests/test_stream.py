@@ -21,13 +21,13 @@ from small_store import sample, write_store
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.config.remote import open_remote, read_whole, resumed
-from blip3o_lit.tokens import tar
+from blip3o_lit.base.remote import open_remote, read_whole, resumed
+from blip3o_lit.tokens.store import tar
 from blip3o_lit.tokens.datamodule import TokenDataModule
-from blip3o_lit.tokens.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.remote_store import RemoteStore, is_url, open_url
-from blip3o_lit.tokens.stream import StreamLoader, StreamReader
-from blip3o_lit.tokens.world import batch_plan
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.store.remote_store import RemoteStore, is_url, open_url
+from blip3o_lit.tokens.reading.stream import StreamLoader, StreamReader
+from blip3o_lit.tokens.reading.batches import batch_plan
 
 CLS_PATCH = ModeConfig("cls_patch")
 

@@ -17,13 +17,13 @@ import torch
 from made_run import make_run, small_config
 
 from blip3o_lit import BLIP3oInference
-from blip3o_lit.cluster import ranks
+from blip3o_lit.training.cluster import ranks
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.files import replacing
-from blip3o_lit.config.home import home, refusal
+from blip3o_lit.base.files import replacing
+from blip3o_lit.base.home import home, refusal
 from blip3o_lit.extraction.engine import worker_of
-from blip3o_lit.launcher import Launch, launch
-from blip3o_lit.loggers import loggers
+from blip3o_lit.base.launcher import Launch, launch
+from blip3o_lit.training.loggers import loggers
 
 OWN, PARENT = 1000, 999
 PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -223,7 +223,7 @@ if "BLIP3O_PARENT" not in os.environ:
     child = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
     print(child.stdout.readline().strip(), flush=True)
     os._exit(1)
-from blip3o_lit.launcher import settle
+from blip3o_lit.base.launcher import settle
 assert settle(1).by == "parent"
 print(os.getpid(), flush=True)
 time.sleep(100)
@@ -344,7 +344,7 @@ def test_a_model_goes_to_a_worker_process(model: BLIP3oInference) -> None:
 
 NAMELESS = """
 import getpass, os, pathlib, pwd
-from blip3o_lit.config.home import adopt_home
+from blip3o_lit.base.home import adopt_home
 os.setuid(54321)
 adopt_home()
 print(pathlib.Path.home(), bool(getpass.getuser()))

@@ -16,7 +16,7 @@ from optuna.distributions import FloatDistribution
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import Trial
 
-from blip3o_lit.sweeps.study import OptunaSweeperConf, draw
+from blip3o_lit.cli.sweeps.study import OptunaSweeperConf, draw
 
 HERE = Path(__file__).resolve().parent
 TRIVIAL = f"hydra.launcher.command=[{sys.executable},{HERE / 'trivial_job.py'}]"

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.shape import PairShape, TokenShape
+from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.extraction.classes import read_classes
 from blip3o_lit.images.folder import caption_of
 from blip3o_lit.images.item import Item, Lost

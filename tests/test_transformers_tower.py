@@ -21,7 +21,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.shape import TokenShape
+from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.config.towers import TowerConfig
 from blip3o_lit.towers.load import load_tower
 

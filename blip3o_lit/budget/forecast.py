@@ -9,7 +9,7 @@ from blip3o_lit.budget.plan import Plan, make_plan
 from blip3o_lit.budget.states import gathered_bytes, rank_bytes, states
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
-from blip3o_lit.tokens.stream import StreamReader
+from blip3o_lit.tokens.reading.stream import StreamReader
 
 WRITE_RATE = 1e9
 """Bytes per second at which one process is taken to write."""

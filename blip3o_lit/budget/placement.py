@@ -12,10 +12,10 @@ from blip3o_lit.budget.activations import activations
 from blip3o_lit.budget.machine import Machine
 from blip3o_lit.budget.states import rank_bytes, units
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.shape import PairShape
+from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.models.precision import PRECISIONS, Precision
-from blip3o_lit.tokens.world import batch_plan
+from blip3o_lit.tokens.reading.batches import batch_plan
 
 USABLE = {"cpu": 0.4, "cuda": 0.8, "mps": 0.5}
 """Share of a device's memory that states and activations may take; the rest is for batches,

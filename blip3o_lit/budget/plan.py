@@ -17,9 +17,9 @@ from blip3o_lit.budget.machine import Machine
 from blip3o_lit.budget.placement import Placement
 from blip3o_lit.budget.states import Units, rank_bytes, units
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.config.shape import PairShape
+from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.models.build import build_network
+from blip3o_lit.models.network_of import build_network
 from blip3o_lit.tokens.datamodule import TokenDataModule
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from PIL import Image
 
 from blip3o_lit.config.extract import EngineConfig, ExtractConfig
-from blip3o_lit.config.home import home
+from blip3o_lit.base.home import home
 from blip3o_lit.images.item import Item, Lost, Source, slices
-from blip3o_lit.tokens.index import SCHEMA
+from blip3o_lit.tokens.store.index import SCHEMA
 from blip3o_lit.towers import scenes
 
 TRAIN, VALIDATION = 2048, 512
@@ -93,7 +93,7 @@ def _build(folder: Path, source: Source, masked: bool) -> None:
 
     from blip3o_lit.extraction.engine import extract
     from blip3o_lit.towers import demo
-    from blip3o_lit.towers.half import LeftHalf
+    from blip3o_lit.towers.left_half import LeftHalf
 
     engine = EngineConfig(batch_size=BATCH, threads=1, device="cpu")
     eva = demo.load("eva")

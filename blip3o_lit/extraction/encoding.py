@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.tokens.heads import Head
-from blip3o_lit.tokens.index import ArraySpec
-from blip3o_lit.tokens.mode import GRID_64, average
+from blip3o_lit.tokens.store.heads import Head
+from blip3o_lit.tokens.store.index import ArraySpec
+from blip3o_lit.tokens.views import GRID_64, average
 from blip3o_lit.towers.tower import Tower
 
 TEXT = "text"

@@ -30,10 +30,10 @@ from blip3o_lit.extraction.sorted_safetensors import sorted_safetensors
 from blip3o_lit.extraction.units import Ledger, check_rejects
 from blip3o_lit.images.item import Part, Source
 from blip3o_lit.images.split import Splitter
-from blip3o_lit.launcher import is_task, number, tasks_of
-from blip3o_lit.progress import Work
+from blip3o_lit.base.launcher import is_task, number, tasks_of
+from blip3o_lit.base.progress import Work
 from blip3o_lit.tokens.classes import CLASSES_FILE
-from blip3o_lit.tokens.index import TokenIndex
+from blip3o_lit.tokens.store.index import TokenIndex
 from blip3o_lit.towers.tower import Tower
 
 REJECTS_AFTER = 1000

@@ -26,7 +26,7 @@ from blip3o_lit.extraction.encoding import TowerSet, to_numpy
 from blip3o_lit.extraction.units import Ledger, UnitFiles, UnitRecord
 from blip3o_lit.images.item import Item, Lost, Part, Reject, decode
 from blip3o_lit.images.split import Splitter
-from blip3o_lit.tokens.index import ArraySpec
+from blip3o_lit.tokens.store.index import ArraySpec
 
 T = TypeVar("T")
 R = TypeVar("R")

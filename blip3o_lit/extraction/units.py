@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.files import write_synced
+from blip3o_lit.base.files import write_synced
 from blip3o_lit.images.item import Source
-from blip3o_lit.tokens import tar
-from blip3o_lit.tokens.index import ArraySpec, ShardEntry, TokenIndex
-from blip3o_lit.tokens.shards import ShardWriter
-from blip3o_lit.tokens.storage import SCALES_FILE
+from blip3o_lit.tokens.store import tar
+from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex
+from blip3o_lit.tokens.store.shards import ShardWriter
+from blip3o_lit.tokens.store.storage import SCALES_FILE
 
 STATE = ".extract"
 ATTEMPTS, PAUSE = 5, 0.5

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.inspection.finding import Finding
-from blip3o_lit.tokens.index import ArraySpec
+from blip3o_lit.tokens.store.index import ArraySpec
 from blip3o_lit.tokens.statistics import ChannelMoments, TokenMoments
 
 OUTLIER = 10.0

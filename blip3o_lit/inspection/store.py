@@ -18,13 +18,13 @@ from torch import Tensor
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.inspection.finding import Finding
 from blip3o_lit.inspection.numbers import ArrayNumbers
-from blip3o_lit.progress import Work
+from blip3o_lit.base.progress import Work
 from blip3o_lit.tokens.classes import Classes
-from blip3o_lit.tokens.heads import HEADS_FILE, Head
-from blip3o_lit.tokens.index import ShardEntry, TokenIndex, repair_command
-from blip3o_lit.tokens.mapped_shard import Shard
-from blip3o_lit.tokens.shards import unpack_offsets
-from blip3o_lit.tokens.storage import TORCH_TYPES, dequantise, finite, load_scales, scale_array
+from blip3o_lit.tokens.store.heads import HEADS_FILE, Head
+from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex, repair_command
+from blip3o_lit.tokens.store.mapped_shard import Shard
+from blip3o_lit.tokens.store.shards import unpack_offsets
+from blip3o_lit.tokens.store.storage import TORCH_TYPES, dequantise, finite, load_scales, scale_array
 
 READ_SAMPLES = 16
 NAMED = 5

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_lit.config.shape import TokenShape
+from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.metrics.frechet import Moments, frechet_distance
 from blip3o_lit.metrics.norms import CosineByNorm
 from blip3o_lit.metrics.structure import LinearCka, MutualNeighbours

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from blip3o_lit.config.shape import TokenShape
+from blip3o_lit.base.shape import TokenShape
 
 THRESHOLDS = (0.7, 0.8, 0.9)
 RESAMPLES = 1000

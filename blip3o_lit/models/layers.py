@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip3o_lit.config.shape import TokenShape
+from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.models.norms import RMSNorm, rotated, rotated_rms_norm
 
 

@@ -23,7 +23,7 @@ from torch import (
     _foreach_mul_,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from blip3o_lit.models.start import is_sharded
+from blip3o_lit.models.initialisation import is_sharded
 
 # Of the quintic iteration, as Jordan chose them; rounds, and the least norm that is divided by.
 COEFFICIENTS, ROUNDS, LEAST_NORM = (3.4445, -4.7750, 2.0315), 5, 1e-7

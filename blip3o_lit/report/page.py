@@ -16,7 +16,7 @@ import vl_convert
 from markupsafe import Markup
 
 from blip3o_lit import __version__
-from blip3o_lit.config.files import replacing
+from blip3o_lit.base.files import replacing
 from blip3o_lit.report import about_run, captions, further, held_out
 from blip3o_lit.report.images import images
 from blip3o_lit.report.record import RunRecord

@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.files import write_synced
-from blip3o_lit.tokens.index import ShardEntry
+from blip3o_lit.base.files import write_synced
+from blip3o_lit.tokens.store.index import ShardEntry
 
 NAME = ".convert.jsonl"
 OURS = re.compile(

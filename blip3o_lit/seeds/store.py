@@ -19,14 +19,14 @@ import numpy as np
 
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.progress import Work
+from blip3o_lit.base.progress import Work
 from blip3o_lit.seeds.embeddings import LegacyFile
 from blip3o_lit.seeds.journal import Journal, clear_unfinished
 from blip3o_lit.seeds.split import Split
 from blip3o_lit.seeds.survey import KEY_LENGTH, Survey, clean, key_digest, take_survey
-from blip3o_lit.tokens.index import SCHEMA, ArraySpec, ShardEntry, TokenIndex
-from blip3o_lit.tokens.shards import ShardWriter
-from blip3o_lit.tokens.storage import fit_int8, load_scales, save_scales, with_token_scales
+from blip3o_lit.tokens.store.index import SCHEMA, ArraySpec, ShardEntry, TokenIndex
+from blip3o_lit.tokens.store.shards import ShardWriter
+from blip3o_lit.tokens.store.storage import fit_int8, load_scales, save_scales, with_token_scales
 
 PART_SAMPLES = 4096
 BATCH_BYTES = 1 << 26

@@ -12,11 +12,11 @@ import numpy as np
 
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.progress import Work
+from blip3o_lit.base.progress import Work
 from blip3o_lit.seeds.embeddings import SIDES, LegacyFile
 from blip3o_lit.seeds.folder import legacy_files, manifest_problems
 from blip3o_lit.seeds.split import Split
-from blip3o_lit.tokens.index import ArraySpec
+from blip3o_lit.tokens.store.index import ArraySpec
 
 KEY_LENGTH = 40
 """Longest part of a key that is kept; the store takes 60 characters."""

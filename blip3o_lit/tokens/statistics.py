@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.files import replacing
-from blip3o_lit.config.home import home
-from blip3o_lit.config.shape import PairShape, TokenShape
-from blip3o_lit.tokens.loader import Batch, prefetch
-from blip3o_lit.tokens.reader import TokenReader
+from blip3o_lit.base.files import replacing
+from blip3o_lit.base.home import home
+from blip3o_lit.base.shape import PairShape, TokenShape
+from blip3o_lit.tokens.reading.loader import Batch, prefetch
+from blip3o_lit.tokens.reading.reader import TokenReader
 
 READ_SAMPLES = 16
 CHUNK_ROWS = 64

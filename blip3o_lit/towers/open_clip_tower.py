@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.shape import TokenShape
+from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.config.towers import TowerConfig
 from blip3o_lit.towers.head import DTYPES, TowerHead
 from blip3o_lit.towers.open_clip_source import Source, find_source

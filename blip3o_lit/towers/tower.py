@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from blip3o_lit.config.shape import TokenShape
+from blip3o_lit.base.shape import TokenShape
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Tower(nn.Module, ABC):
 
     @abstractmethod
     def heads(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the final norm, projection and logit scale, as `tokens/heads.py` reads them.
+        """Return the final norm, projection and logit scale, as `tokens/store/heads.py` reads them.
 
         Returns:
             Tensors `norm.weight`, `norm.bias`, `projection` `[C, P]`, `logit_scale` (those that

@@ -1,0 +1,155 @@
+"""A translator as a folder to share: config.json, model.safetensors, heads and a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.base.files import replacing, write_json
+from blip3o_lit.checkpoints.load import CONFIG_FILE, WEIGHTS_FILE, Loaded, load
+from blip3o_lit.tokens.store.heads import HEADS_FILE
+from blip3o_lit.tokens.store.index import TokenIndex
+
+CARD_FILE = "README.md"
+SCORES = ("cosine", "cosine_centred", "mse", "norm_ratio", "frechet")
+
+
+def write_export(loaded: Loaded, out: Path) -> None:
+    """Write a translator into the folder `out`.
+
+    Weights, token scales and the flow's state go into model.safetensors; weights that were cast
+    when they were loaded are read again. Where the token store is at hand, the towers' names and
+    its heads.safetensors come along.
+
+    Raises:
+        UserError: If `out` is the folder that the weights are in.
+    """
+    if loaded.file.parent.resolve() == out.resolve():
+        raise UserError(f"out={out} is the folder of the checkpoint: choose another one")
+    if not loaded.as_stored:
+        loaded = load(loaded.file, as_stored=True)
+    out.mkdir(parents=True, exist_ok=True)
+    facts = _shareable(loaded)
+    state = {name: value.contiguous() for name, value in loaded.translator.state_dict().items()}
+    with replacing(out / WEIGHTS_FILE) as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
+    heads = Path(loaded.facts["tokens"]["path"]) / HEADS_FILE
+    if not heads.is_file():
+        heads = loaded.file.with_name(HEADS_FILE)
+    if heads.is_file():
+        shutil.copyfile(heads, out / HEADS_FILE)
+    write_json(out / CONFIG_FILE, facts)
+    (out / CARD_FILE).write_text(model_card(loaded, facts), "utf-8")
+
+
+def push(loaded: Loaded, repository: str, private: bool = True) -> str:
+    """Export into a repository of the Hugging Face Hub, made if need be; return its address.
+
+    The token comes from the environment or from `hf auth login`.
+
+    Raises:
+        UserError: If the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_export(loaded, Path(folder))
+        try:
+            api = HfApi()
+            address = api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message="Export of blip3o_lit"
+            )
+        except Exception as error:  # the hub client raises some twenty classes
+            reason = str(error).splitlines()[0]
+            raise UserError(f"push_to_hub={repository}: the hub refused ({reason})") from error
+    return str(address)
+
+
+def _shareable(loaded: Loaded) -> dict[str, Any]:
+    """Return the checkpoint's facts with folder names in place of this machine's paths."""
+    shared = json.loads(json.dumps(loaded.facts))
+    path = Path(shared["tokens"]["path"])
+    if (path / "index.json").is_file():
+        arrays, data = TokenIndex.load(path).arrays, loaded.config.data
+        pair = {"condition": arrays.get(data.condition), "target": arrays.get(data.target)}
+        shared["arrays"] = {side: spec.to_dict() for side, spec in pair.items() if spec}
+    shared["tokens"]["path"] = path.name
+    data = shared["config"]["data"]
+    data["tokens"] = Path(data["tokens"]).name if data["tokens"] else None
+    shared["config"] |= {"resume": None, "overwrite": False}
+    shared["checkpoint"] = loaded.hash
+    shared["name"] = loaded.facts.get("name", loaded.folder.resolve().name)
+    return shared
+
+
+def model_card(loaded: Loaded, facts: dict[str, Any]) -> str:
+    """Return the README.md of an export, filled from the run and its evaluation."""
+    run, condition, target = loaded.config, loaded.shape.condition, loaded.shape.target
+    parameters = sum(p.numel() for p in loaded.translator.network.parameters())
+    towers = facts.get("arrays", {})
+    source, goal = (
+        towers.get(side, {}).get("tower", name)
+        for side, name in (("condition", run.data.condition), ("target", run.data.target))
+    )
+    return f"""---
+library_name: blip3o_lit
+pipeline_tag: feature-extraction
+tags: [flow-matching, clip, image-tokens]
+---
+
+# {facts["name"]}
+
+Translates {condition.tokens} tokens of width {condition.width} of the tower `{source}` into
+{target.tokens} tokens of width {target.width} of the tower `{goal}`, by flow matching.
+
+```python
+from blip3o_lit import BLIP3oInference
+
+model = BLIP3oInference("PATH OR HUB ID OF THIS FOLDER")
+tokens = model.generate(condition_tokens)
+# [B, {condition.tokens}, {condition.width}] -> [B, {target.tokens}, {target.width}]
+```
+
+| | |
+|---|---|
+| network | {run.model.architecture}, {run.model.width} wide, {run.model.depth} blocks |
+| parameters | {parameters:,} |
+| weights | exponential average, decay {run.optimizer.ema_decay} |
+| conditioning | {run.model.conditioning} |
+| flow | {run.flow.path} path, {run.flow.prediction} output |
+| tokens | mode {run.mode.name}, store {facts["tokens"]["hash"][:16]} |
+| training | {facts["step"]} steps of {run.batch_size} images, seed {run.seed} |
+| optimizer | {run.optimizer.name}, learning rate {run.optimizer.lr:g} |
+| made by | blip3o_lit {facts["version"]} |
+
+## Scores
+
+{_scores(loaded)}
+
+## Limits
+
+Tokens of other towers, layers, resolutions or preprocessing than those of the training store are
+not translated correctly, and nothing warns of it: only shapes are checked.
+"""
+
+
+def _scores(loaded: Loaded) -> str:
+    """Return the score table of the evaluation beside the checkpoint, or say that there is none."""
+    file = loaded.folder / "evaluation.json"
+    result = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    if result.get("checkpoint") != loaded.hash:
+        return "Not evaluated: run `python -m blip3o_lit.evaluate` on this folder."
+    lines = ["| | evaluations | " + " | ".join(SCORES) + " |", "|---" * (len(SCORES) + 2) + "|"]
+    rows = [*result["estimators"].items(), *result["baselines"].items()]
+    for name, scores in rows:
+        cells = ["" if scores.get(key) is None else f"{scores[key]:.4f}" for key in SCORES]
+        lines.append(f"| {name} | {scores.get('nfe', '')} | " + " | ".join(cells) + " |")
+    where = f"{result['images']} images of the {result['split']} split. "
+    return where + result["verdict_note"] + ".\n\n" + "\n".join(lines)

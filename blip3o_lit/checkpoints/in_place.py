@@ -1,0 +1,69 @@
+"""Checkpoints as files or folders: put in place, named twice, removed, without half states.
+
+A sharded checkpoint is a folder. Two folders can't be exchanged in one move, so the old one steps
+aside under a hidden name first; `tidy` brings it back if the process was killed just then.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from blip3o_lit.base.files import sync_folder
+
+ASIDE = ".{}.old"
+TEMPORARY = ".{}.tmp"
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a finished file or folder, replacing what had the name."""
+    aside = path.with_name(ASIDE.format(path.name))
+    if path.is_dir() or (temporary.is_dir() and path.exists()):
+        remove(aside)
+        path.rename(aside)
+    temporary.replace(path)
+    remove(aside)
+    sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there; a folder loses its name first."""
+    if path.is_dir():
+        hidden = path.with_name(TEMPORARY.format(path.name))
+        if not path.name.startswith("."):
+            shutil.rmtree(hidden, ignore_errors=True)
+            path = path.rename(hidden)
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def second_name(path: Path, name: Path) -> None:
+    """Give a file, or every file of a folder, a second name; whatever had it is replaced."""
+    temporary = name.with_name(TEMPORARY.format(name.name))
+    remove(temporary)
+    if path.is_dir():
+        shutil.copytree(path, temporary, copy_function=_link)
+    else:
+        _link(str(path), str(temporary))
+    put_in_place(temporary, name)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # Some network file systems have no hard links.
+        shutil.copyfile(source, target)
+
+
+def tidy(folder: Path) -> None:
+    """Bring back what stood aside when a process was killed, and remove unfinished writes."""
+    for left in folder.glob(ASIDE.format("*")):
+        name = folder / left.name.removeprefix(".").removesuffix(".old")
+        if name.exists():
+            remove(left)
+        else:
+            left.rename(name)
+    for left in folder.glob(TEMPORARY.format("*")):
+        remove(left)

@@ -1,0 +1,250 @@
+"""Where a run goes on from: a checkpoint that is named, or the newest sound one of its own folder.
+
+A run directory belongs to one run. `resume=auto` looks nowhere else, and a start in a folder that
+holds a run already is refused unless it goes on with that run or overwrites it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from blip3o_lit.checkpoints import files as checkpointing
+from blip3o_lit.checkpoints.metrics_csv import read_rows
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.base.secrets import masked
+from blip3o_lit.config.train import TrainConfig
+
+log = logging.getLogger("blip3o_lit")
+# Keys that do not change what a run computes: they may differ between a run and its resumption.
+FREE_KEYS = ("resume", "overwrite", "dry_run", "logger", "checkpoint", "strategy")
+FREE_KEYS += ("micro_batch_size", "plan", "world", "gpu", "mfu")
+FREE_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "log_every")
+FREE_DATA_KEYS = ("threads", "verify")
+
+
+def essential(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a plain config that decides what a run computes."""
+    kept = {key: value for key, value in config.items() if key not in FREE_KEYS}
+    trainer = kept.get("trainer", {})
+    kept["trainer"] = {k: v for k, v in trainer.items() if k not in FREE_TRAINER_KEYS}
+    kept["data"] = {k: v for k, v in kept.get("data", {}).items() if k not in FREE_DATA_KEYS}
+    return kept
+
+
+def config_hash(config: TrainConfig) -> str:
+    """Return a hash of what decides the computation."""
+    text = json.dumps(essential(asdict(config)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def refuse_used(config: TrainConfig, run_dir: Path) -> None:
+    """Refuse to start a run in a folder that holds another one.
+
+    All ranks judge alike, whenever they come: before its first step, which needs them all, a run
+    writes neither a checkpoint nor a row of metrics.
+
+    Raises:
+        UserError: With the two ways on; or if nobody can tell, since the folder can't be read.
+    """
+    if config.overwrite or config.resume == "auto":
+        return
+    used = bool(checkpointing.files_of(run_dir))
+    if config.resume is None:
+        used = used or bool(_rows(run_dir))
+    elif _is_within(_named(config.resume), run_dir):
+        return
+    if used:
+        raise UserError(
+            f"{run_dir} holds a run already: go on with it by resume=auto, or choose another "
+            "hydra.run.dir"
+        )
+
+
+def _rows(run_dir: Path) -> list[dict[str, str]]:
+    try:
+        return read_rows(run_dir / "metrics.csv")
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: {error.strerror}: mend that, or choose another hydra.run.dir"
+        ) from error
+
+
+def _named(path: str) -> Path:
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
+def _is_within(path: Path, run_dir: Path) -> bool:
+    """Whether a path leads through a folder, by whatever name (`checkpoints` may be a link)."""
+    above = (folder for folder in (path, *path.parents) if folder.is_dir())
+    return run_dir.is_dir() and any(folder.samefile(run_dir) for folder in above)
+
+
+def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
+    """Return the checkpoint to go on from, or None for a fresh start.
+
+    A path in `config.resume` becomes that of the checkpoint itself.
+
+    Args:
+        config: The run's config; `resume` is null, `auto` or a path.
+        run_dir: The run's own directory, the only one that `auto` looks into.
+
+    Raises:
+        UserError: If the named checkpoint is missing, damaged or of another network, or if the
+            run directory has checkpoints and none of them is sound.
+    """
+    if config.resume is None:
+        return None
+    if config.resume == "auto":
+        path, damaged = checkpointing.newest_sound(run_dir)
+        for other in damaged:
+            print(f"resume=auto passes over a damaged checkpoint: {other}")
+        if path is None and (files := checkpointing.files_of(run_dir)):
+            names = ", ".join(file.name for file in files)
+            raise UserError(
+                f"resume=auto: {run_dir} has {names}, but no sound step or last checkpoint: give "
+                "a sound one with resume=PATH, or choose another hydra.run.dir"
+            )
+        if path is not None:
+            _check_network(config, path)
+            return path
+        origin = _origin(run_dir)
+        if origin is None:
+            print(
+                f"resume=auto found no checkpoint in {run_dir}: starting fresh (hydra.run.dir "
+                "chooses the folder that it goes on in)"
+            )
+            return None
+        print(f"resume=auto found no checkpoint in {run_dir}: it began from {origin}")
+        config.resume = origin
+    path = _named(config.resume)
+    if path.is_dir() and path.suffix != ".ckpt":
+        newest, _ = checkpointing.newest_sound(path)
+        if newest is None:
+            raise UserError(f"resume={path}: no sound checkpoint in this run directory")
+        path = newest
+    _check_network(config, path)
+    config.resume = str(path)
+    return path
+
+
+def _origin(run_dir: Path) -> str | None:
+    """Return the checkpoint of another run that the run of a folder was started from, if any."""
+    if not (run_dir / "config.yaml").is_file():
+        return None
+    given = read_config(run_dir).get("resume")
+    return None if given == "auto" else given
+
+
+def _check_network(config: TrainConfig, path: Path) -> None:
+    """Refuse a checkpoint of another network."""
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint")
+    if not checkpointing.is_sound(path):
+        raise UserError(f"{path}: the checkpoint is damaged: use another one of its folder")
+    whole = ("batch_size", "optimizer.name", "seed")
+    free = ("model.compile", "model.activation_checkpointing")
+    for key, then, now in differences(config, path):
+        if (key.startswith(("model.", "mode.")) and key not in free) or key in whole:
+            raise UserError(
+                f"resume={path}: {key} was {then} there and is {now} here: give {key}={then}, or "
+                "start afresh"
+            )
+
+
+def differences(config: TrainConfig, path: Path) -> list[tuple[str, Any, Any]]:
+    """Return key, value there and value here of all that decides a run and differs."""
+    saved = checkpointing.facts(path)["blip3o"]["config"]
+    now, then = (_flat(essential(part)) for part in (masked(asdict(config)), saved))
+    keys = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+    return [(key, then.get(key), now.get(key)) for key in keys]
+
+
+def say_resumed(config: TrainConfig, path: Path) -> None:
+    """Tell what a run goes on from, and what is different from now on."""
+    if config.resume == "auto":
+        print(f"resume=auto goes on from {path}")
+    for key, then, now in differences(config, path):
+        message = f"resumed with {key}={now}, was {then}"
+        print(message)
+        log.warning(message)
+
+
+def check_tokens(path: Path, content_hash: str) -> None:
+    """Refuse a checkpoint that was trained on other tokens.
+
+    Raises:
+        UserError: As the loader would, but before anything is written.
+    """
+    if checkpointing.facts(path)["blip3o"]["tokens"].get("hash") != content_hash:
+        raise UserError(
+            f"resume={path}: it was trained on other data (store, mode, condition, target or "
+            "subset): resume with the same data and mode, or start a new run"
+        )
+
+
+def finished_result(
+    config: TrainConfig, run_dir: Path, resumed: Path, steps: int
+) -> dict[str, Any] | None:
+    """Return the content of result.json if the run of this folder has nothing left to do.
+
+    Args:
+        config: The run's config as it is asked for now.
+        run_dir: The run's own directory.
+        resumed: The checkpoint that it would go on from.
+        steps: The steps that are asked for.
+
+    Raises:
+        UserError: If result.json or environment.json is damaged, or another run's checkpoint leaves
+            nothing to do either.
+    """
+    step = int(checkpointing.facts(resumed)["global_step"])
+    if not _is_within(resumed, run_dir):
+        if step >= steps:
+            raise UserError(
+                f"resume={resumed}: it is at step {step} already, and {steps} are asked for: give "
+                "a larger trainer.max_steps"
+            )
+        return None
+    result = _json(run_dir / "result.json")
+    if not result.get("finished") or step < result["step"]:
+        return None  # stopped, or an earlier checkpoint by its name
+    # A run that stopped early is finished for the same configuration only.
+    same = _json(run_dir / "environment.json").get("config_hash") == config_hash(config)
+    return result if same or result["step"] >= steps else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: remove it") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as dotted keys."""
+    out = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """Return the plain config of a run directory."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file: not a run directory")
+    return yaml.safe_load(path.read_text())

@@ -1,0 +1,199 @@
+"""Checkpoints as folders: each process writes its own share, any number of processes reads them.
+
+The tensors are torch's distributed checkpoint in safetensors files, which hold no code; the rest,
+with size and CRC-32 of each of those files, is `plain.ckpt`. A folder gets its name when all of it
+is on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from blip3o_lit.checkpoints.in_place import TEMPORARY, put_in_place, remove
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.models.initialisation import shard_like
+
+PLAIN = "plain.ckpt"
+_CHUNK = 1 << 24
+
+
+def take_tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Remove weights and optimizer state from a checkpoint and return them by flat names."""
+    tensors = {f"state_dict/{name}": t for name, t in checkpoint.pop("state_dict").items()}
+    for number, state in enumerate(checkpoint["optimizer_states"]):
+        for index, values in state.pop("state").items():
+            tensors |= {f"optimizer/{number}/{index}/{key}": t for key, t in values.items()}
+    return tensors
+
+
+def put_tensors(checkpoint: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Undo `take_tensors`."""
+    checkpoint["state_dict"] = {}
+    for state in checkpoint["optimizer_states"]:
+        state["state"] = {}
+    for flat, tensor in tensors.items():
+        kind, _, name = flat.partition("/")
+        if kind == "state_dict":
+            checkpoint["state_dict"][name] = tensor
+        else:
+            number, index, key = name.split("/")
+            states = checkpoint["optimizer_states"][int(number)]["state"]
+            states.setdefault(int(index), {})[key] = tensor
+
+
+def save(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint of sharded tensors; called by every process.
+
+    Raises:
+        UserError: When the disk is full or the folder cannot be written.
+    """
+    from torch.distributed.checkpoint import state_dict_saver
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    tensors = take_tensors(checkpoint)
+    checkpoint["tensors"] = list(tensors)  # safetensors files forget the order.
+    temporary = path.with_name(TEMPORARY.format(path.name))
+    try:
+        if dist.get_rank() == 0:
+            remove(temporary)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        state_dict_saver.save(tensors, storage_writer=writer)
+        mine = sorted(temporary.glob("*.safetensors"))[dist.get_rank() :: dist.get_world_size()]
+        sums: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(sums, {file.name: measure(file) for file in mine})
+        if dist.get_rank() == 0:
+            checkpoint["files"] = {name: pair for part in sums for name, pair in part.items()}
+            with (temporary / PLAIN).open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            put_in_place(temporary, path)
+        dist.barrier()
+    except (OSError, RuntimeError, CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(
+            f"{path}: the checkpoint could not be written ({reason}): free disk space or choose "
+            "another folder with hydra.run.dir"
+        ) from error
+
+
+def measure(file: Path) -> list[int]:
+    """Return a file's size and CRC-32."""
+    size = total = 0
+    with file.open("rb") as opened:
+        while chunk := opened.read(_CHUNK):
+            size, total = size + len(chunk), zlib.crc32(chunk, total)
+    return [size, total]
+
+
+def files_are_sound(folder: Path, files: dict[str, list[int]]) -> bool:
+    """Whether every file of a checkpoint folder has its recorded size and checksum.
+
+    Raises:
+        OSError: If one of them can't be read.
+    """
+    try:
+        return all(measure(folder / name) == pair for name, pair in files.items())
+    except FileNotFoundError:
+        return False
+
+
+def read(folder: Path, plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Put the whole tensors of a folder into the plain part of its checkpoint.
+
+    Args:
+        folder: The checkpoint.
+        plain: What its `plain.ckpt` holds; changed in place.
+        prefix: Only tensors whose flat name begins so.
+    """
+    from torch.distributed.checkpoint import state_dict_loader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    reader = HuggingFaceStorageReader(str(folder))
+    stored: Any = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
+        for name in plain.pop("tensors")
+        if name.startswith(prefix)
+    }
+    state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
+    put_tensors(plain, tensors)
+    del plain["files"]
+    return plain
+
+
+def read_shards(
+    folder: Path, plain: dict[str, Any], module: nn.Module, optimizers: list[Optimizer]
+) -> dict[str, Any]:
+    """Load this process's share of a folder into a sharded module and its optimizers.
+
+    Returns:
+        The checkpoint without weights.
+    """
+    from torch.distributed.checkpoint import state_dict_loader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    reader = HuggingFaceStorageReader(str(folder))
+    tensors = {f"state_dict/{name}": tensor for name, tensor in module.state_dict().items()}
+    stored: Any = reader.read_metadata().state_dict_metadata
+    for name in plain["tensors"]:
+        kind, *place = name.split("/")
+        if kind == "optimizer":
+            parameter = parameters_of(optimizers[int(place[0])])[int(place[1])].detach()
+            whole = stored[name].size == parameter.shape
+            like = parameter if whole else torch.empty(stored[name].size)
+            tensors[name] = torch.zeros_like(like, dtype=stored[name].properties.dtype)
+    state_dict_loader.load(tensors, storage_reader=reader)
+    put_tensors(plain, tensors)
+    _load_optimizers(plain, optimizers)
+    del plain["state_dict"]
+    return plain
+
+
+def spread(
+    checkpoint: dict[str, Any], module: nn.Module, optimizers: list[Optimizer]
+) -> dict[str, Any]:
+    """Load this process's share of a whole checkpoint into a sharded module and its optimizers.
+
+    Returns:
+        The checkpoint without weights.
+
+    Raises:
+        UserError: If a weight is missing or has another shape.
+    """
+    own, given = module.state_dict(), checkpoint.pop("state_dict")
+    for name, tensor in own.items():
+        if name not in given or given[name].shape != tensor.shape:
+            raise UserError(f"the checkpoint has no {name} of shape {tuple(tensor.shape)}")
+        tensor.detach().copy_(shard_like(given[name], tensor))
+    for optimizer, state in zip(optimizers, checkpoint["optimizer_states"]):
+        for index, parameter in enumerate(parameters_of(optimizer)):
+            for key, value in state["state"].get(index, {}).items():
+                mine = value.clone()
+                if value.shape == parameter.shape:
+                    mine = torch.empty_like(parameter.detach(), dtype=value.dtype)
+                    mine.copy_(shard_like(value, parameter))
+                state["state"][index][key] = mine
+    _load_optimizers(checkpoint, optimizers)
+    return checkpoint
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """Return an optimizer's parameters in the order by which its state dict numbers them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _load_optimizers(checkpoint: dict[str, Any], optimizers: list[Optimizer]) -> None:
+    for optimizer, state in zip(optimizers, checkpoint.pop("optimizer_states")):
+        optimizer.load_state_dict(state)

@@ -1,0 +1,226 @@
+"""The front that all seven commands share: Hydra, a strict typed schema, and one-line errors.
+
+A command is a function from its typed config to a result. `run_command` checks the overrides,
+composes, merges the result into the dataclasses and calls the function. Mistakes of the user exit
+with 2. Hydra is imported late, so that Ctrl-C is one line at once.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import string
+import sys
+import typing
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.base.home import adopt_home, refusal
+from blip3o_lit.base.secrets import masked
+from blip3o_lit.cli.interrupt import Kept, interruptible
+from blip3o_lit.base.launcher import ignore_ranks
+from blip3o_lit.cli.run_stamp import run_stamp
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+Config = TypeVar("Config")
+USER_ERROR_CODE = 2
+SHARDS_KEPT = "the finished shards are kept: give the same line again to go on"
+"""What Ctrl-C leaves of the commands that write a token store."""
+RANKED = ("train", "extract")
+"""Commands that several processes may run together."""
+
+
+def run_command(name: str, schema: type[Config], task: Callable[[Config], Any], kept: Kept) -> None:
+    """Run one command: parse `sys.argv`, compose `conf/<name>.yaml`, call `task`.
+
+    Args:
+        name: The command's word; its defaults stand in `conf/<name>.yaml`.
+        schema: The dataclass that types and checks the composed config.
+        task: The command itself.
+        kept: What to say after Ctrl-C: what is kept, and how to go on.
+    """
+    with interruptible(kept):
+        _run(name, schema, task, kept)
+
+
+def _run(name: str, schema: type[Config], task: Callable[[Config], Any], kept: Kept) -> None:
+    from hydra import main as hydra_main
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from blip3o_lit.cli.arguments import arranged, check_arguments
+    from blip3o_lit.cli.schema import conf_dir, typed
+    from blip3o_lit.cli.sweeps.plugins import register_plugins
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    _register(name, schema)
+    register_plugins()
+    folder = conf_dir()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # consoles without Unicode, odd names
+            stream.reconfigure(errors="backslashreplace")
+    began = False
+
+    def job(config: DictConfig) -> Any:
+        nonlocal began
+        began = True
+        try:
+            with interruptible(kept):  # Hydra forgets the job's directory before it ends
+                return _checked(task, typed(config, schema))
+        except UserError as error:
+            if in_multirun():  # The sweep's other jobs still run; Hydra raises it at their end.
+                raise
+            fail(str(error))
+
+    try:
+        adopt_home()
+        if name not in RANKED:
+            ignore_ranks()
+        if "${" in os.getcwd():
+            raise UserError(f"{os.getcwd()}: Hydra can't work in a folder with ${{ in its name")
+        sys.argv[1:] = arranged(sys.argv[1:], schema)
+        if _show_help(name, folder):
+            return
+        check_arguments(name, schema, folder)
+        hydra_main(version_base="1.3", config_path=str(folder), config_name=name)(job)()
+    except UserError as error:
+        fail(str(error))
+    except BrokenPipeError:  # of a page that was piped into `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # of Hydra's own flags
+        if began:
+            raise
+        fail(str(error).strip().splitlines()[0])
+    except OSError as error:
+        if began:
+            raise
+        fail(f"{error.filename}: {error.strerror}: choose another folder with hydra.run.dir")
+
+
+def _checked(task: Callable[[Config], Any], config: Config) -> Any:
+    """Run a command; what the machine refuses (rights, space) is a line like a user's mistake."""
+    try:
+        return task(config)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        line = refusal(error, run_directory())
+        if line is None:
+            raise
+        raise UserError(line) from error
+
+
+def composed(name: str, schema: type[Config], words: Iterable[str]) -> Config:
+    """Return the config that a command line gives, for scripts that run commands themselves.
+
+    Args:
+        name: The command's word.
+        schema: Its dataclass.
+        words: The overrides.
+
+    Raises:
+        UserError: Naming the override, in one line.
+    """
+    from hydra import compose, initialize_config_dir
+
+    from blip3o_lit.cli.schema import conf_dir, typed
+
+    _register(name, schema)
+    with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+        return typed(compose(name, overrides=list(words)), schema)
+
+
+def _register(name: str, schema: type[Any]) -> None:
+    """Tell Hydra of a command's schema, and OmegaConf how runs are named."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    # Hydra asks several times for one launch.
+    OmegaConf.register_new_resolver("run_stamp", cache(_stamp), replace=True)
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+
+
+def _stamp() -> str:
+    try:
+        return run_stamp()
+    except UserError as error:
+        fail(str(error))  # OmegaConf would wrap the error in its own
+
+
+def _show_help(name: str, folder: Path) -> bool:
+    """Print the command's page if --help asks for it; return whether it did.
+
+    Hydra's own page lists the groups through copies of all that it knows, which takes a second.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from blip3o_lit.cli.arguments import flags
+    from blip3o_lit.cli.schema import groups
+
+    arguments, _ = flags(sys.argv[1:])
+    if not arguments.help:
+        return False
+    if any("=" not in word for word in arguments.overrides):
+        raise UserError("--help lists all keys: it takes overrides (key=value), but no names")
+    try:
+        with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
+            config = compose(name, overrides=arguments.overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    template = string.Template(config.hydra.help.template)
+    options = "".join(f"{group}: {', '.join(known)}\n" for group, known in groups(folder).items())
+    shown = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    print(template.substitute(APP_CONFIG_GROUPS=options, CONFIG=OmegaConf.to_yaml(shown)))
+    return True
+
+
+def fail(message: str) -> typing.NoReturn:
+    """Print a one-line error without secrets and exit with 2."""
+    lines = [line.strip() for line in masked(message).splitlines()]
+    print("error:", *lines, file=sys.stderr)
+    sys.exit(USER_ERROR_CODE)
+
+
+def run_directory() -> Path:
+    """Return Hydra's output directory of the running job."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def is_running() -> bool:
+    """Whether Hydra has begun a job or a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return HydraConfig.initialized()
+
+
+def sweep_directory() -> Path:
+    """Return the directory of the running sweep."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(str(HydraConfig.get().sweep.dir)).absolute()
+
+
+def in_multirun() -> bool:
+    """Whether the running job belongs to a `-m` sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def command_line_overrides() -> list[str]:
+    """Return the overrides that the running job was given."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task)

@@ -1,0 +1,132 @@
+"""What a command takes: the Hydra groups of `conf/` and the keys of its dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from blip3o_lit.config.errors import UserError, nearest
+from blip3o_lit.base.paths import expanded
+
+Config = TypeVar("Config")
+
+
+def conf_dir() -> Path:
+    """Return the folder of Hydra groups: inside an installed package, else beside it."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def groups(folder: Path) -> dict[str, list[str]]:
+    """Return each Hydra group of `conf/` with its options."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith((".", "_")):
+            found[path.name] = sorted(option.stem for option in path.glob("*.yaml"))
+    return found
+
+
+def keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
+    """Yield every override key of a dataclass schema, groups before their members."""
+    hints = typing.get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        full = prefix + item.name
+        yield full
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from keys(typing.cast(type, hints[item.name]), full + ".")
+
+
+def text_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
+    """Yield the keys of a dataclass schema whose values are texts, such as paths."""
+    for name, hint in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(hint):
+            yield from text_keys(typing.cast(type, hint), f"{prefix}{name}.")
+        elif hint is str or str in typing.get_args(hint) and typing.get_origin(hint) is not list:
+            yield prefix + name
+
+
+def typed(config: DictConfig, schema: type[Config]) -> Config:
+    """Merge a composed config into its dataclasses, which check types, keys and values.
+
+    Raises:
+        UserError: Naming the override, in one line.
+    """
+    try:
+        known = {field.name for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+        plain = OmegaConf.masked_copy(config, [str(key) for key in config if key in known])
+        extra = [str(key) for key in config if key not in known]
+        if extra:
+            raise UserError(unknown_key(extra[0], set(keys(schema))))
+        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+        _expand(made)
+        return typing.cast(Config, made)
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        place = f"{error.full_key}: " if error.full_key else ""
+        first_line = str(error.msg or error).splitlines()[0]
+        raise UserError(f"{place}{first_line}") from error
+
+
+def _expand(config: Any, prefix: str = "") -> None:
+    """Replace `~` and `~user` at the start of the texts of a typed config."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            _expand(value, f"{prefix}{item.name}.")
+        elif isinstance(value, str) and value.startswith("~"):
+            try:
+                setattr(config, item.name, str(expanded(value)))
+            except UserError as error:
+                raise UserError(f"{prefix}{item.name}={error}") from None
+
+
+def unknown_key(key: str, known: set[str]) -> str:
+    """Say that a key does not exist and name the one that was meant, where that is plain."""
+    guess = _near_key(key, known)
+    hint = f"did you mean {guess}?" if guess else "--help lists the keys"
+    return f"{key} is not a key of this command: {hint}"
+
+
+def _near_key(key: str, known: set[str]) -> str:
+    """Return a key of a like spelling in the same group, else of that name in none (or in one)."""
+    group, _, name = key.rpartition(".")
+    places = sorted({other.rpartition(".")[0] for other in known})
+    group = group if group in places else nearest(group, places) or group
+    names = {
+        other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == group
+    }
+    guess = nearest(name, [other for other in names if _alike(name, other)])
+    guess = guess or _same_words(name, names)
+    if guess:
+        return names[guess]
+    other_places = [""] if group else places
+    elsewhere = [place + "." * bool(place) + name for place in other_places]
+    return min(known & set(elsewhere), key=lambda other: (other.count("."), other), default="")
+
+
+def _alike(name: str, option: str) -> bool:
+    """Whether names of as many words are alike word by word: max_step, but not min_steps."""
+    pairs = list(zip(name.split("_"), option.split("_")))
+    return name.count("_") != option.count("_") or all(
+        a == b or nearest(a, [b]) or min(len(a), len(b)) < 3 for a, b in pairs
+    )
+
+
+def _same_words(name: str, options: Iterable[str]) -> str:
+    """Return the one option that has the fewest words more or less: log_every_n_steps, epochs."""
+    words = set(name.split("_"))
+    extra = {
+        option: len(words ^ set(option.split("_")))
+        for option in options
+        if words <= set(option.split("_")) or words >= set(option.split("_"))
+    }
+    fewest = [option for option, count in extra.items() if count == min(extra.values())]
+    return fewest[0] if len(fewest) == 1 else ""

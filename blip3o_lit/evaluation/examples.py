@@ -1,0 +1,121 @@
+"""Single images of an evaluation: the worst 1 %, and best, median and worst with their pictures.
+
+Shape suffixes: B images, P embedding width.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchmetrics.utilities import dim_zero_cat
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.images.item import Reject, decode, file_bytes
+from blip3o_lit.metrics.retrieval import NO_CAPTION, Retrieval
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.towers.scenes import scene_of
+
+WORST_SHARE, WORST_MOST = 0.01, 20
+EXAMPLES = 4
+"""Images of each kind."""
+SIDE = 128
+"""Longest side of a picture in the report, in pixels."""
+_SCENE = "scene:"
+
+
+def worst(held: TokenReader, cosine_B: np.ndarray) -> list[dict[str, Any]]:
+    """Return the 1 % of images with the lowest cosine, worst first."""
+    count = min(WORST_MOST, max(1, round(WORST_SHARE * len(cosine_B))))
+    return _rows(held, cosine_B, np.argsort(cosine_B, kind="stable")[:count])
+
+
+def examples(
+    held: TokenReader,
+    cosine_B: np.ndarray,
+    recall: dict[str, Retrieval],
+    pictures: str | None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the best, median and worst images, with pictures and retrieved captions.
+
+    Args:
+        held: The images that were scored, in this order.
+        cosine_B: Cosine of each.
+        recall: Image and caption embeddings of the `generated` and the `true` tokens; may be empty.
+        pictures: Folder that the sources of the images are below; None where only demo scenes,
+            which are drawn anew, have pictures.
+
+    Raises:
+        UserError: If `pictures` is no folder.
+    """
+    if pictures is not None and not Path(pictures).expanduser().is_dir():
+        raise UserError(f"pictures={pictures} is no folder: name the one that images= named")
+    order = np.argsort(cosine_B, kind="stable")
+    count = min(EXAMPLES, len(order))
+    middle = (len(order) - count) // 2
+    chosen = {
+        "best": order[::-1][:count],
+        "median": order[middle : middle + count],
+        "worst": order[:count],
+    }
+    texts = {name: _nearest_captions(found) for name, found in recall.items() if found.captioned}
+    made = {}
+    for name, ids in chosen.items():
+        made[name] = _rows(held, cosine_B, ids)
+        for row, number in zip(made[name], ids.tolist()):
+            for source, nearest_B in texts.items():
+                row[f"caption_{source}"] = held.captions(nearest_B[[number]])[0]
+            picture = _picture(row["source"], pictures)
+            if picture:
+                row["picture"] = picture
+    return made
+
+
+def _rows(held: TokenReader, cosine_B: np.ndarray, ids: np.ndarray) -> list[dict[str, Any]]:
+    return [
+        {
+            "key": key,
+            "cosine": value,
+            "caption": str(item.get("caption", "")),
+            "source": str(item.get("source", "")),
+        }
+        for key, item, value in zip(held.keys(ids), held.metadata(ids), cosine_B[ids].tolist())
+    ]
+
+
+def _nearest_captions(found: Retrieval) -> np.ndarray:
+    """Return, for each image, the number of the image whose caption is nearest `[B]`."""
+    image_BP, text_BP = dim_zero_cat(found.image), dim_zero_cat(found.text)
+    blank_B = dim_zero_cat(found.caption) == NO_CAPTION
+    nearest = [
+        (part @ text_BP.T).masked_fill(blank_B, -torch.inf).argmax(1)
+        for part in image_BP.split(1024)
+    ]
+    return torch.cat(nearest).cpu().numpy()
+
+
+def _picture(source: str, folder: str | None) -> str | None:
+    """Return a small picture as a data URL, or None where there is none to be had."""
+    if source.startswith(_SCENE):
+        image = scene_of(source.removeprefix(_SCENE)).image
+        image = image.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    elif folder is None or not source:
+        return None
+    else:
+        root = Path(folder).expanduser().resolve()
+        path = (root / source).resolve()
+        if not path.is_relative_to(root) or not path.is_file():
+            return None
+        try:
+            image = decode(file_bytes(path))
+        except Reject:  # the picture changed since its tokens were made; its numbers still stand
+            return None
+        image.thumbnail((SIDE, SIDE))
+    out = io.BytesIO()
+    image.save(out, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

@@ -1,0 +1,193 @@
+"""Loaders over a reader: prefetch in threads, exact lengths, exact resume.
+
+Lightning 2.6 never exhausts a sized iterator, may call `iter` more than once before it takes the
+first batch, and saves `state_dict()` of rank 0 alone in the middle of an epoch. So: the whole run
+is one pass, reading starts with the first `next`, and the state is in global samples that the
+training loop has taken, never what threads have read ahead.
+
+Shape suffixes: B samples.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.tokens.reading.order import SampleOrder
+from blip3o_lit.tokens.reading.packed import PackedBatch
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.batches import BatchPlan
+
+Batch = dict[str, Tensor]
+T = TypeVar("T")
+
+
+def prefetch(jobs: Iterable[Callable[[], T]], threads: int) -> Iterator[T]:
+    """Run jobs ahead in threads and yield their results in order.
+
+    At most `threads + 1` finished or running results wait. Copying tokens releases the interpreter
+    lock, so threads do.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="tokens")
+    source = iter(jobs)
+    try:
+        waiting = deque(pool.submit(job) for job in islice(source, threads + 1))
+        while waiting:
+            result = waiting.popleft().result()
+            # Last of all: the thread that this wakes competes for the interpreter.
+            waiting.extend(pool.submit(job) for job in islice(source, 1))
+            yield result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class TrainingLoader:
+    """Where a run of `steps` optimizer steps is in its data: what both training loaders share."""
+
+    def __init__(self, plan: BatchPlan, steps: int, rank: int) -> None:
+        self.plan, self.steps, self.rank = plan, steps, rank
+        self._start_step, self._start_samples, self._taken = 0, 0, 0
+
+    def __len__(self) -> int:
+        """Micro-batches of the whole run, those before a resume included (Lightning counts on)."""
+        return self.steps * self.plan.accumulation
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches from the starting point on."""
+        return (self.steps - self._start_step) * self.plan.accumulation
+
+    def counted(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        """Yield the batches, counting those that the training loop takes."""
+        self._taken = 0
+        for batch in batches:
+            self._taken += 1
+            yield batch
+            del batch  # Freeing lets go of the interpreter: do it before a thread is woken.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in global samples after the last whole step, equal on every rank.
+
+        Micro-batches of an unfinished step don't count: their gradients are not in a checkpoint.
+        """
+        steps = self._taken // self.plan.accumulation
+        return {
+            "samples": self._start_samples + steps * self.plan.batch_size,
+            "steps": self._start_step + steps,
+            "batch_size": self.plan.batch_size,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the samples of `state`; world size and batch size may differ."""
+        self._start_step, self._start_samples = state["steps"], state["samples"]
+        self._taken = 0
+
+
+class TokenLoader(TrainingLoader):
+    """Training micro-batches of one rank, for a whole run."""
+
+    def __init__(
+        self,
+        reader: TokenReader,
+        order: SampleOrder,
+        plan: BatchPlan,
+        steps: int,
+        rank: int = 0,
+        threads: int = 2,
+        pin: bool = False,
+    ) -> None:
+        """Prepare `steps` optimizer steps, counted from the run's start; nothing is read yet.
+
+        With `pin` batches are read into page-locked memory.
+        """
+        super().__init__(plan, steps, rank)
+        self.reader, self.order, self.threads, self.pin = reader, order, threads, pin
+
+    def _job(self, number: int) -> Callable[[], PackedBatch]:
+        step, micro = divmod(number, self.plan.accumulation)
+        position = self._start_samples + step * self.plan.batch_size
+        position += self.plan.offset(self.rank, micro)
+
+        def job() -> PackedBatch:
+            ids, epochs = self.order.at(position, self.plan.micro_batch_size)
+            batch = self.reader.read_packed(ids, self.pin)
+            batch["sample"], batch["epoch"] = torch.from_numpy(ids), torch.from_numpy(epochs)
+            return batch
+
+        return job
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        jobs = (self._job(number) for number in range(self.micro_batches))
+        yield from self.counted(prefetch(jobs, self.threads))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, and what must be the same when the run goes on."""
+        same = {"seed": self.order.seed, "data": self.reader.content_hash}
+        return super().state_dict() | same
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the samples of `state`; world size and batch size may differ.
+
+        Raises:
+            UserError: If the state belongs to another seed or other data.
+        """
+        if state.get("seed", self.order.seed) != self.order.seed:
+            raise UserError(
+                f"the checkpoint's data order has seed={state['seed']}, this run "
+                f"seed={self.order.seed}: resume with the same seed"
+            )
+        if state.get("data") != self.reader.content_hash:
+            raise UserError(
+                "the checkpoint was trained on other data (store, mode, condition, target or "
+                "subset): resume with the same data and mode, or start a new run"
+            )
+        super().load_state_dict(state)
+
+
+class ValidationLoader:
+    """A whole split once, in store order: equal batches on every rank, the tail padded.
+
+    Batches carry `valid` `[B]`: False marks padding, repeats of the last sample.
+    """
+
+    def __init__(
+        self,
+        reader: TokenReader,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int = 2,
+        pin: bool = False,
+    ) -> None:
+        """Read `reader` in batches of `batch_size` per rank, cut down where the split is small."""
+        self.reader, self.rank, self.world_size = reader, rank, world_size
+        self.batch_size = min(batch_size, -(-len(reader) // world_size))
+        self.threads, self.pin = threads, pin
+
+    def __len__(self) -> int:
+        return -(-len(self.reader) // (self.batch_size * self.world_size))
+
+    def _job(self, number: int) -> Callable[[], PackedBatch]:
+        first = (number * self.world_size + self.rank) * self.batch_size
+        ids = np.arange(first, first + self.batch_size)
+        valid = torch.from_numpy(ids < len(self.reader))
+        ids = np.minimum(ids, len(self.reader) - 1)
+
+        def job() -> PackedBatch:
+            batch = self.reader.read_packed(ids, self.pin)
+            batch["sample"], batch["valid"] = torch.from_numpy(ids), valid
+            batch["epoch"] = torch.zeros_like(batch["sample"])
+            return batch
+
+        return job
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        yield from prefetch((self._job(i) for i in range(len(self))), self.threads)

@@ -1,0 +1,60 @@
+"""int8 tokens on their way to the device: half the bytes are copied, then fp16 is restored there.
+
+Shape suffixes: B samples, N tokens, C channels, K scale rows (CLS where it is taken, then patches).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blip3o_lit.tokens.store.storage import dequantise
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Stored int8 tokens with the scales that restore them."""
+
+    stored_BNC: Tensor
+    scale_KC: Tensor
+    token_BN: Tensor | None
+    """One scale per token, where the store has them."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedTokens:
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        token_BN = None if self.token_BN is None else copy(self.token_BN)
+        return PackedTokens(copy(self.stored_BNC), copy(self.scale_KC), token_BN)
+
+    def restore(self) -> Tensor:
+        """Return the tokens `[B, N, C]` in fp16, on their device."""
+        patches_NC = self.scale_KC[-1:].expand(self.stored_BNC.shape[1], -1)
+        with_cls = len(self.scale_KC) > 1
+        scale_NC = torch.cat((self.scale_KC[:1], patches_NC[1:])) if with_cls else patches_NC
+        return dequantise(self.stored_BNC, scale_NC, self.token_BN)
+
+
+PackedBatch = dict[str, Tensor | PackedTokens]
+
+
+def restored(batch: Mapping[str, Tensor | PackedTokens]) -> dict[str, Tensor]:
+    """Return a batch with its int8 tokens restored."""
+    return {
+        key: value.restore() if isinstance(value, PackedTokens) else value
+        for key, value in batch.items()
+    }
+
+
+def on_device(batch: PackedBatch, device: torch.device) -> dict[str, Tensor]:
+    """Return a batch with its tokens on a device, int8 ones restored there.
+
+    Ids and epochs stay on the CPU, where seeds are mixed.
+    """
+    out = dict(batch)
+    for key in batch.keys() - {"sample", "epoch"}:
+        out[key] = batch[key].to(device, non_blocking=True)
+    return restored(out)

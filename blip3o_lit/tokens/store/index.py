@@ -1,0 +1,255 @@
+"""The index of a token store: which arrays every sample has, and which shards hold them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blip3o_lit import __version__
+from blip3o_lit.config.errors import UserError, one_of
+from blip3o_lit.base.files import write_synced
+from blip3o_lit.base.shape import TokenShape
+from blip3o_lit.base.words import pasteable
+from blip3o_lit.tokens.store import tar
+
+SCHEMA = 1
+KINDS = ("tokens", "text", "scale")
+STORED = {"float16": "<f2", "bfloat16": "<i2", "float32": "<f4", "int8": "|i1"}
+"""Types in index.json and in the npy files; npy knows no bfloat16, so its bits go in as int16."""
+SCALES = ("channel", "token")
+SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*").fullmatch
+SHA256 = re.compile(r"[0-9a-f]{64}").fullmatch
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of every sample: its type, its shape and where it came from."""
+
+    kind: str
+    """tokens (a grid), text (a caption embedding of unit norm) or scale (of int8 tokens)."""
+    dtype: str
+    """float16, bfloat16, float32 or int8."""
+    shape: tuple[int, ...]
+    """`[N, C]` for tokens, `[P]` for text, `[N]` for scales."""
+    cls: bool = False
+    """Whether token 0 is a CLS token."""
+    grid: tuple[int, int] = (0, 0)
+    """Rows and columns of the patch grid; unused by text."""
+    tower: str = ""
+    """Architecture and weights of the encoder."""
+    layer: int = -1
+    """Block whose output this is."""
+    normed: bool = False
+    """Whether the tower's final norm is in it."""
+    projected: bool = False
+    """Whether the tower's projection is in it."""
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    """Mean, std, interpolation and resize mode of the encoder's input."""
+    scale: str | None = None
+    """Of int8: channel, or token where each token has a scale of its own too."""
+    scale_hash: str = ""
+    """Of int8: checksum of the channel scales in scales.safetensors."""
+    cosine: float | None = None
+    """Of int8: mean cosine of stored to true tokens, measured on the first pass's samples."""
+
+    @property
+    def token_shape(self) -> TokenShape:
+        """Grid, CLS and width, for arrays of kind tokens."""
+        return TokenShape(self.grid, self.cls, self.shape[-1])
+
+    @property
+    def stored(self) -> str:
+        """The npy type, for example `<f2`."""
+        return STORED[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * np.dtype(self.stored).itemsize
+
+    def to_dict(self) -> dict[str, Any]:
+        out = asdict(self)
+        out["shape"], out["grid"] = list(self.shape), list(self.grid)
+        if self.kind != "tokens":
+            return {key: out[key] for key in ("kind", "dtype", "shape", "tower")}
+        int8 = ("scale", "scale_hash", "cosine")
+        return {k: v for k, v in out.items() if k not in int8 or self.dtype == "int8"}
+
+    @classmethod
+    def from_dict(cls, name: str, data: dict[str, Any]) -> ArraySpec:
+        """Read and check one entry of index.json.
+
+        Raises:
+            UserError: On a kind, type or shape that this version can't read.
+        """
+        one_of(f"arrays.{name}.kind", data.get("kind", ""), KINDS)
+        one_of(f"arrays.{name}.dtype", data.get("dtype", ""), STORED)
+        shape = tuple(int(side) for side in data["shape"])
+        values = {key: data[key] for key in cls.__dataclass_fields__ if key in data}
+        spec = cls(**{**values, "shape": shape, "grid": tuple(data.get("grid", (0, 0)))})
+        if spec.dtype == "int8":
+            one_of(f"arrays.{name}.scale", str(spec.scale), SCALES)
+        wanted = 2 if spec.kind == "tokens" else 1
+        if len(shape) != wanted or min(shape) < 1:
+            raise UserError(f"arrays.{name}.shape={list(shape)} must have {wanted} sides above 0")
+        if spec.kind == "tokens" and (
+            len(spec.grid) != 2 or spec.token_shape.tokens != shape[0] or min(spec.grid) < 1
+        ):
+            raise UserError(
+                f"arrays.{name}.shape={list(shape)} does not hold a {list(spec.grid)} grid"
+                f"{' and a CLS token' if spec.cls else ''}"
+            )
+        return spec
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One tar of a store."""
+
+    file: str
+    offsets: str
+    split: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TokenIndex:
+    """What index.json says about a store."""
+
+    arrays: dict[str, ArraySpec]
+    shards: list[ShardEntry]
+    reduced: str | None = None
+    """None for full stores, `grid_64` for stores of 64 averaged tokens."""
+    split_rule: str = ""
+    """How the split was made, in words."""
+    rejects: int = 0
+    """Images that could not be read."""
+    created_by: str = f"blip3o_lit {__version__}"
+
+    @property
+    def splits(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for shard in self.shards:
+            counts[shard.split] = counts.get(shard.split, 0) + shard.samples
+        return counts
+
+    @property
+    def samples(self) -> int:
+        """Samples of the whole store."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def hash(self) -> str:
+        """Content hash: sha256 over the arrays' entries and the shards' checksums."""
+        content = [
+            {name: spec.to_dict() for name, spec in self.arrays.items()},
+            [(s.file, s.split, s.samples, s.sha256) for s in self.shards],
+        ]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "samples": self.samples,
+            "created_by": self.created_by,
+            "arrays": {name: spec.to_dict() for name, spec in self.arrays.items()},
+            "reduced": self.reduced,
+            "splits": self.splits,
+            "split_rule": self.split_rule,
+            "rejects": self.rejects,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+
+    def write(self, folder: Path) -> None:
+        write_synced(folder / "index.json", json.dumps(self.to_dict(), indent=1).encode())
+
+    @classmethod
+    def load(cls, folder: Path | str) -> TokenIndex:
+        """Read and check the index of a local store.
+
+        Raises:
+            UserError: If there is none, or it is not one that this version reads.
+        """
+        path = Path(folder) / "index.json"
+        if not path.is_file():
+            raise UserError(
+                f"no token store at {folder}: index.json is missing; "
+                "set data.tokens to a folder that extract or convert wrote"
+            )
+        return cls.parse(path.read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, where: str) -> TokenIndex:
+        """Check the bytes of an index.json; `where` names it in messages.
+
+        Raises:
+            UserError: On another schema, missing or wrong fields, or unsafe file names.
+        """
+        try:
+            data = json.loads(content)
+            schema = data["schema"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{where} is no token index: extract or convert again") from error
+        if schema != SCHEMA:
+            age = "newer" if isinstance(schema, int) and schema > SCHEMA else "older"
+            fix = "update blip3o_lit" if age == "newer" else "extract or convert again"
+            raise UserError(f"{where} has the {age} schema {schema!r}, not {SCHEMA}: {fix}")
+        try:
+            index = cls(
+                {str(k): ArraySpec.from_dict(k, v) for k, v in data["arrays"].items()},
+                [ShardEntry(**shard) for shard in data["shards"]],
+                data["reduced"],
+                str(data.get("split_rule", "")),
+                int(data.get("rejects", 0)),
+                str(data.get("created_by", "")),
+            )
+            index._check(data, where)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise UserError(
+                f"{where} is damaged ({type(error).__name__}: {error}): "
+                f"{repair_command(Path(where).parent)}"
+            ) from error
+        return index
+
+    def _check(self, data: dict[str, Any], where: str) -> None:
+        if not self.arrays or not self.shards:
+            raise UserError("no arrays or no shards: extract or convert again")
+        if self.reduced is not None:
+            one_of("reduced", self.reduced, ("grid_64",))
+        for name, spec in self.arrays.items():
+            check_array_name(name)
+            if spec.scale == "token" and f"{name}_scale" not in self.arrays:
+                raise UserError(f"array {name} has no {name}_scale: extract again")
+        for shard in self.shards:
+            for file in (shard.file, shard.offsets):
+                if not SAFE_NAME(file):
+                    raise UserError(f"shard name {file!r} leaves the folder: the store is not ours")
+            if not SHA256(shard.sha256):
+                raise UserError(f"shard {shard.file} has no sha256")
+            if min(shard.samples, shard.bytes) < 1 or not shard.split:
+                raise UserError(f"shard {shard.file} counts {shard.samples} samples")
+        if data["splits"] != self.splits or data["samples"] != self.samples:
+            raise UserError(
+                "the counts of samples, splits and shards disagree: "
+                f"{repair_command(Path(where).parent)}"
+            )
+
+
+def repair_command(folder: Path) -> str:
+    """Return the command that writes a store's index and offsets again."""
+    return f"python -m blip3o_lit.doctor {pasteable('tokens', folder)} repair=true"
+
+
+def check_array_name(name: str) -> None:
+    """Refuse array names that would not survive as part of a file name."""
+    if not name or not tar.KEY_CHARACTERS.issuperset(name) or name == "json":
+        raise UserError(f"array name {name!r} may hold letters, digits, - and _ alone")

@@ -1,0 +1,181 @@
+"""One token shard that is read in place: a tar mapped into memory, and its offsets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.base.files import write_synced
+from blip3o_lit.tokens.store import tar
+from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, repair_command
+from blip3o_lit.tokens.store.shards import pack_offsets, unpack_offsets
+
+
+class Shard:
+    """One mapped tar and the offsets of its samples, `[samples, arrays + 2]` as in its .idx."""
+
+    def __init__(
+        self,
+        folder: Path,
+        entry: ShardEntry,
+        arrays: dict[str, ArraySpec],
+        data: mmap.mmap,
+        offsets: np.ndarray,
+    ) -> None:
+        self.entry, self.map, self.offsets = entry, data, offsets
+        self.columns = {name: column for column, name in enumerate(arrays)}
+        self.bytes = np.frombuffer(data, np.uint8)
+        self.repair = repair_command(folder)
+
+    @classmethod
+    def open(
+        cls, folder: Path, entry: ShardEntry, arrays: dict[str, ArraySpec], verify: str
+    ) -> Shard:
+        """Map a tar and read its offsets; lost or damaged ones are rebuilt.
+
+        Raises:
+            UserError: If the tar is missing, cut off, altered or malformed.
+        """
+        path = folder / entry.file
+        data = map_tar(path)
+        offsets_file = folder / entry.offsets
+        try:
+            content = offsets_file.read_bytes() if offsets_file.is_file() else b""
+        except OSError as error:
+            raise UserError(f"{offsets_file} can't be read ({error.strerror})") from error
+        offsets = unpack_offsets(content, entry.samples, len(arrays) + 2, entry.sha256)
+        fix = f"restore it or {repair_command(folder)}"
+        if len(data) != entry.bytes:
+            lost = ""
+            if offsets is not None and len(data) < entry.bytes:
+                ends = offsets[:, -2] + offsets[:, -1]
+                first = int(np.searchsorted(ends, len(data), "right"))
+                lost = f", so samples {first} to {entry.samples - 1} of it are lost"
+            raise UserError(
+                f"shard {path} has {len(data)} bytes, index.json promises {entry.bytes}{lost}: "
+                f"{fix}"
+            )
+        if verify == "full" and hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise UserError(
+                f"shard {path} has another sha256 than index.json says: its content changed; {fix}"
+            )
+        if offsets is None:
+            offsets = scan(data, arrays, str(path), entry.samples)
+            # A read-only store is fine: the offsets then live in memory alone.
+            if os.access(folder, os.W_OK):
+                write_synced(offsets_file, pack_offsets(offsets, entry.sha256))
+        return cls(folder, entry, arrays, data, offsets)
+
+    @classmethod
+    def by_headers(cls, folder: Path, entry: ShardEntry, arrays: dict[str, ArraySpec]) -> Shard:
+        """Map a tar and find its samples by its own headers, whatever size and offsets say.
+
+        Raises:
+            UserError: If it is missing, malformed, or holds another number of samples.
+        """
+        data = map_tar(folder / entry.file)
+        offsets = scan(data, arrays, entry.file, entry.samples)
+        return cls(folder, entry, arrays, data, offsets)
+
+    def stored(self, array: str, spec: ArraySpec, sample: int) -> np.ndarray:
+        """Return a read-only view of one sample's stored numbers, in the array's shape."""
+        content = self.content(array, sample, 0, spec.nbytes)
+        return content.view(spec.stored).reshape(spec.shape)
+
+    def content(self, array: str, sample: int, start: int, end: int) -> np.ndarray:
+        """Return a read-only view of one sample's stored bytes in an array, from start to end.
+
+        Raises:
+            UserError: If the offsets point behind the shard's end.
+        """
+        offset = int(self.offsets[sample, self.columns[array]])
+        view = self.bytes[offset + start : offset + end]
+        if len(view) != end - start:
+            raise UserError(
+                f"{self.entry.offsets} points behind the end of {self.entry.file}: {self.repair}"
+            )
+        return view
+
+    def key(self, sample: int) -> str:
+        start = int(self.offsets[sample, -2]) - tar.BLOCK
+        name = self.map[start : start + 100].partition(b"\0")[0]
+        return name.decode().removesuffix(".json")
+
+    def metadata(self, sample: int) -> dict[str, Any]:
+        """Return the content of a sample's KEY.json.
+
+        Raises:
+            UserError: If it is no JSON object.
+        """
+        offset, size = int(self.offsets[sample, -2]), int(self.offsets[sample, -1])
+        try:
+            data = json.loads(self.map[offset : offset + size])
+        except (ValueError, RecursionError):
+            data = None
+        if not isinstance(data, dict):
+            raise UserError(
+                f"{self.key(sample)}.json in {self.entry.file} is no JSON object: extract it again"
+            )
+        return data
+
+
+def map_tar(path: Path) -> mmap.mmap:
+    """Map a file for reading.
+
+    Raises:
+        UserError: If it is missing, empty or can't be read.
+    """
+    fix = f"restore it or {repair_command(path.parent)}"
+    if not path.is_file():  # A pipe under that name would hang open() for ever.
+        raise UserError(f"shard {path} is missing: {fix}")
+    try:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError:
+        raise UserError(f"shard {path} is empty: {fix}") from None
+    except OSError as error:
+        raise UserError(f"shard {path} can't be read ({error.strerror}): {fix}") from error
+
+
+def scan(
+    data: mmap.mmap, arrays: dict[str, ArraySpec], where: str, promise: int | None = None
+) -> np.ndarray:
+    """Find the offsets `[samples, arrays + 2]` of every sample by walking a tar's headers.
+
+    Raises:
+        UserError: If a member is foreign, unsafe or not what the index promises, or if the number
+            of samples is not `promise`.
+    """
+    specs = {f"{name}.npy": spec for name, spec in arrays.items()}
+    rows: list[list[int]] = []
+    with memoryview(data) as view:
+        files = _checked(view, specs, where)
+        for sample in tar.samples(files, {*specs, "json"}, where):
+            row = [sample[suffix].offset for suffix in specs]
+            rows.append([*row, sample["json"].offset, sample["json"].size])
+    if not rows or promise not in (None, len(rows)):
+        expected = "at least 1" if promise is None else promise
+        raise UserError(f"{where} holds {len(rows)} whole samples, index.json promises {expected}")
+    return np.array(rows, np.uint64)
+
+
+def _checked(view: memoryview, specs: dict[str, ArraySpec], where: str) -> Iterator[tar.Member]:
+    """Yield a tar's members, those of arrays checked and placed at their first number."""
+    for member in tar.members(view, where):
+        spec = specs.get(member.suffix)
+        if spec is None:
+            yield member
+            continue
+        start = bytes(view[member.offset : member.offset + tar.NPY_HEADER_LIMIT])
+        skip = tar.npy_start(start, spec.stored, spec.shape, f"{where}: {member.name}")
+        if member.size != skip + spec.nbytes:
+            raise UserError(f"{where}: {member.name} has a wrong size: extract it again")
+        yield tar.Member(member.name, member.offset + skip, spec.nbytes)

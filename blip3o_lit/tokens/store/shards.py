@@ -1,0 +1,221 @@
+"""Token shards: the writer that makes a store, and the format of its tars and offset files.
+
+A store is a folder with `index.json`, tars `<split>-NNNNNN.tar`, their offsets `.idx`, and
+optionally `heads.safetensors`. A tar belongs to one split and holds, for each sample,
+KEY.<array>.npy in the index's order, then KEY.json. Any WebDataset tool can read it; `reader.py`
+reads it by offset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.base.files import sync_folder, temporary_name, write_synced
+from blip3o_lit.tokens.store import tar
+from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex, check_array_name
+from blip3o_lit.tokens.store.storage import encode, load_scales, save_scales, with_token_scales
+
+__all__ = ["ArraySpec", "ShardEntry", "ShardWriter", "TokenIndex", "TokenWriter"]
+
+OFFSETS_MAGIC = b"tokidx01"
+
+
+def pack_offsets(offsets: np.ndarray, sha256: str) -> bytes:
+    """Return the content of an .idx file.
+
+    Four words of 8 bytes (magic, samples, columns, start of the tar's sha256), then
+    `[samples, columns]` u64: first byte of each array's numbers, first byte of KEY.json, its size;
+    then 8 bytes of a sha256 of all this.
+    """
+    samples, columns = offsets.shape
+    body = _offsets_head(samples, columns, sha256) + offsets.astype("<u8").tobytes()
+    return body + hashlib.sha256(body).digest()[:8]
+
+
+def _offsets_head(samples: int, columns: int, sha256: str) -> bytes:
+    return OFFSETS_MAGIC + np.array([samples, columns], "<u8").tobytes() + bytes.fromhex(sha256)[:8]
+
+
+def unpack_offsets(content: bytes, samples: int, columns: int, sha256: str) -> np.ndarray | None:
+    """Return the `[samples, columns]` offsets, or None when the file is not this shard's."""
+    body, check = content[:-8], content[-8:]
+    head = _offsets_head(samples, columns, sha256)
+    size = len(head) + 8 * samples * columns
+    if len(body) != size or not body.startswith(head) or hashlib.sha256(body).digest()[:8] != check:
+        return None
+    return np.frombuffer(body, "<u8", offset=len(head)).reshape(samples, columns)
+
+
+class ShardWriter:
+    """Writes one tar and its offsets through temporary names; `close` makes both appear."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        split: str,
+        arrays: dict[str, ArraySpec],
+        scales: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        """Start `<name>.tar` in `folder`; `scales` are the channel scales `[N, C]` of int8."""
+        self.scales = scales or {}
+        self.folder, self.name, self.split, self.arrays = folder, name, split, arrays
+        self._temporary = temporary_name(folder / f"{name}.tar")
+        self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 (closed in close/abort)
+        self._hash = hashlib.sha256()
+        self._position = 0
+        self._rows: list[list[int]] = []
+        self._keys: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _put(self, *parts: bytes | memoryview) -> None:
+        for part in parts:
+            self._file.write(part)
+            self._hash.update(part)
+            self._position += len(part)
+
+    def add(self, key: str, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+        """Append one sample.
+
+        Raises:
+            UserError: On a bad or repeated key, missing arrays, or numbers that don't fit.
+        """
+        if not key or len(key) > 60 or not tar.KEY_CHARACTERS.issuperset(key):
+            raise UserError(f"sample key {key!r}: use 1 to 60 letters, digits, - and _")
+        if key in self._keys:
+            raise UserError(f"sample key {key} appears twice in {self.name}.tar")
+        stored = encode(arrays, self.arrays, self.scales, key)
+        text = json.dumps(metadata, sort_keys=True, ensure_ascii=False).encode()
+        if len(text) > tar.JSON_LIMIT:
+            raise UserError(f"sample {key}: its caption and metadata exceed 1 MiB")
+        self._keys.add(key)
+        row = []
+        for name, value in stored.items():
+            start = tar.npy_header(value.dtype.str, value.shape)
+            size = len(start) + value.nbytes
+            self._put(tar.header(f"{key}.{name}.npy", size), start)
+            row.append(self._position)
+            self._put(value.data.cast("B"), tar.padding(size))
+        self._put(tar.header(f"{key}.json", len(text)))
+        row += [self._position, len(text)]
+        self._put(text, tar.padding(len(text)))
+        self._rows.append(row)
+
+    def close(self) -> ShardEntry:
+        """Finish, sync and rename; return the shard's entry for the index."""
+        self._put(tar.END)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        sha256 = self._hash.hexdigest()
+        offsets = pack_offsets(np.array(self._rows, np.uint64), sha256)
+        write_synced(self.folder / f"{self.name}.idx", offsets)
+        self._temporary.replace(self.folder / f"{self.name}.tar")
+        sync_folder(self.folder)
+        tar_name, idx_name = f"{self.name}.tar", f"{self.name}.idx"
+        return ShardEntry(tar_name, idx_name, self.split, len(self), self._position, sha256)
+
+    def abort(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class TokenWriter:
+    """Writes a store: samples in, shards and, last of all, index.json out.
+
+    Example:
+        with TokenWriter(folder, {"eva": spec, "clip": spec}) as writer:
+            writer.add("train", "000017", {"eva": eva, "clip": clip}, caption="a red seven")
+    """
+
+    def __init__(
+        self,
+        out: Path | str,
+        arrays: dict[str, ArraySpec],
+        shard_samples: int = 256,
+        reduced: str | None = None,
+        split_rule: str = "",
+        scales: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        """Start a store in the folder `out`, which is made if need be.
+
+        Args:
+            out: The folder.
+            arrays: What each sample holds; `storage.fit_int8` describes int8 arrays.
+            shard_samples: Samples per shard.
+            reduced: `grid_64` for a store of 64 averaged tokens.
+            split_rule: How the split was made, in words.
+            scales: Channel scales `[K, C]` of the int8 arrays.
+
+        Raises:
+            UserError: If `out` holds a finished store already, or an array can't be stored.
+        """
+        self.out = Path(out)
+        if (self.out / "index.json").exists():
+            raise UserError(f"{out} holds a finished token store: choose another folder")
+        for name, spec in arrays.items():
+            check_array_name(name)
+            ArraySpec.from_dict(name, spec.to_dict())
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.arrays, self.shard_samples = with_token_scales(arrays), shard_samples
+        if scales:
+            save_scales(self.out, scales)
+        self.scales = load_scales(self.out, self.arrays)
+        self.reduced, self.split_rule = reduced, split_rule
+        self.rejects = 0
+        self._open: dict[str, ShardWriter] = {}
+        self._done: dict[str, list[ShardEntry]] = {}
+
+    def add(
+        self,
+        split: str,
+        key: str,
+        arrays: dict[str, np.ndarray],
+        caption: str = "",
+        source: str = "",
+        **extra: Any,
+    ) -> None:
+        """Append one sample to a split; `extra` goes into KEY.json.
+
+        Raises:
+            UserError: On a bad split, key or array; nothing of the sample is written then.
+        """
+        if not split or not tar.KEY_CHARACTERS.issuperset(split):
+            raise UserError(f"split name {split!r} may hold letters, digits, - and _ alone")
+        done = self._done.setdefault(split, [])
+        if split not in self._open:
+            name = f"{split}-{len(done):06d}"
+            self._open[split] = ShardWriter(self.out, name, split, self.arrays, self.scales)
+        shard = self._open[split]
+        shard.add(key, arrays, {"caption": caption, "source": source, **extra})
+        if len(shard) == self.shard_samples:
+            done.append(self._open.pop(split).close())
+
+    def close(self) -> TokenIndex:
+        for split in list(self._open):
+            self._done[split].append(self._open.pop(split).close())
+        shards = [entry for entries in self._done.values() for entry in entries]
+        if not shards:
+            raise UserError(f"{self.out}: no samples were added, so there is no store to write")
+        index = TokenIndex(self.arrays, shards, self.reduced, self.split_rule, self.rejects)
+        index.write(self.out)
+        return index
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close, or after an error drop open shards and leave no index."""
+        if kind is None:
+            self.close()
+        for shard in self._open.values():
+            shard.abort()

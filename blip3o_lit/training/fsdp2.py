@@ -1,0 +1,124 @@
+"""FSDP2: weights, gradients, optimizer state and weight average sharded by block.
+
+Lightning calls it ModelParallelStrategy. Its defaults would be tensor parallelism, and its way of
+saving numbers the optimizer's states by the module's parameters, not by the optimizer's: here
+every one of them is data-parallel, and checkpoints are this project's own in both kinds.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.optim import Optimizer
+
+from blip3o_lit.checkpoints import files as checkpointing
+from blip3o_lit.checkpoints import sharded as sharded_checkpoint
+from blip3o_lit.models.network import Network
+from blip3o_lit.models.initialisation import is_sharded
+
+
+def shard(network: Network, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
+    """Shard a network in place: each block, the modulation matrix, and the rest as one.
+
+    Args:
+        network: A network, best on the meta device.
+        mesh: The processes.
+        compute: Format in which weights are gathered and used; None keeps their own. Gradients
+            are summed in fp32 either way.
+    """
+    # The times are not to be cast: bf16 has 8 bits of them.
+    policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+    modulation = getattr(network, "modulation", None)
+    for part in (*network.blocks, modulation):
+        if part is not None:
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+    for block in network.blocks:
+        register_fsdp_forward_method(block, "keys_values")
+    # Freed after forward: an average left gathered would be validated as it was the time before.
+    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    register_fsdp_forward_method(network, "encode")
+
+
+def whole(value: Any, keep: bool) -> Any:
+    """Gather the sharded tensors of a nested state; called by every process.
+
+    Args:
+        value: A tensor, a dict or a list.
+        keep: Whether this process keeps the result; the others give each tensor up at once.
+    """
+    if isinstance(value, dict):
+        return {key: whole(item, keep) for key, item in value.items()}
+    if isinstance(value, list):
+        return [whole(item, keep) for item in value]
+    if not is_sharded(value):
+        return value
+    full = value.full_tensor()
+    return full.cpu() if keep else None
+
+
+class Fsdp2Strategy(ModelParallelStrategy):
+    """FSDP2 over all processes, with checkpoints that every other strategy can resume."""
+
+    def __init__(self, consolidated: bool, backend: str, timeout: timedelta) -> None:
+        """Choose the kind of checkpoint.
+
+        Args:
+            consolidated: One file, gathered on rank 0, rather than a folder of shards.
+            backend: nccl or gloo.
+            timeout: How long a rank waits for the others.
+        """
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=not consolidated,
+            process_group_backend=backend,
+            timeout=timeout,
+        )
+        self.consolidated = consolidated
+
+    def setup_environment(self) -> None:
+        """Make every process data-parallel."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the weights: shards, or whole tensors on rank 0."""
+        assert self.lightning_module is not None
+        state = self.lightning_module.state_dict()
+        return whole(state, self.is_global_zero) if self.consolidated else state
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return an optimizer's state, numbered as the optimizer numbers it."""
+        state = optimizer.state_dict()
+        return whole(state, self.is_global_zero) if self.consolidated else state
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write one file on rank 0, or a folder to which every process adds its share."""
+        path = Path(self.broadcast(str(filepath)))
+        if not self.consolidated:
+            sharded_checkpoint.save(checkpoint, path)
+        elif self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, path)
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load this process's share of either kind; returns what is not a weight."""
+        path = Path(self.broadcast(str(checkpoint_path)))
+        plain = checkpointing.facts(path)
+        assert self.lightning_module is not None
+        into = (self.lightning_module, self.optimizers)
+        if path.is_dir():
+            return sharded_checkpoint.read_shards(path, plain, *into)
+        return sharded_checkpoint.spread(plain, *into)

@@ -1,0 +1,160 @@
+"""From pictures to condition tokens, and from generated tokens to captions.
+
+Shape suffixes: B pictures, N tokens, C or D token width, P embedding width, T captions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.mode import ModeConfig
+from blip3o_lit.config.pixels import PixelsConfig
+from blip3o_lit.base.shape import TokenShape
+from blip3o_lit.images.item import EXTENSIONS, Reject, decode, file_bytes
+from blip3o_lit.images.pixels import VIEWER
+from blip3o_lit.images.walk import below
+from blip3o_lit.tokens.store.heads import Head
+from blip3o_lit.tokens.store.index import ArraySpec
+from blip3o_lit.tokens.views import View, view_of
+from blip3o_lit.towers.tower import Tower
+
+_BATCH = 16
+_CAPTIONS = 256
+
+
+def picture_files(place: str | Path) -> list[Path]:
+    """Return the picture that a path names, or those below a folder, sorted.
+
+    Raises:
+        UserError: If there is none.
+    """
+    path = Path(place).expanduser()
+    if path.is_dir():
+        found = [path / name for name in below(path).pictures]
+        if not found:
+            raise UserError(f"images={place} holds no .{', .'.join(EXTENSIONS)}")
+        return found
+    return [path]
+
+
+def open_picture(picture: str | Path | Image.Image, pixels: PixelsConfig = VIEWER) -> Image.Image:
+    """Return a picture in RGB, as a viewer shows it.
+
+    Raises:
+        UserError: If it can't be read.
+    """
+    try:
+        content = picture if isinstance(picture, Image.Image) else file_bytes(Path(picture))
+        return decode(content, pixels)
+    except Reject as error:
+        name = "the given picture" if isinstance(picture, Image.Image) else picture
+        raise UserError(f"{name}: {error}") from error
+
+
+@torch.no_grad()
+def picture_tokens(
+    tower: Tower,
+    pictures: Sequence[str | Path | Image.Image],
+    mode: ModeConfig,
+    pixels: PixelsConfig = VIEWER,
+) -> Tensor:
+    """Return the tokens `[B, N, C]` (fp32) that a mode sees of pictures.
+
+    Args:
+        tower: The encoder.
+        pictures: Files or PIL pictures.
+        mode: The view, as in training.
+        pixels: How they become pixels, as in the extraction.
+
+    Raises:
+        UserError: If a picture can't be read, or the tower can't give the view.
+    """
+    view = _view(tower, mode)
+    parts = []
+    for start in range(0, len(pictures), _BATCH):
+        opened = (open_picture(one, pixels) for one in pictures[start : start + _BATCH])
+        batch = [tower.preprocess(one) for one in opened]
+        tokens = tower.tokens(torch.stack(batch).to(tower.device)).float()[:, view.first :]
+        parts.append(view.compute(tokens) if view.computes else tokens)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def embed_captions(tower: Tower, captions: Sequence[str]) -> Tensor:
+    """Return the unit embeddings `[T, P]` (fp32) that a tower's text side gives captions.
+
+    Raises:
+        UserError: If the tower has no text side.
+    """
+    parts = []
+    for start in range(0, len(captions), _CAPTIONS):
+        text_TP = tower.encode_text(list(captions[start : start + _CAPTIONS]))
+        if text_TP is None:
+            raise UserError(f"tower {tower.info.name} has no text side: choose towers with one")
+        parts.append(F.normalize(text_TP.float(), dim=-1))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def rank_captions(
+    tokens_BND: Tensor, shape: TokenShape, mode: ModeConfig, tower: Tower, text_TP: Tensor
+) -> Tensor:
+    """Return the cosine `[B, T]` between generated target tokens and captions.
+
+    CLS through the tower's head stands for the picture, or the mean of the projected patches where
+    the mode has no CLS.
+
+    Args:
+        tokens_BND: Target tokens, in the tower's own scale.
+        shape: Their shape.
+        mode: The view that they are in.
+        tower: The target tower.
+        text_TP: The captions, as `embed_captions` gives them.
+
+    Raises:
+        UserError: If the tower has no projection.
+    """
+    tokens_BND = tokens_BND.to(tower.device)
+    chosen = tokens_BND[:, :1] if shape.cls else tokens_BND
+    projected = chosen.float() if mode.projected else tower_head(tower)(chosen)
+    return F.normalize(projected.mean(1), dim=-1) @ text_TP.T
+
+
+def tower_head(tower: Tower) -> Head:
+    """Return a tower's own final norm and projection as a head.
+
+    Raises:
+        UserError: If the tower has no projection.
+    """
+    tensors, metadata = tower.heads()
+    if "projection" not in tensors:
+        raise UserError(f"tower {tower.info.name} has no projection into the caption space")
+    return Head(
+        "none" if tower.info.normed else metadata.get("norm", "none"),
+        float(metadata.get("eps", "1e-5")),
+        tensors.get("norm.weight"),
+        tensors.get("norm.bias"),
+        tensors["projection"],
+    ).to(tower.device)
+
+
+def _view(tower: Tower, mode: ModeConfig) -> View:
+    """Return what a mode makes of a tower's tokens."""
+    info, shape = tower.info, tower.info.shape
+    spec = ArraySpec(
+        "tokens",
+        "float32",
+        (shape.tokens, shape.width),
+        cls=shape.cls,
+        grid=shape.grid,
+        tower=info.name,
+        normed=info.normed,
+    )
+    return view_of(info.name, spec, mode, None, lambda _: tower_head(tower))

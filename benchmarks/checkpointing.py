@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from benchmarks.timing import result
+from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.checkpoints.files import AtomicCheckpointIO
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.tokens.reading.order import SampleOrder

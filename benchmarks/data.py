@@ -18,12 +18,12 @@ import webdataset
 
 from benchmarks.made_store import ARRAYS, BATCH, SAMPLES, write
 from benchmarks.timing import interleaved, result
+from blip3o_lit.tokens.reading.batches import BatchPlan
 from blip3o_lit.tokens.reading.loader import TokenLoader
 from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.packed import restored
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.store.recode import recode
-from blip3o_lit.tokens.reading.batches import BatchPlan
 
 BASE = 3.0
 """Images a second that `base` trains on two cores."""

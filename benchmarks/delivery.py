@@ -19,12 +19,12 @@ import torch
 from benchmarks.made_store import ARRAYS, BATCH, SAMPLES, write
 from benchmarks.timing import interleaved, result
 from blip3o_lit.config.data import DataConfig
+from blip3o_lit.tokens.reading.batches import BatchPlan
 from blip3o_lit.tokens.reading.loader import TokenLoader
 from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.packed import on_device
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.store.recode import recode
-from blip3o_lit.tokens.reading.batches import BatchPlan
 
 EPOCHS = 4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -19,11 +19,11 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import delivery
 from benchmarks.timing import interleaved, result
 from benchmarks.training import SHAPE, model_config
+from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.budget.machine import peak_flops
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.solvers import sample

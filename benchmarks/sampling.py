@@ -14,14 +14,14 @@ import torch
 
 from benchmarks.timing import interleaved, result
 from benchmarks.training import SHAPE, TOKENS, model_config
+from blip3o_lit.checkpoints.load import solver_from_label
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.solvers import sample
-from blip3o_lit.checkpoints.load import solver_from_label
 from blip3o_lit.metrics.cosine import TokenScores
-from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.network import Network
+from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.precision import cast_weights
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.translation.translator import Translator

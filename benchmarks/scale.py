@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.timing import result
-from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex
 from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex
 
 SHARDS, SHARD_SAMPLES, WINDOW, BATCH = 40_000, 250, 16, 4096
 HELD_OUT = 400

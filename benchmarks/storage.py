@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.timing import result
+from blip3o_lit.checkpoints.load import load
 from blip3o_lit.config.checkpoint import CheckpointConfig
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.evaluation import EvaluationConfig
@@ -28,7 +29,6 @@ from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import PrecisionConfig, TrainerConfig
 from blip3o_lit.extraction.demo import demo_source
 from blip3o_lit.extraction.engine import extract
-from blip3o_lit.checkpoints.load import load
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.store.recode import recode
 from blip3o_lit.tokens.store.shards import ArraySpec, TokenWriter

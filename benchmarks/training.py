@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from benchmarks.ceiling import products
 from benchmarks.timing import interleaved, result
-from blip3o_lit.training.callbacks.ema import update_average
+from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.network_of import build_network
+from blip3o_lit.training.callbacks.ema import update_average
 
 SHAPE = PairShape(TokenShape((16, 16), False, 4096), TokenShape((16, 16), False, 1024))
 TOKENS = 256

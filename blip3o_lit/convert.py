@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from blip3o_lit.base.words import pasteable
 from blip3o_lit.cli.command import SHARDS_KEPT, run_command
 from blip3o_lit.config.convert import ConvertConfig
-from blip3o_lit.base.words import pasteable
 
 
 def convert(config: ConvertConfig) -> None:

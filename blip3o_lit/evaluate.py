@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from blip3o_lit.cli.command import run_command
-from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.base.files import write_json
 from blip3o_lit.base.home import home
 from blip3o_lit.base.words import pasteable
+from blip3o_lit.cli.command import run_command
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.evaluate import EvaluateConfig
 
 KEPT = "no score was written, fitted baselines are kept: give the same line again"
 COLUMNS = {
@@ -26,12 +26,12 @@ COLUMNS = {
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score one checkpoint; write evaluation.json and report.html; return the former's content."""
+    from blip3o_lit.base.progress import phases
     from blip3o_lit.budget.out_of_memory import batch_limit
     from blip3o_lit.checkpoints.load import best_device, find_weights, load
-    from blip3o_lit.base.progress import phases
-    from blip3o_lit.report.page import write_report
     from blip3o_lit.evaluation.readers import open_readers
     from blip3o_lit.evaluation.score import Scorer
+    from blip3o_lit.report.page import write_report
 
     if not config.out and not Path(config.ckpt).expanduser().exists():
         find_weights(config.ckpt)  # says what is wrong, unless it is a model of the hub

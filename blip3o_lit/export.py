@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from blip3o_lit.base.words import pasteable
 from blip3o_lit.cli.command import run_command
 from blip3o_lit.config.export import ExportConfig
-from blip3o_lit.base.words import pasteable
 
 KEPT = "the export may lack files: give the same line again"
 
 
 def export(config: ExportConfig) -> Path | None:
     """Write config.json, model.safetensors and README.md, and upload them where asked."""
-    from blip3o_lit.checkpoints.load import load
     from blip3o_lit.checkpoints.export import push, write_export
+    from blip3o_lit.checkpoints.load import load
 
     loaded = load(config.ckpt, as_stored=True)
     out = Path(config.out) if config.out else None

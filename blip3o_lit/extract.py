@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blip3o_lit.base.words import pasteable
 from blip3o_lit.cli.command import SHARDS_KEPT, run_command
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
-from blip3o_lit.base.words import pasteable
 
 if TYPE_CHECKING:
     from blip3o_lit.images.item import Source

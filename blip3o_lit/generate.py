@@ -16,15 +16,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip3o_lit.base.files import claimed, write_json
 from blip3o_lit.cli.command import SHARDS_KEPT, run_command
 from blip3o_lit.config.errors import UserError, one_of
-from blip3o_lit.base.files import claimed, write_json
 from blip3o_lit.config.generate import GenerateConfig
 
 if TYPE_CHECKING:
     from blip3o_lit.checkpoints.load import Loaded
-    from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry
     from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+    from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry
 
 SETTINGS_FILE = "generate.json"
 
@@ -43,11 +43,11 @@ def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
     from rich.console import Console
     from rich.table import Table
 
+    from blip3o_lit.base.progress import Work
     from blip3o_lit.budget.out_of_memory import batch_limit
     from blip3o_lit.inference import BLIP3oInference
-    from blip3o_lit.translation.pictures import embed_captions, picture_files, rank_captions
-    from blip3o_lit.base.progress import Work
     from blip3o_lit.towers.load import load_tower
+    from blip3o_lit.translation.pictures import embed_captions, picture_files, rank_captions
 
     assert config.images
     assert config.captions
@@ -98,11 +98,11 @@ def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
 
 def generate(config: GenerateConfig) -> Path:
     """Translate a store's condition tokens; return the folder of the generated store."""
+    from blip3o_lit.base.progress import phases
     from blip3o_lit.budget.out_of_memory import batch_limit
     from blip3o_lit.checkpoints.load import best_device, load
-    from blip3o_lit.base.progress import phases
-    from blip3o_lit.tokens.store.index import TokenIndex
     from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+    from blip3o_lit.tokens.store.index import TokenIndex
 
     loaded = load(config.ckpt, best_device() if config.device == "auto" else config.device)
     store = TokenStore.open(config.tokens)

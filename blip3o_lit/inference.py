@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip3o_lit.base.home import home
+from blip3o_lit.checkpoints.load import best_device, load, solver_from_label
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
-from blip3o_lit.base.home import home
 from blip3o_lit.config.pixels import PixelsConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.towers import TowersConfig
 from blip3o_lit.training.environment import own_defaults
-from blip3o_lit.checkpoints.load import best_device, load, solver_from_label
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -224,8 +224,8 @@ class BLIP3oInference:
         Returns:
             `[B, N, D]`.
         """
-        from blip3o_lit.translation.pictures import picture_tokens
         from blip3o_lit.towers.load import load_tower
+        from blip3o_lit.translation.pictures import picture_tokens
 
         if tower is None:
             if self.config.data.name != "demo":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from blip3o_lit.base.launcher import settle
+from blip3o_lit.base.words import pasteable
 from blip3o_lit.cli.command import (
     command_line_overrides,
     in_multirun,
@@ -14,8 +16,6 @@ from blip3o_lit.cli.command import (
 )
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.base.words import pasteable
-from blip3o_lit.base.launcher import settle
 
 
 def train(config: TrainConfig) -> float | None:

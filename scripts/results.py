@@ -72,12 +72,12 @@ def finished(run: Run) -> bool:
 
 def measure(run: Run) -> dict[str, Any]:
     """Train and score one run; returns its evaluation."""
-    from blip3o_lit.cli.command import composed
-    from blip3o_lit.config.evaluate import EvaluateConfig
     from blip3o_lit.base.files import write_json
     from blip3o_lit.base.home import home
-    from blip3o_lit.config.train import TrainConfig
     from blip3o_lit.checkpoints.load import load
+    from blip3o_lit.cli.command import composed
+    from blip3o_lit.config.evaluate import EvaluateConfig
+    from blip3o_lit.config.train import TrainConfig
     from blip3o_lit.evaluation.readers import open_readers
     from blip3o_lit.evaluation.score import Scorer
     from blip3o_lit.training.run import run_training

@@ -310,8 +310,9 @@ def _honesty(found: Found) -> list[str]:
         "## Honesty",
         "",
         "With the condition of another image, samples must score what two different true images",
-        "score. A run on shuffled pairs scores the mean token (`tests/test_shuffled_pairs.py`),",
-        "and no scan of a validation scene is in a training scene (`tests/test_scenes.py`).",
+        "score. A run on shuffled pairs scores the mean token",
+        "(`tests/evaluation/test_shuffled_pairs.py`), and no scan of a validation scene is in a",
+        "training scene (`tests/towers/test_scenes.py`).",
         "",
         *table(heads, rows),
     ]

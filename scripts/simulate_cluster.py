@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
+from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.budget.plan import forward_flops
 from blip3o_lit.budget.states import units
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.base.shape import PairShape, TokenShape
-from blip3o_lit.tokens.store.index import ShardEntry
 from blip3o_lit.tokens.reading.order import SampleOrder
+from blip3o_lit.tokens.store.index import ShardEntry
 
 SAVED_BYTES = 16
 """fp32 weights 4, EMA 4, Adam's moments 8, a parameter."""

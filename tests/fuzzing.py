@@ -32,17 +32,17 @@ from made_run import make_run
 from omegaconf import OmegaConf
 from small_store import write_store
 
+from blip3o_lit.checkpoints.load import load
 from blip3o_lit.cli import schema
 from blip3o_lit.cli.arguments import check_arguments
+from blip3o_lit.cli.sweeps.plugins import register_plugins
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.checkpoints.load import load
 from blip3o_lit.report.page import write_report
-from blip3o_lit.cli.sweeps.plugins import register_plugins
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.store import tar
 from blip3o_lit.tokens.store.index import TokenIndex
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 
 SECONDS = 20
 """Longest that one case may take, on a busy machine."""

@@ -14,10 +14,10 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import PrecisionConfig, TrainerConfig
-from blip3o_lit.training.module import TranslationModule
 from blip3o_lit.testbeds.linear_gaussian import linear_gaussian_store
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.statistics import cached_standardizers, reader_batches
+from blip3o_lit.training.module import TranslationModule
 
 PROBLEM = LinearGaussianConfig(images=256, validation_images=48, condition_width=6, target_width=4)
 

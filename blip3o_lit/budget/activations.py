@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.base.shape import PairShape
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.precision import Precision

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from blip3o_lit.base.shape import PairShape
 from blip3o_lit.budget.activations import activations
 from blip3o_lit.budget.machine import Machine
 from blip3o_lit.budget.states import rank_bytes, units
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.models.precision import PRECISIONS, Precision
 from blip3o_lit.tokens.reading.batches import batch_plan

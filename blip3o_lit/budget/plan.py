@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
+from blip3o_lit.base.shape import PairShape
 from blip3o_lit.base.units import gib, human_count
 from blip3o_lit.budget.activations import Activations, activations
 from blip3o_lit.budget.machine import Machine
 from blip3o_lit.budget.placement import Placement
 from blip3o_lit.budget.states import Units, rank_bytes, units
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.tokens.datamodule import TokenDataModule

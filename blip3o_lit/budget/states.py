@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.base.shape import PairShape
+from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.precision import Precision
 

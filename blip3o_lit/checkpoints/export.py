@@ -10,9 +10,9 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.files import replacing, write_json
 from blip3o_lit.checkpoints.load import CONFIG_FILE, WEIGHTS_FILE, Loaded, load
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.index import TokenIndex
 

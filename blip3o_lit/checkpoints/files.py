@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from blip3o_lit.base.files import check_format
 from blip3o_lit.checkpoints import sharded as sharded_checkpoint
 from blip3o_lit.checkpoints.in_place import put_in_place
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.base.files import check_format
 
 FORMAT = 1
 STEP_FILE = "step-{step:08d}.ckpt"

@@ -20,15 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.files import check_format
 from blip3o_lit.base.shape import PairShape
+from blip3o_lit.checkpoints.sharded import PLAIN
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.precision import PRECISIONS, cast_weights
-from blip3o_lit.checkpoints.sharded import PLAIN
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.translation.translator import Translator
 

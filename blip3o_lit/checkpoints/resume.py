@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml
 
+from blip3o_lit.base.secrets import masked
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.metrics_csv import read_rows
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.base.secrets import masked
 from blip3o_lit.config.train import TrainConfig
 
 log = logging.getLogger("blip3o_lit")

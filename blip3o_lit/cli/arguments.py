@@ -29,11 +29,11 @@ from hydra.core.override_parser.types import (
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from blip3o_lit.config.errors import UserError, nearest
 from blip3o_lit.base.words import pasteable
 from blip3o_lit.cli.literals import check_word, literal, unreadable
 from blip3o_lit.cli.schema import groups, keys, text_keys, typed, unknown_key
 from blip3o_lit.cli.sweeps.plugins import PLUGIN_GROUPS
+from blip3o_lit.config.errors import UserError, nearest
 
 MOST_RUNS = 100_000
 MOST_TRIED = 64

@@ -17,12 +17,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.home import adopt_home, refusal
+from blip3o_lit.base.launcher import ignore_ranks
 from blip3o_lit.base.secrets import masked
 from blip3o_lit.cli.interrupt import Kept, interruptible
-from blip3o_lit.base.launcher import ignore_ranks
 from blip3o_lit.cli.run_stamp import run_stamp
+from blip3o_lit.config.errors import UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -13,9 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.paths import expanded
 from blip3o_lit.base.words import quoted
+from blip3o_lit.config.errors import UserError
 
 HYDRA_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 _WORD = re.compile(r"(?P<start>\+{0,2}(?P<key>[\w./]+)=)(?P<text>.*)", re.DOTALL)

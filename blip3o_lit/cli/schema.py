@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from blip3o_lit.config.errors import UserError, nearest
 from blip3o_lit.base.paths import expanded
+from blip3o_lit.config.errors import UserError, nearest
 
 Config = TypeVar("Config")
 
 
 def conf_dir() -> Path:
     """Return the folder of Hydra groups: inside an installed package, else beside it."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
 

@@ -20,16 +20,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.base.files import replacing
-from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.config.optimizer import OptimizerConfig
+from blip3o_lit.base.progress import Report
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.checkpoints.load import Loaded
+from blip3o_lit.config.evaluate import EvaluateConfig
+from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.models.baselines import MeanToken, Ridge
 from blip3o_lit.models.precision import PRECISIONS
 from blip3o_lit.models.regression import PatchMLP, Regression
-from blip3o_lit.base.progress import Report
 from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.translation.translator import Translator
 

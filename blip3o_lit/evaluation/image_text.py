@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.base.shape import PairShape, TokenShape
+from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.images.text import label_of
 from blip3o_lit.metrics.retrieval import Retrieval, caption_ids
 from blip3o_lit.models.baselines import Ridge

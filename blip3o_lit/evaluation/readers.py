@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
-from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.testbeds.token_source import token_store
 from blip3o_lit.tokens.classes import CLASSES_FILE
-from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.remote_store import RemoteStore, is_url
 
 

@@ -14,14 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_lit.base.progress import Report
+from blip3o_lit.checkpoints.load import Loaded, solver_from_label
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
 from blip3o_lit.config.solver import SolverConfig
-from blip3o_lit.checkpoints.load import Loaded, solver_from_label
-from blip3o_lit.metrics.calibration import Calibration
-from blip3o_lit.metrics.paired import compare
-from blip3o_lit.base.progress import Report
-from blip3o_lit.report.record import FORMAT
 from blip3o_lit.evaluation.baselines import BaselineFits, fit_settings
 from blip3o_lit.evaluation.estimators import (
     Estimator,
@@ -36,6 +33,9 @@ from blip3o_lit.evaluation.swapped import swapped
 from blip3o_lit.evaluation.tally import Reference, Tally
 from blip3o_lit.evaluation.time_bins import time_bins
 from blip3o_lit.evaluation.verdict import check_finite, standing, verdict, verdict_note
+from blip3o_lit.metrics.calibration import Calibration
+from blip3o_lit.metrics.paired import compare
+from blip3o_lit.report.record import FORMAT
 from blip3o_lit.testbeds.ambiguous import coverage
 from blip3o_lit.tokens.reading.reader import TokenReader
 

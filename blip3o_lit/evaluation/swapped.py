@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_lit.metrics.cosine import cosine
 from blip3o_lit.evaluation.estimators import Estimator
+from blip3o_lit.metrics.cosine import cosine
 
 
 def swapped(

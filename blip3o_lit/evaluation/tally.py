@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.base.shape import TokenShape
+from blip3o_lit.evaluation.estimators import Estimator
 from blip3o_lit.metrics.breadth import Breadth
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.metrics.frechet import Moments, frechet_distance
-from blip3o_lit.evaluation.estimators import Estimator
 
 _HALVES = 2
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from blip3o_lit.config.extract import EngineConfig, ExtractConfig
 from blip3o_lit.base.home import home
+from blip3o_lit.config.extract import EngineConfig, ExtractConfig
 from blip3o_lit.images.item import Item, Lost, Source, slices
 from blip3o_lit.tokens.store.index import SCHEMA
 from blip3o_lit.towers import scenes

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from blip3o_lit.base.launcher import is_task, number, tasks_of
+from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.extraction.classes import embed_classes, read_classes
@@ -30,8 +32,6 @@ from blip3o_lit.extraction.sorted_safetensors import sorted_safetensors
 from blip3o_lit.extraction.units import Ledger, check_rejects
 from blip3o_lit.images.item import Part, Source
 from blip3o_lit.images.split import Splitter
-from blip3o_lit.base.launcher import is_task, number, tasks_of
-from blip3o_lit.base.progress import Work
 from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.store.index import TokenIndex
 from blip3o_lit.towers.tower import Tower

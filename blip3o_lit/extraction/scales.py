@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from blip3o_lit.base.files import write_synced
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
-from blip3o_lit.base.files import write_synced
 from blip3o_lit.extraction.encoding import TowerSet, to_numpy
 from blip3o_lit.images.item import Item, Reject, Source, decode
 from blip3o_lit.tokens.store.index import ArraySpec

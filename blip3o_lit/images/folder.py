@@ -8,8 +8,8 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.words import pasteable
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.images.item import EXTENSIONS, Item, Lost, Reject, file_bytes
 from blip3o_lit.images.names import extension_of, plain, stem_of
 from blip3o_lit.images.text import encoding, json_text, text_of

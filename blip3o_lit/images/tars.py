@@ -19,8 +19,8 @@ from typing import BinaryIO
 
 import aiohttp
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.remote import open_remote
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.images.folder import CAPTION_BYTES, CAPTIONS, caption_of
 from blip3o_lit.images.item import EXTENSIONS, MAX_BYTES, Item, Lost
 from blip3o_lit.images.names import (

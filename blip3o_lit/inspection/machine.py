@@ -14,8 +14,8 @@ from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.home import home
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.inspection.finding import Finding
 
 COMPROMISED = {"2.6.2", "2.6.3"}

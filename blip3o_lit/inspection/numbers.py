@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.inspection.finding import Finding
-from blip3o_lit.tokens.store.index import ArraySpec
 from blip3o_lit.tokens.statistics import ChannelMoments, TokenMoments
+from blip3o_lit.tokens.store.index import ArraySpec
 
 OUTLIER = 10.0
 """Channels whose spread is this many times the median channel's are named."""

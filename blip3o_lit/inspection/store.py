@@ -15,16 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.inspection.finding import Finding
 from blip3o_lit.inspection.numbers import ArrayNumbers
-from blip3o_lit.base.progress import Work
 from blip3o_lit.tokens.classes import Classes
 from blip3o_lit.tokens.store.heads import HEADS_FILE, Head
 from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex, repair_command
 from blip3o_lit.tokens.store.mapped_shard import Shard
 from blip3o_lit.tokens.store.shards import unpack_offsets
-from blip3o_lit.tokens.store.storage import TORCH_TYPES, dequantise, finite, load_scales, scale_array
+from blip3o_lit.tokens.store.storage import (
+    TORCH_TYPES,
+    dequantise,
+    finite,
+    load_scales,
+    scale_array,
+)
 
 READ_SAMPLES = 16
 NAMED = 5

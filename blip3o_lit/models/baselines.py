@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.shape import PairShape
+from blip3o_lit.config.errors import UserError
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Each call starts one pass over the training split: standardised (condition, target) batches."""

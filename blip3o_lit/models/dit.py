@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.base.shape import PairShape
 from blip3o_lit.models.block import Block, Branch
+from blip3o_lit.models.initialisation import Rules, narrow_normal
 from blip3o_lit.models.layers import DeepAdapter, TimeEmbedding, rope_table
 from blip3o_lit.models.network import EncodedCondition, Network
 from blip3o_lit.models.norms import modulate, norm_layer
-from blip3o_lit.models.initialisation import Rules, narrow_normal
 
 
 class DiT(Network):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blip3o_lit.base.home import home
-from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.base.shape import PairShape
+from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.models.initialisation import Rules, apply_rules, rules_of_layers
 
 KeysValues = tuple[Tensor, Tensor]

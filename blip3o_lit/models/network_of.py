@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.base.shape import PairShape
+from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.models.dit import DiT
 from blip3o_lit.models.network import Network
 from blip3o_lit.models.nextdit import NextDiT

@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.base.shape import PairShape
+from blip3o_lit.models.initialisation import Rules, narrow_normal
 from blip3o_lit.models.layers import SwiGLU, TimeEmbedding, attend, rope_table, rotate
 from blip3o_lit.models.network import EncodedCondition, KeysValues, Network
 from blip3o_lit.models.norms import RMSNorm
 from blip3o_lit.models.official import from_official, to_official
-from blip3o_lit.models.initialisation import Rules, narrow_normal
 
 EPS = 1e-5
 """Of every norm but the last, as in the released weights."""

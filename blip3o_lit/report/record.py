@@ -17,9 +17,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.files import check_format
 from blip3o_lit.base.words import pasteable
+from blip3o_lit.config.errors import UserError
 
 FORMAT = 1
 """Format of `evaluation.json`; without a number it is the first."""

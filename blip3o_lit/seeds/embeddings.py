@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.shape import TokenShape
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.seeds.arrays import ArrayState, float_rows, is_array, is_float
 from blip3o_lit.seeds.pickles import read_pickle
 

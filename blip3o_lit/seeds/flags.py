@@ -1,6 +1,6 @@
 """Every flag of the seeds' scripts and what it is here: the one table behind `command_line.py`.
 
-`command_line.py` translates by it, `docs/migrating.md` prints it, `tests/test_from_seed.py`
+`command_line.py` translates by it, `docs/migrating.md` prints it, `tests/seeds/test_from_seed.py`
 composes every line of it. In an override, `{value}` is what the flag was given; the other words in
 braces are worked out from the whole command line and listed in `WORDS`.
 """

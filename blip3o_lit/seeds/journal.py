@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.files import write_synced
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.store.index import ShardEntry
 
 NAME = ".convert.jsonl"

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from blip3o_lit.base.progress import Work
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.base.progress import Work
 from blip3o_lit.seeds.embeddings import LegacyFile
 from blip3o_lit.seeds.journal import Journal, clear_unfinished
 from blip3o_lit.seeds.split import Split

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from blip3o_lit.base.progress import Work
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.base.progress import Work
 from blip3o_lit.seeds.embeddings import SIDES, LegacyFile
 from blip3o_lit.seeds.folder import legacy_files, manifest_problems
 from blip3o_lit.seeds.split import Split

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.files import replacing
 from blip3o_lit.base.home import home
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.store.shards import ArraySpec, TokenWriter
 
 VERSION = 2

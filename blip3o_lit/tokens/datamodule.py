@@ -11,18 +11,18 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.base.shape import PairShape
+from blip3o_lit.tokens.reading.batches import batch_plan
 from blip3o_lit.tokens.reading.loader import Batch, TokenLoader, ValidationLoader
 from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.packed import PackedBatch, on_device
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.store.remote_store import RemoteStore, is_url
-from blip3o_lit.tokens.statistics import Standardizer, cached_standardizers, reader_batches
 from blip3o_lit.tokens.reading.stream import StreamLoader, StreamReader
-from blip3o_lit.tokens.reading.batches import batch_plan
+from blip3o_lit.tokens.statistics import Standardizer, cached_standardizers, reader_batches
+from blip3o_lit.tokens.store.remote_store import RemoteStore, is_url
 
 TRAIN, VALIDATION = "train", "validation"
 

@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.files import replacing
 from blip3o_lit.base.home import home
 from blip3o_lit.base.shape import PairShape, TokenShape
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.reading.loader import Batch, prefetch
 from blip3o_lit.tokens.reading.reader import TokenReader
 

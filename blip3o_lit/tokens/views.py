@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.tokens.store.heads import Head
 from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.base.shape import TokenShape
+from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.towers.scenes import SIZE, WORDS
 from blip3o_lit.towers.tower import Tower, TowerInfo
 

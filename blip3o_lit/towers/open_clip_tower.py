@@ -21,8 +21,8 @@ from open_clip.transformer import VisionTransformer
 from PIL import Image
 from torch import Tensor, nn
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.shape import TokenShape
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.towers import TowerConfig
 from blip3o_lit.towers.head import DTYPES, TowerHead
 from blip3o_lit.towers.open_clip_source import Source, find_source

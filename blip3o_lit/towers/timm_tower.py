@@ -19,8 +19,8 @@ from timm.data.transforms_factory import create_transform
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from blip3o_lit.config.errors import UserError, nearest
 from blip3o_lit.base.shape import TokenShape
+from blip3o_lit.config.errors import UserError, nearest
 from blip3o_lit.config.towers import TowerConfig
 from blip3o_lit.towers.head import DTYPES, TowerHead
 from blip3o_lit.towers.tower import Tower, TowerInfo

@@ -18,8 +18,8 @@ from PIL import Image
 from timm.layers.norm import RmsNorm
 from torch import Tensor, nn
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.shape import TokenShape
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.towers import TowerConfig
 from blip3o_lit.towers.clip_pixels import ClipPixels
 from blip3o_lit.towers.head import DTYPES, TowerHead

@@ -14,8 +14,8 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.launcher import PARENT, Launch, number, port_is_free
+from blip3o_lit.config.errors import UserError
 
 
 class OwnRanks(LightningEnvironment):

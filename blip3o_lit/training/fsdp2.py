@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints import sharded as sharded_checkpoint
-from blip3o_lit.models.network import Network
 from blip3o_lit.models.initialisation import is_sharded
+from blip3o_lit.models.network import Network
 
 
 def shard(network: Network, mesh: DeviceMesh, compute: torch.dtype | None) -> None:

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from blip3o_lit.base.secrets import masked
 from blip3o_lit.checkpoints.metrics_csv import MetricsCsv
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.base.secrets import masked
 from blip3o_lit.config.train import TrainConfig
 
 

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from blip3o_lit import __version__
+from blip3o_lit.base.shape import PairShape
 from blip3o_lit.budget.placement import Placement
-from blip3o_lit.training.callbacks.bad_steps import StepRecord
 from blip3o_lit.checkpoints.files import FORMAT
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
@@ -29,8 +28,9 @@ from blip3o_lit.flow.times import training_times
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.optimizer import make_optimizer
-from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.tokens.reading.batches import align_checkpoint
+from blip3o_lit.tokens.statistics import Standardizer
+from blip3o_lit.training.callbacks.bad_steps import StepRecord
 from blip3o_lit.translation.translator import Translator
 
 

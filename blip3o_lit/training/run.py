@@ -13,22 +13,15 @@ from typing import Any
 
 from lightning import Trainer
 
-from blip3o_lit.checkpoints import files as checkpointing
+from blip3o_lit.base.files import claimed
+from blip3o_lit.base.launcher import launch
+from blip3o_lit.base.secrets import masked
 from blip3o_lit.budget.forecast import forecast
 from blip3o_lit.budget.machine import peak_flops
 from blip3o_lit.budget.out_of_memory import training_limit
 from blip3o_lit.budget.placement import resolve
 from blip3o_lit.budget.plan import Plan, make_plan
-from blip3o_lit.training.cluster import ranks
-from blip3o_lit.config.errors import UserError
-from blip3o_lit.base.files import claimed
-from blip3o_lit.base.secrets import masked
-from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.training.environment import quiet_libraries
-from blip3o_lit.base.launcher import launch
-from blip3o_lit.training.loggers import loggers
-from blip3o_lit.training.module import TranslationModule
-from blip3o_lit.training.overfit import FAILED_CODE, check_overfit, training_images
+from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.resume import (
     check_tokens,
     finished_result,
@@ -36,6 +29,16 @@ from blip3o_lit.checkpoints.resume import (
     resolve_resume,
     say_resumed,
 )
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.testbeds.token_source import token_store
+from blip3o_lit.tokens.datamodule import TokenDataModule
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.training.cluster import ranks
+from blip3o_lit.training.environment import quiet_libraries
+from blip3o_lit.training.loggers import loggers
+from blip3o_lit.training.module import TranslationModule
+from blip3o_lit.training.overfit import FAILED_CODE, check_overfit, training_images
 from blip3o_lit.training.run_files import (
     closing_table,
     console,
@@ -47,9 +50,6 @@ from blip3o_lit.training.run_files import (
     write_result,
     write_run_files,
 )
-from blip3o_lit.testbeds.token_source import token_store
-from blip3o_lit.tokens.datamodule import TokenDataModule
-from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.training.trainer import (
     Callbacks,
     build_trainer,

@@ -16,22 +16,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from blip3o_lit.checkpoints import files as checkpointing
+from blip3o_lit.base.files import replacing, write_json
+from blip3o_lit.base.launcher import launch
+from blip3o_lit.base.secrets import masked
 from blip3o_lit.base.units import human_time
+from blip3o_lit.base.words import pasteable
 from blip3o_lit.budget.plan import Plan
-from blip3o_lit.training.callbacks.checkpoints import Checkpoints
+from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.in_place import remove
 from blip3o_lit.checkpoints.metrics_csv import read_rows
-from blip3o_lit.training.callbacks.run_log import RunLog
-from blip3o_lit.config.errors import UserError
-from blip3o_lit.base.files import replacing, write_json
-from blip3o_lit.base.secrets import masked
-from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.base.words import pasteable
-from blip3o_lit.training.environment import environment
-from blip3o_lit.base.launcher import launch
-from blip3o_lit.training.overfit import Overfit
 from blip3o_lit.checkpoints.resume import config_hash
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.training.callbacks.checkpoints import Checkpoints
+from blip3o_lit.training.callbacks.run_log import RunLog
+from blip3o_lit.training.environment import environment
+from blip3o_lit.training.overfit import Overfit
 
 log = logging.getLogger("blip3o_lit")
 console = Console()

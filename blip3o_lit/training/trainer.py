@@ -16,9 +16,15 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
+from blip3o_lit.base.launcher import launch, number
+from blip3o_lit.base.secrets import masked
 from blip3o_lit.budget.machine import Machine, this_machine
 from blip3o_lit.budget.placement import Placement
 from blip3o_lit.budget.plan import Plan
+from blip3o_lit.checkpoints.files import AtomicCheckpointIO
+from blip3o_lit.checkpoints.resume import config_hash
+from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.training.callbacks.bad_steps import BadSteps
 from blip3o_lit.training.callbacks.checkpoints import Checkpoints
 from blip3o_lit.training.callbacks.ema import EmaUpdate
@@ -26,12 +32,6 @@ from blip3o_lit.training.callbacks.ranks import OneConfig
 from blip3o_lit.training.callbacks.run_log import RunLog
 from blip3o_lit.training.callbacks.slow_data import SlowData
 from blip3o_lit.training.callbacks.stop import StopAtStep
-from blip3o_lit.checkpoints.files import AtomicCheckpointIO
-from blip3o_lit.base.secrets import masked
-from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.base.launcher import launch, number
-from blip3o_lit.checkpoints.resume import config_hash
-from blip3o_lit.tokens.datamodule import TokenDataModule
 
 
 def machine_of(config: TrainConfig) -> Machine:

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.files import write_json
+from blip3o_lit.config.errors import UserError
 
 CONSOLE_FILE = "console.log"
 PARENT_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")

@@ -23,11 +23,11 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from blip3o_lit.config.errors import UserError, positive
-from blip3o_lit.base.words import override, pasteable
 from blip3o_lit.base.launcher import launch
+from blip3o_lit.base.words import override, pasteable
 from blip3o_lit.cli.sweeps.jobs import CONSOLE_FILE, Job
 from blip3o_lit.cli.sweeps.page import refresh
+from blip3o_lit.config.errors import UserError, positive
 
 PLUGIN_MODULE = "hydra_plugins.blip3o_lit"
 """Hydra takes plugins by this prefix only; they are registered by `plugins.py`."""

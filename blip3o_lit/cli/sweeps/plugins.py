@@ -9,8 +9,7 @@ from types import ModuleType
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
-from blip3o_lit.cli.sweeps import launcher
-from blip3o_lit.cli.sweeps import study
+from blip3o_lit.cli.sweeps import launcher, study
 
 PLUGIN_GROUPS = {
     "hydra/launcher": ["basic", "process", "slurm"],

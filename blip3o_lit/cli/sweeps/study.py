@@ -29,9 +29,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from blip3o_lit.config.errors import UserError, one_of, positive
 from blip3o_lit.cli.sweeps.jobs import Job
 from blip3o_lit.cli.sweeps.launcher import PLUGIN_MODULE, ProcessLauncher
+from blip3o_lit.config.errors import UserError, one_of, positive
 
 if TYPE_CHECKING:
     import optuna

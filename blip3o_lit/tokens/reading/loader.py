@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.tokens.reading.batches import BatchPlan
 from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.packed import PackedBatch
 from blip3o_lit.tokens.reading.reader import TokenReader
-from blip3o_lit.tokens.reading.batches import BatchPlan
 
 Batch = dict[str, Tensor]
 T = TypeVar("T")

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.base.shape import PairShape
+from blip3o_lit.tokens.reading.packed import PackedBatch, PackedTokens, restored
 from blip3o_lit.tokens.store.heads import Head
 from blip3o_lit.tokens.store.index import TokenIndex
 from blip3o_lit.tokens.store.mapped_shard import Shard
-from blip3o_lit.tokens.views import pair_of_views
-from blip3o_lit.tokens.reading.packed import PackedBatch, PackedTokens, restored
 from blip3o_lit.tokens.store.storage import TORCH_TYPES, finite, load_scales, scale_array
+from blip3o_lit.tokens.views import pair_of_views
 
 OPEN_SHARDS = 64
 """Shards kept mapped; the default shuffle window is 16."""

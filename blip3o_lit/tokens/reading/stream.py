@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 from webdataset.filters import shuffle
 
+from blip3o_lit.base.remote import resumed
+from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.base.remote import resumed
-from blip3o_lit.base.shape import PairShape
+from blip3o_lit.tokens.reading.batches import BatchPlan
 from blip3o_lit.tokens.reading.loader import Batch, TrainingLoader, prefetch
-from blip3o_lit.tokens.views import pair_of_views
 from blip3o_lit.tokens.reading.order import random_permutation
 from blip3o_lit.tokens.reading.packed import PackedBatch, PackedTokens, restored
 from blip3o_lit.tokens.reading.reader import view_hash
 from blip3o_lit.tokens.store.remote_store import RemoteStore
 from blip3o_lit.tokens.store.storage import SCALES_FILE, TORCH_TYPES, load_scales, scale_array
-from blip3o_lit.tokens.reading.batches import BatchPlan
+from blip3o_lit.tokens.views import pair_of_views
 
 SHUFFLE_BYTES = 1 << 29
 """Memory of a rank's shuffle buffer."""

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from blip3o_lit import __version__
-from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.base.files import write_synced
 from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.base.words import pasteable
+from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.tokens.store import tar
 
 SCHEMA = 1

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.files import write_synced
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.store import tar
 from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, repair_command
 from blip3o_lit.tokens.store.shards import pack_offsets, unpack_offsets

@@ -13,9 +13,9 @@ import numpy as np
 
 from blip3o_lit.config.errors import one_of
 from blip3o_lit.tokens.classes import CLASSES_FILE
+from blip3o_lit.tokens.reading.reader import Place, TokenStore
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.index import STORED, ArraySpec, ShardEntry, TokenIndex
-from blip3o_lit.tokens.reading.reader import Place, TokenStore
 from blip3o_lit.tokens.store.shards import ShardWriter
 from blip3o_lit.tokens.store.storage import fit_int8, load_scales, save_scales, with_token_scales
 

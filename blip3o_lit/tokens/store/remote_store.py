@@ -14,14 +14,14 @@ from typing import BinaryIO
 import fsspec
 import numpy as np
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.files import write_synced
 from blip3o_lit.base.home import home
 from blip3o_lit.base.remote import open_remote, read_whole
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.tokens.reading.reader import TokenStore
 from blip3o_lit.tokens.store import tar
 from blip3o_lit.tokens.store.heads import HEADS_FILE, Head
 from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
-from blip3o_lit.tokens.reading.reader import TokenStore
 from blip3o_lit.tokens.store.storage import SCALES_FILE, finite
 
 COPY_BYTES = 1 << 24

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.files import sync_folder, temporary_name, write_synced
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.store import tar
 from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex, check_array_name
 from blip3o_lit.tokens.store.storage import encode, load_scales, save_scales, with_token_scales

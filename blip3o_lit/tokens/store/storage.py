@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.base.files import replacing
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.store.index import ArraySpec
 
 LARGEST = 6e4

@@ -1,0 +1,1 @@
+"""The front of all commands: overrides, schema, help, Ctrl-C; all that knows Hydra."""

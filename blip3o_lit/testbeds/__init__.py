@@ -1,0 +1,1 @@
+"""Data whose exact answers are known, and the stores that build themselves."""

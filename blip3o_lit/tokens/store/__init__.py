@@ -1,0 +1,1 @@
+"""Token stores on disk and behind addresses: index, tars, shards, formats."""

@@ -1,0 +1,1 @@
+"""From raw tokens to raw tokens, and from pictures to tokens and captions."""

@@ -1,0 +1,116 @@
+"""A run's layout: every machine, launcher and override gives a layout that fits, or one line."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from blip3o_lit.base.shape import PairShape, TokenShape
+from blip3o_lit.budget.activations import activations
+from blip3o_lit.budget.machine import Machine
+from blip3o_lit.budget.placement import USABLE, resolve
+from blip3o_lit.budget.states import rank_bytes, units
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.config.trainer import (
+    PRECISIONS,
+    STRATEGIES,
+    PrecisionConfig,
+    StrategyConfig,
+    TrainerConfig,
+)
+from blip3o_lit.models.precision import PRECISIONS as FORMATS
+
+SHAPE = PairShape(TokenShape((8, 8), False, 96), TokenShape((8, 8), False, 64))
+SMALL = ModelConfig(width=96, depth=2, heads=4, kv_heads=2, mlp_width=256)
+
+
+def machine(gpus: int, launcher: str, devices: str, nodes: int, gb: int = 80) -> Machine:
+    """A node of GPUs, or a CPU; a launcher starts one process per device of every node."""
+    many = {"launcher": launcher}
+    if launcher != "plain":
+        started = int(devices) if devices != "auto" else max(gpus, 1)
+        many |= {"processes": started, "nodes": nodes}
+    if gpus:
+        return Machine("cuda", "H100", gpus, gb * 10**9, **many)
+    return Machine("cpu", "cpu", 1, 16 * 10**9, **many)
+
+
+def run(devices: str, nodes: int, batch: int, strategy: str, precision: str) -> TrainConfig:
+    return TrainConfig(
+        model=SMALL,
+        trainer=TrainerConfig(devices=devices, num_nodes=nodes),
+        batch_size=batch,
+        strategy=StrategyConfig(strategy),
+        precision=PrecisionConfig(precision),
+    )
+
+
+@pytest.mark.parametrize("launcher", ["plain", "torchrun", "srun"])
+@pytest.mark.parametrize("gpus", [0, 1, 8])
+def test_every_layout_divides_or_names_a_key_that_was_given(gpus: int, launcher: str) -> None:
+    layouts, refusals = 0, []
+    for devices, nodes, batch, strategy, precision in itertools.product(
+        ("auto", "1", "8"), (1, 2), (32, 512), STRATEGIES, PRECISIONS
+    ):
+        config = run(devices, nodes, batch, strategy, precision)
+        try:
+            place = resolve(config, SHAPE, machine(gpus, launcher, devices, nodes))
+        except UserError as error:
+            refusals.append((str(error), devices, nodes, strategy, precision))
+            continue
+        layouts += 1
+        assert place.strategy in ("single", "ddp", "fsdp2")
+        assert place.world * place.micro_batch * place.accumulation == batch
+        assert (place.strategy == "single") <= (place.world == 1)
+        assert place.precision is FORMATS[precision]
+        assert place.world == 1 or place.strategy != "single"
+        if devices != "auto":
+            assert place.devices == int(devices)
+    assert layouts > 40
+    for line, devices, nodes, strategy, precision in refusals:
+        given = {
+            "trainer.devices=": devices != "auto",
+            "trainer.num_nodes=": nodes != 1,
+            "strategy=": strategy != "auto",
+            "precision=": precision != "bf16",
+        }
+        assert any(word in line and there for word, there in given.items()), line
+
+
+def test_the_default_uses_every_gpu_of_a_node() -> None:
+    config = TrainConfig(model=SMALL)
+    place = resolve(config, SHAPE, machine(8, "plain", "auto", 1))
+    assert (place.device, place.devices, place.nodes, place.strategy) == ("cuda", 8, 1, "ddp")
+    assert config == TrainConfig(model=SMALL)  # nothing in it was changed
+
+
+def test_a_micro_batch_fills_the_device_and_not_more() -> None:
+    config = run("auto", 1, 4096, "auto", "fp32")
+    parts, formats = units(SMALL, SHAPE), FORMATS["fp32"]
+    needed = activations(SMALL, config.flow, SHAPE, formats)
+    for gb in (1, 2, 8):
+        there = machine(1, "plain", "auto", 1, gb)
+        place = resolve(config, SHAPE, there)
+        states = rank_bytes("single", parts, formats, "muon", 1, True)
+        assert states + needed.of(place.micro_batch) <= there.memory * USABLE["cuda"]
+        assert states + needed.of(2 * place.micro_batch) > there.memory * USABLE["cuda"]
+
+
+def test_what_the_machine_lacks_is_refused_by_the_word_that_asks_for_it() -> None:
+    cpu, gpu = machine(0, "plain", "auto", 1), machine(1, "plain", "auto", 1)
+    for config, where, words in (
+        (run("auto", 1, 32, "auto", "fp16"), cpu, "precision=fp16 needs a CUDA GPU"),
+        (run("auto", 1, 32, "auto", "tf32"), replace(gpu, tf32=False), "precision=tf32"),
+        (run("auto", 1, 32, "auto", "bf16"), replace(gpu, bf16=False), "precision=bf16"),
+        (run("2", 1, 32, "auto", "bf16"), gpu, "trainer.devices=2: this machine has 1 GPU"),
+        (run("3", 1, 32, "ddp", "bf16"), cpu, "batch_size=32 does not divide over 3"),
+        (run("8", 1, 32, "single", "bf16"), cpu, "strategy=single with 8 processes"),
+        (run("2", 1, 32, "ddp", "bf16"), machine(8, "srun", "8", 1), "srun started 8"),
+        (run("auto", 3, 32, "ddp", "bf16"), machine(8, "torchrun", "8", 2), "on 2 nodes"),
+    ):
+        with pytest.raises(UserError, match=words):
+            resolve(config, SHAPE, where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blip3o_lit.base.files import write_json
 from blip3o_lit.base.home import home
@@ -11,6 +11,11 @@ from blip3o_lit.base.words import pasteable
 from blip3o_lit.cli.command import run_command
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
+
+if TYPE_CHECKING:
+    from blip3o_lit.checkpoints.load import Loaded
+    from blip3o_lit.tokens.reading.reader import TokenReader
+
 
 KEPT = "no score was written, fitted baselines are kept: give the same line again"
 COLUMNS = {
@@ -40,6 +45,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     loaded = load(config.ckpt, device)
     folder = Path(config.out) if config.out else loaded.folder
     held, train = open_readers(loaded, config)
+    check_held_out(loaded, held, train, config)
     rival = load(config.vs, device) if config.vs else None
     if rival is not None and rival.shape != loaded.shape:
         raise UserError(f"vs={config.vs} translates other token shapes than ckpt={config.ckpt}")
@@ -53,6 +59,27 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     words = pasteable("ckpt", loaded.file), pasteable("out", folder / "export")
     print("next: python -m blip3o_lit.export", *words)
     return result
+
+
+def check_held_out(
+    loaded: Loaded, held: TokenReader, train: TokenReader | None, config: EvaluateConfig
+) -> None:
+    """Refuse to score as held out what the run was trained on, in another store of its pictures."""
+    from blip3o_lit.evaluation.leaks import trained_images
+
+    same = train is not None and train.content_hash == loaded.facts["tokens"]["hash"]
+    if same or config.same_data or config.split == "train" or not config.data.tokens:
+        return
+    count = trained_images(loaded, held)
+    own = loaded.facts["tokens"]["path"]
+    if count is None:
+        print(f"not known: which of these images the run was trained on ({own} is not here)")
+    elif count:
+        raise UserError(
+            f"data.tokens={config.data.tokens}: the run was trained on {count} or more of its "
+            f"{len(held)} {config.split} images (in {own}): give both stores one split, by "
+            "split.file or the same split.seed, or add same_data=true"
+        )
 
 
 def show(result: dict[str, Any]) -> None:

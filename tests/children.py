@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 
 NOBODY = 65534
@@ -47,15 +45,3 @@ def in_child(work: Callable[[], None], user: int | None = None, seconds: int = 6
     with os.fdopen(output, "rb") as pipe:
         message = pipe.read().decode()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, message
-
-
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder that other users can reach."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        yield folder
-        for path in (folder, *folder.rglob("*")):
-            if path.is_dir():
-                path.chmod(0o755)

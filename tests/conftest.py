@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,15 @@ def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _own_home(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep tests away from the user's cache."""
     monkeypatch.setenv("BLIP3O_HOME", str(shared_home))
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that other users can reach."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+        for path in (folder, *folder.rglob("*")):
+            if path.is_dir():
+                path.chmod(0o755)

@@ -16,7 +16,7 @@ from blip3o_lit.images.text import encoding, json_text, text_of
 from blip3o_lit.images.walk import below, is_token_store
 
 CAPTIONS = ("txt", "caption", "json")
-TABLES = ("csv", "jsonl")
+TABLES = ("csv", "tsv", "jsonl")
 CAPTION_BYTES = 1 << 18
 """Longer caption files are refused."""
 CAPTION_KEYS = ("caption", "text", "prompt")

@@ -18,7 +18,7 @@ from blip3o_lit.images.text import column, encoding_of, label_of, not_text, text
 TABLES = (".csv", ".tsv", ".jsonl")
 PATHS = ("path", "image", "imagepath", "file", "filename", "filepath")
 """Columns of paths as `column` spells them: `Image Path` and `image_path` are `imagepath`."""
-CAPTIONS = ("caption", "text", "prompt")
+CAPTIONS = ("caption", "text", "prompt", "title")
 SPLIT, LABEL = "split", "label"
 DELIMITERS = ",;\t|"
 SPLITS = {

@@ -15,7 +15,7 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
-from children import NOBODY, in_child, open_folder  # noqa: F401 (a fixture)
+from children import NOBODY, in_child
 from conftest import ROOT
 from lightning import LightningModule, Trainer
 from quick_run import config, differences, state
@@ -67,7 +67,7 @@ def test_a_full_disk_stops_training_and_loses_nothing(straight: Path, tmp_path: 
 
 
 def test_a_run_directory_that_cannot_be_written_is_named(
-    open_folder: Path,  # noqa: F811
+    open_folder: Path,
     tmp_path: Path,
 ) -> None:
     open_folder.chmod(0o555)
@@ -90,7 +90,7 @@ def test_a_run_directory_that_cannot_be_written_is_named(
 @pytest.mark.parametrize("closed", ["step-00000004.ckpt", "last.ckpt", ""])
 def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged_or_missing(
     straight: Path,
-    open_folder: Path,  # noqa: F811
+    open_folder: Path,
     closed: str,
 ) -> None:
     for step in (2, 4):

@@ -12,7 +12,7 @@ from blip3o_lit.base.words import pasteable
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.images.item import EXTENSIONS, Item, Lost, Reject, file_bytes
 from blip3o_lit.images.names import extension_of, plain, stem_of
-from blip3o_lit.images.text import encoding, json_text, text_of
+from blip3o_lit.images.text import GARBLED, encoding, is_text, json_text, text_of
 from blip3o_lit.images.walk import below, is_token_store
 
 CAPTIONS = ("txt", "caption", "json")
@@ -75,7 +75,10 @@ def read_folder(folder: Path, out: Path | None = None) -> Folder:
                 continue
             used.add(text)
             try:
-                caption = caption or caption_of(file_bytes(folder / text, CAPTION_BYTES), extension)
+                content = file_bytes(folder / text, CAPTION_BYTES)
+                if not is_text(content):
+                    beside.append(Lost(plain(text), GARBLED, image=False))
+                caption = caption or caption_of(content, extension)
             except Reject as error:
                 beside.append(Lost(plain(text), f"a caption that is not read: {error}", False))
         captions = captions or bool(caption)

@@ -32,6 +32,7 @@ from blip3o_lit.images.names import (
     unread,
 )
 from blip3o_lit.images.sample import LABEL, Sample, Text
+from blip3o_lit.images.text import GARBLED, is_text
 
 DANGEROUS = ("pkl", "pickle", "pyd", "pth", "pt", "bin", "ckpt", "joblib", "so", "dll", "py", "sh")
 """Members that other tools would unpickle or run; here they are refused by name and counted."""
@@ -176,7 +177,11 @@ class Members:
             content = self._content(member) if link is None else self._again(*link)
             sample.pictures.append((name, content))
         elif extension in (*CAPTIONS, LABEL):
-            sample.texts.append(Text(name, extension, caption_of(self._content(member), extension)))
+            content = self._content(member)
+            if extension in CAPTIONS and not is_text(content):
+                lost = Lost(f"{self.label}/{plain(name)}", GARBLED, image=False)
+                sample.lost.append((len(sample.pictures), lost))
+            sample.texts.append(Text(name, extension, caption_of(content, extension)))
         else:
             self.passed.add(name)
 

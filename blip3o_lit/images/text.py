@@ -18,6 +18,7 @@ MARKS = (
     (b"\xfe\xff", "utf-16"),
 )
 """Byte-order marks; UTF-32's little-endian one begins like UTF-16's, so it comes first."""
+GARBLED = "a caption in another encoding than UTF-8: letters of it are lost; save it as UTF-8"
 NOTHING = ("", "nan", "NaN")
 """What stands for no text; the words are those that pandas makes of a gap."""
 
@@ -25,6 +26,15 @@ NOTHING = ("", "nan", "NaN")
 def encoding(start: bytes) -> str:
     """Return the encoding that a file's first bytes tell: by its mark, else UTF-8."""
     return next((name for mark, name in MARKS if start.startswith(mark)), "utf-8")
+
+
+def is_text(content: bytes) -> bool:
+    """Whether a file's bytes are text in the encoding that `encoding` tells."""
+    try:
+        content.decode(encoding(content))
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def encoding_of(file: Path) -> str:

@@ -268,6 +268,23 @@ def test_captions_beside_a_picture_bear_its_stem_or_its_whole_name(tmp_path):
     assert not source.beside
 
 
+def test_a_caption_in_another_encoding_is_named_in_folders_and_tars(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png())
+    (folder / "a.txt").write_bytes("größer".encode("latin-1"))
+    (beside,) = open_source(str(folder), 8).beside
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("a.png", "a.txt"):
+            archive.add(folder / name, name)
+    source = open_source(str(tmp_path / "a.tar"), 8)
+    entries = [entry for part in source.parts for entry in part.entries()]
+    (named,) = [entry for entry in entries if isinstance(entry, Lost)]
+    assert (beside.source, named.source) == ("a.txt", "a.tar/a.txt")
+    assert "another encoding than UTF-8" in beside.reason == named.reason
+    assert len(captions(source)) == 1
+
+
 def test_a_table_among_pictures_is_named_with_the_words_that_read_it(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "seven"}')

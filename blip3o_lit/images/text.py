@@ -45,11 +45,14 @@ def encoding_of(file: Path) -> str:
     """
     try:
         with open(file, "rb") as opened:
-            start = opened.read(4)
+            return _encoding_of(file, opened.read(4))
     except OSError as error:
         raise UserError(f"{file} can't be read: {error.strerror}") from error
+
+
+def _encoding_of(file: Path, start: bytes) -> str:
     name = encoding(start)
-    if name == "utf-8" and b"\0" in start:
+    if name == "utf-8" and b"\0" in start[:4]:
         raise UserError(f"{file} is UTF-16 without a byte-order mark, or no text: save it as UTF-8")
     return name
 
@@ -76,9 +79,13 @@ def read_text(file: Path) -> str:
     Raises:
         UserError: If it can't be read, or is in no encoding that its first bytes tell.
     """
-    name = encoding_of(file)
     try:
-        return file.read_text(name)
+        content = file.read_bytes()  # once: it may be a pipe, `classes=<(ls photos)`
+    except OSError as error:
+        raise UserError(f"{file} can't be read: {error.strerror}") from error
+    name = _encoding_of(file, content)
+    try:
+        return content.decode(name).replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeError as error:
         raise not_text(file, name) from error
 

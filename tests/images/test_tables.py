@@ -4,7 +4,9 @@ import csv
 import io
 import itertools
 import json
+import os
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -241,6 +243,16 @@ def test_a_split_file_beside_a_column_says_both(tmp_path):
 
 
 # classes
+
+
+def test_classes_may_come_through_a_pipe():
+    reader, writer = os.pipe()
+    os.write(writer, b"one\ntwo\n")
+    os.close(writer)
+    try:
+        assert list(read_classes(Path(f"/dev/fd/{reader}"))) == ["one", "two"]
+    finally:
+        os.close(reader)
 
 
 def test_class_files_of_every_make(tmp_path):

@@ -9,10 +9,9 @@ from pathlib import Path
 import fsspec
 from braceexpand import braceexpand
 
+from blip3o_lit.base.remote import SCHEMES
 from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.images.walk import is_token_store
-
-SCHEMES = ("http", "https", "s3", "gs", "hf", "file")
 
 
 def tar_urls(words: str, out: Path | None = None) -> list[str]:

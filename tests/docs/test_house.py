@@ -70,6 +70,26 @@ def test_precision_is_interpreted_in_one_place() -> None:
     assert names == ["config/trainer.py", "models/precision.py"]
 
 
+def test_names_that_another_room_imports_say_what_they_are() -> None:
+    bare = set()
+    for file in PACKAGE.rglob("*.py"):
+        room = file.relative_to(PACKAGE).parts[0]
+        for name in imports(file):
+            *module, last = name.split(".")
+            target = PACKAGE.parent.joinpath(*module).with_suffix(".py")
+            if module[:1] != ["blip3o_lit"] or len(module) < 3 or module[1] == room:
+                continue
+            body = ast.parse(target.read_text("utf-8")).body if target.is_file() else []
+            bare |= {
+                f"{target.relative_to(PACKAGE)}: {last}"
+                for node in body
+                if isinstance(node, ast.FunctionDef | ast.ClassDef)
+                and node.name == last
+                and ast.get_docstring(node) is None
+            }
+    assert sorted(bare) == []
+
+
 def test_no_file_is_long_or_called_utils() -> None:
     for file in PACKAGE.rglob("*.py"):
         assert len(file.read_text("utf-8").splitlines()) <= LONGEST, file

@@ -59,18 +59,6 @@ class Path:
             return self.velocity(x1_BND, z_BND, t_B)
         return x1_BND if prediction == "sample" else z_BND
 
-    def has_x1(self, prediction: str, t_B: Tensor) -> Tensor:
-        """Tell for each time whether x1 follows from (x_t, output)."""
-        if prediction == "velocity":
-            return self._wronskian(t_B) != 0
-        return self.alpha(t_B) != 0 if prediction == "noise" else torch.ones_like(t_B).bool()
-
-    def has_velocity(self, prediction: str, t_B: Tensor) -> Tensor:
-        """Tell for each time whether the velocity follows from (x_t, output)."""
-        if prediction == "velocity":
-            return torch.ones_like(t_B).bool()
-        return (self.sigma if prediction == "sample" else self.alpha)(t_B) != 0
-
     def x1_from(
         self, prediction: str, out_BND: Tensor, x_BND: Tensor, t_B: Tensor, check: bool = True
     ) -> Tensor:
@@ -87,8 +75,8 @@ class Path:
         Raises:
             UserError: If x1 has no value at one of the times.
         """
-        if check and not bool(self.has_x1(prediction, t_B).all()):
-            raise self._refusal(prediction, "x1")
+        if check:
+            self._check(prediction, "sample", t_B)
         t = over(t_B, x_BND)
         if prediction == "velocity":
             return (self.sigma(t) * out_BND - self.d_sigma(t) * x_BND) / self._wronskian(t)
@@ -100,8 +88,8 @@ class Path:
         self, prediction: str, out_BND: Tensor, x_BND: Tensor, t_B: Tensor, check: bool = True
     ) -> Tensor:
         """Return the velocity that the output implies; arguments and errors as in `x1_from`."""
-        if check and not bool(self.has_velocity(prediction, t_B).all()):
-            raise self._refusal(prediction, "velocity")
+        if check:
+            self._check(prediction, "velocity", t_B)
         if prediction == "velocity":
             return out_BND
         t = over(t_B, x_BND)
@@ -123,19 +111,26 @@ class Path:
             return (wronskian / (sigma if prediction == "sample" else alpha)).abs()
         return (sigma / (wronskian if prediction == "velocity" else alpha)).abs()
 
+    def has_value(self, prediction: str, wanted: str, t_B: Tensor) -> Tensor:
+        """Tell for each time whether `wanted` (velocity or sample) follows from (x_t, output)."""
+        return self.gain(prediction, wanted, t_B).isfinite()
+
     def _wronskian(self, t: Tensor) -> Tensor:
         """Return alpha' sigma - alpha sigma', zero where a velocity does not determine x1."""
         return self.d_alpha(t) * self.sigma(t) - self.alpha(t) * self.d_sigma(t)
 
-    def _refusal(self, prediction: str, wanted: str) -> UserError:
+    def _check(self, prediction: str, wanted: str, t_B: Tensor) -> None:
+        if bool(self.has_value(prediction, wanted, t_B).all()):
+            return
         if prediction == "sample":
             why, fix = "at sigma = 0 (t = 1)", "flow.sigma_min above 0 or a time below 1"
         elif prediction == "noise":
             why, fix = "at alpha = 0 (t = 0)", "flow.prediction=sample or a time above 0"
         else:
             why, fix = "where alpha' = 0 (t = 0)", "flow.prediction=sample or a time above 0"
-        return UserError(
-            f"flow.path={self.name} flow.prediction={prediction}: {wanted} has no value {why}: "
+        name = "x1" if wanted == "sample" else wanted
+        raise UserError(
+            f"flow.path={self.name} flow.prediction={prediction}: {name} has no value {why}: "
             f"use {fix}"
         )
 

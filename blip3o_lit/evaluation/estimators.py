@@ -15,7 +15,7 @@ from torch import Tensor
 from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.solver import SolverConfig, check_solver, needs_later_start
 from blip3o_lit.evaluation.baselines import Baseline
-from blip3o_lit.testbeds.linear_gaussian import PROBLEM, Problem
+from blip3o_lit.testbeds.law import PROBLEM, Problem
 from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.translation.translator import Translator
 

@@ -20,55 +20,43 @@ TINY = 1e-8
 
 
 @dataclass(frozen=True)
-class Parts:
-    """One step's tensors, without a graph: what is logged now and then is computed then."""
+class LossTerms:
+    """One step's loss and what is worth logging; all but `total` are detached."""
 
+    total: Tensor
+    """The number to differentiate."""
+    mse_B: Tensor
+    """Mean squared error of each output, in units of the unscaled target, unweighted."""
+    extra: dict[str, Tensor]
+    """Further terms of the loss by name (cosine, consistency, ...), before their weights."""
     path: Path
     prediction: str
     y1_BND: Tensor
     z_BND: Tensor
     t_B: Tensor
     x_BND: Tensor
+    """x_t on the path from z to y1."""
     target_BND: Tensor
     out_BND: Tensor
     x1_hat_BND: Tensor
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """One step's loss and what is worth logging; all but `total` are detached."""
-
-    total: Tensor
-    """The number to differentiate."""
-    mse: Tensor
-    """Mean squared error of the output, in units of the unscaled target, unweighted."""
-    mse_B: Tensor
-    """The same for each sample."""
-    extra: dict[str, Tensor]
-    """Further terms of the loss by name (cosine, consistency, ...), before their weights."""
-    parts: Parts
-    """What the figures below are read from."""
+    """The estimate of x1, in the tokens that the caller gave."""
 
     @property
-    def x1_hat_BND(self) -> Tensor:
-        """The estimate of x1, in the tokens that the caller gave."""
-        return self.parts.x1_hat_BND
+    def mse(self) -> Tensor:
+        """Mean squared error of the batch."""
+        return self.mse_B.mean()
 
     @property
     def norm_ratio(self) -> Tensor:
         """Mean token norm of the output over that of its target; 1: neither shrinks nor grows."""
-        norms = [
-            tokens.norm(dim=-1).mean() for tokens in (self.parts.out_BND, self.parts.target_BND)
-        ]
-        return norms[0] / norms[1]
+        return self.out_BND.norm(dim=-1).mean() / self.target_BND.norm(dim=-1).mean()
 
     @property
     def velocity_cosine(self) -> Tensor:
-        """Cosine of implied and true velocity, a sample's tokens as one vector, mean over B."""
-        parts = self.parts
-        velocity_BND = parts.path.velocity(parts.y1_BND, parts.z_BND, parts.t_B)
-        implied_BND = parts.path.velocity_from(
-            parts.prediction, parts.out_BND, parts.x_BND, parts.t_B, check=False
+        """Cosine of implied and true velocity, an image's tokens as one vector, mean over B."""
+        velocity_BND = self.path.velocity(self.y1_BND, self.z_BND, self.t_B)
+        implied_BND = self.path.velocity_from(
+            self.prediction, self.out_BND, self.x_BND, self.t_B, check=False
         )
         return F.cosine_similarity(implied_BND.flatten(1), velocity_BND.flatten(1)).mean()
 
@@ -76,8 +64,7 @@ class LossTerms:
 def token_cosine(a_BND: Tensor, b_BND: Tensor) -> Tensor:
     """Return the cosine of each pair of tokens [B, N].
 
-    `F.cosine_similarity` divides both by their norms first: twice the passes over all tokens,
-    forward and backward.
+    In fewer passes over all tokens than `F.cosine_similarity`, which divides both by their norms.
     """
     norm = torch.linalg.vector_norm
     lengths_BN = norm(a_BND, dim=-1).clamp_min(TINY) * norm(b_BND, dim=-1).clamp_min(TINY)
@@ -90,7 +77,7 @@ def contrastive(estimate_BND: Tensor, true_BND: Tensor) -> Tensor:
     Cosines of one image's tokens over the temperature, cross-entropy with the token itself as the
     right answer, mean over the tokens (van den Oord et al. 2018, arXiv:1807.03748).
     """
-    pair = F.normalize(estimate_BND, dim=-1), F.normalize(true_BND, dim=-1)
-    logits_BNN = pair[0] @ pair[1].mT / TEMPERATURE
+    estimate_BND, true_BND = F.normalize(estimate_BND, dim=-1), F.normalize(true_BND, dim=-1)
+    logits_BNN = estimate_BND @ true_BND.mT / TEMPERATURE
     own_BN = logits_BNN.diagonal(dim1=1, dim2=2)
     return (logits_BNN.logsumexp(-1) - own_BN).mean(1)

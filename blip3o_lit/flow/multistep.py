@@ -2,8 +2,8 @@
 
 On every Gaussian path x_t / sigma(t) moves by the estimate alone, d(x / sigma) = x1_hat d(alpha /
 sigma). So with x1_hat constant over a step, the step is exact (Euler on a straight path, DDIM in
-general); here x1_hat is continued linearly from the last two times, for one evaluation a step and
-order 2. DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095) continues it in log(alpha / sigma),
+general); here x1_hat is continued linearly from the last two times, for one evaluation per step
+and order 2. DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095) continues it in log(alpha / sigma),
 which has no value at t = 0. The last time is never evaluated.
 
 Shapes: x_BND, grid_S; B batch, N tokens, D target width, S grid points.
@@ -19,23 +19,15 @@ from torch import Tensor
 
 from blip3o_lit.flow.path import Path
 
-NODES = 64
-"""Points of the Gauss-Legendre rule for the integral of alpha / sigma."""
+NODES = 64  # of the Gauss-Legendre rule for the integral of alpha / sigma
 
 
 def multistep(
     estimate: Callable[[Tensor, float], Tensor], path: Path, x0_BND: Tensor, grid_S: list[float]
 ) -> list[Tensor]:
-    """Carry a state from the grid's first time to its last.
+    """Return the state at each time after the first, from x0 at the first.
 
-    Args:
-        estimate: The estimate of x1 at a state and a time.
-        path: The path that the states lie on.
-        x0_BND: The state at the grid's first time.
-        grid_S: Increasing times; sigma may be zero at the last one alone.
-
-    Returns:
-        The state at each time after the first.
+    `estimate` maps a state and its time to x1_hat; sigma may be zero at the last time alone.
     """
     states, x_BND = [], x0_BND
     before: tuple[Tensor, float] | None = None

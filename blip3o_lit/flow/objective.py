@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_lit.config.flow import FlowConfig
-from blip3o_lit.flow.loss_terms import LossTerms, Parts, contrastive, token_cosine
+from blip3o_lit.flow.loss_terms import LossTerms, contrastive, token_cosine
 from blip3o_lit.flow.path import over, path_named
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]
@@ -48,17 +48,16 @@ class FlowObjective(nn.Module):
             self.register_buffer("noise", torch.ones(()))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the path out: functions can't be pickled, and the config says which it is."""
+        # The path's functions can't be pickled, and the config says which it is.
         return {name: value for name, value in self.__dict__.items() if name != "path"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Build the path again."""
         super().__setstate__(state)
         config = self.config
         self.path = path_named(config.path, config.sigma_min, config.sigma_max)
 
     def scaled_noise(self, z_BND: Tensor) -> Tensor:
-        """Turn standard normal noise into the noise of this flow: what z is on its path."""
+        """Turn standard normal noise into the noise of this flow."""
         return z_BND * self.get_buffer("noise") if self.config.adaptive_noise else z_BND
 
     def to_flow(self, x1_BND: Tensor) -> Tensor:
@@ -83,21 +82,11 @@ class FlowObjective(nn.Module):
         return out_BND * self.get_buffer("adaptive") if self.config.adaptive_scale else out_BND
 
     def estimate(
-        self,
-        network: Network,
-        condition: Any,
-        x_BND: Tensor,
-        t_B: Tensor,
-        check: bool = True,
+        self, network: Network, condition: Any, x_BND: Tensor, t_B: Tensor, check: bool = True
     ) -> Tensor:
-        """Return the estimate of y1 at (x_t, t): at t = 0 the posterior mean E[y1|c].
+        """Return the estimate of y1 at points x_t: at t = 0 the posterior mean E[y1|c].
 
-        Args:
-            network: The network.
-            condition: What it is conditioned on, encoded or not.
-            x_BND: Points on the path.
-            t_B: Their times.
-            check: Refuse times without a value (waits for an accelerator); see Path.x1_from.
+        `condition` is encoded or not; for `check` see Path.x1_from.
 
         Raises:
             UserError: If y1 has no value at one of the times.
@@ -106,12 +95,7 @@ class FlowObjective(nn.Module):
         return self.path.x1_from(self.config.prediction, out_BND, x_BND.float(), t_B, check)
 
     def velocity(
-        self,
-        network: Network,
-        condition: Any,
-        x_BND: Tensor,
-        t_B: Tensor,
-        check: bool = True,
+        self, network: Network, condition: Any, x_BND: Tensor, t_B: Tensor, check: bool = True
     ) -> Tensor:
         """Return dx_t/dt at (x_t, t); arguments and errors as in `estimate`."""
         out_BND = self.predict(network, condition, x_BND, t_B)
@@ -145,7 +129,7 @@ class FlowObjective(nn.Module):
             drop_B: Samples trained without their condition: it is set to zero, in standardised
                 space the mean token.
         """
-        config, path = self.config, self.path
+        config, path, prediction = self.config, self.path, self.config.prediction
         if drop_B is not None:
             condition = condition.masked_fill(over(drop_B, condition), 0)
         x1_BND, z_BND = x1_BND.float(), z_BND.float()
@@ -154,14 +138,15 @@ class FlowObjective(nn.Module):
             self._measure_noise(y1_BND)
         z_BND = self.scaled_noise(z_BND)
         x_BND = path.interpolate(y1_BND, z_BND, t_B)
-        target_BND = path.output(config.prediction, y1_BND, z_BND, t_B)
+        target_BND = path.output(prediction, y1_BND, z_BND, t_B)
+
         out_BND = self._unadapted(network, condition, x_BND, t_B)
         if config.adaptive_scale:
             out_BND = out_BND * self._adapted(out_BND, target_BND)
         error_BN = F.mse_loss(out_BND, target_BND, reduction="none").mean(-1)
-        mse_B = error_BN.mean(1)
-        total = config.velocity_scale**2 * (self._weight(t_B) * self._weighed(error_BN)).mean()
-        y1_hat_BND = path.x1_from(config.prediction, out_BND, x_BND, t_B, check=False)
+        total = config.velocity_scale**2 * (self._weight(t_B) * self._token_mean(error_BN)).mean()
+
+        y1_hat_BND = path.x1_from(prediction, out_BND, x_BND, t_B, check=False)
         x1_hat_BND = self.to_tokens(y1_hat_BND)
         extra: dict[str, Tensor] = {}
         if config.regularization_weight > 0:
@@ -169,32 +154,33 @@ class FlowObjective(nn.Module):
         if config.semantic_weight > 0:
             error_B = (y1_hat_BND - y1_BND).square().flatten(1).mean(1)
             extra["semantic"] = self._late(error_B, t_B)
-        if max(config.cosine_weight, config.consistency_weight, config.contrastive_weight) > 0:
-            read = restore or nn.Identity()
-            extra |= self._raw_terms(read(x1_hat_BND), read(x1_BND), t_B)
+        extra |= self._raw_terms(x1_hat_BND, x1_BND, t_B, restore or nn.Identity())
         for name, term in extra.items():
             total = total + getattr(config, f"{name}_weight") * term
+
         return LossTerms(
             total=total,
-            mse=mse_B.detach().mean(),
-            mse_B=mse_B.detach(),
+            mse_B=error_BN.mean(1).detach(),
             extra={name: term.detach() for name, term in extra.items()},
-            parts=Parts(
-                path,
-                config.prediction,
-                y1_BND,
-                z_BND,
-                t_B,
-                x_BND,
-                target_BND,
-                out_BND.detach(),
-                x1_hat_BND.detach(),
-            ),
+            path=path,
+            prediction=prediction,
+            y1_BND=y1_BND,
+            z_BND=z_BND,
+            t_B=t_B,
+            x_BND=x_BND,
+            target_BND=target_BND,
+            out_BND=out_BND.detach(),
+            x1_hat_BND=x1_hat_BND.detach(),
         )
 
-    def _raw_terms(self, raw_hat_BND: Tensor, raw_BND: Tensor, t_B: Tensor) -> dict[str, Tensor]:
+    def _raw_terms(
+        self, x1_hat_BND: Tensor, x1_BND: Tensor, t_B: Tensor, restore: Restore
+    ) -> dict[str, Tensor]:
         """Return the terms on the estimate in the towers' own scale."""
         config, terms = self.config, {}
+        if max(config.cosine_weight, config.consistency_weight, config.contrastive_weight) == 0:
+            return terms
+        raw_hat_BND, raw_BND = restore(x1_hat_BND), restore(x1_BND)
         if config.cosine_weight > 0:
             far_B = 1 - token_cosine(raw_hat_BND, raw_BND).mean(1)
             terms["cosine"] = self._late(far_B, t_B)
@@ -222,17 +208,16 @@ class FlowObjective(nn.Module):
         adaptive = self.get_buffer("adaptive")
         if self.training:
             with torch.no_grad():
-                norms = [tokens.norm(dim=-1).mean() for tokens in (target_BND, out_BND)]
-                ratio = (norms[0] / norms[1]).clamp(ADAPTIVE_LOW, ADAPTIVE_HIGH)
-                adaptive.lerp_(ratio, 1 - ADAPTIVE_DECAY)
+                ratio = target_BND.norm(dim=-1).mean() / out_BND.norm(dim=-1).mean()
+                adaptive.lerp_(ratio.clamp(ADAPTIVE_LOW, ADAPTIVE_HIGH), 1 - ADAPTIVE_DECAY)
         return adaptive.clone()
 
     @torch.no_grad()
     def _measure_noise(self, y1_BND: Tensor) -> None:
         """Move the noise's scale: s <- 0.99 s + 0.01 (0.3 mean |token| / sqrt(D) + 0.7 std)."""
         rms = y1_BND.norm(dim=-1).mean() / y1_BND.shape[-1] ** 0.5
-        wanted = NOISE_RMS * rms + NOISE_STD * y1_BND.std()
-        self.get_buffer("noise").lerp_(wanted, 1 - ADAPTIVE_DECAY)
+        scale = NOISE_RMS * rms + NOISE_STD * y1_BND.std()
+        self.get_buffer("noise").lerp_(scale, 1 - ADAPTIVE_DECAY)
 
     def _weight(self, t_B: Tensor) -> Tensor:
         """Return the weight of each sample's squared error: the squared gain of `weighting`."""
@@ -241,7 +226,7 @@ class FlowObjective(nn.Module):
         gain_B = self.path.gain(self.config.prediction, self.config.weighting, t_B)
         return gain_B.square().clamp(max=LARGEST_WEIGHT)
 
-    def _weighed(self, error_BN: Tensor) -> Tensor:
+    def _token_mean(self, error_BN: Tensor) -> Tensor:
         """Average over an image's tokens: the first, the CLS token, counts cls_weight times."""
         if self.config.cls_weight == 1:
             return error_BN.mean(1)

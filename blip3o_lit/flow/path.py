@@ -24,7 +24,7 @@ Curve = Callable[[Tensor], Tensor]
 
 
 def over(t_B: Tensor, x: Tensor) -> Tensor:
-    """Reshape one number a sample so that it broadcasts over the other axes of `x`."""
+    """Reshape one number per sample so that it broadcasts over the other axes of `x`."""
     return t_B.reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -36,15 +36,12 @@ class Path:
     """
 
     name: str
-    """The option's name, for messages."""
     alpha: Curve
     """Coefficient of the data."""
     sigma: Curve
     """Coefficient of the noise."""
     d_alpha: Curve
-    """Derivative of alpha by t."""
     d_sigma: Curve
-    """Derivative of sigma by t."""
 
     def interpolate(self, x1_BND: Tensor, z_BND: Tensor, t_B: Tensor) -> Tensor:
         """Return x_t = alpha x1 + sigma z."""
@@ -52,7 +49,7 @@ class Path:
         return torch.addcmul(self.alpha(t) * x1_BND, self.sigma(t), z_BND)
 
     def velocity(self, x1_BND: Tensor, z_BND: Tensor, t_B: Tensor) -> Tensor:
-        """Return dx_t/dt = alpha' x1 + sigma' z of a pair."""
+        """Return dx_t/dt = alpha' x1 + sigma' z."""
         t = over(t_B, x1_BND)
         return torch.addcmul(self.d_alpha(t) * x1_BND, self.d_sigma(t), z_BND)
 
@@ -61,24 +58,6 @@ class Path:
         if prediction == "velocity":
             return self.velocity(x1_BND, z_BND, t_B)
         return x1_BND if prediction == "sample" else z_BND
-
-    def has_x1(self, prediction: str, t_B: Tensor) -> Tensor:
-        """Tell for each time whether x1 follows from (x_t, output).
-
-        A velocity needs alpha' sigma - alpha sigma' != 0, the noise needs alpha != 0.
-        """
-        if prediction == "velocity":
-            return self._wronskian(t_B) != 0
-        return self.alpha(t_B) != 0 if prediction == "noise" else torch.ones_like(t_B).bool()
-
-    def has_velocity(self, prediction: str, t_B: Tensor) -> Tensor:
-        """Tell for each time whether the velocity follows from (x_t, output).
-
-        The sample needs sigma != 0, the noise needs alpha != 0.
-        """
-        if prediction == "velocity":
-            return torch.ones_like(t_B).bool()
-        return (self.sigma if prediction == "sample" else self.alpha)(t_B) != 0
 
     def x1_from(
         self, prediction: str, out_BND: Tensor, x_BND: Tensor, t_B: Tensor, check: bool = True
@@ -90,14 +69,14 @@ class Path:
             out_BND: The output.
             x_BND: The point x_t at which it was given.
             t_B: Its time.
-            check: Look for times without an answer. On an accelerator this waits for it; pass
-                False where the times are known to lie inside the usable interval.
+            check: Look for times without an answer, which waits for an accelerator; False where
+                the times are known to lie inside the usable interval.
 
         Raises:
             UserError: If x1 has no value at one of the times.
         """
-        if check and not bool(self.has_x1(prediction, t_B).all()):
-            raise self._refusal(prediction, "x1")
+        if check:
+            self._check(prediction, "sample", t_B)
         t = over(t_B, x_BND)
         if prediction == "velocity":
             return (self.sigma(t) * out_BND - self.d_sigma(t) * x_BND) / self._wronskian(t)
@@ -109,8 +88,8 @@ class Path:
         self, prediction: str, out_BND: Tensor, x_BND: Tensor, t_B: Tensor, check: bool = True
     ) -> Tensor:
         """Return the velocity that the output implies; arguments and errors as in `x1_from`."""
-        if check and not bool(self.has_velocity(prediction, t_B).all()):
-            raise self._refusal(prediction, "velocity")
+        if check:
+            self._check(prediction, "velocity", t_B)
         if prediction == "velocity":
             return out_BND
         t = over(t_B, x_BND)
@@ -119,24 +98,6 @@ class Path:
             return self.d_alpha(t) * out_BND + self.d_sigma(t) * noise_BND
         x1_BND = (x_BND - self.sigma(t) * out_BND) / self.alpha(t)
         return self.d_alpha(t) * x1_BND + self.d_sigma(t) * out_BND
-
-    def noise_from(
-        self, prediction: str, out_BND: Tensor, x_BND: Tensor, t_B: Tensor, check: bool = True
-    ) -> Tensor:
-        """Return the noise z that the output implies; arguments and errors as in `x1_from`.
-
-        It follows from a velocity or a sample wherever the other of the two does.
-        """
-        t = over(t_B, x_BND)
-        if prediction == "noise":
-            return out_BND
-        if prediction == "velocity":
-            if check and not bool(self.has_x1("velocity", t_B).all()):
-                raise self._refusal(prediction, "noise")
-            return (self.d_alpha(t) * x_BND - self.alpha(t) * out_BND) / self._wronskian(t)
-        if check and not bool(self.has_velocity("sample", t_B).all()):
-            raise self._refusal(prediction, "noise")
-        return (x_BND - self.alpha(t) * out_BND) / self.sigma(t)
 
     def gain(self, prediction: str, wanted: str, t_B: Tensor) -> Tensor:
         """Return by how much an error of the output is enlarged in `wanted` (velocity or sample).
@@ -150,20 +111,26 @@ class Path:
             return (wronskian / (sigma if prediction == "sample" else alpha)).abs()
         return (sigma / (wronskian if prediction == "velocity" else alpha)).abs()
 
+    def has_value(self, prediction: str, wanted: str, t_B: Tensor) -> Tensor:
+        """Tell for each time whether `wanted` (velocity or sample) follows from (x_t, output)."""
+        return self.gain(prediction, wanted, t_B).isfinite()
+
     def _wronskian(self, t: Tensor) -> Tensor:
         """Return alpha' sigma - alpha sigma', zero where a velocity does not determine x1."""
         return self.d_alpha(t) * self.sigma(t) - self.alpha(t) * self.d_sigma(t)
 
-    def _refusal(self, prediction: str, wanted: str) -> UserError:
-        """Say why `wanted` has no value from this output at the time that was asked for."""
+    def _check(self, prediction: str, wanted: str, t_B: Tensor) -> None:
+        if bool(self.has_value(prediction, wanted, t_B).all()):
+            return
         if prediction == "sample":
             why, fix = "at sigma = 0 (t = 1)", "flow.sigma_min above 0 or a time below 1"
         elif prediction == "noise":
             why, fix = "at alpha = 0 (t = 0)", "flow.prediction=sample or a time above 0"
         else:
             why, fix = "where alpha' = 0 (t = 0)", "flow.prediction=sample or a time above 0"
-        return UserError(
-            f"flow.path={self.name} flow.prediction={prediction}: {wanted} has no value {why}: "
+        name = "x1" if wanted == "sample" else wanted
+        raise UserError(
+            f"flow.path={self.name} flow.prediction={prediction}: {name} has no value {why}: "
             f"use {fix}"
         )
 
@@ -250,10 +217,10 @@ _BUILDERS: dict[str, Callable[[float, float], Path]] = {
 
 
 def path_named(name: str, sigma_min: float = 0.0, sigma_max: float = 1.0) -> Path:
-    """Return a path by its option name.
+    """Return a path by its option name, one of `config.flow.PATHS`.
 
     Args:
-        name: linear, trigonometric, seed_linear or seed_cosine.
+        name: The name.
         sigma_min: Noise left at t = 1 (linear and the seeds' paths).
         sigma_max: Extra noise at t = 0 (the seeds' paths).
 

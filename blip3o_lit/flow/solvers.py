@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from blip3o_lit.config.errors import one_of
 from blip3o_lit.config.solver import SolverConfig, check_solver
 from blip3o_lit.flow.multistep import multistep
 from blip3o_lit.flow.objective import FlowObjective, Network
@@ -35,7 +34,7 @@ class Sample:
     x1_BND: Tensor
     """Generated tokens, standardised."""
     nfe: int
-    """Network evaluations that each sample took, counted."""
+    """Network evaluations per sample, counted."""
     intermediates: list[Tensor]
     """The state after each step, the last one equal to `x1_BND`; empty unless asked for."""
 
@@ -85,24 +84,11 @@ def integrate(
     rtol: float = 1e-3,
     atol: float = 1e-4,
 ) -> list[Tensor]:
-    """Integrate dx/dt = field(x, t) over a grid of times.
+    """Return the state at each time after the first, where dx/dt = field(x, t) and x0 at the first.
 
-    Args:
-        field: The velocity at a state and a time.
-        x0_BND: The state at the grid's first time.
-        grid_S: Times, increasing or decreasing.
-        method: euler, midpoint, heun (one step an interval, orders 1, 2, 2), rk4 (order 4), or
-            dopri5, whose step sizes adapt to the error of the whole batch.
-        rtol: Relative tolerance of dopri5.
-        atol: Absolute tolerance of dopri5.
-
-    Returns:
-        The state at each time after the first.
-
-    Raises:
-        UserError: If the method is not known.
+    Times increase or decrease. euler, midpoint, heun and rk4 take one step per interval, of orders
+    1, 2, 2 and 4; dopri5 adapts its steps to the error of the whole batch, by `rtol` and `atol`.
     """
-    one_of("solver.name", method, (*STEPS, "dopri5"))
     if method == "dopri5":
         times = torch.tensor(grid_S, dtype=torch.float64, device=x0_BND.device)
         states = odeint(
@@ -142,7 +128,7 @@ def sample(
         objective: Reads the network's output.
         network: The network, (x_BND, t_B, condition) -> out_BND.
         condition: Its condition, as the network takes it.
-        noise_BND: Standard normal noise; sets the shape, device and the sample drawn.
+        noise_BND: Standard normal noise; sets shape, device and the sample drawn.
         solver: Which estimator.
         intermediates: Keep the state after each step.
 
@@ -179,12 +165,10 @@ class _Evaluations:
         self.evaluations = 0
 
     def velocity(self, x_BND: Tensor, t: float) -> Tensor:
-        """Return dx/dt at one time for the whole batch."""
-        return self.objective.velocity(self._guided, self.condition, x_BND, times(x_BND, t), False)
+        return self.objective.velocity(self._guided, self.condition, x_BND, _times(x_BND, t), False)
 
     def estimate(self, x_BND: Tensor, t: float) -> Tensor:
-        """Return the estimate of y1 at one time for the whole batch."""
-        return self.objective.estimate(self._guided, self.condition, x_BND, times(x_BND, t), False)
+        return self.objective.estimate(self._guided, self.condition, x_BND, _times(x_BND, t), False)
 
     def _guided(self, x_BND: Tensor, t_B: Tensor, condition: Any) -> Tensor:
         out_BND = self._counted(x_BND, t_B, condition)
@@ -197,8 +181,7 @@ class _Evaluations:
         return self.network(x_BND, t_B, condition).float()
 
 
-def times(x_BND: Tensor, t: float) -> Tensor:
-    """Return one time for each sample of a batch."""
+def _times(x_BND: Tensor, t: float) -> Tensor:
     return torch.full((len(x_BND),), t, dtype=torch.float32, device=x_BND.device)
 
 
@@ -220,7 +203,7 @@ def _solved(
 
 
 def _singular_end(objective: FlowObjective, solver: SolverConfig, grid_S: list[float]) -> bool:
-    """Tell whether a stage would fall on a t = 1 where the sample output gives no velocity."""
+    """Whether a stage would fall on a t = 1 where the sample output gives no velocity."""
     if objective.config.prediction != "sample" or solver.name in ("euler", "midpoint"):
         return False
     end = torch.ones((), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Training times: from two uniform numbers a sample to t in [0, 1).
+"""Training times: from two uniform numbers per sample to t in [0, 1).
 
 The distribution, then the noise-level shift, then a share of the batch at exactly t = 0, where one
 evaluation is the posterior mean. Shapes: B batch.
@@ -38,7 +38,7 @@ def training_times(uniforms_B2: Tensor, config: FlowConfig) -> Tensor:
         config: The flow group.
 
     Returns:
-        float32 times [B]; apart from the share at t = 0 they lie strictly between 0 and 1.
+        float32 times [B]; but for the share at t = 0 strictly between 0 and 1.
     """
     u = uniforms_B2[:, 0].double()
     if config.time == "logit_normal":

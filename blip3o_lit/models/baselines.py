@@ -9,6 +9,7 @@ Shape suffixes: B images, N target tokens, D target width, M condition tokens, C
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 def condition_at_targets(condition_BMC: Tensor, shape: PairShape) -> Tensor:
-    """Return one condition token for each target token, [B, N, C].
+    """Return one condition token per target token, [B, N, C].
 
     Unequal grids are resampled bilinearly; a target CLS without a condition CLS gets the mean.
     """
@@ -44,7 +45,6 @@ class MeanToken(nn.Module):
     mean: Tensor
 
     def __init__(self, shape: PairShape) -> None:
-        """Make the buffer [N, D]."""
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape.target.tokens, shape.target.width))
 
@@ -58,7 +58,6 @@ class MeanToken(nn.Module):
         self.mean.copy_(total / images)
 
     def predict(self, condition_BMC: Tensor) -> Tensor:
-        """Return the mean tokens, [B, N, D]."""
         return self.mean.expand(len(condition_BMC), -1, -1)
 
 
@@ -66,17 +65,12 @@ class _Moments:
     """Running fp64 sums of the products of inputs x [B, T, C] and outputs y [B, T, D]."""
 
     def __init__(self, tokens: int, inputs: int, outputs: int, device: torch.device) -> None:
-        kind = {"dtype": torch.float64, "device": device}
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self.images = 0
-        self.x_TC, self.y_TD = (
-            torch.zeros(tokens, inputs, **kind),
-            torch.zeros(tokens, outputs, **kind),
-        )
-        self.xx, self.xy = torch.zeros(inputs, inputs, **kind), torch.zeros(inputs, outputs, **kind)
-        self.yy = torch.zeros((), **kind)
+        self.x_TC, self.y_TD = zeros(tokens, inputs), zeros(tokens, outputs)
+        self.xx, self.xy, self.yy = zeros(inputs, inputs), zeros(inputs, outputs), zeros(())
 
     def add(self, x_BTC: Tensor, y_BTD: Tensor) -> None:
-        """Count a batch in."""
         self.images += len(x_BTC)
         self.x_TC += x_BTC.sum(0)
         self.y_TD += y_BTD.sum(0)
@@ -86,7 +80,6 @@ class _Moments:
         self.yy += y.square().sum()
 
     def merge(self, other: _Moments) -> None:
-        """Count another's images in."""
         self.images += other.images
         for key in ("x_TC", "y_TD", "xx", "xy", "yy"):
             getattr(self, key).add_(getattr(other, key))
@@ -97,7 +90,7 @@ class _Moments:
         return 1e-12 * float(self.xx.diagonal().sum()) + 1e-12
 
     def about(self, x_TC: Tensor, y_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sums of products of deviations from given position means."""
+        """Return the sums of products of deviations from two position means."""
         n = self.images
         cross = x_TC.T @ self.x_TC
         xx = self.xx - cross - cross.T + n * x_TC.T @ x_TC
@@ -106,15 +99,14 @@ class _Moments:
         return xx, xy, yy
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Return the position means of x and y."""
         return self.x_TC / self.images, self.y_TD / self.images
 
 
 class Ridge(nn.Module):
     """Ridge regression from the condition token at a position to the target token there.
 
-    The weights are shared over patch positions (CLS has its own), the unpenalised bias is a
-    position's own, so MeanToken is the limit of a large penalty. Exact: fp64 normal equations,
+    The weights are shared over patch positions (CLS has its own), the unpenalised bias is per
+    position, so MeanToken is the limit of a large penalty. Exact: fp64 normal equations,
     streamed. The penalty, as a share of the mean input variance, is the best of `penalties` on
     every eighth image of the training split; then all images are fitted.
     """
@@ -126,11 +118,10 @@ class Ridge(nn.Module):
     penalties = tuple(10.0**power for power in range(-6, 3))
 
     def __init__(self, shape: PairShape) -> None:
-        """Make the buffers: weight [1 or 2, C, D] (CLS first), bias [N, D]."""
         super().__init__()
         self.shape = shape
         target, inputs = shape.target, shape.condition.width
-        self.parts = [slice(0, 1), slice(1, None)] if target.cls else [slice(None)]
+        self.parts = [slice(0, 1), slice(1, None)] if target.cls else [slice(None)]  # CLS, patches
         self.register_buffer("weight", torch.zeros(len(self.parts), inputs, target.width))
         self.register_buffer("bias", torch.zeros(target.tokens, target.width))
         self.register_buffer("penalty", torch.zeros(len(self.parts)))
@@ -161,22 +152,20 @@ class Ridge(nn.Module):
             self._solve(index, part, fitted[index], held[index])
 
     def _moments(self) -> list[_Moments]:
-        """Return empty sums for each part."""
         _, inputs, outputs = self.weight.shape
         sizes = [len(self.bias[part]) for part in self.parts]
         return [_Moments(size, inputs, outputs, self.bias.device) for size in sizes]
 
     def _solve(self, index: int, part: slice, fitted: _Moments, held: _Moments) -> None:
-        """Choose the penalty of one part on `held`, then fit `fitted` and `held` together."""
+        """Choose the penalty of one part on `held`, then fit both together."""
         means = fitted.means()
         xx, xy, _ = fitted.about(*means)
         held_xx, held_xy, held_yy = held.about(*means)
         errors = []
         for penalty in self.penalties:
             weight = _ridge(xx, xy, penalty, fitted.noise)
-            errors.append(
-                held_yy - 2 * (weight * held_xy).sum() + (weight * (held_xx @ weight)).sum()
-            )
+            explained = 2 * (weight * held_xy).sum() - (weight * (held_xx @ weight)).sum()
+            errors.append(held_yy - explained)
         best = self.penalties[int(torch.stack(errors).argmin())]
         fitted.merge(held)
         x_TC, y_TD = fitted.means()
@@ -186,7 +175,6 @@ class Ridge(nn.Module):
         self.penalty[index] = best
 
     def predict(self, condition_BMC: Tensor) -> Tensor:
-        """Predict the target tokens, [B, N, D]."""
         x_BNC = condition_at_targets(condition_BMC.to(self.bias), self.shape)
         parts = [x_BNC[:, part] @ self.weight[index] for index, part in enumerate(self.parts)]
         return torch.cat(parts, 1) + self.bias
@@ -198,7 +186,5 @@ def _ridge(xx: Tensor, xy: Tensor, penalty: float, noise: float) -> Tensor:
     It is no smaller than `noise`, so that inputs that are all alike get weights of about zero.
     """
     shift = (penalty * xx.diagonal().mean()).clamp_min(noise)
-    factor = torch.linalg.cholesky(
-        xx + shift * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-    )
+    factor = torch.linalg.cholesky(xx + shift * torch.eye(len(xx)).to(xx))
     return torch.cholesky_solve(xy, factor)

@@ -1,6 +1,6 @@
 """The DiT's block: self-attention, cross-attention if asked, feed-forward, each a gated residual.
 
-Shape suffixes: B batch, N target tokens, W network width.
+Shape suffixes: B batch, N target tokens, M condition tokens, W network width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ class Branch(nn.Module):
     """
 
     def __init__(self, layer: nn.Module, config: ModelConfig) -> None:
-        """Wrap a layer that maps [B, N, W] and further inputs to [B, N, W]."""
         super().__init__()
         self.layer = layer
         self.dropout = config.dropout
@@ -53,10 +52,7 @@ class Branch(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention if the condition is read so, feed-forward."""
-
     def __init__(self, config: ModelConfig) -> None:
-        """Make the branches."""
         super().__init__()
         sizes = (config.width, config.heads, config.kv_heads)
         feed_forward = SwiGLU if config.mlp == "swiglu" else GELUMLP
@@ -66,7 +62,6 @@ class Block(nn.Module):
         self.mlp = Branch(feed_forward(config.width, config.mlp_width), config)
 
     def keys_values(self, condition_BMW: Tensor, rope: Tensor | None) -> KeysValues:
-        """Project condition tokens to the keys and values of cross-attention."""
         return self.cross.layer.keys_values(condition_BMW, rope)  # type: ignore[union-attr, operator]
 
     def forward(

@@ -19,12 +19,10 @@ Rules = dict[str, float | Draw]
 
 
 def xavier(whole: Tensor, generator: torch.Generator) -> None:
-    """Draw a weight matrix, Xavier-uniform."""
     nn.init.xavier_uniform_(whole, generator=generator)
 
 
 def narrow_normal(whole: Tensor, generator: torch.Generator) -> None:
-    """Draw normal numbers with a standard deviation of 0.02."""
     nn.init.normal_(whole, std=0.02, generator=generator)
 
 

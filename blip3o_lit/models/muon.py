@@ -2,8 +2,7 @@
 
 https://kellerjordan.github.io/posts/muon/. Steps are scaled to the size of AdamW's, 0.2
 sqrt(max(rows, columns)) (Liu et al. 2025, arXiv:2502.16982). Blocks repeat their matrices, so those
-of one shape are orthogonalised together: torch's own Muon takes one at a time, some 1,400 kernels a
-step of `base`, and every one waits for the host.
+of one shape are orthogonalised together, in fewer kernels than torch's own Muon takes.
 
 Shape suffixes: S matrices of a stack, I rows, J columns.
 """
@@ -15,31 +14,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import (
-    Tensor,
-    _foreach_add_,  # pyright: ignore[reportPrivateImportUsage]
-    _foreach_lerp,  # pyright: ignore[reportPrivateImportUsage]
-    _foreach_lerp_,  # pyright: ignore[reportPrivateImportUsage]
-    _foreach_mul_,  # pyright: ignore[reportPrivateImportUsage]
-)
+from torch import Tensor
 
 from blip3o_lit.models.initialisation import is_sharded
 
-# Of the quintic iteration, as Jordan chose them; rounds, and the least norm that is divided by.
-COEFFICIENTS, ROUNDS, LEAST_NORM = (3.4445, -4.7750, 2.0315), 5, 1e-7
+# Of the quintic iteration, as Jordan chose them.
+COEFFICIENTS, ROUNDS = (3.4445, -4.7750, 2.0315), 5
+LEAST_NORM = 1e-7
 STACK_ELEMENTS = 1 << 26
-"""Numbers in one stack at most: what is made of them on the way takes 0.7 GB."""
+"""Numbers in one stack at most; a step takes ten bytes for each."""
 
 
 def orthogonalised(x: Tensor) -> Tensor:
-    """Return matrices whose singular values all are about 1 and whose singular vectors stay.
-
-    Args:
-        x: One matrix [I, J], or a stack [S, I, J].
-
-    Returns:
-        The same shape in bf16, in which the iteration runs.
-    """
+    """Set the singular values of [I, J] or of a stack [S, I, J] to about 1, in bf16."""
     tall = x.shape[-2] > x.shape[-1]
     a, b, c = COEFFICIENTS
     y = (x.mT if tall else x).to(torch.bfloat16, copy=True)
@@ -66,32 +53,30 @@ def stacks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def muon_step(group: dict[str, Any], state: dict[Any, Any], found_inf: Tensor | None) -> None:
-    """Take one step of all matrices of an optimizer's group; those without gradient stay.
+    """Step the matrices of an optimizer's group that have a gradient.
 
-    Args:
-        group: `params`, `lr`, `weight_decay` and `momentum`.
-        state: The optimizer's, by parameter; holds `momentum_buffer`.
-        found_inf: Where it is 1 nothing moves, and nobody waits for the device to know.
+    Where `found_inf` is 1 nothing moves, without waiting for the device.
     """
     rate, momentum = group["lr"], group["momentum"]
     moves = 1.0 if found_inf is None else 1.0 - found_inf
-    moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-    for parameter in moved:
+    moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+    for parameter in moving:
         if "momentum_buffer" not in state[parameter]:
             state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    for stack in stacks(moved):
+    for stack in stacks(moving):
         gradients = [parameter.grad for parameter in stack if parameter.grad is not None]
         buffers = [state[parameter]["momentum_buffer"] for parameter in stack]
-        if found_inf is not None:  # Towards itself no momentum moves.
+        if found_inf is not None:
+            # The momentum as its own gradient: the average of the two is the momentum.
             skipped = found_inf.bool()
             gradients = [torch.where(skipped, b, g) for b, g in zip(buffers, gradients)]
-        _foreach_lerp_(buffers, gradients, 1 - momentum)
-        steps = _foreach_lerp(gradients, buffers, momentum)
-        del gradients  # Each is let go as soon as the next is made of it: a stack is large.
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        steps = torch._foreach_lerp(gradients, buffers, momentum)
+        del gradients  # A stack is large: each is let go as soon as the next is made of it.
         whole = steps[0] if len(stack) == 1 else torch.stack(steps)
         del steps
-        made = orthogonalised(whole).float()
+        updates = orthogonalised(whole).float()
         del whole
-        made.mul_(-0.2 * math.sqrt(max(stack[0].shape)) * rate * moves)
-        _foreach_mul_(stack, 1 - rate * group["weight_decay"] * moves)
-        _foreach_add_(stack, [made] if len(stack) == 1 else list(made.unbind()))
+        updates.mul_(-0.2 * math.sqrt(max(stack[0].shape)) * rate * moves)
+        torch._foreach_mul_(stack, 1 - rate * group["weight_decay"] * moves)
+        torch._foreach_add_(stack, [updates] if len(stack) == 1 else list(updates.unbind()))

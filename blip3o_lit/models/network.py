@@ -1,4 +1,4 @@
-"""What the two transformers share: the encoded condition and how a stack of blocks is run.
+"""What the two transformers share: the encoded condition, rotary tables, how blocks are run.
 
 Shape suffixes: B batch, N target tokens, D target width, M condition tokens, C condition width,
 W network width, G key and value heads, K head width.
@@ -7,8 +7,9 @@ W network width, G key and value heads, K head width.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,14 @@ from blip3o_lit.base.home import home
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.models.initialisation import Rules, apply_rules, rules_of_layers
+from blip3o_lit.models.layers import rope_table
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one cross-attention, each [B, M, G, K]."""
 
 
 class EncodedCondition(NamedTuple):
-    """What the network needs of a condition; computed once a sample, reused at every step."""
+    """What the network needs of a condition; computed once per sample, reused at every step."""
 
     tokens: Tensor | None
     """conditioning=aligned: projected condition in the target's token order, [B, N, W]."""
@@ -41,11 +43,27 @@ class Network(nn.Module):
     """
 
     blocks: nn.ModuleList
+    rope: Tensor | None
+    rope_condition: Tensor | None
+    rope_base = 100.0
 
     def __init__(self, config: ModelConfig, shape: PairShape) -> None:
-        """Keep the configuration and the shapes."""
         super().__init__()
         self.config, self.shape = config, shape
+        for name, table in self._rope_tables().items():
+            self.register_buffer(name, table, persistent=False)
+
+    def _rope_tables(self) -> dict[str, Tensor | None]:
+        """Compute the tables by buffer name; the condition's grid is laid over the target's."""
+        config, source, target = self.config, self.shape.condition, self.shape.target
+        head_width = config.width // config.heads
+        rotary = config.positions == "rope"
+        tables: dict[str, Tensor | None] = {"rope": None, "rope_condition": None}
+        if rotary:
+            tables["rope"] = rope_table(target, head_width, target.grid, self.rope_base)
+        if rotary and config.conditioning == "cross" and config.key_rope:
+            tables["rope_condition"] = rope_table(source, head_width, target.grid, self.rope_base)
+        return tables
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:
@@ -65,8 +83,10 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def fill_buffers(self) -> None:
-        """Compute the buffers."""
-        raise NotImplementedError
+        """Compute the buffers, which no checkpoint has."""
+        for name, table in self._rope_tables().items():
+            if table is not None:
+                self.get_buffer(name).copy_(table)
 
     def encode(self, condition_BMC: Tensor) -> EncodedCondition:
         """Project a condition once, for any number of forward calls."""
@@ -83,34 +103,27 @@ class Network(nn.Module):
         return type(self).encode(self, condition)
 
     def forward(self, x_BND: Tensor, t_B: Tensor, condition: Tensor | EncodedCondition) -> Tensor:
-        """Evaluate the network.
+        """Return the raw output [B, N, D], in the dtype of `x_BND`.
 
         Args:
             x_BND: Noisy target tokens x_t.
             t_B: Times in [0, 1], 0 is noise.
             condition: Condition tokens [B, M, C], or what `encode` made of them.
-
-        Returns:
-            The raw output [B, N, D], in the dtype of `x_BND`.
         """
         raise NotImplementedError
 
-    def encode_flops(self, batch: int = 1) -> int:
-        """Matmul FLOPs of `encode`; a multiply-add counts 2."""
-        raise NotImplementedError
-
-    def forward_flops(self, batch: int = 1) -> int:
-        """Matmul FLOPs of a forward call with an unencoded condition; training costs 3 times it."""
-        raise NotImplementedError
-
-    def run_blocks(self, x_BNW: Tensor, inputs: Iterable[tuple[Any, ...]]) -> Tensor:
-        """Apply the blocks in turn, each with its own further inputs."""
+    def run_blocks(
+        self, x_BNW: Tensor, modulation: Sequence[Tensor | None], encoded: EncodedCondition
+    ) -> Tensor:
+        """Apply the blocks in turn, each with its own modulation, keys and values."""
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
-        for block, further in zip(self.blocks, inputs):
+        rope = None if self.rope is None else self.rope.to(x_BNW.dtype)
+        keys_values = encoded.keys_values or [None] * len(self.blocks)
+        for block, rows, pair in zip(self.blocks, modulation, keys_values):
             if recompute:
-                x_BNW = checkpoint(block, x_BNW, *further, use_reentrant=False)  # type: ignore[assignment]
+                x_BNW = checkpoint(block, x_BNW, rows, rope, pair, use_reentrant=False)  # type: ignore[assignment]
             else:
-                x_BNW = block(x_BNW, *further)
+                x_BNW = block(x_BNW, rows, rope, pair)
         return x_BNW
 
     def compile_blocks(self, backend: str = "inductor") -> None:
@@ -121,3 +134,21 @@ class Network(nn.Module):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "kernels"))
         for block in self.blocks:
             block.compile(backend=backend, fullgraph=True)
+
+    def forward_flops(self, batch: int = 1) -> int:
+        """Matmul FLOPs of a forward call with an unencoded condition; training costs 3 times it."""
+        one, two = self._count_flops(1, batch), self._count_flops(2, batch)
+        return one + (self.config.depth - 1) * (two - one)
+
+    @torch.no_grad()
+    def _count_flops(self, depth: int, batch: int) -> int:
+        from torch.utils.flop_counter import FlopCounterMode  # slow to import
+
+        source, target = self.shape.condition, self.shape.target
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            network = type(self)(replace(self.config, depth=depth), self.shape)
+            x_BND = torch.empty(batch, target.tokens, target.width)
+            condition_BMC = torch.empty(batch, source.tokens, source.width)
+            with FlopCounterMode(display=False) as counter:
+                network(x_BND, torch.empty(batch), condition_BMC)
+        return counter.get_total_flops()

@@ -23,22 +23,19 @@ from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.models.initialisation import Rules, narrow_normal
-from blip3o_lit.models.layers import SwiGLU, TimeEmbedding, attend, rope_table, rotate
+from blip3o_lit.models.layers import SwiGLU, TimeEmbedding, attend
 from blip3o_lit.models.network import EncodedCondition, KeysValues, Network
-from blip3o_lit.models.norms import RMSNorm
+from blip3o_lit.models.norms import RMSNorm, rotate
 from blip3o_lit.models.official import from_official, to_official
 
 EPS = 1e-5
 """Of every norm but the last, as in the released weights."""
-ROPE_BASE = 10_000.0
-"""Of the rotary frequencies, as in the released weights."""
 
 
 class NextDiTBlock(nn.Module):
-    """One Lumina-Next block."""
+    """One Lumina-Next block; query and key norms are LayerNorms over all heads together."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Make the layers; query and key norms are LayerNorms over all heads together."""
         super().__init__()
         width, self.heads, self.kv_heads = config.width, config.heads, config.kv_heads
         narrow = width // self.heads * self.kv_heads
@@ -58,13 +55,12 @@ class NextDiTBlock(nn.Module):
         self.after_mlp = RMSNorm(width, EPS)
 
     def keys_values(self, condition_BMW: Tensor, rope: Tensor | None) -> KeysValues:
-        """Project condition tokens to the keys and values of cross-attention, [B, M, G, K]."""
         k_BMGK, v_BMGK = self.key_value(self.condition_norm(condition_BMW)).chunk(2, -1)
         k_BMGK = self.cross_key_norm(k_BMGK).unflatten(-1, (self.kv_heads, -1))
         return rotate(k_BMGK, rope), v_BMGK.unflatten(-1, (self.kv_heads, -1))
 
     def forward(
-        self, x_BNW: Tensor, modulation: Tensor, rope: Tensor, keys_values: KeysValues
+        self, x_BNW: Tensor, modulation: Tensor, rope: Tensor | None, keys_values: KeysValues
     ) -> Tensor:
         """Update [B, N, W]; rows of `modulation`, [B, 1, 4, W]: scale and gate, twice."""
         scale, gate, mlp_scale, mlp_gate = modulation.unbind(2)
@@ -73,24 +69,17 @@ class NextDiTBlock(nn.Module):
         added = self.mlp(self.mlp_norm(x_BNW) * (1 + mlp_scale))
         return torch.addcmul(x_BNW, mlp_gate.tanh(), self.after_mlp(added))
 
-    def _attend(self, x_BNW: Tensor, rope: Tensor, keys_values: KeysValues) -> Tensor:
+    def _attend(self, x_BNW: Tensor, rope: Tensor | None, keys_values: KeysValues) -> Tensor:
         """Self-attention plus gated cross-attention, before the output matrix."""
         width, narrow = x_BNW.shape[-1], self.key_norm.normalized_shape[0]
-        joint = self.projection(x_BNW).split((width, narrow, narrow, width), -1)
-        q_BNHK, k_BNGK, v_BNGK, c_BNHK = (
-            part.unflatten(-1, (heads, -1))
-            for part, heads in zip(
-                (
-                    self.query_norm(joint[0]),
-                    self.key_norm(joint[1]),
-                    joint[2],
-                    self.cross_query_norm(joint[3]),
-                ),
-                (self.heads, self.kv_heads, self.kv_heads, self.heads),
-            )
-        )
+        widths = (width, narrow, narrow, width)
+        query, key, value, cross_query = self.projection(x_BNW).split(widths, -1)
+        q_BNHK = self.query_norm(query).unflatten(-1, (self.heads, -1))
+        k_BNGK = self.key_norm(key).unflatten(-1, (self.kv_heads, -1))
+        v_BNGK = value.unflatten(-1, (self.kv_heads, -1))
+        cross_BNHK = self.cross_query_norm(cross_query).unflatten(-1, (self.heads, -1))
         own = attend(rotate(q_BNHK, rope), rotate(k_BNGK, rope), v_BNGK)
-        read = attend(rotate(c_BNHK, rope), *keys_values)
+        read = attend(rotate(cross_BNHK, rope), *keys_values)
         gate_W = self.cross_gate.tanh().repeat_interleave(width // self.heads)
         return torch.addcmul(own, gate_W.to(read.dtype), read)
 
@@ -101,11 +90,9 @@ class NextDiT(Network):
     At the start every gate and the output layer are zero: blocks are the identity, the output zero.
     """
 
-    rope: Tensor
-    rope_condition: Tensor | None
+    rope_base = 10_000.0  # as in the released weights
 
     def __init__(self, config: ModelConfig, shape: PairShape) -> None:
-        """Build the network for one pair of token shapes."""
         super().__init__(config, shape)
         width, signal = config.width, min(config.width, 1024)
         self.input = nn.Linear(shape.target.width, width)
@@ -119,31 +106,14 @@ class NextDiT(Network):
         self.blocks = nn.ModuleList(NextDiTBlock(config) for _ in range(config.depth))
         self.output_norm = nn.LayerNorm(width, 1e-6, elementwise_affine=False)
         self.output = nn.Linear(width, shape.target.width)
-        self.register_buffer("rope", self._rope_table("target"), persistent=False)
-        table = self._rope_table("condition") if config.key_rope else None
-        self.register_buffer("rope_condition", table, persistent=False)
         self.init_weights()
 
-    def _rope_table(self, side: str) -> Tensor:
-        """Compute one side's rotary table; the condition's grid is laid over the target's."""
-        head_width = self.config.width // self.config.heads
-        extent = self.shape.target.grid
-        return rope_table(getattr(self.shape, side), head_width, extent, ROPE_BASE)
-
     def start_rules(self) -> Rules:
-        """Return the start values that differ from a layer's usual ones."""
         rules: Rules = dict.fromkeys(("time.first.weight", "time.second.weight"), narrow_normal)
         rules |= {"modulation.weight": 0.0, "output.weight": 0.0}
         return rules | {f"blocks.{i}.cross_gate": 0.0 for i in range(len(self.blocks))}
 
-    def fill_buffers(self) -> None:
-        """Compute the rotary tables."""
-        self.rope.copy_(self._rope_table("target"))
-        if self.rope_condition is not None:
-            self.rope_condition.copy_(self._rope_table("condition"))
-
     def encode(self, condition_BMC: Tensor) -> EncodedCondition:
-        """Project a condition once, for any number of forward calls."""
         hidden_BMW = self.caption_first(condition_BMC.to(self.caption_first.weight.dtype))
         tokens_BMW = self.caption_second(F.gelu(hidden_BMW, approximate="tanh"))
         pooled_BT = self.pool(self.pool_norm(tokens_BMW.mean(1)))
@@ -151,15 +121,13 @@ class NextDiT(Network):
         return EncodedCondition(None, pooled_BT, pairs)
 
     def forward(self, x_BND: Tensor, t_B: Tensor, condition: Tensor | EncodedCondition) -> Tensor:
-        """Evaluate the network; see `Network.forward`."""
         encoded = self.encoded(condition)
         x_BNW = self.input(x_BND.to(self.input.weight.dtype))
         signal_B1T = (self.time(1 - t_B.float()) + encoded.pooled)[:, None]
         rows_B1RW = self.modulation(F.silu(signal_B1T)).to(x_BNW.dtype)
         rows_B1RW = rows_B1RW.unflatten(-1, (-1, self.config.width))
         by_block, last_B1W = rows_B1RW[:, :, :-1].split(4, 2), rows_B1RW[:, :, -1]
-        rope, pairs = self.rope.to(x_BNW.dtype), encoded.keys_values or ()
-        x_BNW = self.run_blocks(x_BNW, ((m, rope, p) for m, p in zip(by_block, pairs)))
+        x_BNW = self.run_blocks(x_BNW, by_block, encoded)
         x_BNW = self.output_norm(x_BNW) * (1 + last_B1W)
         return self.output(x_BNW).to(x_BND.dtype)
 
@@ -182,23 +150,3 @@ class NextDiT(Network):
     def official_state(self) -> dict[str, Tensor]:
         """Return the weights under the official names and in the official layout."""
         return to_official(self.state_dict(), self.config)
-
-    def encode_flops(self, batch: int = 1) -> int:
-        """Matmul FLOPs of `encode`; a multiply-add counts 2."""
-        config, source = self.config, self.shape.condition
-        width = config.width
-        kept = 2 * width * (width // config.heads * config.kv_heads)
-        per_token = (source.width + width) * width + config.depth * kept
-        return 2 * batch * (source.tokens * per_token + width * self.pool.out_features)
-
-    def forward_flops(self, batch: int = 1) -> int:
-        """Matmul FLOPs of a forward call with an unencoded condition; training costs 3 times it."""
-        config, target = self.config, self.shape.target
-        width, tokens = config.width, target.tokens
-        narrow = width // config.heads * config.kv_heads
-        per_token = width * (3 * width + 2 * narrow) + 3 * width * config.mlp_width
-        per_block = tokens * per_token + 2 * width * tokens * (tokens + self.shape.condition.tokens)
-        signal = self.time.second.out_features
-        per_image = (self.time.channels + signal + self.modulation.out_features) * signal
-        macs = config.depth * per_block + 2 * tokens * target.width * width + per_image
-        return 2 * batch * macs + self.encode_flops(batch)

@@ -1,4 +1,4 @@
-"""Norms: root mean square (Zhang and Sennrich, 2019), plain, adaptive and rotated; layer norm.
+"""Norms: root mean square (Zhang and Sennrich, 2019), layer, adaptive, and rotated for attention.
 
 Shape suffixes: B batch, N tokens, H heads, K head width, W width.
 """
@@ -16,41 +16,34 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
     Autocast would run the norm in fp32 and pass fp32 on to all that follows; the kernel sums in
     fp32 by itself.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         return F.rms_norm(x, x.shape[-1:], None, eps)
 
 
-def rotated_rms_norm(x_BNHK: Tensor, weight: Tensor, rope: Tensor | None, eps: float) -> Tensor:
-    """Return the RMS norm over the heads' width, times a weight, rotated by a table.
+def rotate(x_BNHK: Tensor, rope: Tensor | None) -> Tensor:
+    """Rotate by a table of `layers.rope_table`, [2, N, 1, K]; None leaves x as it is.
 
-    Args:
-        x_BNHK: Queries, keys, or both one after the other.
-        weight: [K], or [H, K] where heads have different ones.
-        rope: A table of `layers.rope_table`, [2, N, 1, K]; None: nothing is rotated.
-        eps: Added to the mean square.
+    x cosine + (x with its halves swapped) signed sine.
     """
-    normed = rms_norm(x_BNHK, eps) * weight.to(x_BNHK.dtype)
-    return normed if rope is None else rotated(normed, rope.to(x_BNHK.dtype))
-
-
-def rotated(x_BNHK: Tensor, rope: Tensor) -> Tensor:
-    """Rotate by a table: x cosine + (x with its halves swapped) signed sine."""
-    cosine, signed_sine = rope
+    if rope is None:
+        return x_BNHK
+    cosine, signed_sine = rope.to(x_BNHK.dtype)
     half = x_BNHK.shape[-1] // 2
     return torch.addcmul(x_BNHK * cosine, x_BNHK.roll(half, -1), signed_sine)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis with a weight per channel, no bias."""
+def rotated_rms_norm(x_BNHK: Tensor, weight: Tensor, rope: Tensor | None, eps: float) -> Tensor:
+    """Normalise heads, multiply by a weight, [K] or per head [H, K], and rotate."""
+    return rotate(rms_norm(x_BNHK, eps) * weight.to(x_BNHK.dtype), rope)
 
+
+class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float = 1e-6) -> None:
-        """Make a weight of ones, [width]."""
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [..., width] to mean square 1, times the weight."""
         return rms_norm(x, self.eps) * self.weight.to(x.dtype)
 
 
@@ -58,12 +51,10 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm that keeps the input's dtype, under autocast too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [..., width] to mean 0 and variance 1, times the weight, plus the bias."""
         return super().forward(x).to(x.dtype)
 
 
 def norm_layer(kind: str, width: int) -> nn.Module:
-    """Return the norm that model.norm names."""
     return RMSNorm(width) if kind == "rms" else LayerNorm(width)
 
 

@@ -58,7 +58,6 @@ def parts(config: ModelConfig) -> Iterator[tuple[str, list[Part]]]:
 
 
 def _block(width: int, narrow: int, hidden: int) -> dict[str, list[Part]]:
-    """Return the table of one block."""
     table = {
         "cross_gate": [Part("gate")],
         "projection.weight": [
@@ -108,7 +107,6 @@ def rotary_order(head_width: int) -> Tensor:
 
 
 def _reorder(tensor: Tensor, order_K: Tensor) -> Tensor:
-    """Permute the rows of each head."""
     heads = tensor.unflatten(0, (-1, len(order_K)))
     return heads[:, order_K.to(tensor.device)].flatten(0, 1)
 
@@ -127,13 +125,13 @@ def from_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
     for ours, group in parts(config):
         pieces = []
         for part in group:
-            if prefix + part.name not in state:
+            tensor = state.get(prefix + part.name)
+            if tensor is None:
                 raise UserError(
                     f"official weights lack {prefix}{part.name}; check model.depth={config.depth}"
                 )
-            tensor = state[prefix + part.name]
             pieces.append(part.sign * (_reorder(tensor, order_K) if part.rotary else tensor))
-        result[ours] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        result[ours] = torch.cat(pieces)
     return result
 
 

@@ -17,9 +17,7 @@ from blip3o_lit.models.muon import muon_step
 
 
 def make_optimizer(network: nn.Module, config: OptimizerConfig, fused: bool = True) -> AdamW:
-    """Build the optimizer of all parameters of a network.
-
-    Weight decay is on the weights of linear layers alone.
+    """Build the optimizer of all parameters; weight decay is on the weights of linear layers alone.
 
     Args:
         network: The network; Muon's matrices are those of the linear layers of `network.blocks`.
@@ -28,9 +26,7 @@ def make_optimizer(network: nn.Module, config: OptimizerConfig, fused: bool = Tr
             `found_inf` is 1.
     """
     linear = {id(layer.weight) for layer in network.modules() if isinstance(layer, nn.Linear)}
-    hidden: list[nn.Parameter] = []
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    hidden, matrices, rest = [], [], []
     for name, parameter in network.named_parameters():
         if id(parameter) not in linear:
             rest.append(parameter)
@@ -45,7 +41,8 @@ def make_optimizer(network: nn.Module, config: OptimizerConfig, fused: bool = Tr
     options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "fused": fused}
     if config.name == "adamw":
         return AdamW(groups, lr=config.lr, **options)
-    return MuonAdamW(hidden, groups, config.lr, config.weight_decay, config.momentum, **options)
+    muon = {"params": hidden, "weight_decay": config.weight_decay, "momentum": config.momentum}
+    return MuonAdamW([*groups, muon], lr=config.lr, **options)
 
 
 class MuonAdamW(AdamW):
@@ -54,31 +51,8 @@ class MuonAdamW(AdamW):
     One optimizer to Lightning, to schedules and in checkpoints: one list of groups, one state.
     """
 
-    def __init__(
-        self,
-        hidden: list[nn.Parameter],
-        groups: list[dict[str, Any]],
-        lr: float,
-        weight_decay: float,
-        momentum: float,
-        **options: Any,
-    ) -> None:
-        """Join the two.
-
-        Args:
-            hidden: Matrices for Muon.
-            groups: Groups of all other parameters.
-            lr: Learning rate of both.
-            weight_decay: Decoupled weight decay of Muon's matrices.
-            momentum: Muon's.
-            options: AdamW's.
-        """
-        own = {"params": hidden, "weight_decay": weight_decay, "momentum": momentum}
-        super().__init__([*groups, own], lr=lr, **options)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take one step of both; neither moves anything where `found_inf` is 1."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -93,5 +67,5 @@ class MuonAdamW(AdamW):
         return loss
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a loaded state as it is: AdamW's own way looks for its step counter in Muon's."""
+        # AdamW's own way looks for its step counter in Muon's state.
         Optimizer.__setstate__(self, state)

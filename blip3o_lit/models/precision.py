@@ -10,32 +10,29 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-LOW = (torch.bfloat16, torch.float16)
-
 
 @dataclass(frozen=True)
 class Precision:
-    """What one word of `precision=` means."""
+    """What one word of `precision=` means; the defaults are those of fp32."""
 
     name: str
-    """The word."""
-    weights: torch.dtype
+    weights: torch.dtype = torch.float32
     """Format of the trained weights, their gradients and moments; the average is always fp32."""
-    products: torch.dtype
+    products: torch.dtype = torch.float32
     """Format that matrix products read."""
-    matmul: str
+    matmul: str = "highest"
     """torch's word for fp32 products: highest, or high for TF32."""
-    lightning: str
+    lightning: str = "32-true"
     """Lightning's word. It leaves `bf16_true` to the module, which keeps the average in fp32."""
-    loss_scale: bool
+    loss_scale: bool = False
     """Whether gradients need a loss scale."""
-    cuda_only: bool
+    cuda_only: bool = False
     """Whether CPUs and Apple GPUs lack it."""
 
     @property
     def low(self) -> bool:
         """Whether products read 16-bit numbers."""
-        return self.products in LOW
+        return self.products.itemsize == 2
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -57,50 +54,12 @@ class Precision:
 PRECISIONS = {
     precision.name: precision
     for precision in (
+        Precision("fp32"),
+        Precision("tf32", matmul="high", cuda_only=True),
+        Precision("bf16", products=torch.bfloat16, lightning="bf16-mixed"),
+        Precision("bf16_true", weights=torch.bfloat16, products=torch.bfloat16),
         Precision(
-            name="fp32",
-            weights=torch.float32,
-            products=torch.float32,
-            matmul="highest",
-            lightning="32-true",
-            loss_scale=False,
-            cuda_only=False,
-        ),
-        Precision(
-            name="tf32",
-            weights=torch.float32,
-            products=torch.float32,
-            matmul="high",
-            lightning="32-true",
-            loss_scale=False,
-            cuda_only=True,
-        ),
-        Precision(
-            name="bf16",
-            weights=torch.float32,
-            products=torch.bfloat16,
-            matmul="highest",
-            lightning="bf16-mixed",
-            loss_scale=False,
-            cuda_only=False,
-        ),
-        Precision(
-            name="bf16_true",
-            weights=torch.bfloat16,
-            products=torch.bfloat16,
-            matmul="highest",
-            lightning="32-true",
-            loss_scale=False,
-            cuda_only=False,
-        ),
-        Precision(
-            name="fp16",
-            weights=torch.float32,
-            products=torch.float16,
-            matmul="highest",
-            lightning="16-mixed",
-            loss_scale=True,
-            cuda_only=True,
+            "fp16", products=torch.float16, lightning="16-mixed", loss_scale=True, cuda_only=True
         ),
     )
 }

@@ -28,53 +28,8 @@ Progress = Callable[[int, Tensor], None]
 """Called after each training step with the steps done and the loss (a tensor: no forced sync)."""
 
 
-class PatchMLP(nn.Module):
-    """Two-layer network on the condition token at each position, with a bias a position."""
-
-    def __init__(self, shape: PairShape, hidden: int = 1024) -> None:
-        """Make the layers."""
-        super().__init__()
-        self.shape = shape
-        self.first = nn.Linear(shape.condition.width, hidden)
-        self.position = nn.Parameter(torch.zeros(shape.target.tokens, hidden))
-        self.second = nn.Linear(hidden, shape.target.width)
-
-    def forward(self, condition_BMC: Tensor) -> Tensor:
-        """Predict the target tokens, [B, N, D]."""
-        x_BNC = condition_at_targets(condition_BMC, self.shape)
-        return self.second(F.gelu(self.first(x_BNC) + self.position))
-
-    def fit(
-        self,
-        batches: Batches,
-        steps: int,
-        bf16: bool = True,
-        progress: Progress | None = None,
-    ) -> None:
-        """Train for `steps` batches; see `train_regression`."""
-        optimizer = make_optimizer(self, OptimizerConfig())
-        train_regression(self, optimizer, batches, steps, bf16, progress)
-
-    @torch.no_grad()
-    def predict(self, condition_BMC: Tensor) -> Tensor:
-        """Predict the target tokens, [B, N, D] fp32."""
-        return self(condition_BMC.to(self.first.weight)).float()
-
-
-class Regression(nn.Module):
-    """The same transformer trained without noise (x_t = 0, t = 0) to output the target."""
-
-    def __init__(self, config: ModelConfig, shape: PairShape) -> None:
-        """Make the transformer."""
-        super().__init__()
-        self.shape = shape
-        self.network = build_network(config, shape)
-
-    def forward(self, condition_BMC: Tensor) -> Tensor:
-        """Predict the target tokens, [B, N, D]."""
-        batch, target = len(condition_BMC), self.shape.target
-        x_BND = condition_BMC.new_zeros(batch, target.tokens, target.width)
-        return self.network(x_BND, condition_BMC.new_zeros(batch), condition_BMC)
+class Regressor(nn.Module):
+    """A module from condition [B, M, C] to target tokens [B, N, D], and its training."""
 
     def fit(
         self,
@@ -86,61 +41,82 @@ class Regression(nn.Module):
         cosine_weight: float = 0.0,
         restore: Restore | None = None,
     ) -> None:
-        """Train for `steps` batches; see `train_regression`."""
-        optimizer = make_optimizer(self.network, config or OptimizerConfig())
-        train_regression(self, optimizer, batches, steps, bf16, progress, cosine_weight, restore)
+        """Train by mean squared error, in place, on the module's device.
+
+        Warm-up over a twentieth of the steps, cosine decay to a hundredth, gradients clipped to
+        norm 1; passes over the data follow one another.
+
+        Args:
+            batches: The training split.
+            steps: Optimizer steps.
+            config: The optimizer, with the peak learning rate; None: the default one.
+            bf16: Run the network under bf16 autocast; the loss is fp32.
+            progress: Told of each step.
+            cosine_weight: Weight of 1 - cosine of the restored tokens beside the squared error.
+            restore: Standardised tokens to raw ones; None where they are the same.
+        """
+        restore = restore or nn.Identity()
+        device = next(self.parameters()).device
+        optimizer = make_optimizer(self.optimised(), config or OptimizerConfig())
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+        self.train()
+        for step, (condition_BMC, target_BND) in zip(range(1, steps + 1), _forever(batches)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                guess_BND = self(condition_BMC.to(device, torch.float32))
+            guess_BND, target_BND = guess_BND.float(), target_BND.to(device, torch.float32)
+            loss = F.mse_loss(guess_BND, target_BND)
+            if cosine_weight > 0:
+                cosine_BN = F.cosine_similarity(restore(guess_BND), restore(target_BND), dim=-1)
+                loss = loss + cosine_weight * (1 - cosine_BN.mean())
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if progress is not None:
+                progress(step, loss.detach())
+        self.eval()
+
+    def optimised(self) -> nn.Module:
+        """Return the module whose `blocks` Muon reads."""
+        return self
 
     @torch.no_grad()
     def predict(self, condition_BMC: Tensor) -> Tensor:
         """Predict the target tokens, [B, N, D] fp32."""
-        return self(condition_BMC.to(next(self.network.parameters()))).float()
+        return self(condition_BMC.to(next(self.parameters()))).float()
 
 
-def train_regression(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Batches,
-    steps: int,
-    bf16: bool,
-    progress: Progress | None,
-    cosine_weight: float = 0.0,
-    restore: Restore | None = None,
-) -> None:
-    """Train condition -> target by mean squared error, in place, on the network's device.
+class PatchMLP(Regressor):
+    """Two-layer network on the condition token at each position, with a bias per position."""
 
-    Warm-up over a twentieth of the steps, cosine decay to a hundredth, gradients clipped to norm 1;
-    passes over the data follow one another.
+    def __init__(self, shape: PairShape, hidden: int = 1024) -> None:
+        super().__init__()
+        self.shape = shape
+        self.first = nn.Linear(shape.condition.width, hidden)
+        self.position = nn.Parameter(torch.zeros(shape.target.tokens, hidden))
+        self.second = nn.Linear(hidden, shape.target.width)
 
-    Args:
-        network: Maps [B, M, C] to [B, N, D].
-        optimizer: Of its parameters, at the peak learning rate.
-        batches: The training split.
-        steps: Optimizer steps.
-        bf16: Run the network under bf16 autocast; the loss is fp32.
-        progress: Told of each step.
-        cosine_weight: Weight of 1 - cosine of the restored tokens beside the squared error.
-        restore: Standardised tokens to raw ones; None where they are the same.
-    """
-    read = restore or nn.Identity()
-    device = next(network.parameters()).device
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    network.train()
-    for step, (condition_BMC, target_BND) in zip(range(1, steps + 1), _forever(batches)):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            guess_BND = network(condition_BMC.to(device, torch.float32))
-        guess_BND, target_BND = guess_BND.float(), target_BND.to(device, torch.float32)
-        loss = F.mse_loss(guess_BND, target_BND)
-        if cosine_weight > 0:
-            cosine_BN = F.cosine_similarity(read(guess_BND), read(target_BND), dim=-1)
-            loss = loss + cosine_weight * (1 - cosine_BN.mean())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if progress is not None:
-            progress(step, loss.detach())
-    network.eval()
+    def forward(self, condition_BMC: Tensor) -> Tensor:
+        x_BNC = condition_at_targets(condition_BMC, self.shape)
+        return self.second(F.gelu(self.first(x_BNC) + self.position))
+
+
+class Regression(Regressor):
+    """The same transformer trained without noise (x_t = 0, t = 0) to output the target."""
+
+    def __init__(self, config: ModelConfig, shape: PairShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.network = build_network(config, shape)
+
+    def optimised(self) -> nn.Module:
+        return self.network
+
+    def forward(self, condition_BMC: Tensor) -> Tensor:
+        batch, target = len(condition_BMC), self.shape.target
+        x_BND = condition_BMC.new_zeros(batch, target.tokens, target.width)
+        return self.network(x_BND, condition_BMC.new_zeros(batch), condition_BMC)
 
 
 def _rate(step: int, steps: int) -> float:
@@ -151,7 +127,6 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _forever(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield pass after pass."""
     while True:
         empty = True
         for batch in batches():

@@ -1,4 +1,4 @@
-"""The `ambiguous` testbed: several right targets a condition, and how well samples cover them.
+"""The `ambiguous` testbed: several right targets per condition, and how well samples cover them.
 
 The posterior mean lies between the modes, so a regressor's tokens belong to none of them however
 well it is trained; samples must reach every mode as often as its weight says, with all tokens of
@@ -21,11 +21,9 @@ from blip3o_lit.testbeds.law import Problem, Size, build, gaussian_law
 
 
 def draw(config: AmbiguousConfig) -> Problem:
-    """Draw the problem of a configuration.
+    """Draw modes at equal distances, in standard deviations of a token within its mode.
 
-    Modes stand at equal distances from each other where distance is measured in standard
-    deviations of a token within its mode: m_k = L q_k separation / sqrt 2, q_k orthonormal,
-    L L^T = B B^T, then centred.
+    m_k = L q_k separation / sqrt 2, q_k orthonormal, L L^T = B B^T, then centred.
     """
     random = torch.Generator().manual_seed(config.seed)
     smaller = min(config.condition_width, config.target_width)
@@ -42,7 +40,7 @@ def draw(config: AmbiguousConfig) -> Problem:
 
 
 def ambiguous_store(config: AmbiguousConfig) -> Path:
-    """Return the store of a configuration, built on first use (seconds)."""
+    """Return the store of a configuration, built on first use."""
     images = {"train": config.images, "validation": config.validation_images}
     size = Size(images, config.grid, config.seed)
     return build("ambiguous", asdict(config), draw(config), size)
@@ -51,10 +49,7 @@ def ambiguous_store(config: AmbiguousConfig) -> Path:
 def coverage(store: Path | str, condition_BNC: Tensor, generated_BND: Tensor) -> dict[str, Any]:
     """Score how generated tokens cover the modes of their conditions.
 
-    Args:
-        store: A store that `ambiguous_store` wrote.
-        condition_BNC: Raw condition tokens.
-        generated_BND: Raw generated tokens.
+    Tokens are raw, the store is one that `ambiguous_store` wrote.
 
     Returns:
         `weights`: the true probability of each mode; `shares`: the share of images nearest to it;

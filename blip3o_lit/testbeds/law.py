@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -37,7 +36,7 @@ BLOCK = 2048
 
 @dataclass(frozen=True)
 class Problem:
-    """The law of the tokens, float64."""
+    """The law of the tokens, float64; means and draws are `[B, N, D]`."""
 
     mean_D: Tensor
     """mu, the mean token."""
@@ -52,22 +51,16 @@ class Problem:
 
     @classmethod
     def load(cls, store: Path | str) -> Problem:
-        """Read the problem of a store that `build` wrote.
-
-        Raises:
-            UserError: If the store has none.
-        """
+        """Read a store's problem; a UserError where it has none."""
         path = Path(store) / PROBLEM
         if not path.exists():
             raise UserError(f"{store} has no {PROBLEM}: its optimum is not known in closed form")
         return cls(**load_file(path))
 
     def posterior_mean(self, condition_BNC: Tensor) -> Tensor:
-        """Return E[x1|c] in float64, `[B, N, D]`."""
         return self.mean_D + condition_BNC.double() @ self.map_DC.T
 
     def posterior_sample(self, condition_BNC: Tensor, generator: torch.Generator) -> Tensor:
-        """Return exact draws from p(x1|c) in float64, `[B, N, D]`."""
         mean_BND = self.posterior_mean(condition_BNC)
         factor_DD = torch.linalg.cholesky(self.covariance_DD)
         noise_BND = torch.randn(mean_BND.shape, generator=generator, dtype=torch.float64)
@@ -87,12 +80,9 @@ class Problem:
 class Size:
     """How much of a problem to draw."""
 
-    images: dict[str, int]
-    """Images of each split."""
-    grid: int
-    """Side of the token grid."""
+    images: dict[str, int]  # per split
+    grid: int  # side
     seed: int
-    """Seed of the draws."""
 
 
 def gaussian_law(
@@ -106,17 +96,9 @@ def gaussian_law(
 ) -> Problem:
     """Draw a problem with one mode.
 
-    Channel variances and their explained share are exact: the rows of A have norm
-    s sqrt(explained), those of B norm s sqrt(1 - explained), s the channel's scale.
-
-    Args:
-        condition_width: Channels of a condition token.
-        target_width: Channels of a target token.
-        explained: Share of each channel's variance that the condition explains.
-        rank: Rank of A.
-        scale: Factor on the outlier channels.
-        outliers: Number of outlier channels, the first ones.
-        random: Source of the draws.
+    The condition explains a share of every channel's variance, exactly: the rows of A, which has
+    the given rank, have norm s sqrt(explained), those of B norm s sqrt(1 - explained), s the
+    channel's scale. `scale` is a further factor on the first channels, the `outliers`.
     """
 
     def normal(*shape: int) -> Tensor:
@@ -136,15 +118,10 @@ def gaussian_law(
 
 
 def build(name: str, options: dict[str, Any], problem: Problem, size: Size) -> Path:
-    """Return the store of a problem, built on first use (seconds) and cached by its options' hash.
+    """Return the store of a problem, built on first use and cached by its options' hash.
 
-    It appears in one rename, so an interrupted build leaves nothing half done.
-
-    Args:
-        name: The data group, which names the cache folder.
-        options: Everything that determines the problem and its draws.
-        problem: The law.
-        size: How much to draw.
+    It appears in one rename, so an interrupted build leaves nothing half done. `options` is
+    everything that determines the problem and its draws.
     """
     description = json.dumps({"version": VERSION, **options}, sort_keys=True)
     digest = hashlib.sha256(description.encode()).hexdigest()[:16]
@@ -168,11 +145,6 @@ def build(name: str, options: dict[str, Any], problem: Problem, size: Size) -> P
 
 
 def _write(folder: Path, name: str, problem: Problem, size: Size) -> None:
-    """Draw and write all images.
-
-    Conditions are rounded to their stored float16 first, so that the stored target follows from
-    the stored condition exactly (up to its own rounding, 5e-4 relative).
-    """
     D, C = problem.map_DC.shape
     tokens, grid = size.grid**2, (size.grid, size.grid)
     arrays = {
@@ -184,71 +156,8 @@ def _write(folder: Path, name: str, problem: Problem, size: Size) -> None:
             random = torch.Generator().manual_seed(2 * size.seed + number + 1_000_003)
             for first in range(0, images, BLOCK):
                 count = min(BLOCK, images - first)
+                # Rounded first, so that the stored target follows from the stored condition.
                 c = torch.randn(count, tokens, C, generator=random).half()
                 x = problem.posterior_sample(c, random)
                 for row, (eva, clip) in enumerate(zip(c.numpy(), x.numpy())):
                     writer.add(split, f"{first + row:08d}", {"eva": eva, "clip": clip})
-
-
-def posterior_mean(store: Path | str, condition_BNC: Tensor) -> Tensor:
-    """Return the exact E[x1|c] of a store's problem in float64, `[B, N, D]`."""
-    return Problem.load(store).posterior_mean(condition_BNC)
-
-
-def optimum(
-    store: Path | str,
-    condition_BNC: Tensor,
-    target_BND: Tensor,
-    draws: int = 8,
-    seed: int = 0,
-) -> dict[str, dict[str, float]]:
-    """Score the exact posterior mean and exact posterior samples on given tokens.
-
-    Args:
-        store: A store that `build` wrote.
-        condition_BNC: Raw condition tokens.
-        target_BND: Raw target tokens.
-        draws: Posterior samples an image; their scores are averaged.
-        seed: Seed of these draws.
-
-    Returns:
-        `mean` and `sample`, each with `cosine`, `cosine_centred`, `cosine_pooled`, `mse`, `r2` and
-        `norm_ratio` as evaluation.json defines them (the centre is the exact mean token), and
-        `expected_mse`, the closed form that `mse` estimates: tr Cov[x1|c] / D, twice it for
-        samples.
-
-    Raises:
-        UserError: If the store has no known posterior.
-    """
-    problem = Problem.load(store)
-    target_BND = target_BND.double()
-    random = torch.Generator().manual_seed(seed)
-    expected = problem.token_error()
-    mean = _scores(problem.posterior_mean(condition_BNC), target_BND, problem.mean_D)
-    samples = [
-        _scores(problem.posterior_sample(condition_BNC, random), target_BND, problem.mean_D)
-        for _ in range(draws)
-    ]
-    average = {key: float(np.mean([one[key] for one in samples])) for key in mean}
-    return {
-        "mean": {**mean, "expected_mse": expected},
-        "sample": {**average, "expected_mse": 2 * expected},
-    }
-
-
-def _scores(generated_BND: Tensor, true_BND: Tensor, centre_D: Tensor) -> dict[str, float]:
-    """Return the scores of `optimum` for one set of generated tokens, both float64."""
-    error = (generated_BND - true_BND).square()
-    generated_centred, true_centred = generated_BND - centre_D, true_BND - centre_D
-    cosines = {
-        "cosine": F.cosine_similarity(generated_BND, true_BND, dim=-1),
-        "cosine_centred": F.cosine_similarity(generated_centred, true_centred, dim=-1),
-        "cosine_pooled": F.cosine_similarity(generated_BND.mean(1), true_BND.mean(1), dim=-1),
-    }
-    norms = [tokens.norm(dim=-1).mean() for tokens in (generated_BND, true_BND)]
-    return {
-        **{name: float(values.mean()) for name, values in cosines.items()},
-        "mse": float(error.mean()),
-        "r2": 1 - float(error.sum() / true_centred.square().sum()),
-        "norm_ratio": float(norms[0] / norms[1]),
-    }

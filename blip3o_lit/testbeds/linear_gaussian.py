@@ -9,28 +9,13 @@ import torch
 
 from blip3o_lit.config.data import LinearGaussianConfig
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.testbeds.law import (
-    PROBLEM,
-    Problem,
-    Size,
-    build,
-    gaussian_law,
-    optimum,
-    posterior_mean,
-)
-
-__all__ = ["PROBLEM", "Problem", "draw", "linear_gaussian_store", "optimum", "posterior_mean"]
+from blip3o_lit.testbeds.law import Problem, Size, build, gaussian_law
 
 OUTLIER = 30.0
 """Scale of an outlier channel relative to the others."""
 
 
 def draw(config: LinearGaussianConfig) -> Problem:
-    """Draw the problem of a configuration.
-
-    Raises:
-        UserError: If the rank or the number of outlier channels exceeds the widths.
-    """
     smaller = min(config.condition_width, config.target_width)
     if not 0 <= config.rank <= smaller:
         raise UserError(
@@ -54,10 +39,10 @@ def draw(config: LinearGaussianConfig) -> Problem:
 
 
 def linear_gaussian_store(config: LinearGaussianConfig) -> Path:
-    """Return the store of a configuration, built on first use (seconds).
+    """Return the store of a configuration, built on first use.
 
     Raises:
-        UserError: If the configuration is impossible.
+        UserError: If the rank or the number of outlier channels exceeds the widths.
     """
     images = {"train": config.images, "validation": config.validation_images}
     size = Size(images, config.grid, config.seed)

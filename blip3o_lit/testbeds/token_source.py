@@ -6,13 +6,9 @@ from blip3o_lit.config.data import DataConfig
 
 
 def token_store(data: DataConfig) -> str:
-    """Return the path or URL of the token store, building it first where that is our task.
+    """Return the folder or URL of the token store, built first where that is our task.
 
-    Args:
-        data: The data group; `data.tokens`, where given, wins over every name.
-
-    Returns:
-        A directory, or the URL of one.
+    `data.tokens`, where given, wins over every name.
     """
     if data.tokens:
         return data.tokens

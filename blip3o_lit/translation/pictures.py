@@ -36,20 +36,15 @@ def picture_files(place: str | Path) -> list[Path]:
         UserError: If there is none.
     """
     path = Path(place).expanduser()
-    if path.is_dir():
-        found = [path / name for name in below(path).pictures]
-        if not found:
-            raise UserError(f"images={place} holds no .{', .'.join(EXTENSIONS)}")
-        return found
-    return [path]
+    if not path.is_dir():
+        return [path]
+    files = [path / name for name in below(path).pictures]
+    if not files:
+        raise UserError(f"images={place} holds no .{', .'.join(EXTENSIONS)}")
+    return files
 
 
-def open_picture(picture: str | Path | Image.Image, pixels: PixelsConfig = VIEWER) -> Image.Image:
-    """Return a picture in RGB, as a viewer shows it.
-
-    Raises:
-        UserError: If it can't be read.
-    """
+def _open(picture: str | Path | Image.Image, pixels: PixelsConfig) -> Image.Image:
     try:
         content = picture if isinstance(picture, Image.Image) else file_bytes(Path(picture))
         return decode(content, pixels)
@@ -65,13 +60,9 @@ def picture_tokens(
     mode: ModeConfig,
     pixels: PixelsConfig = VIEWER,
 ) -> Tensor:
-    """Return the tokens `[B, N, C]` (fp32) that a mode sees of pictures.
+    """Return the tokens `[B, N, C]` (fp32) that a mode sees of pictures, files or PIL.
 
-    Args:
-        tower: The encoder.
-        pictures: Files or PIL pictures.
-        mode: The view, as in training.
-        pixels: How they become pixels, as in the extraction.
+    `mode` is the view, as in training, `pixels` how they become pixels, as in the extraction.
 
     Raises:
         UserError: If a picture can't be read, or the tower can't give the view.
@@ -79,8 +70,7 @@ def picture_tokens(
     view = _view(tower, mode)
     parts = []
     for start in range(0, len(pictures), _BATCH):
-        opened = (open_picture(one, pixels) for one in pictures[start : start + _BATCH])
-        batch = [tower.preprocess(one) for one in opened]
+        batch = [tower.preprocess(_open(one, pixels)) for one in pictures[start : start + _BATCH]]
         tokens = tower.tokens(torch.stack(batch).to(tower.device)).float()[:, view.first :]
         parts.append(view.compute(tokens) if view.computes else tokens)
     return torch.cat(parts)
@@ -108,31 +98,21 @@ def rank_captions(
 ) -> Tensor:
     """Return the cosine `[B, T]` between generated target tokens and captions.
 
-    CLS through the tower's head stands for the picture, or the mean of the projected patches where
-    the mode has no CLS.
-
-    Args:
-        tokens_BND: Target tokens, in the tower's own scale.
-        shape: Their shape.
-        mode: The view that they are in.
-        tower: The target tower.
-        text_TP: The captions, as `embed_captions` gives them.
+    CLS through the target tower's head stands for the picture, or the mean of the projected
+    patches where the mode has no CLS. Tokens are in the tower's own scale and in the view `mode`;
+    `text_TP` is what `embed_captions` gives.
 
     Raises:
         UserError: If the tower has no projection.
     """
     tokens_BND = tokens_BND.to(tower.device)
     chosen = tokens_BND[:, :1] if shape.cls else tokens_BND
-    projected = chosen.float() if mode.projected else tower_head(tower)(chosen)
+    projected = chosen.float() if mode.projected else _head(tower)(chosen)
     return F.normalize(projected.mean(1), dim=-1) @ text_TP.T
 
 
-def tower_head(tower: Tower) -> Head:
-    """Return a tower's own final norm and projection as a head.
-
-    Raises:
-        UserError: If the tower has no projection.
-    """
+def _head(tower: Tower) -> Head:
+    """Return a tower's own final norm and projection."""
     tensors, metadata = tower.heads()
     if "projection" not in tensors:
         raise UserError(f"tower {tower.info.name} has no projection into the caption space")
@@ -146,15 +126,7 @@ def tower_head(tower: Tower) -> Head:
 
 
 def _view(tower: Tower, mode: ModeConfig) -> View:
-    """Return what a mode makes of a tower's tokens."""
     info, shape = tower.info, tower.info.shape
-    spec = ArraySpec(
-        "tokens",
-        "float32",
-        (shape.tokens, shape.width),
-        cls=shape.cls,
-        grid=shape.grid,
-        tower=info.name,
-        normed=info.normed,
-    )
-    return view_of(info.name, spec, mode, None, lambda _: tower_head(tower))
+    size = (shape.tokens, shape.width)
+    spec = ArraySpec("tokens", "float32", size, cls=shape.cls, grid=shape.grid, normed=info.normed)
+    return view_of(info.name, spec, mode, None, lambda _: _head(tower))

@@ -20,7 +20,11 @@ from blip3o_lit.tokens.statistics import Standardizer
 
 
 class Translator(nn.Module):
-    """Generates target tokens from condition tokens, both in the towers' own scale."""
+    """Generates target tokens from condition tokens, both in the towers' own scale.
+
+    `autocast` is the format of the network's matrix products; None leaves it to the caller. The
+    state of an ODE solver is fp32 either way.
+    """
 
     def __init__(
         self,
@@ -30,16 +34,6 @@ class Translator(nn.Module):
         target_standardizer: Standardizer,
         autocast: torch.dtype | None = None,
     ) -> None:
-        """Join the parts; none is copied.
-
-        Args:
-            network: The network, usually the averaged one.
-            objective: The flow that it was trained with.
-            condition_standardizer: Scale of the condition tokens.
-            target_standardizer: Scale of the target tokens.
-            autocast: Format of the network's matrix products; None leaves it to the caller. The
-                state of an ODE solver is fp32 either way.
-        """
         super().__init__()
         self.autocast = autocast
         self.network = network
@@ -64,8 +58,8 @@ class Translator(nn.Module):
             sample_B: Sample ids; with `seed` they determine the noise, whatever the batch.
             seed: Seed of the noise.
             solver: The estimator: `mean`, or an ODE solver.
-            noise_BND: Standard normal noise to use in place of the reproducible draw.
-            intermediates: Whether to keep the states after each step.
+            noise_BND: Standard normal noise in place of the reproducible draw.
+            intermediates: Keep the state after each step.
 
         Returns:
             Raw target tokens `x1_BND` (fp32), the number of network evaluations, and the states.
@@ -88,5 +82,5 @@ class Translator(nn.Module):
         )
 
     def precision(self, device: str) -> AbstractContextManager[object]:
-        """Return the autocast context, or one that changes nothing."""
+        """Return the autocast context of the network."""
         return torch.autocast(device, self.autocast) if self.autocast else nullcontext()

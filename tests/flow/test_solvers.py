@@ -101,8 +101,8 @@ def test_one_evaluation_is_the_posterior_mean_or_refused(path, prediction):
 def test_the_torch_free_rules_agree_with_the_paths(path, prediction):
     zero = torch.zeros(1)
     config = flow(path, prediction)
-    assert config.has_mean == bool(path_named(path).has_x1(prediction, zero))
-    if not path_named(path).has_velocity(prediction, zero):
+    assert config.has_mean == bool(path_named(path).has_value(prediction, "sample", zero))
+    if not path_named(path).has_value(prediction, "velocity", zero):
         with pytest.raises(UserError, match="set solver.start="):
             check_solver(config, SolverConfig(name="heun"))
     else:

@@ -14,9 +14,9 @@ from blip3o_lit.models.layers import (
     TimeEmbedding,
     attend,
     rope_table,
-    rotate,
     sinusoid,
 )
+from blip3o_lit.models.norms import rotate
 
 
 def scores(shape, head_width=16, **options):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.models.layers import rope_table
-from blip3o_lit.models.norms import RMSNorm, modulate, rotated, rotated_rms_norm
+from blip3o_lit.models.norms import RMSNorm, modulate, rotate, rotated_rms_norm
 
 
 def doubles(*shape):
@@ -31,7 +31,7 @@ def test_norm_and_rotation_in_one_are_the_two_in_turn():
     rope = rope_table(TokenShape((2, 2), True, 1), 8).double()
     x, weight = doubles(2, 5, 3, 8), doubles(3, 8)
     normed = x / (x.square().mean(-1, keepdim=True) + 1e-2).sqrt() * weight
-    torch.testing.assert_close(rotated_rms_norm(x, weight, rope, 1e-2), rotated(normed, rope))
+    torch.testing.assert_close(rotated_rms_norm(x, weight, rope, 1e-2), rotate(normed, rope))
     torch.testing.assert_close(rotated_rms_norm(x, weight, None, 1e-2), normed)
 
 

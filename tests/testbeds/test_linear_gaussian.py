@@ -11,13 +11,8 @@ from blip3o_lit.config.data import LinearGaussianConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.metrics.cosine import TokenScores
-from blip3o_lit.testbeds.linear_gaussian import (
-    Problem,
-    draw,
-    linear_gaussian_store,
-    optimum,
-    posterior_mean,
-)
+from blip3o_lit.testbeds.law import Problem
+from blip3o_lit.testbeds.linear_gaussian import draw, linear_gaussian_store
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 
 SMALL = LinearGaussianConfig(images=1024, validation_images=256)
@@ -66,31 +61,32 @@ def test_rank_explained_share_and_outliers_are_those_asked_for():
     assert ratio.tolist() == pytest.approx([30.0] * 2 + [1.0] * 6)
 
 
-def test_optimum_agrees_with_the_metrics_of_an_evaluation():
-    store = linear_gaussian_store(SMALL)
-    condition, target = read(store, "validation")
-    scores = optimum(store, condition, target)["mean"]
-    shape = TokenShape((4, 4), False, 8)
-    metric = TokenScores(Problem.load(store).mean_D.expand(16, 8), shape)
-    metric.update(posterior_mean(store, condition), target)
-    reference = metric.compute()
-    for key in ("cosine", "cosine_centred", "cosine_pooled", "mse", "r2", "norm_ratio"):
-        assert scores[key] == pytest.approx(reference[key], rel=1e-6), key
+def exact_scores(problem, condition, target):
+    """Score the exact posterior mean and an exact sample as an evaluation would."""
+    sample = problem.posterior_sample(condition, torch.Generator().manual_seed(0))
+    scores = []
+    for tokens in (problem.posterior_mean(condition), sample):
+        shape = TokenShape((4, 4), False, target.shape[2])
+        metric = TokenScores(problem.mean_D.expand(shape.tokens, -1), shape)
+        metric.update(tokens, target)
+        scores.append(metric.compute())
+    return scores
 
 
 def test_the_mean_is_optimal_and_samples_cost_twice_its_error():
     store = linear_gaussian_store(LinearGaussianConfig(images=64, validation_images=4096))
     condition, target = read(store, "validation")
-    best = optimum(store, condition, target)
-    assert best["mean"]["mse"] == pytest.approx(best["mean"]["expected_mse"], rel=0.02)
-    assert best["sample"]["mse"] == pytest.approx(best["sample"]["expected_mse"], rel=0.02)
-    assert best["mean"]["r2"] == pytest.approx(0.7, abs=0.02)
-    assert best["sample"]["norm_ratio"] == pytest.approx(1.0, abs=0.01)
-    assert best["mean"]["cosine"] > best["sample"]["cosine"] + 0.05
+    problem = Problem.load(store)
+    mean, sample = exact_scores(problem, condition, target)
+    assert mean["mse"] == pytest.approx(problem.token_error(), rel=0.02)
+    assert sample["mse"] == pytest.approx(2 * problem.token_error(), rel=0.02)
+    assert mean["r2"] == pytest.approx(0.7, abs=0.02)
+    assert sample["norm_ratio"] == pytest.approx(1.0, abs=0.01)
+    assert mean["cosine"] > sample["cosine"] + 0.05
     for factor in (0.9, 1.1):  # nothing near the posterior mean does better
-        other = factor * (posterior_mean(store, condition) - target.mean((0, 1)))
+        other = factor * (problem.posterior_mean(condition) - target.mean((0, 1)))
         error = (other + target.mean((0, 1)) - target).square().mean()
-        assert error > best["mean"]["mse"]
+        assert error > mean["mse"]
 
 
 def test_the_cosine_of_samples_is_about_the_square_of_the_means_in_many_dimensions():
@@ -98,9 +94,8 @@ def test_the_cosine_of_samples_is_about_the_square_of_the_means_in_many_dimensio
         images=64, validation_images=256, condition_width=256, target_width=256, explained=0.6
     )
     store = linear_gaussian_store(config)
-    best = optimum(store, *read(store, "validation"), draws=2)
-    cosine = best["mean"]["cosine_centred"]
-    assert best["sample"]["cosine_centred"] == pytest.approx(cosine**2, abs=0.02)
+    mean, sample = exact_scores(Problem.load(store), *read(store, "validation"))
+    assert sample["cosine_centred"] == pytest.approx(mean["cosine_centred"] ** 2, abs=0.02)
 
 
 def test_posterior_samples_have_the_posterior_moments():
@@ -139,4 +134,4 @@ def test_impossible_problems_are_refused(tmp_path):
     with pytest.raises(UserError, match="outlier_channels=9"):
         linear_gaussian_store(LinearGaussianConfig(outlier_channels=9))
     with pytest.raises(UserError, match="problem.safetensors"):
-        posterior_mean(tmp_path, torch.zeros(1, 1, 16))
+        Problem.load(tmp_path)

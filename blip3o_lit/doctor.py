@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from blip3o_lit.cli.command import USER_ERROR_CODE, run_command
-from blip3o_lit.config.doctor import DoctorConfig
+from blip3o_lit.config.commands import DoctorConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.inspection.finding import Finding, show, show_table
 

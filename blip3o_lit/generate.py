@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from blip3o_lit.base.files import claimed, write_json
 from blip3o_lit.cli.command import SHARDS_KEPT, run_command
+from blip3o_lit.config.commands import GenerateConfig
 from blip3o_lit.config.errors import UserError, one_of
-from blip3o_lit.config.generate import GenerateConfig
 
 if TYPE_CHECKING:
     from blip3o_lit.checkpoints.load import Loaded

@@ -23,9 +23,8 @@ from blip3o_lit.base.home import home
 from blip3o_lit.checkpoints.load import best_device, load, solver_from_label
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
-from blip3o_lit.config.pixels import PixelsConfig
 from blip3o_lit.config.solver import SolverConfig
-from blip3o_lit.config.towers import TowersConfig
+from blip3o_lit.config.towers import PixelsConfig, TowersConfig
 from blip3o_lit.training.environment import own_defaults
 
 if TYPE_CHECKING:

@@ -25,12 +25,10 @@ import blip3o_lit
 from blip3o_lit.cli.arguments import check_arguments
 from blip3o_lit.cli.schema import conf_dir
 from blip3o_lit.cli.sweeps.plugins import register_plugins
+from blip3o_lit.config.commands import DoctorConfig, ExportConfig, GenerateConfig
 from blip3o_lit.config.convert import ConvertConfig
-from blip3o_lit.config.doctor import DoctorConfig
 from blip3o_lit.config.evaluate import EvaluateConfig
-from blip3o_lit.config.export import ExportConfig
 from blip3o_lit.config.extract import ExtractConfig
-from blip3o_lit.config.generate import GenerateConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.export import export
 

@@ -26,7 +26,7 @@ from blip3o_lit.cli.sweeps.page import refresh
 from blip3o_lit.config.errors import UserError, positive
 
 PLUGIN_MODULE = "hydra_plugins.blip3o_lit"
-"""Hydra takes plugins by this prefix only; there is no such module."""
+"""Hydra takes plugins by this prefix only; `plugins.py` stands in for the module."""
 SECONDS_BETWEEN_LOOKS = 0.2
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 OWN_KEYS = ("hydra.sweep", "hydra.launcher", "hydra/launcher", "hydra/sweeper", "hydra.mode")

@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 
-from blip3o_lit.base.paths import expanded
+from blip3o_lit.base.home import expanded
 from blip3o_lit.base.words import quoted
 from blip3o_lit.config.errors import UserError
 

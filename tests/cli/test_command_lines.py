@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from blip3o_lit.base.paths import expanded
+from blip3o_lit.base.home import expanded
 from blip3o_lit.base.words import override, pasteable
 from blip3o_lit.cli.arguments import read_line
 from blip3o_lit.cli.schema import conf_dir, groups, keys, unknown_key

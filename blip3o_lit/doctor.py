@@ -1,7 +1,5 @@
 """Check the machine or a token store: `python -m blip3o_lit.doctor [tokens=DIR]`."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A checkpoint as a folder to share: `python -m blip3o_lit.export ckpt=RUN out=DIR`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from blip3o_lit.base.words import pasteable

@@ -1,7 +1,5 @@
 """Train a translator: `python -m blip3o_lit.train model=base mode=patch_only`."""
 
-from __future__ import annotations
-
 from blip3o_lit.base.launcher import settle
 from blip3o_lit.base.words import pasteable
 from blip3o_lit.cli.command import (

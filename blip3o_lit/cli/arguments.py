@@ -150,7 +150,7 @@ def _check_override(override: Override, known: set[str], options: dict[str, list
     if key in options and override.type != OverrideType.DEL:
         for value in _values(override):
             if value is not None or key not in OPTIONAL_GROUPS:
-                one_of(key, value, options[key])
+                one_of(key, str(value), options[key])
     elif key not in known | set(options) and not key.startswith(("hydra.", "hydra/")):
         raise UserError(unknown_key(key, known | set(options)))
 

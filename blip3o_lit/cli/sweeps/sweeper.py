@@ -52,13 +52,13 @@ class OptunaSweeper(Sweeper):
     ) -> None:
         one_of("hydra.sweeper.pruner", self.options.pruner, ("median", "none"))
         positive("hydra.sweeper.n_trials", self.options.n_trials)
-        self.hydra_context, self.config = hydra_context, config
+        self._context, self._config = hydra_context, config
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
         if not isinstance(launcher, ProcessLauncher):
             raise UserError("hparams_search=optuna needs hydra/launcher=process (or slurm)")
-        self.launcher = launcher
+        self._runner = launcher
 
     def sweep(self, arguments: list[str]) -> None:
         if importlib.util.find_spec("optuna") is None:
@@ -66,7 +66,7 @@ class OptunaSweeper(Sweeper):
         from blip3o_lit.cli.sweeps.study import run_study
 
         words = [f"{key}={value}" for key, value in self.params.items()] + arguments
-        overrides = OverridesParser.create(self.hydra_context.config_loader).parse_overrides(words)
+        overrides = OverridesParser.create(self._context.config_loader).parse_overrides(words)
         by_key = {item.get_key_element(): item for item in overrides}
         space = {key: item for key, item in by_key.items() if item.is_sweep_override()}
         fixed = [
@@ -84,9 +84,9 @@ class OptunaSweeper(Sweeper):
         facts += [own.startup_trials, own.pruner, own.pruner_startup_trials]
         facts += [own.pruner_warmup_steps]
         definition = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-        with open_dict(self.config):
-            self.config.hydra.sweeper.study = own.study or f"optuna-{definition[:8]}"
-        folder = Path(str(self.config.hydra.sweep.dir)).absolute()
+        with open_dict(self._config):
+            self._config.hydra.sweeper.study = own.study or f"optuna-{definition[:8]}"
+        folder = Path(str(self._config.hydra.sweep.dir)).absolute()
         with claimed(folder, "hydra.sweep.dir"):
-            OmegaConf.save(self.config, folder / "multirun.yaml")
-            run_study(folder, definition, space, fixed, own, self.launcher)
+            OmegaConf.save(self._config, folder / "multirun.yaml")
+            run_study(folder, definition, space, fixed, own, self._runner)

@@ -16,17 +16,20 @@ import torch
 
 from benchmarks.timing import result
 from blip3o_lit.checkpoints.load import load
-from blip3o_lit.config.checkpoint import CheckpointConfig
 from blip3o_lit.config.data import DataConfig
-from blip3o_lit.config.evaluation import EvaluationConfig
 from blip3o_lit.config.extract import EngineConfig, ExtractConfig
-from blip3o_lit.config.logger import LoggerConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.config.trainer import PrecisionConfig, TrainerConfig
+from blip3o_lit.config.trainer import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggerConfig,
+    PrecisionConfig,
+    TrainerConfig,
+)
 from blip3o_lit.extraction.demo import demo_source
 from blip3o_lit.extraction.engine import extract
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore

@@ -1,7 +1,5 @@
 """The seeds' pickles -> token shards: `python -m blip3o_lit.convert source=PATH out=DIR`."""
 
-from __future__ import annotations
-
 from blip3o_lit.base.words import pasteable
 from blip3o_lit.cli.command import SHARDS_KEPT, run_command
 from blip3o_lit.config.convert import ConvertConfig

@@ -1,12 +1,10 @@
 """Check the machine or a token store: `python -m blip3o_lit.doctor [tokens=DIR]`."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
 from blip3o_lit.cli.command import USER_ERROR_CODE, run_command
-from blip3o_lit.config.doctor import DoctorConfig
+from blip3o_lit.config.commands import DoctorConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.inspection.finding import Finding, show, show_table
 

@@ -97,12 +97,12 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(name, str(scores.get("nfe", "")), *numbers)
     console = Console()
     console.print(table)
-    for name, found in result.get("paired", {}).get("cosine", {}).items():
-        low, high = found["ci95"]
+    for name, paired in result.get("paired", {}).get("cosine", {}).items():
+        low, high = paired["ci95"]
         console.print(
-            f"{name} against {result['paired']['run']}: {found['difference']:+.5f} "
-            f"({low:+.5f} to {high:+.5f}), p = {found['p_value']:.2g}, "
-            f"better on {100 * found['wins']:.0f} % of images",
+            f"{name} against {result['paired']['run']}: {paired['difference']:+.5f} "
+            f"({low:+.5f} to {high:+.5f}), p = {paired['p_value']:.2g}, "
+            f"better on {100 * paired['wins']:.0f} % of images",
             highlight=False,
         )
     console.print(

@@ -1,12 +1,10 @@
 """A checkpoint as a folder to share: `python -m blip3o_lit.export ckpt=RUN out=DIR`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from blip3o_lit.base.words import pasteable
 from blip3o_lit.cli.command import run_command
-from blip3o_lit.config.export import ExportConfig
+from blip3o_lit.config.commands import ExportConfig
 
 KEPT = "the export may lack files: give the same line again"
 

@@ -28,18 +28,12 @@ def extract(config: ExtractConfig) -> None:
         raise UserError("images=SRC is missing: a folder, tars, a .csv or .jsonl, or demo")
     if not config.out:
         raise UserError("out=DIR is missing: the folder of the token store")
-    from blip3o_lit.extraction.demo import demo_source
     from blip3o_lit.extraction.engine import Extraction, device_of, worker_of
-    from blip3o_lit.images.open import open_source
     from blip3o_lit.towers.load import load_tower
 
-    size = config.extract.shard_samples
     worker, workers = worker_of(config.extract.shard)
     device = device_of(config.extract.device)
-    if config.images == "demo":
-        source = demo_source(shard_samples=size)
-    else:
-        source = open_source(config.images, size, config.split.file, config.out)
+    source = _source(config)
     towers = {
         "eva": load_tower(config.towers.condition, config.towers.pretrained, device),
         "clip": load_tower(config.towers.target, config.towers.pretrained, device),
@@ -54,28 +48,26 @@ def extract(config: ExtractConfig) -> None:
     if outcome.index is None:
         print(f"{out}: this worker's part is done; the last worker writes index.json")
         return
-    index = outcome.index
-    rate = outcome.images / outcome.seconds if outcome.seconds else 0.0
-    rows = [
-        ("images read now", f"{outcome.images:,} in {outcome.seconds:,.0f} s, {rate:,.1f}/s"),
-        *((f"{split} samples", f"{count:,}") for split, count in sorted(index.splits.items())),
-        *_account(index, out),
-        ("shards", f"{len(index.shards):,}, {sum(s.bytes for s in index.shards) / 1e9:.2f} GB"),
-        ("split", index.split_rule),
-        *(
-            (f"{name} in int8", f"mean cosine {spec.cosine:.6f} to its true tokens")
-            for name, spec in index.arrays.items()
-            if spec.cosine is not None
-        ),
-    ]
     print(f"{out}" + (" (was complete already)" if outcome.already else ""))
-    for name, value in rows:
+    rate = outcome.images / outcome.seconds if outcome.seconds else 0.0
+    read = f"{outcome.images:,} in {outcome.seconds:,.0f} s, {rate:,.1f}/s"
+    for name, value in [("images read now", read), *_rows(outcome.index, out)]:
         print(f"  {name:<20}{value}")
-    if len(index.splits) < 2:
+    if len(outcome.index.splits) < 2:
         print("one split alone: set split.fraction or split.seed anew, training scores on another")
     words = ["data=tokens", pasteable("data.tokens", config.out)]
-    words += ["mode=grid_64"] if index.reduced else []
+    words += ["mode=grid_64"] if outcome.index.reduced else []
     print("next: python -m blip3o_lit.train", *words)
+
+
+def _source(config: ExtractConfig) -> Source:
+    from blip3o_lit.extraction.demo import demo_source
+    from blip3o_lit.images.open import open_source
+
+    size = config.extract.shard_samples
+    if config.images == "demo":
+        return demo_source(shard_samples=size)
+    return open_source(config.images or "", size, config.split.file, config.out)
 
 
 def _counts(source: Source) -> str:
@@ -89,18 +81,25 @@ def _counts(source: Source) -> str:
     return " and ".join(counts + ([f"{tars:,} tars"] if tars else []))
 
 
-def _account(index: TokenIndex, out: Path) -> list[tuple[str, str]]:
-    """Return rows that say what became of every image, and what was no image."""
+def _rows(index: TokenIndex, out: Path) -> list[tuple[str, str]]:
+    """Return what a store holds, what became of every image, and what was no image."""
     with open(out / "rejects.jsonl", encoding="utf-8") as file:
         entries = [json.loads(line) for line in file]
     beside = [f"{e['source']}: {e['reason']}" for e in entries if not e["image"]]
-    given = index.samples + index.rejects
+    images = index.samples + index.rejects
     where = f", see {out / 'rejects.jsonl'}" if entries else ""
-    return [
-        ("images given", f"{given:,}: {index.samples:,} stored, {index.rejects:,} rejected"),
+    size = sum(shard.bytes for shard in index.shards) / 1e9
+    rows = [(f"{split} samples", f"{count:,}") for split, count in sorted(index.splits.items())]
+    rows += [
+        ("images given", f"{images:,}: {index.samples:,} stored, {index.rejects:,} rejected"),
         ("rejects", f"{index.rejects:,} images{where}"),
-        *(("beside the images", line) for line in _few(beside)),
     ]
+    rows += [("beside the images", line) for line in _few(beside)]
+    rows += [("shards", f"{len(index.shards):,}, {size:.2f} GB"), ("split", index.split_rule)]
+    for name, spec in index.arrays.items():
+        if spec.cosine is not None:
+            rows.append((f"{name} in int8", f"mean cosine {spec.cosine:.6f} to its true tokens"))
+    return rows
 
 
 def _few(lines: list[str]) -> list[str]:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from blip3o_lit.base.files import claimed, write_json
 from blip3o_lit.cli.command import SHARDS_KEPT, run_command
+from blip3o_lit.config.commands import GenerateConfig
 from blip3o_lit.config.errors import UserError, one_of
-from blip3o_lit.config.generate import GenerateConfig
 
 if TYPE_CHECKING:
     from blip3o_lit.checkpoints.load import Loaded
@@ -40,8 +40,6 @@ def run(config: GenerateConfig) -> None:
 def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
     """Print and return the best captions of each picture, by cosine."""
     import torch
-    from rich.console import Console
-    from rich.table import Table
 
     from blip3o_lit.base.progress import Work
     from blip3o_lit.budget.out_of_memory import batch_limit
@@ -50,28 +48,20 @@ def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
     from blip3o_lit.translation.pictures import embed_captions, picture_files, rank_captions
 
     assert config.images
-    assert config.captions
-    file = Path(config.captions).expanduser()
-    if not file.is_file():
-        raise UserError(f"captions={config.captions}: no such file")
-    captions = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
-    if not captions:
-        raise UserError(f"captions={config.captions} holds no caption")
+    captions = _captions(config)
     model = BLIP3oInference(config.ckpt, config.device)
-    encoders = [config.towers.condition, config.towers.target]
-    condition, target = (
-        load_tower(encoder, config.towers.pretrained, str(model.device)) for encoder in encoders
-    )
+    pretrained, device = config.towers.pretrained, str(model.device)
+    condition = load_tower(config.towers.condition, pretrained, device)
+    target = load_tower(config.towers.target, pretrained, device)
     files = picture_files(config.images)
     text_TP = embed_captions(target, captions)
-    values: list[list[float]] = []
-    places: list[list[int]] = []
+    best: dict[str, list[tuple[str, float]]] = {}
     # A batch at a time: the tokens of one picture are megabytes.
     limit = batch_limit("batch_size", config.batch_size)
     with Work("captioning", len(files), "pictures") as work, limit:
         for start in range(0, len(files), config.batch_size):
             part = files[start : start + config.batch_size]
-            made = model.from_images(
+            generated = model.from_images(
                 part,
                 condition,
                 config.pixels,
@@ -80,20 +70,37 @@ def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
                 sample_ids=torch.arange(start, start + len(part)),
                 batch_size=config.batch_size,
             )
-            assert not isinstance(made, tuple)
-            scores = rank_captions(made, model.shape.target, model.config.mode, target, text_TP)
+            assert not isinstance(generated, tuple)
+            shape, mode = model.shape.target, model.config.mode
+            scores = rank_captions(generated, shape, mode, target, text_TP)
             top = scores.topk(min(config.best, len(captions)))
-            values += top.values.tolist()
-            places += top.indices.tolist()
+            for picture, values, places in zip(part, top.values.tolist(), top.indices.tolist()):
+                texts = [captions[place] for place in places]
+                best[str(picture)] = list(zip(texts, values))
             work.advance(len(part))
+    _print_captions(best)
+    return best
+
+
+def _captions(config: GenerateConfig) -> list[str]:
+    file = Path(config.captions or "").expanduser()
+    if not file.is_file():
+        raise UserError(f"captions={config.captions}: no such file")
+    captions = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    if not captions:
+        raise UserError(f"captions={config.captions} holds no caption")
+    return captions
+
+
+def _print_captions(best: dict[str, list[tuple[str, float]]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("picture", "cosine", "caption")
-    found: dict[str, list[tuple[str, float]]] = {}
-    for picture, row, order in zip(files, values, places):
-        found[str(picture)] = [(captions[place], value) for place, value in zip(order, row)]
-        for number, (text, value) in enumerate(found[str(picture)]):
-            table.add_row("" if number else picture.name, f"{value:.3f}", text)
+    for picture, captions in best.items():
+        for number, (text, cosine) in enumerate(captions):
+            table.add_row("" if number else Path(picture).name, f"{cosine:.3f}", text)
     Console().print(table)
-    return found
 
 
 def generate(config: GenerateConfig) -> Path:
@@ -114,13 +121,20 @@ def generate(config: GenerateConfig) -> Path:
     # A store of condition tokens alone serves: the reader then sees them on both sides.
     target = data.target if data.target in store.index.arrays else data.condition
     readers = {split: TokenReader(store, split, data.condition, target, mode) for split in splits}
-    found = readers[splits[0]].shape.condition
-    if found != loaded.shape.condition:
+    shape = readers[splits[0]].shape.condition
+    if shape != loaded.shape.condition:
         raise UserError(
-            f"{config.tokens}: {data.condition} has {found}, but {config.ckpt} was trained on "
+            f"{config.tokens}: {data.condition} has {shape}, but {config.ckpt} was trained on "
             f"{loaded.shape.condition}: give a matching store"
         )
-    settings = _settings(config, loaded, store)
+    settings = {  # what the generated tokens are a function of
+        "checkpoint": loaded.hash,
+        "step": loaded.facts["step"],
+        "tokens": store.index.hash,
+        "solver": asdict(config.solver),
+        "seed": config.seed,
+        "split": config.split,
+    }
     spec = _spec(loaded, store, settings)
     entries: list[ShardEntry] = []
     limit = batch_limit("batch_size", config.batch_size)
@@ -145,18 +159,6 @@ def generate(config: GenerateConfig) -> Path:
     return out
 
 
-def _settings(config: GenerateConfig, loaded: Loaded, store: TokenStore) -> dict[str, Any]:
-    """Return what the generated tokens are a function of."""
-    return {
-        "checkpoint": loaded.hash,
-        "step": loaded.facts["step"],
-        "tokens": store.index.hash,
-        "solver": asdict(config.solver),
-        "seed": config.seed,
-        "split": config.split,
-    }
-
-
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder that holds anything but the start of this very generation."""
     file = out / SETTINGS_FILE
@@ -175,10 +177,8 @@ def _spec(loaded: Loaded, store: TokenStore, settings: dict[str, Any]) -> ArrayS
     from blip3o_lit.tokens.store.index import ArraySpec
 
     shape, data = loaded.shape.target, loaded.config.data
-    source = store.index.arrays.get(data.target)
-    marked = {"generated": settings}
-    if source is None:
-        source = ArraySpec("tokens", "float16", (1, 1), tower="unknown")
+    unknown = ArraySpec("tokens", "float16", (1, 1), tower="unknown")
+    source = store.index.arrays.get(data.target, unknown)
     return replace(
         source,
         dtype="float16",
@@ -186,7 +186,7 @@ def _spec(loaded: Loaded, store: TokenStore, settings: dict[str, Any]) -> ArrayS
         cls=shape.cls,
         grid=shape.grid,
         projected=loaded.config.mode.projected,
-        preprocessing={**source.preprocessing, **marked},
+        preprocessing={**source.preprocessing, "generated": settings},
     )
 
 
@@ -225,8 +225,8 @@ def _write_shard(
             batch = np.arange(start, min(start + config.batch_size, ids[1]))
             condition = reader.read(batch)["condition"].to(device)
             sample_B = torch.from_numpy(batch)
-            made = loaded.translator.generate(condition, sample_B, config.seed, config.solver)
-            tokens = made.x1_BND.cpu().numpy()
+            result = loaded.translator.generate(condition, sample_B, config.seed, config.solver)
+            tokens = result.x1_BND.cpu().numpy()
             for key, metadata, value in zip(reader.keys(batch), reader.metadata(batch), tokens):
                 writer.add(key, {data.target: value}, metadata)
         return writer.close()

@@ -9,7 +9,7 @@ S steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +23,8 @@ from blip3o_lit.base.home import home
 from blip3o_lit.checkpoints.load import best_device, load, solver_from_label
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
-from blip3o_lit.config.pixels import PixelsConfig
 from blip3o_lit.config.solver import SolverConfig
-from blip3o_lit.config.towers import TowersConfig
+from blip3o_lit.config.towers import PixelsConfig, TowersConfig
 from blip3o_lit.training.environment import own_defaults
 
 if TYPE_CHECKING:
@@ -84,41 +83,40 @@ class BLIP3oInference:
             normalize: Scale each token to unit length.
             seed: Seed of the noise where no generator is given.
             sample_ids: Which noise each image gets, int64 `[B]`; by default 0, 1, 2, ...
-            batch_size: Images a forward pass.
+            batch_size: Images per forward pass.
 
         Returns:
             `[B, N, D]` (or `[N, D]`) fp32 on the model's device; with `return_intermediate` a pair
             of it and the list of states.
-
-        Raises:
-            UserError: If the tokens' shape or type is not what the model was trained on.
         """
         tokens, single = self._checked(eva_embeddings)
         choice = self._solver(solver, num_inference_steps)
         if guidance_scale is not None:
             choice = replace(choice, guidance_scale=guidance_scale)
-        size = (self.shape.target.tokens, self.shape.target.width)
         ids_B = torch.arange(len(tokens)) if sample_ids is None else sample_ids.cpu()
-        made, states = [], []
+        results = []
         for start in range(0, len(tokens), batch_size):
             part = tokens[start : start + batch_size].to(self.device)
-            noise = None
-            if generator is not None:
-                draw = torch.randn((len(part), *size), generator=generator, device=generator.device)
-                noise = draw.to(self.device)
             ids = ids_B[start : start + batch_size]
-            result = self.translator.generate(part, ids, seed, choice, noise, return_intermediate)
-            made.append(result.x1_BND)
-            states.append(result.intermediates)
+            noise = None if generator is None else self._noise(len(part), generator)
+            results.append(
+                self.translator.generate(part, ids, seed, choice, noise, return_intermediate)
+            )
 
-        def finish(parts: list[Tensor]) -> Tensor:
-            whole = torch.cat(parts)
+        def finish(parts: Iterable[Tensor]) -> Tensor:
+            whole = torch.cat(list(parts))
             whole = F.normalize(whole, dim=-1) if normalize else whole
             return whole[0] if single else whole
 
-        if return_intermediate:
-            return finish(made), [finish(list(step)) for step in zip(*states)]
-        return finish(made)
+        generated = finish(result.x1_BND for result in results)
+        if not return_intermediate:
+            return generated
+        steps = zip(*(result.intermediates for result in results))
+        return generated, [finish(parts) for parts in steps]
+
+    def _noise(self, images: int, generator: torch.Generator) -> Tensor:
+        size = (images, self.shape.target.tokens, self.shape.target.width)
+        return torch.randn(size, generator=generator, device=generator.device).to(self.device)
 
     def generate_from_dataset(
         self,
@@ -130,18 +128,15 @@ class BLIP3oInference:
     ) -> Iterator[dict[str, Any]]:
         """Generate for every image of a token store, a batch at a time.
 
-        One batch is in memory at once, so a store may be larger than memory.
-
         Args:
             tokens: The store; by default the one that the model was trained on.
             split: Split of the store.
-            batch_size: Images a batch.
+            batch_size: Images per batch; one batch is in memory at once.
             limit: Stop after so many images.
             **settings: Passed on to `generate`; image i of the split has the i-th noise.
 
         Yields:
-            `keys`, `captions` (lists), `generated` `[B, N, D]` and `target` `[B, N, D]` (as
-            stored).
+            `keys`, `captions` (lists), `generated` and `target` (as stored), both `[B, N, D]`.
         """
         from blip3o_lit.evaluation.readers import open_readers
 
@@ -153,11 +148,11 @@ class BLIP3oInference:
             ids = np.arange(start, min(start + batch_size, images))
             with own_defaults():
                 batch = reader.read(ids)
-            made = self.generate(batch["condition"], sample_ids=torch.from_numpy(ids), **settings)
+            sample_ids = torch.from_numpy(ids)
             yield {
                 "keys": reader.keys(ids),
                 "captions": reader.captions(ids),
-                "generated": made,
+                "generated": self.generate(batch["condition"], sample_ids=sample_ids, **settings),
                 "target": batch["target"],
             }
 
@@ -186,13 +181,13 @@ class BLIP3oInference:
         num_steps: int = 10,
         **settings: Any,
     ) -> Generated:
-        """Generate along the straight line between the condition tokens of two pictures.
+        """Generate along the straight line between the condition tokens `[M, C]` of two pictures.
 
         Every point has the same noise, so the path is as smooth as the model.
 
         Args:
-            eva_start: Condition tokens `[M, C]`.
-            eva_end: Condition tokens `[M, C]`.
+            eva_start: Where the line starts.
+            eva_end: Where it ends.
             num_steps: Points, both ends included.
             **settings: Passed on to `generate`.
 
@@ -241,7 +236,6 @@ class BLIP3oInference:
         return push(self.loaded, repository, private)
 
     def _solver(self, solver: str | SolverConfig | None, steps: int | None) -> SolverConfig:
-        """Return the solver that the arguments ask for."""
         if isinstance(solver, SolverConfig):
             return solver
         if solver is None and steps is None:
@@ -254,13 +248,12 @@ class BLIP3oInference:
             return SolverConfig.named(label, steps=steps, start=self.config.solver.start)
         return solver_from_label(label)
 
-    def _checked(self, given: Tensor | np.ndarray) -> tuple[Tensor, bool]:
+    def _checked(self, embeddings: Tensor | np.ndarray) -> tuple[Tensor, bool]:
         """Return the tokens as a batch, and whether it was one image without a batch axis."""
-        tokens = torch.as_tensor(given)
-        want = self.shape.condition
-        expected = f"[B, {want.tokens}, {want.width}]"
+        tokens = torch.as_tensor(embeddings)
         if not tokens.is_floating_point():
             raise UserError(f"condition tokens are {tokens.dtype}, expected a float type")
+        shape, want = list(tokens.shape), self.shape.condition
         single = tokens.ndim == 2
         tokens = tokens[None] if single else tokens
         if tokens.ndim != 3 or tokens.shape[1:] != (want.tokens, want.width) or not len(tokens):
@@ -268,7 +261,7 @@ class BLIP3oInference:
             if tokens.ndim == 3 and tokens.shape[2] == want.width:
                 extra = tokens.shape[1] - want.tokens
                 hint = {1: ": drop the CLS token", -1: ": the CLS token is missing"}.get(extra, "")
-            shape = list(torch.as_tensor(given).shape)
+            expected = f"[B, {want.tokens}, {want.width}]"
             raise UserError(f"condition tokens are {shape}, expected {expected}{hint}")
         if not torch.isfinite(tokens).all():
             raise UserError("condition tokens hold NaN or infinity")

@@ -1,9 +1,5 @@
 """Train a translator: `python -m blip3o_lit.train model=base mode=patch_only`."""
 
-from __future__ import annotations
-
-import sys
-
 from blip3o_lit.base.launcher import settle
 from blip3o_lit.base.words import pasteable
 from blip3o_lit.cli.command import (
@@ -50,7 +46,7 @@ def _kept() -> str:
 
     Imports nothing, as it may have been an import that was interrupted.
     """
-    if "hydra.core.hydra_config" not in sys.modules or not is_running():
+    if not is_running():
         return "nothing was begun: give the same line again"
     if in_multirun():
         word = pasteable("hydra.sweep.dir", sweep_directory())

@@ -15,7 +15,6 @@ import random
 import resource
 import signal
 import struct
-import sys
 import time
 import traceback
 import zipfile
@@ -34,7 +33,7 @@ from small_store import write_store
 
 from blip3o_lit.checkpoints.load import load
 from blip3o_lit.cli import schema
-from blip3o_lit.cli.arguments import check_arguments
+from blip3o_lit.cli.arguments import check_arguments, read_line
 from blip3o_lit.cli.sweeps.plugins import register_plugins
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
@@ -221,8 +220,9 @@ def config_target(folder: Path) -> Target:
 
     def feed(case: bytes) -> None:
         given = case.decode("utf-8", "replace").replace("\0", "").splitlines()
-        sys.argv = ["train", *(word for word in given if not word.startswith("-") or word == "-m")]
-        check_arguments("train", TrainConfig, schema.conf_dir())
+        line = [word for word in given if not word.startswith("-") or word == "-m"]
+        arguments, _ = read_line(line, TrainConfig)
+        check_arguments("train", TrainConfig, arguments)
 
     return Target([b"model=tiny", b"-m\nmodel=tiny,small"], damage, feed)
 

@@ -17,14 +17,18 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from blip3o_lit.config.checkpoint import CheckpointConfig
 from blip3o_lit.config.data import DataConfig, LinearGaussianConfig
-from blip3o_lit.config.evaluation import EvaluationConfig
-from blip3o_lit.config.logger import LoggerConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.config.trainer import PrecisionConfig, StrategyConfig, TrainerConfig
+from blip3o_lit.config.trainer import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggerConfig,
+    PrecisionConfig,
+    StrategyConfig,
+    TrainerConfig,
+)
 from blip3o_lit.training.run import run_training
 
 PROBLEM = LinearGaussianConfig(images=72, validation_images=20, condition_width=6, target_width=4)

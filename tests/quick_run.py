@@ -9,13 +9,16 @@ from typing import Any
 import torch
 
 from blip3o_lit.checkpoints import files as checkpointing
-from blip3o_lit.config.checkpoint import CheckpointConfig
 from blip3o_lit.config.data import DataConfig, LinearGaussianConfig
-from blip3o_lit.config.evaluation import EvaluationConfig
-from blip3o_lit.config.logger import LoggerConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.config.trainer import PrecisionConfig, TrainerConfig
+from blip3o_lit.config.trainer import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggerConfig,
+    PrecisionConfig,
+    TrainerConfig,
+)
 
 PROBLEM = LinearGaussianConfig(images=72, validation_images=20, condition_width=6, target_width=4)
 

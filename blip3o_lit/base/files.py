@@ -1,7 +1,5 @@
 """Writing files so that no reader, and no power cut, ever sees half of one."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -20,12 +18,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Missing folders are made. A failed write leaves the old file as it was, and nothing else. The
     file's mode is what the umask and the folder make it, whatever a library gives its files.
-
-    Args:
-        path: The file that is to be replaced, or to come into being.
-
-    Yields:
-        The name to write to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
@@ -57,11 +49,7 @@ def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
 
 
 def check_format(path: Path, version: object, known: int) -> None:
-    """Refuse a file of a format that this version does not know.
-
-    Raises:
-        UserError: That says whether the file is newer, or not of this project.
-    """
+    """Refuse a file of a format that this version does not know."""
     if isinstance(version, bool) or not isinstance(version, int):
         raise UserError(f"{path}: its format is {version!r}, not a number: it is damaged")
     if version > known:
@@ -77,9 +65,6 @@ def claimed(folder: Path, key: str) -> Iterator[None]:
 
     The claim ends with the process, however it ends. Where a file system has no locks, nothing is
     claimed. `key` is the override that chooses the folder.
-
-    Raises:
-        UserError: If another process holds it, or it can't be made or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,4 @@
-"""Where the project keeps what it builds for itself: demo tokens, statistics, fitted baselines.
-
-And what it says when that folder, the run's or the temporary one can't be used.
-"""
-
-from __future__ import annotations
+"""Folders of a user: paths as they are typed, the cache folder, and what the machine refuses."""
 
 import errno
 import getpass
@@ -23,16 +18,28 @@ MACHINE = frozenset(
 """What a file system or a machine refuses, whatever the code."""
 
 
-def home() -> Path:
-    """Return the cache folder: `BLIP3O_HOME`, else `blip3o_lit` in the user's cache folder.
+def expanded(text: str) -> Path:
+    """Return a path with `~` and `~user` replaced by the home folder.
 
-    Raises:
-        UserError: If the user has no home folder.
+    Where nobody has that name, a folder of the very name `~user` is meant, as in a shell.
     """
-    given, base = os.environ.get("BLIP3O_HOME"), os.environ.get("XDG_CACHE_HOME")
+    path = Path(os.path.expanduser(text))
+    if not text.startswith("~") or str(path) != str(Path(text)):
+        return path
+    first = Path(text).parts[0]
+    if (Path.cwd() / first).exists():
+        return Path.cwd() / text
+    if first == "~":
+        raise UserError(f"{text}: no home folder is known: set HOME, or write the whole path")
+    raise UserError(f"{text}: there is neither a user {first[1:]} nor a folder {first} here")
+
+
+def home() -> Path:
+    """Return the cache folder: `BLIP3O_HOME`, else `blip3o_lit` in the user's cache folder."""
+    own, base = os.environ.get("BLIP3O_HOME"), os.environ.get("XDG_CACHE_HOME")
     try:
-        if given:
-            return Path(given).expanduser()
+        if own:
+            return Path(own).expanduser()
         return (Path(base).expanduser() if base else Path.home() / ".cache") / "blip3o_lit"
     except RuntimeError as error:
         raise UserError(
@@ -60,12 +67,7 @@ def adopt_home() -> None:
 def refusal(error: OSError, run_dir: Path | None = None) -> str | None:
     """Return one line for what the machine refuses: the file, why, and what moves it elsewhere.
 
-    Args:
-        error: What a command ended with.
-        run_dir: Where the command writes.
-
-    Returns:
-        None for an error that may be a fault of the code.
+    None for an error that may be a fault of the code. `run_dir` is where the command writes.
     """
     if error.filename is None:
         return str(error.strerror) if error.errno in MACHINE else None

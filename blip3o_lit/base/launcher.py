@@ -1,12 +1,8 @@
 """What started this process: a user, torchrun, srun, a hand that set the ranks, or rank 0 itself.
 
-Launchers tell a process its rank by environment variables, and shells keep such variables: every
-shell, notebook and batch script inside a Slurm allocation has Slurm's, and a launcher that was
-tried by hand leaves RANK behind. Here they count only where the process was really started so;
-what is left over is refused by name, or taken away where it says nothing.
+Shells keep the variables by which launchers tell a process its rank. Here they count only where the
+process was really started so; what is left over is refused by name, or taken away.
 """
-
-from __future__ import annotations
 
 import ctypes
 import os
@@ -35,22 +31,19 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Launch:
-    """How this process came to be.
-
-    Attributes:
-        by: torchrun, srun, hand (ranks set in the environment), parent (a rank that rank 0
-            started), or plain: one process, which starts the other ranks itself.
-        rank: Its rank among all, where the launcher says it.
-        local: Its rank on this machine.
-        node: The machine's number.
-        world: The number of processes, where the launcher says it.
-    """
+    """How this process came to be."""
 
     by: str = "plain"
+    """torchrun, srun, hand (ranks set in the environment), parent (a rank that rank 0 started), or
+    plain: one process, which starts the other ranks itself."""
     rank: int | None = None
+    """Its rank among all, where the launcher says it."""
     local: int = 0
+    """Its rank on this machine."""
     node: int = 0
+    """The machine's number."""
     world: int | None = None
+    """The number of processes, where the launcher says it."""
 
     @property
     def first(self) -> bool:
@@ -58,15 +51,7 @@ class Launch:
         return not (self.rank or self.local or self.node)
 
     def check(self, devices: int, nodes: int) -> None:
-        """Compare with what the run was asked to be.
-
-        Args:
-            devices: Processes a machine.
-            nodes: Machines.
-
-        Raises:
-            UserError: If other processes were started than the run has ranks.
-        """
+        """Refuse other processes than the run has ranks: `devices` per machine, on `nodes`."""
         asked = f"trainer.devices={devices} x trainer.num_nodes={nodes}"
         if self.by == "plain":
             if nodes > 1 and not _place(os.environ):
@@ -82,10 +67,9 @@ class Launch:
             return
         if self.by == "hand":
             names = [name for name in RANKS if os.environ.get(name)]
-            says = ", ".join(f"{name}={os.environ[name]}" for name in names)
             raise UserError(
-                f"{says} in the environment does not fit {asked}: `unset {' '.join(names)}` if "
-                "they are left over, else give trainer.devices"
+                f"{_words(os.environ, names)} in the environment does not fit {asked}: "
+                f"`unset {' '.join(names)}` if they are left over, else give trainer.devices"
             )
         raise UserError(
             f"{self.by} started {self.world} processes, and the run has {asked}: give "
@@ -97,20 +81,14 @@ class Launch:
 def launch(
     environment: Mapping[str, str] | None = None, own: int | None = None, parent: int | None = None
 ) -> Launch:
-    """Read the launcher's variables.
+    """Read the launcher's variables; by default those of this process.
 
-    Args:
-        environment: The variables; by default this process's own.
-        own: Its process id.
-        parent: Its parent's.
-
-    Raises:
-        UserError: If they contradict each other, are no numbers, or are left over from a launcher
-            that did not start this process.
+    Refuses those that contradict each other, are no numbers, or are left over from a launcher that
+    did not start this process. `own` and `parent` are process ids.
     """
-    found = {k: v for k, v in (environment or os.environ).items() if v.strip()}
-    starter = found.get(PARENT)
-    node = number(found, next((name for name in NODES if name in found), NODES[0]))
+    variables = {k: v for k, v in (environment or os.environ).items() if v.strip()}
+    node = number(variables, next((name for name in NODES if name in variables), NODES[0]))
+    starter = variables.get(PARENT)
     if starter == str(own or os.getpid()):  # rank 0, after it set its children's variables
         return Launch(node=node)
     if starter is not None:
@@ -119,45 +97,41 @@ def launch(
                 f"{PARENT}={starter}: the process that started this rank has ended; in a shell of "
                 f"your own, `unset {PARENT}`"
             )
-        local, world = number(found, "LOCAL_RANK"), number(found, "WORLD_SIZE")
+        local, world = number(variables, "LOCAL_RANK"), number(variables, "WORLD_SIZE")
         return Launch("parent", None, local, node, world)
-    if "TORCHELASTIC_RUN_ID" in found:
-        _need("torchrun", found, (*RANKS, "MASTER_ADDR", "MASTER_PORT"))
-        return _ranked("torchrun", found, RANKS, node)
-    if is_task(found):
-        names = ("SLURM_PROCID", "SLURM_LOCALID", tasks_of(found), "SLURM_NODEID")
-        _need("srun", found, names)
-        return _ranked("srun", found, names, number(found, "SLURM_NODEID"))
-    if "LOCAL_RANK" in found and _place(found):
-        return _ranked("hand", found, RANKS, node)
-    left = [name for name in RANKS if found.get(name, "0") != "0"]
-    if left == ["WORLD_SIZE"] and found["WORLD_SIZE"] == "1":
-        left = []
-    if left:
-        says = ", ".join(f"{name}={found[name]}" for name in left)
+    if "TORCHELASTIC_RUN_ID" in variables:
+        _need("torchrun", variables, (*RANKS, "MASTER_ADDR", "MASTER_PORT"))
+        return _ranked("torchrun", variables, RANKS, node)
+    if is_task(variables):
+        names = ("SLURM_PROCID", "SLURM_LOCALID", tasks_of(variables), "SLURM_NODEID")
+        _need("srun", variables, names)
+        return _ranked("srun", variables, names[:3], number(variables, "SLURM_NODEID"))
+    if "LOCAL_RANK" in variables and _place(variables):
+        return _ranked("hand", variables, RANKS, node)
+    _refuse_leftovers(variables)
+    return Launch(node=node)
+
+
+def _refuse_leftovers(variables: Mapping[str, str]) -> None:
+    left = [name for name in RANKS if variables.get(name, "0") != "0"]
+    if left and not (left == ["WORLD_SIZE"] and variables["WORLD_SIZE"] == "1"):
         raise UserError(
-            f"{says}: no launcher started this process, so these are left over: "
+            f"{_words(variables, left)}: no launcher started this process, so these are left over: "
             f"`unset {' '.join(left)}`, or start it with torchrun or srun"
         )
     for name in OTHER_LAUNCHERS:
-        if "SLURM_JOB_ID" not in found and found.get(name, "1") not in ("0", "1"):
+        if "SLURM_JOB_ID" not in variables and variables.get(name, "1") not in ("0", "1"):
             raise UserError(
-                f"{name}={found[name]}: mpirun and jsrun are not supported: start with torchrun, "
-                f"or `unset {name}`"
+                f"{name}={variables[name]}: mpirun and jsrun are not supported: start with "
+                f"torchrun, or `unset {name}`"
             )
-    return Launch(node=node)
 
 
 def settle(nodes: int) -> Launch:
     """Read the variables and make libraries read the same; once, before Lightning is imported.
 
-    A rank that another started ends when that one ends.
-
-    Args:
-        nodes: Machines of the run; on one, the machine's number says nothing.
-
-    Raises:
-        UserError: See `launch`.
+    On one machine (`nodes`) the machine's number says nothing. A rank that another started ends
+    when that one ends.
     """
     if nodes == 1:
         for name in NODES:
@@ -166,7 +140,10 @@ def settle(nodes: int) -> Launch:
     if this.by == "plain" and PARENT not in os.environ:
         ignore_ranks()
     if this.by == "parent":
-        _end_with(int(os.environ[PARENT]))
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(os.environ[PARENT]):  # it ended before the system was told
+            sys.exit(1)
     return this
 
 
@@ -177,11 +154,7 @@ def ignore_ranks() -> None:
 
 
 def number(environment: Mapping[str, str], name: str) -> int:
-    """Return a variable as a number from 0 on; 0 where it is not set.
-
-    Raises:
-        UserError: If it is something else.
-    """
+    """Return a variable as a number from 0 on; 0 where it is not set."""
     text = environment.get(name, "").strip() or "0"
     if not (text.isascii() and text.isdigit()):
         raise UserError(f"{name}={text} in the environment is no number from 0 on: `unset {name}`")
@@ -199,48 +172,45 @@ def port_is_free(port: int) -> bool:
     return True
 
 
-def _ranked(by: str, found: Mapping[str, str], names: tuple[str, ...], node: int) -> Launch:
-    rank, local, world = (number(found, name) if name in found else None for name in names[:3])
+def tasks_of(environment: Mapping[str, str]) -> str:
+    """Return the variable that holds the number of srun's tasks."""
+    return "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+
+
+def is_task(environment: Mapping[str, str]) -> bool:
+    """Whether srun started this process as one of several: a batch script has no step's number.
+
+    `srun --pty bash` has one: its variables are those of a terminal.
+    """
+    if environment.get(TASKS) != "srun":
+        step = environment.get("SLURM_STEP_ID", "")
+        if not step.isdigit() or int(step) >= LAST_STEP or "SLURM_PTY_PORT" in environment:
+            return False
+        terminal = environment.get("SLURM_JOB_NAME") in TERMINAL_JOBS
+        if terminal and environment.get("SLURM_PROCID") == "0":
+            return False
+    return "SLURM_PROCID" in environment and number(environment, tasks_of(environment)) > 1
+
+
+def _need(by: str, variables: Mapping[str, str], names: tuple[str, ...]) -> None:
+    missing = [name for name in names if name not in variables]
+    if missing:
+        raise UserError(f"{by} started this process, but {', '.join(missing)} is not set")
+
+
+def _ranked(by: str, variables: Mapping[str, str], names: tuple[str, ...], node: int) -> Launch:
+    rank, local, world = (number(variables, n) if n in variables else None for n in names)
     if world is not None and (rank or 0) >= world:
         raise UserError(
-            f"{names[0]}={rank} is not below {names[2]}={world}: `unset {' '.join(names[:3])}` if "
+            f"{names[0]}={rank} is not below {names[2]}={world}: `unset {' '.join(names)}` if "
             "they are left over"
         )
     return Launch(by, rank, local or 0, node, world)
 
 
-def _need(by: str, found: Mapping[str, str], names: tuple[str, ...]) -> None:
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise UserError(f"{by} started this process, but {', '.join(missing)} is not set")
+def _place(variables: Mapping[str, str]) -> bool:
+    return bool(variables.get("MASTER_ADDR") and variables.get("MASTER_PORT"))
 
 
-def _place(found: Mapping[str, str]) -> bool:
-    return bool(found.get("MASTER_ADDR") and found.get("MASTER_PORT"))
-
-
-def tasks_of(found: Mapping[str, str]) -> str:
-    """Return the variable that holds the number of srun's tasks."""
-    return "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in found else "SLURM_NTASKS"
-
-
-def is_task(found: Mapping[str, str]) -> bool:
-    """Whether srun started this process as one of several: a batch script has no step's number.
-
-    `srun --pty bash` has one: its variables are those of a terminal.
-    """
-    if found.get(TASKS) != "srun":
-        step = found.get("SLURM_STEP_ID", "")
-        if not step.isdigit() or int(step) >= LAST_STEP or "SLURM_PTY_PORT" in found:
-            return False
-        if found.get("SLURM_JOB_NAME") in TERMINAL_JOBS and found.get("SLURM_PROCID") == "0":
-            return False
-    return "SLURM_PROCID" in found and number(found, tasks_of(found)) > 1
-
-
-def _end_with(parent: int) -> None:
-    """Let the system end this process when its parent ends, however that is."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
+def _words(variables: Mapping[str, str], names: list[str]) -> str:
+    return ", ".join(f"{name}={variables[name]}" for name in names)

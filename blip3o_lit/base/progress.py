@@ -1,12 +1,10 @@
 """Progress of a long command: a bar on a terminal, a plain line now and then elsewhere."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,71 +18,52 @@ Report = Callable[[str, int, int], None]
 
 
 class Work:
-    """Counts units of work; use as a context manager.
-
-    Example:
-        with Work("converting", 2560, "samples") as work:
-            work.advance(64)
-    """
+    """Counts units of work, as a context manager: `with Work("reading", 2560, "samples")`."""
 
     def __init__(self, label: str, total: int, unit: str) -> None:
-        """Name the work; nothing is shown before the context is entered."""
         self.label, self.total, self.unit = label, total, unit
-        self.done = 0
+        self.done = self._skipped = 0
         self._started = self._shown = time.monotonic()
-        self._counted = 0
-        self._bar: Progress | None = None
-
-    def __enter__(self) -> Work:
-        """Start the bar on a terminal."""
         console = Console(stderr=True)
-        if console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
-                TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=console, transient=True)
-            self._bar.add_task(self.label, total=self.total, unit=self.unit, note="")
-            self._bar.start()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(label, total=total, unit=unit, note="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
         return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self._bar.disable:  # older versions print an empty line
+            self._bar.stop()
 
     def skip(self, count: int) -> None:
         """Count work that an earlier run did; it does not enter the rate."""
-        self._counted -= count
+        self._skipped += count
         self.advance(count)
 
     def advance(self, count: int, note: str = "") -> None:
         """Count finished work; `note` is shown after the numbers."""
         self.done += count
-        self._counted += count
+        self._bar.update(self._task, completed=self.done, total=self.total, note=note)
         now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(
-                self._bar.task_ids[0], completed=self.done, total=self.total, note=note
-            )
-        elif now - self._shown >= PLAIN_SECONDS:
+        if self._bar.disable and now - self._shown >= PLAIN_SECONDS:
             self._shown = now
-            rate = self._counted / (now - self._started)
+            rate = (self.done - self._skipped) / (now - self._started)
             left = (self.total - self.done) / rate if rate else 0.0
+            counts = f"{self.label}: {self.done:,}/{self.total:,} {self.unit}"
+            notes = f", {note}" if note else ""
             print(
-                f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, "
-                f"{left:,.0f} s left" + (f", {note}" if note else ""),
-                file=sys.stderr,
-                flush=True,
+                f"{counts}, {rate:,.1f}/s, {left:,.0f} s left{notes}", file=sys.stderr, flush=True
             )
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Remove the bar."""
-        if self._bar is not None:
-            self._bar.stop()
 
 
 @contextmanager

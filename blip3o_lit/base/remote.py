@@ -1,7 +1,5 @@
 """Files behind an address, read once from front to back; broken connections are opened again."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, TypeVar
@@ -22,10 +20,6 @@ def open_remote(url: str) -> BinaryIO:
 
     A web server that does not announce ranges is read in one answer, however slowly; a `read` may
     then return less than was asked for. All others are read block by block.
-
-    Raises:
-        UserError: On a scheme that is not listed, or a missing driver.
-        OSError: What fsspec raises for a missing file.
     """
     scheme = url.partition(":")[0]
     if scheme not in SCHEMES or "://" not in url or "::" in url:
@@ -47,7 +41,7 @@ def read_whole(file: BinaryIO, size: int) -> bytes:
     while left and (part := file.read(left)):
         parts.append(part)
         left -= len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    return b"".join(parts)
 
 
 def resumed(
@@ -56,11 +50,7 @@ def resumed(
     start: int = 0,
     pauses: tuple[float, ...] = PAUSES,
 ) -> Iterator[T]:
-    """Yield what `read(start)` yields; after a broken connection go on with `read(next item)`.
-
-    Raises:
-        UserError: If the file is not there, or several connections in a row break.
-    """
+    """Yield what `read(start)` yields; after a broken connection go on with `read(next item)`."""
     failures = 0
     while True:
         try:

@@ -1,7 +1,5 @@
 """Secrets stay out of what a run writes: values of the environment, and passwords in addresses."""
 
-from __future__ import annotations
-
 import os
 import re
 from typing import TypeVar
@@ -21,12 +19,9 @@ def masked(value: Plain) -> Plain:
 
     A secret is the value, of 8 characters or more, of an environment variable whose name says so
     (`HF_TOKEN`, `WANDB_API_KEY`, `AWS_SECRET_ACCESS_KEY`), or name and password in an address.
-
-    Args:
-        value: Nested dicts, lists and texts; anything else is returned as it is.
     """
-    found = {text for name, text in os.environ.items() if _NAME.search(name)}
-    return _mask(value, sorted((text for text in found if len(text) >= SHORTEST), key=len))
+    secrets = {text for name, text in os.environ.items() if _NAME.search(name)}
+    return _mask(value, sorted((s for s in secrets if len(s) >= SHORTEST), key=len, reverse=True))
 
 
 def _mask(value: Plain, secrets: list[str]) -> Plain:
@@ -36,7 +31,7 @@ def _mask(value: Plain, secrets: list[str]) -> Plain:
         return type(value)(_mask(item, secrets) for item in value)
     if isinstance(value, str):
         text: str = value
-        for secret in reversed(secrets):
+        for secret in secrets:
             text = text.replace(secret, MASK)
         return _ADDRESS.sub(MASK, text)  # type: ignore[return-value]
     return value

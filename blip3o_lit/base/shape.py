@@ -24,7 +24,6 @@ class TokenShape:
 
     @property
     def patches(self) -> int:
-        """Number of patch tokens."""
         return self.grid[0] * self.grid[1]
 
     @property
@@ -46,23 +45,20 @@ class PairShape:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PairShape:
-        """Rebuild from `to_dict`.
+        """Rebuild from `to_dict`; anything but two grids of a plausible size is refused."""
+        return cls(_side(data, "condition"), _side(data, "target"))
 
-        Raises:
-            UserError: On anything but two grids of a plausible size.
-        """
-        sides = []
-        for side in ("condition", "target"):
-            try:
-                grid, has_cls, width = (data[side][key] for key in ("grid", "cls", "width"))
-                rows, columns = grid
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"shape.{side} is damaged: {data.get(side)!r:.100}") from error
-            numbers = (rows, columns, width)
-            if not (
-                all(type(number) is int and 0 < number <= LARGEST for number in numbers)
-                and isinstance(has_cls, bool)
-            ):
-                raise UserError(f"shape.{side} is damaged: {data[side]!r:.100}")
-            sides.append(TokenShape((rows, columns), has_cls, width))
-        return cls(*sides)
+
+def _side(data: dict[str, Any], side: str) -> TokenShape:
+    damage = UserError(f"shape.{side} is damaged: {data.get(side)!r:.100}")
+    try:
+        grid, has_cls, width = (data[side][key] for key in ("grid", "cls", "width"))
+        rows, columns = grid
+    except (KeyError, TypeError, ValueError) as error:
+        raise damage from error
+    for size in (rows, columns, width):
+        if type(size) is not int or not 0 < size <= LARGEST:
+            raise damage
+    if not isinstance(has_cls, bool):
+        raise damage
+    return TokenShape((rows, columns), has_cls, width)

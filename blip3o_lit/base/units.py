@@ -1,7 +1,5 @@
 """Numbers as people read them."""
 
-from __future__ import annotations
-
 
 def human_time(seconds: float) -> str:
     """Return a duration in two units at most, for example `2h10m`."""

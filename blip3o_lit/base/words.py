@@ -4,8 +4,6 @@ Every line that is printed to be pasted takes its words from here, and so does e
 starts another one.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

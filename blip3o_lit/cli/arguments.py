@@ -4,15 +4,11 @@ Hydra would advise `+key=...`, which is never right here; every wrong word gets 
 the right one.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import re
-import sys
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -31,9 +27,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from blip3o_lit.base.words import pasteable
 from blip3o_lit.cli.literals import check_word, literal, unreadable
-from blip3o_lit.cli.schema import groups, keys, text_keys, typed, unknown_key
+from blip3o_lit.cli.schema import conf_dir, groups, keys, text_keys, typed, unknown_key
 from blip3o_lit.cli.sweeps.plugins import PLUGIN_GROUPS
-from blip3o_lit.config.errors import UserError, nearest
+from blip3o_lit.config.errors import UserError, one_of
 
 MOST_RUNS = 100_000
 MOST_TRIED = 64
@@ -41,48 +37,36 @@ MOST_TRIED = 64
 OPTIONAL_GROUPS = ("experiment", "debug", "hparams_search")
 
 
-def arranged(words: list[str], schema: type[Any]) -> list[str]:
-    """Return a command line with its flags first, as argparse needs it, and its texts for Hydra.
+def read_line(words: list[str], schema: type[Any]) -> tuple[argparse.Namespace, list[str]]:
+    """Return Hydra's flags and the overrides of a command line, and the words that Hydra is to see.
 
-    Raises:
-        UserError: For an unknown flag, and for a text that Hydra would read as something else.
+    Those have the flags first, as argparse needs it, and texts that Hydra reads as they were typed.
     """
     for word in words:
         check_word(word)
-    arguments, unknown = flags(words)
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        arguments, unknown = parser.parse_known_intermixed_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
     if unknown:
         known = set(keys(schema))
         name, _, value = unknown[0].lstrip("-").partition("=")
         name = name if name in known else name.replace("-", "_")
         hint = f"write {name}={value or 'VALUE'}" if name in known else "overrides are key=value"
         raise UserError(f"{unknown[0]} is no flag of this command: {hint}")
-    overrides = list(arguments.overrides)
+    flags = [word for word in words if word not in arguments.overrides]
     texts = set(text_keys(schema))
-    literals = [literal(word, texts, arguments.multirun) for word in overrides]
-    first = [word for word in words if word not in overrides]
-    return first + literals
+    arguments.overrides = [literal(w, texts, arguments.multirun) for w in arguments.overrides]
+    return arguments, flags + arguments.overrides
 
 
-def flags(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return Hydra's own flags and the overrides among some words, and the flags it doesn't know.
-
-    Raises:
-        UserError: If a flag lacks its value, or has another than it takes.
-    """
-    parser = get_args_parser()
-    parser.exit_on_error = False
-    try:
-        return parser.parse_known_intermixed_args(words)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from error
-
-
-def check_arguments(name: str, schema: type[Any], folder: Path) -> None:
-    """Check the command line's overrides; composing is tried once, so errors come as one line."""
-    arguments, _ = flags(sys.argv[1:])
+def check_arguments(name: str, schema: type[Any], arguments: argparse.Namespace) -> None:
+    """Check a command's overrides; composing is tried once, so errors come as one line."""
     if arguments.hydra_help or arguments.shell_completion:
         return
-    options = groups(folder) | PLUGIN_GROUPS
+    options = groups(conf_dir()) | PLUGIN_GROUPS
     known = set(keys(schema))
     overrides = [_parsed(word, known | set(options)) for word in arguments.overrides]
     _check_runs(overrides)
@@ -95,22 +79,15 @@ def check_arguments(name: str, schema: type[Any], folder: Path) -> None:
             raise UserError(
                 f"{swept[0].input_line} stands for several runs: add -m to run one job for each"
             )
-    with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
+    with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
         for words in _single_jobs(overrides):
             try:
-                found = compose(name, overrides=words)
+                typed(compose(name, overrides=words), schema)
             except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
-                cause = error.__cause__
-                message = str(cause) if isinstance(cause, OmegaConfBaseException) else str(error)
-                raise UserError(_first_line(message, known) + _dollar(overrides)) from error
-            try:
-                typed(found, schema)
-            except UserError as error:
-                raise UserError(f"{error}{_dollar(overrides)}") from error
+                raise UserError(_one_line(error, known) + _dollar(overrides)) from error
 
 
 def _parsed(word: str, known: set[str]) -> Override:
-    """Return an override; one that can't be read is refused with the form that can."""
     key, equals, _ = word.lstrip("+").partition("=")
     if not equals and not word.startswith("~"):
         raise UserError(f"{word!r} is no override: write key=value")
@@ -122,8 +99,12 @@ def _parsed(word: str, known: set[str]) -> Override:
         raise unreadable(word) from error
 
 
-def _first_line(message: str, known: set[str]) -> str:
-    """Return Hydra's message as one line, with the full key that it speaks of."""
+def _one_line(error: Exception, known: set[str]) -> str:
+    """Return an error of composing as one line, with the full key that it speaks of."""
+    if isinstance(error, UserError):
+        return str(error)
+    cause = error.__cause__
+    message = str(cause) if isinstance(cause, OmegaConfBaseException) else str(error)
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     key = next((line.split(":", 1)[1].strip() for line in lines if "full_key" in line), "")
     named = key in known or key.startswith("hydra.")
@@ -132,10 +113,11 @@ def _first_line(message: str, known: set[str]) -> str:
 
 def _dollar(overrides: list[Override]) -> str:
     """Return how to type a `${` that is no interpolation, if a value has one."""
-    values = [(item.key_or_group, item.value()) for item in overrides]
-    marked = [(key, text) for key, text in values if re.search(r"(?<!\\)\$\{", str(text))]
-    word = pasteable(marked[0][0], str(marked[0][1])) if marked else ""
-    return f"; if ${{...}} is part of a name: {word}" if word else ""
+    for item in overrides:
+        text = str(item.value())
+        if re.search(r"(?<!\\)\$\{", text):
+            return f"; if ${{...}} is part of a name: {pasteable(item.key_or_group, text)}"
+    return ""
 
 
 def _check_runs(overrides: list[Override]) -> None:
@@ -165,20 +147,11 @@ def _steps(sweep: RangeSweep) -> int:
 def _check_override(override: Override, known: set[str], options: dict[str, list[str]]) -> None:
     """Refuse an override of an unknown key, group or option, naming the nearest right word."""
     key = override.key_or_group
-    if key.startswith(("hydra.", "hydra/")) and key not in options:
-        return
     if key in options and override.type != OverrideType.DEL:
-        chosen = _values(override)
-        for value in chosen:
-            if value is None and key in OPTIONAL_GROUPS:
-                continue
-            if value not in options[key]:
-                guess = nearest(str(value), options[key])
-                hint = f"did you mean {key}={guess}? " if guess else ""
-                choices = ", ".join(options[key]) or "none"
-                raise UserError(f"{key}={value} is not an option: {hint}choose from {choices}")
-        return
-    if key not in known and key not in options:
+        for value in _values(override):
+            if value is not None or key not in OPTIONAL_GROUPS:
+                one_of(key, str(value), options[key])
+    elif key not in known | set(options) and not key.startswith(("hydra.", "hydra/")):
         raise UserError(unknown_key(key, known | set(options)))
 
 

@@ -1,8 +1,7 @@
 """The front that all seven commands share: Hydra, a strict typed schema, and one-line errors.
 
-A command is a function from its typed config to a result. `run_command` checks the overrides,
-composes, merges the result into the dataclasses and calls the function. Mistakes of the user exit
-with 2. Hydra is imported late, so that Ctrl-C is one line at once.
+A command is a function from its typed config to a result. Mistakes of the user exit with 2. Hydra
+is imported late, so that Ctrl-C is one line at once.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ from blip3o_lit.cli.run_stamp import run_stamp
 from blip3o_lit.config.errors import UserError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from omegaconf import DictConfig
 
 Config = TypeVar("Config")
@@ -53,17 +54,9 @@ def _run(name: str, schema: type[Config], task: Callable[[Config], Any], kept: K
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from blip3o_lit.cli.arguments import arranged, check_arguments
+    from blip3o_lit.cli.arguments import check_arguments
     from blip3o_lit.cli.schema import conf_dir, typed
-    from blip3o_lit.cli.sweeps.plugins import register_plugins
 
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    _register(name, schema)
-    register_plugins()
-    folder = conf_dir()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # consoles without Unicode, odd names
-            stream.reconfigure(errors="backslashreplace")
     began = False
 
     def job(config: DictConfig) -> Any:
@@ -71,23 +64,19 @@ def _run(name: str, schema: type[Config], task: Callable[[Config], Any], kept: K
         began = True
         try:
             with interruptible(kept):  # Hydra forgets the job's directory before it ends
-                return _checked(task, typed(config, schema))
+                return _call(task, typed(config, schema))
         except UserError as error:
             if in_multirun():  # The sweep's other jobs still run; Hydra raises it at their end.
                 raise
             fail(str(error))
 
     try:
-        adopt_home()
-        if name not in RANKED:
-            ignore_ranks()
-        if "${" in os.getcwd():
-            raise UserError(f"{os.getcwd()}: Hydra can't work in a folder with ${{ in its name")
-        sys.argv[1:] = arranged(sys.argv[1:], schema)
-        if _show_help(name, folder):
+        arguments = _prepare(name, schema)
+        if arguments.help:
+            _show_help(name, arguments.overrides)
             return
-        check_arguments(name, schema, folder)
-        hydra_main(version_base="1.3", config_path=str(folder), config_name=name)(job)()
+        check_arguments(name, schema, arguments)
+        hydra_main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
     except UserError as error:
         fail(str(error))
     except BrokenPipeError:  # of a page that was piped into `head`
@@ -103,7 +92,27 @@ def _run(name: str, schema: type[Config], task: Callable[[Config], Any], kept: K
         fail(f"{error.filename}: {error.strerror}: choose another folder with hydra.run.dir")
 
 
-def _checked(task: Callable[[Config], Any], config: Config) -> Any:
+def _prepare(name: str, schema: type[Any]) -> Namespace:
+    """Make Hydra and the process ready for a command; return its flags and overrides."""
+    from blip3o_lit.cli.arguments import read_line
+    from blip3o_lit.cli.sweeps.plugins import register_plugins
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    _register(name, schema)
+    register_plugins()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # consoles without Unicode, odd names
+            stream.reconfigure(errors="backslashreplace")
+    adopt_home()
+    if name not in RANKED:
+        ignore_ranks()
+    if "${" in os.getcwd():
+        raise UserError(f"{os.getcwd()}: Hydra can't work in a folder with ${{ in its name")
+    arguments, sys.argv[1:] = read_line(sys.argv[1:], schema)
+    return arguments
+
+
+def _call(task: Callable[[Config], Any], config: Config) -> Any:
     """Run a command; what the machine refuses (rights, space) is a line like a user's mistake."""
     try:
         return task(config)
@@ -117,16 +126,7 @@ def _checked(task: Callable[[Config], Any], config: Config) -> Any:
 
 
 def composed(name: str, schema: type[Config], words: Iterable[str]) -> Config:
-    """Return the config that a command line gives, for scripts that run commands themselves.
-
-    Args:
-        name: The command's word.
-        schema: Its dataclass.
-        words: The overrides.
-
-    Raises:
-        UserError: Naming the override, in one line.
-    """
+    """Return the config that a command line gives, for scripts that run commands themselves."""
     from hydra import compose, initialize_config_dir
 
     from blip3o_lit.cli.schema import conf_dir, typed
@@ -153,8 +153,8 @@ def _stamp() -> str:
         fail(str(error))  # OmegaConf would wrap the error in its own
 
 
-def _show_help(name: str, folder: Path) -> bool:
-    """Print the command's page if --help asks for it; return whether it did.
+def _show_help(name: str, overrides: list[str]) -> None:
+    """Print the command's page.
 
     Hydra's own page lists the groups through copies of all that it knows, which takes a second.
     """
@@ -163,24 +163,19 @@ def _show_help(name: str, folder: Path) -> bool:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from blip3o_lit.cli.arguments import flags
-    from blip3o_lit.cli.schema import groups
+    from blip3o_lit.cli.schema import conf_dir, groups
 
-    arguments, _ = flags(sys.argv[1:])
-    if not arguments.help:
-        return False
-    if any("=" not in word for word in arguments.overrides):
+    if any("=" not in word for word in overrides):
         raise UserError("--help lists all keys: it takes overrides (key=value), but no names")
     try:
-        with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
-            config = compose(name, overrides=arguments.overrides, return_hydra_config=True)
+        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+            config = compose(name, overrides=overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(str(error).splitlines()[0]) from error
     template = string.Template(config.hydra.help.template)
-    options = "".join(f"{group}: {', '.join(known)}\n" for group, known in groups(folder).items())
+    options = "".join(f"{key}: {', '.join(names)}\n" for key, names in groups(conf_dir()).items())
     shown = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     print(template.substitute(APP_CONFIG_GROUPS=options, CONFIG=OmegaConf.to_yaml(shown)))
-    return True
 
 
 def fail(message: str) -> typing.NoReturn:
@@ -190,37 +185,33 @@ def fail(message: str) -> typing.NoReturn:
     sys.exit(USER_ERROR_CODE)
 
 
+def is_running() -> bool:
+    """Whether Hydra has begun a job or a sweep; imports nothing."""
+    module = sys.modules.get("hydra.core.hydra_config")
+    return module is not None and module.HydraConfig.initialized()
+
+
+def _hydra() -> Any:
+    from hydra.core.hydra_config import HydraConfig
+
+    return HydraConfig.get()
+
+
 def run_directory() -> Path:
     """Return Hydra's output directory of the running job."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return Path(HydraConfig.get().runtime.output_dir)
-
-
-def is_running() -> bool:
-    """Whether Hydra has begun a job or a sweep."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return HydraConfig.initialized()
+    return Path(_hydra().runtime.output_dir)
 
 
 def sweep_directory() -> Path:
     """Return the directory of the running sweep."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return Path(str(HydraConfig.get().sweep.dir)).absolute()
+    return Path(str(_hydra().sweep.dir)).absolute()
 
 
 def in_multirun() -> bool:
     """Whether the running job belongs to a `-m` sweep."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    return HydraConfig.get().mode == RunMode.MULTIRUN
+    return _hydra().mode.name == "MULTIRUN"
 
 
 def command_line_overrides() -> list[str]:
     """Return the overrides that the running job was given."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return list(HydraConfig.get().overrides.task)
+    return list(_hydra().overrides.task)

@@ -1,7 +1,5 @@
 """Ctrl-C in a command: one line that says what is kept and how to go on, and the exit code 130."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -15,11 +13,7 @@ Kept = str | Callable[[], str]
 
 @contextmanager
 def interruptible(kept: Kept) -> Iterator[None]:
-    """End the process with one line where Ctrl-C stopped what runs in here.
-
-    Args:
-        kept: What the line says.
-    """
+    """End the process with one line where Ctrl-C stopped what runs in here."""
     try:
         yield
     except BaseException as error:

@@ -4,8 +4,6 @@ What Hydra can't read, or would turn into a number, is taken literally where the
 What it would read as something else (several values, a list) is refused with the quoted form.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 
@@ -13,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 
-from blip3o_lit.base.paths import expanded
+from blip3o_lit.base.home import expanded
 from blip3o_lit.base.words import quoted
 from blip3o_lit.config.errors import UserError
 
@@ -23,11 +21,7 @@ _QUOTES = ("'", '"', "\u2018", "\u2019", "\u201c", "\u201d")
 
 
 def check_word(word: str) -> None:
-    """Refuse what a script with Windows line ends, or a name that is no text, makes of a word.
-
-    Raises:
-        UserError: Naming the word and the remedy.
-    """
+    """Refuse what a script with Windows line ends, or a name that is no text, makes of a word."""
     if word.endswith("\r"):
         raise UserError(
             f"{word[:-1]!r} ends in a carriage return: the script has Windows line ends: "
@@ -42,13 +36,7 @@ def check_word(word: str) -> None:
 def literal(word: str, text_keys: set[str], multirun: bool) -> str:
     """Return a word of the command line as Hydra is to see it.
 
-    Args:
-        word: As typed.
-        text_keys: The keys whose values are texts.
-        multirun: Whether commas are meant to separate the values of a sweep.
-
-    Raises:
-        UserError: If Hydra would read the value in a way that was hardly meant.
+    Refuses what Hydra would read in a way that was hardly meant.
     """
     match = _WORD.fullmatch(word)
     if match is None or match["key"] not in {*text_keys, *HYDRA_FOLDERS}:
@@ -94,12 +82,7 @@ def unreadable(word: str, multirun: bool = False) -> UserError:
 
 
 def form(word: str, multirun: bool = False) -> str:
-    """Return the form of `key=value` to type, quoted for Hydra and the shell.
-
-    Args:
-        word: As typed.
-        multirun: Whether its commas separate values.
-    """
+    """Return the form of `key=value` to type, quoted for Hydra and the shell."""
     key, _, text = word.partition("=")
     values = text.split(",") if multirun else [text]
     return shlex.quote(f"{key}={','.join(quoted(value) for value in values)}")

@@ -4,8 +4,6 @@ Ranks that Lightning starts get the directory of the first by name. Those of tor
 started side by side and have to agree before anything else is known.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 from datetime import datetime, timedelta
@@ -13,16 +11,12 @@ from datetime import datetime, timedelta
 from blip3o_lit.config.errors import UserError
 
 WAIT = timedelta(minutes=5)
-"""How long a rank of torchrun waits for the first one's word."""
 
 
 def run_stamp() -> str:
     """Return a name for a run directory that a launch's ranks share, and no two launches.
 
     Numbers of jobs are no such names: a Slurm job and a run id of torchrun can start many runs.
-
-    Raises:
-        UserError: If torchrun's variables are set, but it does not answer.
     """
     stamp = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{os.urandom(3).hex()}"
     if "TORCHELASTIC_RUN_ID" in os.environ and _number("WORLD_SIZE") > 1:

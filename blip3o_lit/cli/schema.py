@@ -1,7 +1,5 @@
 """What a command takes: the Hydra groups of `conf/` and the keys of its dataclasses."""
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from collections.abc import Iterable, Iterator
@@ -11,7 +9,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from blip3o_lit.base.paths import expanded
+from blip3o_lit.base.home import expanded
 from blip3o_lit.config.errors import UserError, nearest
 
 Config = TypeVar("Config")
@@ -26,47 +24,40 @@ def conf_dir() -> Path:
 
 def groups(folder: Path) -> dict[str, list[str]]:
     """Return each Hydra group of `conf/` with its options."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith((".", "_")):
-            found[path.name] = sorted(option.stem for option in path.glob("*.yaml"))
-    return found
+    return {
+        path.name: sorted(option.stem for option in path.glob("*.yaml"))
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and not path.name.startswith((".", "_"))
+    }
 
 
-def keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
+def keys(schema: type[Any]) -> Iterator[str]:
     """Yield every override key of a dataclass schema, groups before their members."""
-    hints = typing.get_type_hints(schema)
-    for item in dataclasses.fields(schema):
-        full = prefix + item.name
-        yield full
-        if dataclasses.is_dataclass(hints[item.name]):
-            yield from keys(typing.cast(type, hints[item.name]), full + ".")
+    yield from (key for key, _ in _types(schema))
 
 
-def text_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
+def text_keys(schema: type[Any]) -> Iterator[str]:
     """Yield the keys of a dataclass schema whose values are texts, such as paths."""
+    yield from (key for key, hint in _types(schema) if hint in (str, str | None))
+
+
+def _types(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, hint in typing.get_type_hints(schema).items():
+        yield prefix + name, hint
         if dataclasses.is_dataclass(hint):
-            yield from text_keys(typing.cast(type, hint), f"{prefix}{name}.")
-        elif hint is str or str in typing.get_args(hint) and typing.get_origin(hint) is not list:
-            yield prefix + name
+            yield from _types(typing.cast(type, hint), f"{prefix}{name}.")
 
 
 def typed(config: DictConfig, schema: type[Config]) -> Config:
-    """Merge a composed config into its dataclasses, which check types, keys and values.
-
-    Raises:
-        UserError: Naming the override, in one line.
-    """
+    """Merge a composed config into its dataclasses, which check types, keys and values."""
+    known = {field.name for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    extra = [str(key) for key in config if key not in known]
+    if extra:
+        raise UserError(unknown_key(extra[0], set(keys(schema))))
     try:
-        known = {field.name for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
-        plain = OmegaConf.masked_copy(config, [str(key) for key in config if key in known])
-        extra = [str(key) for key in config if key not in known]
-        if extra:
-            raise UserError(unknown_key(extra[0], set(keys(schema))))
-        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
-        _expand(made)
-        return typing.cast(Config, made)
+        result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
+        _expand(result)
+        return typing.cast(Config, result)
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

@@ -1,47 +1,64 @@
-"""Data group: which token store a run reads, and how."""
-
-from __future__ import annotations
+"""Data group: which token store a run reads, and how; the testbeds with a known law."""
 
 from dataclasses import dataclass, field
 
-from blip3o_lit.config.ambiguous import AmbiguousConfig
-from blip3o_lit.config.errors import UserError, one_of, positive
-
-DATA_NAMES = ("demo", "demo_masked", "tokens", "linear_gaussian", "ambiguous")
-SCALES = ("channel", "raw")
-VERIFY = ("size", "full")
+from blip3o_lit.config.checks import above_zero, between, check_fields, choice
+from blip3o_lit.config.errors import UserError
 
 
 @dataclass
-class LinearGaussianConfig:
+class SyntheticConfig:
+    """What the testbeds share: how many images, of what shape, how well explained."""
+
+    images: int = above_zero(16384)
+    """Training images; the validation split holds a further `validation_images`."""
+    validation_images: int = above_zero(2048)
+    """Validation images."""
+    grid: int = above_zero(4)
+    """Side of the square token grid."""
+    condition_width: int = above_zero(16)
+    """Channels of a condition token."""
+    target_width: int = above_zero(8)
+    """Channels of a target token; in `ambiguous` at least as many as there are modes."""
+    explained: float = between(0.7, 0.001, 0.999)
+    """Share of the target's variance (within a mode) that the condition explains."""
+    seed: int = 0
+    """Seed of the problem itself (map, noise or modes, samples)."""
+
+
+@dataclass
+class LinearGaussianConfig(SyntheticConfig):
     """A synthetic problem whose posterior is known in closed form."""
 
-    images: int = 16384
-    """Training images; the validation split holds a further `validation_images`."""
-    validation_images: int = 2048
-    """Validation images."""
-    grid: int = 4
-    """Side of the square token grid."""
-    condition_width: int = 16
-    """Channels of a condition token."""
-    target_width: int = 8
-    """Channels of a target token."""
-    explained: float = 0.7
-    """Share of the target's variance that the condition explains, between 0 and 1."""
     rank: int = 0
     """Rank of the map from condition to target; 0 means full."""
     outlier_channels: int = 0
     """Target channels that are 30 times larger than the rest, as real CLIP tokens have."""
-    seed: int = 0
-    """Seed of the problem itself (map, noise, samples)."""
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        for key in ("images", "validation_images", "grid", "condition_width", "target_width"):
-            positive(f"data.linear_gaussian.{key}", getattr(self, key))
-        if not 0 < self.explained < 1:
+        check_fields(self, "data.linear_gaussian.")
+
+
+@dataclass
+class AmbiguousConfig(SyntheticConfig):
+    """A mixture with known modes and weights: a regressor lands between them, a flow must not."""
+
+    weights: list[float] = field(default_factory=lambda: [0.5, 0.3, 0.2])
+    """Probability of each mode; they add up to 1. An image's tokens share its mode."""
+    separation: float = above_zero(6.0)
+    """Distance between two modes in a token, in standard deviations of what surrounds them."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.ambiguous.")
+        total = sum(self.weights)
+        if min(self.weights, default=0) <= 0 or abs(total - 1) > 1e-6:
             raise UserError(
-                f"data.linear_gaussian.explained={self.explained} must lie between 0 and 1"
+                f"data.ambiguous.weights={self.weights} must be positive and add up to 1"
+            )
+        if len(self.weights) > self.target_width:
+            raise UserError(
+                f"data.ambiguous.target_width={self.target_width} is below the number of modes, "
+                f"{len(self.weights)}"
             )
 
 
@@ -49,7 +66,7 @@ class LinearGaussianConfig:
 class DataConfig:
     """Where tokens come from and how they are read."""
 
-    name: str = "demo"
+    name: str = choice("demo", ("demo", "demo_masked", "tokens", "linear_gaussian", "ambiguous"))
     """demo: handwritten-digit scenes, built on first use; demo_masked: the same, the condition sees
     their left half; tokens: a directory; or a testbed with a known law: linear_gaussian,
     ambiguous."""
@@ -59,21 +76,21 @@ class DataConfig:
     """The stored array that conditions the flow."""
     target: str = "clip"
     """The stored array that the flow generates."""
-    max_shards: int | None = None
+    max_shards: int | None = above_zero(None)
     """Read only so many training shards."""
-    subset: int | None = None
+    subset: int | None = above_zero(None)
     """Read only so many training images."""
-    validation_subset: int | None = None
+    validation_subset: int | None = above_zero(None)
     """Read only so many validation images."""
-    threads: int = 2
+    threads: int = above_zero(2)
     """Reader threads (the seeds' num_workers)."""
-    shuffle_window: int = 16
+    shuffle_window: int = above_zero(16)
     """Shards among which samples are shuffled."""
-    statistics_images: int = 20000
+    statistics_images: int = above_zero(20000)
     """Training images from which channel statistics are computed; all of them if fewer exist."""
-    scale: str = "channel"
-    """channel: train on tokens of mean 0 and std 1 a channel; raw: on tokens as they are stored."""
-    verify: str = "size"
+    scale: str = choice("channel", ("channel", "raw"))
+    """channel: train on tokens of mean 0 and std 1 per channel; raw: on tokens as they are."""
+    verify: str = choice("size", ("size", "full"))
     """size: check each shard's size when it is opened; full: its sha256 too."""
     linear_gaussian: LinearGaussianConfig = field(default_factory=LinearGaussianConfig)
     """The problem of name=linear_gaussian."""
@@ -81,13 +98,7 @@ class DataConfig:
     """The problem of name=ambiguous."""
 
     def __post_init__(self) -> None:
-        """Check each value and the rules that join them."""
-        one_of("data.name", self.name, DATA_NAMES)
-        one_of("data.scale", self.scale, SCALES)
-        one_of("data.verify", self.verify, VERIFY)
-        for key in ("max_shards", "subset", "validation_subset", "threads", "shuffle_window"):
-            positive(f"data.{key}", getattr(self, key))
-        positive("data.statistics_images", self.statistics_images)
+        check_fields(self, "data.")
         if self.condition == self.target:
             raise UserError(
                 f"data.condition={self.condition} equals data.target: choose two arrays"

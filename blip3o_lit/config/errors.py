@@ -1,7 +1,5 @@
 """The one error that a user can cause, and the helpers that make its message useful."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 
@@ -28,23 +26,13 @@ def nearest(word: str, options: Iterable[str]) -> str:
 
 
 def _letters_apart(one: str, other: str) -> int:
-    """Return in how many places two words of one length differ; all of them otherwise."""
     if len(one) != len(other) or len(one) < 3:
         return len(one) + len(other)
     return sum(a != b for a, b in zip(one, other))
 
 
 def one_of(key: str, value: str, options: Iterable[str]) -> None:
-    """Raise unless `value` is one of `options`; the message names the nearest one.
-
-    Args:
-        key: The override's full name, for example `flow.prediction`.
-        value: What the user gave.
-        options: The words that are allowed.
-
-    Raises:
-        UserError: If `value` is not among `options`.
-    """
+    """Raise a UserError that names the nearest option, unless `value` is one of `options`."""
     choices = list(options)
     if value in choices:
         return

@@ -1,10 +1,9 @@
 """The schema of the evaluate command."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
-from blip3o_lit.config.errors import UserError, one_of, positive
+from blip3o_lit.config.checks import above_zero, check_fields, choice
+from blip3o_lit.config.errors import UserError
 
 BASELINE_SETS = {
     "none": (),
@@ -37,11 +36,11 @@ class EvaluateConfig:
     """Score on training images instead; every number is then labelled so."""
     out: str | None = None
     """Folder for evaluation.json and report.html; null: the run directory of the checkpoint."""
-    baselines: str = "cheap"
+    baselines: str = choice("cheap", BASELINE_SETS)
     """none, cheap (mean token, ridge) or all (a patch MLP and a noise-free transformer too)."""
-    baseline_steps: int = 2000
+    baseline_steps: int = above_zero(2000)
     """Training steps of MLP and noise-free transformer: the run's own number, but at most these."""
-    baseline_images: int = 20000
+    baseline_images: int = above_zero(20000)
     """Training images that mean token and ridge are fitted on; all of them if fewer exist."""
     solvers: list[str] = field(default_factory=lambda: ["heun-10", "ab2-4"])
     """Estimators beside the posterior mean, as solver-steps, or guided: heun-10@1.5, mean@1.5."""
@@ -53,29 +52,24 @@ class EvaluateConfig:
         ]
     )
     """Points of the curve over network evaluations, as solver-steps; [] leaves it out."""
-    curve_images: int = 64
+    curve_images: int = above_zero(64)
     """Images of that curve."""
     samples: int = 4
-    """Samples a condition, by the first of `solvers`, for diversity and calibration; 0: none."""
-    sample_images: int = 16
+    """Samples per condition, by the first of `solvers`, for diversity and calibration; 0: none."""
+    sample_images: int = above_zero(16)
     """Images of that."""
-    images: int | None = None
+    images: int | None = above_zero(None)
     """Images to score; null: the whole split."""
     pictures: str | None = None
     """Folder of the source images, to show the best and worst in the report; demo: not needed."""
-    batch_size: int = 32
-    """Images a forward pass."""
+    batch_size: int = above_zero(32)
+    """Images per forward pass."""
     seed: int = 0
     """Seed of the sampling noise; each image has the same noise for every estimator."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
 
     def __post_init__(self) -> None:
-        """Check each value."""
         if not self.ckpt:
             raise UserError("ckpt=PATH is missing: name a checkpoint or a run directory")
-        one_of("baselines", self.baselines, BASELINE_SETS)
-        for key in ("baseline_steps", "baseline_images", "curve_images", "sample_images"):
-            positive(key, getattr(self, key))
-        positive("images", self.images)
-        positive("batch_size", self.batch_size)
+        check_fields(self)

@@ -1,25 +1,21 @@
 """The schema of the extract command."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
-from blip3o_lit.config.errors import UserError, one_of, positive, within
-from blip3o_lit.config.pixels import PixelsConfig
-from blip3o_lit.config.towers import TowersConfig
+from blip3o_lit.config.checks import above_zero, between, check_fields, choice
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.towers import PixelsConfig, TowersConfig
 
-SPLIT_RULES = ("perceptual", "content")
 STORAGE = ("float16", "bfloat16", "float32", "int8")
-STORES = ("full", "grid_64")
 
 
 @dataclass
 class SplitConfig:
     """The split of images whose source gives none; a given split wins."""
 
-    by: str = "perceptual"
+    by: str = choice("perceptual", ("perceptual", "content"))
     """perceptual: by a coarse look, so that copies stay together; content: by the exact pixels."""
-    fraction: float = 0.05
+    fraction: float = between(0.05, 0.0, 0.9)
     """Share of validation images."""
     seed: int = 0
     """Another seed holds other images out."""
@@ -27,20 +23,18 @@ class SplitConfig:
     """A .csv or .jsonl of path and split; it wins over every other rule."""
 
     def __post_init__(self) -> None:
-        """Check each value."""
-        one_of("split.by", self.by, SPLIT_RULES)
-        within("split.fraction", self.fraction, 0.0, 0.9)
+        check_fields(self, "split.")
 
 
 @dataclass
 class EngineConfig:
     """How the work is done: batches, threads and workers."""
 
-    batch_size: int = 16
+    batch_size: int = above_zero(16)
     """Images of one forward pass; raise it on a GPU until its memory is used."""
-    threads: int = 4
+    threads: int = above_zero(4)
     """Threads that decode and resize while the towers run."""
-    shard_samples: int = 256
+    shard_samples: int = above_zero(256)
     """Images of one unit of work, which becomes one shard of each split that occurs in it."""
     shard: str | None = None
     """i/n: this is worker i (from 0) of n; null: from torchrun, a Slurm array, or 0/1."""
@@ -50,9 +44,7 @@ class EngineConfig:
     """Run the towers through torch.compile."""
 
     def __post_init__(self) -> None:
-        """Check each value."""
-        for key in ("batch_size", "threads", "shard_samples"):
-            positive(f"extract.{key}", getattr(self, key))
+        check_fields(self, "extract.")
 
 
 @dataclass
@@ -71,21 +63,18 @@ class ExtractConfig:
     """How pictures become pixels."""
     extract: EngineConfig = field(default_factory=EngineConfig)
     """Batches, threads and workers."""
-    storage: str = "float16"
+    storage: str = choice("float16", STORAGE)
     """float16, bfloat16 (towers with large outliers), float32, or int8 (with measured scales)."""
-    store: str = "full"
+    store: str = choice("full", ("full", "grid_64"))
     """full: all tokens; grid_64: 8x8 averages of projected tokens, 5 to 10 times smaller."""
     classes: str | None = None
-    """Class names for zero-shot: a .txt, one a line, or a .json of names and their prompts."""
-    max_reject_fraction: float = 0.1
+    """Class names for zero-shot: a .txt, one per line, or a .json of names and their prompts."""
+    max_reject_fraction: float = between(0.1, 0.0, 1.0)
     """Stop when more images than this share can't be read."""
     dry_run: bool = False
     """Print what it would take (arithmetic, hours, memory, disk) and stop; reads no weights."""
 
     def __post_init__(self) -> None:
-        """Check each value."""
-        one_of("storage", self.storage, STORAGE)
-        one_of("store", self.store, STORES)
-        within("max_reject_fraction", self.max_reject_fraction, 0.0, 1.0)
-        if self.images is not None and self.images == "":
+        check_fields(self)
+        if self.images == "":
             raise UserError("images= is empty: give a folder, tars, a .csv or .jsonl, or demo")

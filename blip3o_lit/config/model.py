@@ -1,18 +1,11 @@
 """Model group: the size and the switches of the transformers."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 
-from blip3o_lit.config.errors import UserError, one_of, positive, within
+from blip3o_lit.config.checks import above_zero, between, check_fields, choice
+from blip3o_lit.config.errors import UserError
 
-ARCHITECTURES = ("dit", "nextdit")
-CONDITIONINGS = ("aligned", "cross")
-POSITIONS = ("rope", "learned", "none")
-TIMES = ("adaln", "tokens")
-MLPS = ("swiglu", "gelu")
-NORMS = ("rms", "layer")
 DIT_SWITCHES = (
     "positions",
     "time",
@@ -30,67 +23,55 @@ DIT_SWITCHES = (
 class ModelConfig:
     """A diffusion transformer."""
 
-    architecture: str = "dit"
+    architecture: str = choice("dit", ("dit", "nextdit"))
     """dit: AdaLN-Zero transformer; nextdit: the Lumina-Next block of the official BLIP3-o."""
-    width: int = 768
+    width: int = above_zero(768)
     """Channels of a hidden token; a multiple of heads."""
-    depth: int = 12
+    depth: int = above_zero(12)
     """Number of transformer blocks."""
-    heads: int = 12
+    heads: int = above_zero(12)
     """Query heads; width / heads, the head width, is a multiple of 4 (2-D rotary embedding)."""
-    kv_heads: int = 4
+    kv_heads: int = above_zero(4)
     """Key and value heads (grouped-query attention); divides heads."""
-    mlp_width: int = 2048
+    mlp_width: int = above_zero(2048)
     """Hidden width of the feed-forward; 0 computes it: ffn_dim_multiplier * 8/3 * width, rounded
     up to a multiple of multiple_of."""
-    ffn_dim_multiplier: float = 1.0
+    ffn_dim_multiplier: float = above_zero(1.0)
     """Factor of the computed mlp_width."""
-    multiple_of: int = 256
+    multiple_of: int = above_zero(256)
     """Divisor of the computed mlp_width."""
-    conditioning: str = "aligned"
+    conditioning: str = choice("aligned", ("aligned", "cross"))
     """aligned: each condition token is added to the target token at its place; cross: attention."""
     key_rope: bool = True
     """Cross-attention rotates its keys as well as its queries; the official BLIP3-o does not."""
-    positions: str = "rope"
+    positions: str = choice("rope", ("rope", "learned", "none"))
     """rope: 2-D rotary embedding; learned: a vector added to each token; none."""
-    time: str = "adaln"
+    time: str = choice("adaln", ("adaln", "tokens"))
     """Where time and pooled condition enter: adaln modulates each block; tokens adds once."""
-    mlp: str = "swiglu"
+    mlp: str = choice("swiglu", ("swiglu", "gelu"))
     """Feed-forward: swiglu or gelu."""
-    norm: str = "rms"
+    norm: str = choice("rms", ("rms", "layer"))
     """Norm of a hidden token: rms, or layer, which takes the mean out and has a bias."""
     sandwich_norm: bool = False
     """Also normalise what each branch adds."""
-    layer_scale: float | None = None
+    layer_scale: float | None = above_zero(None)
     """Initial value of a learned factor a channel on each branch; null: none."""
-    dropout: float = 0.0
+    dropout: float = between(0.0, 0.0, 0.9)
     """Share of each branch's output that is dropped in training."""
     zero_init_output: bool = True
     """Start with an output of exactly zero."""
-    adapter_depth: int = 0
+    adapter_depth: int = between(0, 0, 100)
     """Layers of a deep adapter on the condition, with a gated shortcut; 0: one linear map."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more time."""
+    """Recompute each block in the backward pass: less memory, more time."""
     compile: bool = False
     """Compile each block in place with torch.compile."""
 
     def __post_init__(self) -> None:
-        """Compute mlp_width if asked; check each value and the rules that join them."""
-        for key in ("width", "depth", "heads", "kv_heads", "ffn_dim_multiplier", "multiple_of"):
-            positive(f"model.{key}", getattr(self, key))
         if self.mlp_width == 0:
             wanted = int(self.ffn_dim_multiplier * int(4 * 2 * self.width / 3))
             self.mlp_width = self.multiple_of * math.ceil(wanted / self.multiple_of)
-        positive("model.mlp_width", self.mlp_width)
-        positive("model.layer_scale", self.layer_scale)
-        within("model.dropout", self.dropout, 0.0, 0.9)
-        within("model.adapter_depth", self.adapter_depth, 0, 100)
-        one_of("model.architecture", self.architecture, ARCHITECTURES)
-        one_of("model.conditioning", self.conditioning, CONDITIONINGS)
-        one_of("model.positions", self.positions, POSITIONS)
-        one_of("model.time", self.time, TIMES)
-        one_of("model.mlp", self.mlp, MLPS)
-        one_of("model.norm", self.norm, NORMS)
+        check_fields(self, "model.")
         self._check_heads()
         if self.architecture == "nextdit":
             self._check_nextdit()

@@ -1,22 +1,20 @@
-"""Towers group: the pair of frozen image encoders that turn images into tokens."""
+"""How images become tokens: the pair of frozen encoders, and the pixels that they see."""
 
-from __future__ import annotations
+from dataclasses import asdict, dataclass, field
 
-from dataclasses import dataclass, field
-
-from blip3o_lit.config.errors import UserError, one_of, positive
+from blip3o_lit.config.checks import above_zero, check_fields, choice
+from blip3o_lit.config.errors import UserError
 
 TRANSFORMERS = ("transformers", "huggingface")
 """Two words for one kind; the second is older."""
 KINDS = ("open_clip", "timm", *TRANSFORMERS, "eva_clip", "demo")
-TOWER_PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass
 class TowerConfig:
     """One tower: an architecture, its weights and which of its tokens to take."""
 
-    kind: str = "demo"
+    kind: str = choice("demo", KINDS)
     """Who builds it: open_clip, timm, transformers (or its old word, huggingface), eva_clip (ours)
     or demo."""
     model: str | None = None
@@ -30,16 +28,13 @@ class TowerConfig:
     """Block whose output the tokens are; -1 is the last, 0 the first."""
     norm: bool = False
     """Apply the tower's final norm to the tokens."""
-    image_size: int | None = None
+    image_size: int | None = above_zero(None)
     """Side of the input in pixels where it differs from the model's own (open_clip and timm)."""
-    precision: str = "fp32"
+    precision: str = choice("fp32", ("fp32", "bf16", "fp16"))
     """Number format of the weights and the forward pass: fp32, bf16 or fp16."""
 
     def __post_init__(self) -> None:
-        """Check each value and the rules that join them."""
-        one_of("towers.*.kind", self.kind, KINDS)
-        one_of("towers.*.precision", self.precision, TOWER_PRECISIONS)
-        positive("towers.*.image_size", self.image_size)
+        check_fields(self, "towers.*.")
         if self.image_size and self.kind not in ("open_clip", "timm"):
             raise UserError(
                 f"towers.*.image_size={self.image_size}: kind={self.kind} has one size only"
@@ -64,3 +59,29 @@ class TowersConfig:
     """Tower of the target tokens."""
     pretrained: bool = True
     """false: random weights with a fixed seed for both towers, for tests and dry runs."""
+
+
+@dataclass
+class PixelsConfig:
+    """What is encoded of a picture; the defaults are what a viewer shows."""
+
+    orientation: bool = True
+    """Turn pictures upright by their EXIF orientation; false: not, as CLIP's own pipeline."""
+    profile: bool = True
+    """Convert colours from an embedded profile to sRGB; false takes the numbers as they are."""
+    background: str = "white"
+    """What lies below transparent pixels: a colour's name or #rrggbb."""
+
+    def __post_init__(self) -> None:
+        from PIL import ImageColor
+
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError as error:
+            raise UserError(
+                f"pixels.background={self.background} is no colour: a name or '\"#rrggbb\"'"
+            ) from error
+
+    def changes(self) -> dict[str, bool | str]:
+        """Return what differs from the defaults, by key: it goes into the index."""
+        return {key: v for key, v in asdict(self).items() if v != getattr(PixelsConfig, key)}

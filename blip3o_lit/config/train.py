@@ -1,20 +1,23 @@
-"""The schema of the train command: one field a group, and the keys that belong to no group."""
-
-from __future__ import annotations
+"""The schema of the train command: one field per group, and the keys that belong to no group."""
 
 from dataclasses import dataclass, field
 
-from blip3o_lit.config.checkpoint import CheckpointConfig
+from blip3o_lit.config.checks import above_zero, check_fields
 from blip3o_lit.config.data import DataConfig
-from blip3o_lit.config.errors import UserError, positive
-from blip3o_lit.config.evaluation import EvaluationConfig
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.flow import FlowConfig
-from blip3o_lit.config.logger import LoggerConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.solver import SolverConfig, check_solver
-from blip3o_lit.config.trainer import PrecisionConfig, StrategyConfig, TrainerConfig
+from blip3o_lit.config.trainer import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggerConfig,
+    PrecisionConfig,
+    StrategyConfig,
+    TrainerConfig,
+)
 
 
 @dataclass
@@ -47,9 +50,9 @@ class TrainConfig:
     """Loggers beside metrics.csv."""
     seed: int = 0
     """Seed of weights, data order, noise and times."""
-    batch_size: int = 32
+    batch_size: int = above_zero(32)
     """Images of one optimizer step, over all processes."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = above_zero(None)
     """Images of one forward pass of one process; accumulation is derived. null: chosen to fit."""
     resume: str | None = None
     """auto: go on with the run of this run directory; or the checkpoint or run to go on from."""
@@ -59,19 +62,15 @@ class TrainConfig:
     """Build everything and print the plan, but take no step."""
     plan: bool = False
     """Print what the run would cost on `world` GPUs, touching none, and stop."""
-    world: int | None = None
+    world: int | None = above_zero(None)
     """plan: processes; null: trainer.devices * trainer.num_nodes."""
     gpu: str = "H100"
     """plan: the kind of GPU: H200, H100, A100, L40S, RTX 4090 or V100."""
-    mfu: float = 0.4
+    mfu: float = above_zero(0.4)
     """plan: the share of the GPU's peak that training is taken to reach."""
 
     def __post_init__(self) -> None:
-        """Check the keys of this level and the rules that join groups."""
-        positive("batch_size", self.batch_size)
-        positive("micro_batch_size", self.micro_batch_size)
-        positive("world", self.world)
-        positive("mfu", self.mfu)
+        check_fields(self)
         if self.overwrite and self.resume is not None:
             raise UserError(
                 f"overwrite=true starts afresh, resume={self.resume} goes on: give one of them"

@@ -1,40 +1,34 @@
-"""Trainer, precision and strategy groups: how long, on what and in which number format."""
-
-from __future__ import annotations
+"""Groups of one run: its length and devices, number format, validation, checkpoints, loggers."""
 
 from dataclasses import dataclass
 
-from blip3o_lit.config.errors import UserError, one_of, positive
+from blip3o_lit.config.checks import above_zero, check_fields, choice
+from blip3o_lit.config.errors import UserError
 
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16_true", "fp16")
-STRATEGIES = ("auto", "single", "ddp", "fsdp2")
-ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
 @dataclass
 class TrainerConfig:
     """Length of the run and the devices it uses."""
 
-    max_steps: int = 1000
+    max_steps: int = above_zero(1000)
     """Optimizer steps."""
-    max_epochs: int | None = None
+    max_epochs: int | None = above_zero(None)
     """Passes over the training images; set, it replaces max_steps."""
-    accelerator: str = "auto"
+    accelerator: str = choice("auto", ("auto", "cpu", "gpu", "cuda", "mps"))
     """auto, cpu, gpu (cuda) or mps."""
     devices: str = "auto"
-    """Devices (processes) a node: auto or a number."""
-    num_nodes: int = 1
+    """Devices (processes) per node: auto or a number."""
+    num_nodes: int = above_zero(1)
     """Nodes."""
-    log_every: int = 10
+    log_every: int = above_zero(10)
     """Steps between two logged rows."""
-    max_bad_steps: int = 10
+    max_bad_steps: int = above_zero(10)
     """Steps in a row with gradients that are not finite, all skipped, before the run stops."""
 
     def __post_init__(self) -> None:
-        """Check each value."""
-        one_of("trainer.accelerator", self.accelerator, ACCELERATORS)
-        for key in ("max_steps", "max_epochs", "num_nodes", "log_every", "max_bad_steps"):
-            positive(f"trainer.{key}", getattr(self, key))
+        check_fields(self, "trainer.")
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
             raise UserError(f"trainer.devices={self.devices} must be auto or a number from 1 on")
 
@@ -43,26 +37,72 @@ class TrainerConfig:
 class PrecisionConfig:
     """Number format of the forward and backward pass."""
 
-    name: str = "bf16"
+    name: str = choice("bf16", PRECISIONS)
     """fp32, tf32 (GPU), bf16 (mixed, fp32 weights), bf16_true (bf16 weights) or fp16 (GPU)."""
 
     def __post_init__(self) -> None:
-        """Check the name."""
-        one_of("precision.name", self.name, PRECISIONS)
+        check_fields(self, "precision.")
 
 
 @dataclass
 class StrategyConfig:
     """How the work is spread over processes."""
 
-    name: str = "auto"
+    name: str = choice("auto", ("auto", "single", "ddp", "fsdp2"))
     """auto (single, or ddp with several devices), single, ddp or fsdp2."""
     consolidated: bool = False
     """fsdp2: each checkpoint is one file, gathered on rank 0; false: a folder, written by all."""
-    timeout: float = 600.0
+    timeout: float = above_zero(600.0)
     """Seconds that a rank waits for the others before the run ends."""
 
     def __post_init__(self) -> None:
-        """Check the name."""
-        one_of("strategy.name", self.name, STRATEGIES)
-        positive("strategy.timeout", self.timeout)
+        check_fields(self, "strategy.")
+
+
+@dataclass
+class EvaluationConfig:
+    """Generation-based validation while training runs; the last step is always validated."""
+
+    every: int = above_zero(500)
+    """Steps between two validations."""
+    images: int = above_zero(64)
+    """Validation images to generate; the `evaluate` command uses the whole split."""
+    patience: int | None = above_zero(None)
+    """Stop after so many validations without a better cosine; null never stops."""
+    overfit_at_least: float | None = None
+    """Least cosine that generated tokens of the training images must reach at the end; the command
+    exits with 1 below it."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "evaluation.")
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints of a run; best.ckpt and last.ckpt are always kept."""
+
+    every: int = above_zero(500)
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: int = 1
+    """Step checkpoints to keep beside best and last; -1 keeps all."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "checkpoint.")
+        if self.keep < -1:
+            raise UserError(f"checkpoint.keep={self.keep} must be -1 (all) or a number from 0 on")
+
+
+@dataclass
+class LoggerConfig:
+    """Loggers; `logger=[tensorboard,wandb]` turns on several."""
+
+    tensorboard: bool = False
+    """Write TensorBoard event files into the run directory."""
+    wandb: bool = False
+    """Log to Weights & Biases."""
+    wandb_project: str = "blip3o_lit"
+    """Project at Weights & Biases."""
+    wandb_name: str | None = None
+    """Run name at Weights & Biases."""
+    wandb_offline: bool = False
+    """Write the W&B run to disk only; WANDB_MODE=offline does the same."""

@@ -21,7 +21,7 @@ from torch.cuda import Event
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import EngineConfig
-from blip3o_lit.config.pixels import PixelsConfig
+from blip3o_lit.config.towers import PixelsConfig
 from blip3o_lit.extraction.encoding import TowerSet, to_numpy
 from blip3o_lit.extraction.units import Ledger, UnitFiles, UnitRecord
 from blip3o_lit.images.item import Item, Lost, Part, Reject, decode

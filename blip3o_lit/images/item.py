@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from PIL import Image, features
 
-from blip3o_lit.config.pixels import PixelsConfig
+from blip3o_lit.config.towers import PixelsConfig
 from blip3o_lit.images.pixels import VIEWER, shown
 
 _AVIF = features.check("avif")

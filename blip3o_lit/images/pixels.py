@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageColor
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
-from blip3o_lit.config.pixels import PixelsConfig
+from blip3o_lit.config.towers import PixelsConfig
 
 VIEWER = PixelsConfig()
 """The defaults: what a viewer shows."""

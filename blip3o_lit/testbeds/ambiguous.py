@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_lit.config.ambiguous import AmbiguousConfig
+from blip3o_lit.config.data import AmbiguousConfig
 from blip3o_lit.testbeds.law import Problem, Size, build, gaussian_law
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.config.pixels import PixelsConfig
+from blip3o_lit.config.towers import PixelsConfig
 from blip3o_lit.images.item import EXTENSIONS, Reject, decode, file_bytes
 from blip3o_lit.images.pixels import VIEWER
 from blip3o_lit.images.walk import below

@@ -19,9 +19,9 @@ from small_store import write_store
 
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.load import load
+from blip3o_lit.config.commands import ExportConfig
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.export import ExportConfig
 from blip3o_lit.export import export
 from blip3o_lit.inference import BLIP3oInference
 from blip3o_lit.report.page import write_report

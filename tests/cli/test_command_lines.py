@@ -14,9 +14,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from blip3o_lit.base.paths import expanded
+from blip3o_lit.base.home import expanded
 from blip3o_lit.base.words import override, pasteable
-from blip3o_lit.cli.arguments import arranged
+from blip3o_lit.cli.arguments import read_line
 from blip3o_lit.cli.schema import conf_dir, groups, keys, unknown_key
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
@@ -32,6 +32,11 @@ ODD = st.sampled_from(
 TEXTS = st.one_of(MARKS, ANY, ODD)
 FOLDERS = "My Drive|lr=1e-3|新加卷|photos (1)|run[1]|cost$5|50%#1|it's|~tilde|x{1..2}|a:b|a&b|!bang"
 FOLDERS += "|[ok] then|*star|ünï|2024_01_15|1e-3|true"
+
+
+def arranged(words: list[str], schema: type) -> list[str]:
+    """Return the words that Hydra gets of a command line."""
+    return read_line(words, schema)[1]
 
 
 def read(word: str) -> object:

@@ -17,7 +17,8 @@ from optuna.distributions import FloatDistribution
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import Trial
 
-from blip3o_lit.cli.sweeps.study import OptunaSweeperConf, draw
+from blip3o_lit.cli.sweeps.study import draw
+from blip3o_lit.cli.sweeps.sweeper import OptunaSweeperConf
 
 HERE = ROOT / "tests"
 TRIVIAL = f"hydra.launcher.command=[{sys.executable},{HERE / 'trivial_job.py'}]"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -22,15 +21,12 @@ from made_run import make_run
 from omegaconf import OmegaConf
 
 import blip3o_lit
-from blip3o_lit.cli.arguments import check_arguments
-from blip3o_lit.cli.schema import conf_dir
+from blip3o_lit.cli.arguments import check_arguments, read_line
 from blip3o_lit.cli.sweeps.plugins import register_plugins
+from blip3o_lit.config.commands import DoctorConfig, ExportConfig, GenerateConfig
 from blip3o_lit.config.convert import ConvertConfig
-from blip3o_lit.config.doctor import DoctorConfig
 from blip3o_lit.config.evaluate import EvaluateConfig
-from blip3o_lit.config.export import ExportConfig
 from blip3o_lit.config.extract import ExtractConfig
-from blip3o_lit.config.generate import GenerateConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.export import export
 
@@ -52,11 +48,11 @@ NOT_RUN = {
 }
 
 
-def check_overrides(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def check_overrides(name: str, words: list[str]) -> None:
     """Check a command's words as the command itself does before it starts."""
     words = [word for word in words if word != "..."]
-    monkeypatch.setattr(sys, "argv", [name, *sorted(words, key=lambda word: word != "-m")])
-    check_arguments(name, SCHEMAS[name], conf_dir())
+    arguments, _ = read_line(words, SCHEMAS[name])
+    check_arguments(name, SCHEMAS[name], arguments)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,9 +64,7 @@ def _schemas() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_of_a_page_exists_and_composes(
-    page: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_command_of_a_page_exists_and_composes(page: Path) -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     for words in lines(page):
         if words[0] == "make":
@@ -79,7 +73,7 @@ def test_every_command_of_a_page_exists_and_composes(
             place = words.index("-m") + 1
             room, _, name = words[place].partition(".")
             if room == "blip3o_lit" and name in SCHEMAS:
-                check_overrides(name, words[place + 1 :], monkeypatch)
+                check_overrides(name, words[place + 1 :])
             else:  # `python -m benchmarks`, `python -m blip3o_lit.report`
                 assert (ROOT / words[place].replace(".", "/") / "__main__.py").is_file(), words
         elif words[0] == "python":
@@ -88,10 +82,10 @@ def test_every_command_of_a_page_exists_and_composes(
             assert words[0] in FOREIGN, f"{page.name}: why is {words[0]} not checked?"
 
 
-def test_a_wrong_word_on_a_page_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_word_on_a_page_would_be_seen() -> None:
     for wrong in (["modle=tiny"], ["model=tinny"], ["-m", "model=tiny,smal"], ["batch_size=x"]):
         with pytest.raises(blip3o_lit.config.errors.UserError):
-            check_overrides("train", wrong, monkeypatch)
+            check_overrides("train", wrong)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

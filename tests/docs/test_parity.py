@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 
 from blip3o_lit import BLIP3oInference
 from blip3o_lit.cli.schema import conf_dir, groups, keys
+from blip3o_lit.config.commands import GenerateConfig
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.extract import ExtractConfig
-from blip3o_lit.config.generate import GenerateConfig
 from blip3o_lit.config.train import TrainConfig
 
 PAGE = (ROOT / "docs" / "parity.md").read_text("utf-8")

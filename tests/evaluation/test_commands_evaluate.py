@@ -11,9 +11,8 @@ from hydra.core.global_hydra import GlobalHydra
 from made_run import make_run
 
 from blip3o_lit import evaluate as evaluating
+from blip3o_lit.config.commands import ExportConfig, GenerateConfig
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.export import ExportConfig
-from blip3o_lit.config.generate import GenerateConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.export import export
 from blip3o_lit.generate import generate

@@ -11,9 +11,8 @@ from made_run import small_config
 from blip3o_lit.checkpoints.load import load
 from blip3o_lit.config.data import DataConfig, LinearGaussianConfig
 from blip3o_lit.config.evaluate import EvaluateConfig
-from blip3o_lit.config.evaluation import EvaluationConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.config.trainer import TrainerConfig
+from blip3o_lit.config.trainer import EvaluationConfig, TrainerConfig
 from blip3o_lit.evaluation.readers import open_readers
 from blip3o_lit.evaluation.score import Scorer
 from blip3o_lit.testbeds.linear_gaussian import linear_gaussian_store

@@ -19,14 +19,12 @@ from sklearn.datasets import load_sample_images
 from blip3o_lit.checkpoints.metrics_csv import read_rows
 from blip3o_lit.cli.schema import conf_dir
 from blip3o_lit.config.data import DataConfig
-from blip3o_lit.config.evaluation import EvaluationConfig
 from blip3o_lit.config.extract import EngineConfig, ExtractConfig
-from blip3o_lit.config.logger import LoggerConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.towers import TowerConfig
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.config.trainer import PrecisionConfig, TrainerConfig
+from blip3o_lit.config.trainer import EvaluationConfig, LoggerConfig, PrecisionConfig, TrainerConfig
 from blip3o_lit.extraction.engine import extract
 from blip3o_lit.images.open import open_source
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore

@@ -16,7 +16,7 @@ from PIL import Image, features
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
-from blip3o_lit.config.pixels import PixelsConfig
+from blip3o_lit.config.towers import PixelsConfig
 from blip3o_lit.extraction.engine import extract
 from blip3o_lit.images.item import FORMATS, MAX_RATIO, Reject, decode
 from blip3o_lit.images.open import open_source

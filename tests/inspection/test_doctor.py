@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from blip3o_lit.config.doctor import DoctorConfig
+from blip3o_lit.config.commands import DoctorConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.doctor import doctor

@@ -25,8 +25,8 @@ from PIL import Image
 from seed_pickles import embeddings
 
 from blip3o_lit.cli.schema import conf_dir, typed
+from blip3o_lit.config.commands import DoctorConfig
 from blip3o_lit.config.convert import ConvertConfig
-from blip3o_lit.config.doctor import DoctorConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.extract import ExtractConfig

@@ -7,8 +7,7 @@ import torch
 from made_run import make_run, small_config
 
 from blip3o_lit import BLIP3oInference
-from blip3o_lit.config.ambiguous import AmbiguousConfig
-from blip3o_lit.config.data import DataConfig
+from blip3o_lit.config.data import AmbiguousConfig, DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.testbeds.ambiguous import ambiguous_store, coverage, draw

@@ -9,8 +9,7 @@ import torch
 from made_run import small_config
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.evaluation import EvaluationConfig
-from blip3o_lit.config.trainer import TrainerConfig
+from blip3o_lit.config.trainer import EvaluationConfig, TrainerConfig
 from blip3o_lit.training.module import TranslationModule
 from blip3o_lit.training.run import run_training
 

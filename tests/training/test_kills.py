@@ -25,10 +25,13 @@ from quick_run import config, differences, state
 
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.metrics_csv import read_rows
-from blip3o_lit.config.checkpoint import CheckpointConfig
-from blip3o_lit.config.evaluation import EvaluationConfig
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.config.trainer import StrategyConfig, TrainerConfig
+from blip3o_lit.config.trainer import (
+    CheckpointConfig,
+    EvaluationConfig,
+    StrategyConfig,
+    TrainerConfig,
+)
 from blip3o_lit.training.run import run_training
 
 SERVER = multiprocessing.get_context("forkserver")

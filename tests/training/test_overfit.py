@@ -16,13 +16,12 @@ import torch
 
 from blip3o_lit import BLIP3oInference
 from blip3o_lit.config.data import DataConfig, LinearGaussianConfig
-from blip3o_lit.config.evaluation import EvaluationConfig
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.config.trainer import PrecisionConfig, TrainerConfig
+from blip3o_lit.config.trainer import EvaluationConfig, PrecisionConfig, TrainerConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.path import Path as FlowPath
 from blip3o_lit.training.overfit import FAILED_CODE, check_overfit

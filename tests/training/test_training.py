@@ -15,12 +15,15 @@ from quick_run import config, differences, state
 
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.metrics_csv import read_rows
-from blip3o_lit.config.checkpoint import CheckpointConfig
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.evaluation import EvaluationConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.config.trainer import PrecisionConfig, TrainerConfig
+from blip3o_lit.config.trainer import (
+    CheckpointConfig,
+    EvaluationConfig,
+    PrecisionConfig,
+    TrainerConfig,
+)
 from blip3o_lit.training.run import run_training
 
 

@@ -8,8 +8,8 @@ import torch
 from made_run import make_run, small_config
 
 from blip3o_lit.base import progress
+from blip3o_lit.config.commands import GenerateConfig
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.generate import GenerateConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.generate import caption

@@ -2,11 +2,8 @@
 
 `job.json` says what was started and how it ended, `console.log` holds all that it printed. The
 process keeps `job.lock` locked while it lives: a sweep that was killed and started again waits for
-jobs of the first one that are still at work and takes their results, instead of starting a second
-process in the same folder.
+jobs of the first one that are still at work and takes their results.
 """
-
-from __future__ import annotations
 
 import fcntl
 import json
@@ -16,7 +13,7 @@ import re
 import signal
 import subprocess
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +28,6 @@ _ERROR = re.compile(r"(error: |(\w+\.)*\w*(Error|Exception)\b|KeyboardInterrupt)
 
 @dataclass
 class Job:
-    """One job: its place in the sweep, its run directory, what it was asked, the words to do it."""
-
     number: int
     folder: Path
     overrides: list[str]
@@ -40,22 +35,18 @@ class Job:
     state: str = "waiting"
     """Then working, and done, failed, or stopped (by the sweep, to go on later)."""
     error: str | None = None
-    """One line, when it failed."""
     earlier: bool = False
     """Whether it was done before this sweep was started."""
     seconds: float = 0.0
     """What it took, without earlier tries."""
-    _stopping: bool = False
-    _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
-    _started: float = 0.0
+    stopping: bool = False
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
 
     def try_start(self) -> bool:
         """Start the process; return False while a process of an earlier sweep holds the folder.
 
         A job that was done before is not started, but counts as ended.
-
-        Raises:
-            UserError: If the folder holds another job.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "job.lock").open("a") as lock:
@@ -78,46 +69,44 @@ class Job:
             if before:
                 words = [word for word in words if not word.startswith("overwrite=")]
                 words += ["resume=auto"]
-            environment = {k: v for k, v in os.environ.items() if k not in PARENT_VARIABLES}
             with (self.folder / CONSOLE_FILE).open("ab") as console:
-                self._process = subprocess.Popen(
+                self.process = subprocess.Popen(
                     words,
                     stdin=subprocess.DEVNULL,
                     stdout=console,
                     stderr=subprocess.STDOUT,
-                    env=environment,
+                    env={k: v for k, v in os.environ.items() if k not in PARENT_VARIABLES},
                     pass_fds=(lock.fileno(),),
                     start_new_session=True,
                 )
-        self._started = time.monotonic()
+        self.started = time.monotonic()
         return True
 
     def ended(self) -> bool:
         """Whether the job has ended; the first time, its end is written down."""
-        if self._process is not None and self.state == "working":
-            code = self._process.poll()
+        if self.process is not None and self.state == "working":
+            code = self.process.poll()
             if code is None:
                 return False
-            self.seconds = round(time.monotonic() - self._started, 2)
-            if code and not self._stopping:
+            self.seconds = round(time.monotonic() - self.started, 2)
+            if code and not self.stopping:
                 self.error = _reason(self.folder / CONSOLE_FILE, code)
             self._enter("failed" if self.error else "stopped" if code else "done")
         return True
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         """Send a signal on which the job saves and ends."""
-        self._stopping = True
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(number)
+        self.stopping = True
+        if self.process is not None:
+            self.process.send_signal(number)
 
     @property
     def result(self) -> dict[str, Any]:
-        """Return the content of the run's `result.json`, empty when there is none."""
         return read(self.folder / "result.json")
 
     @property
     def objective(self) -> float | None:
-        """Return the best held-out cosine, or None where there is no finite one."""
+        """The best held-out cosine, or None where there is no finite one."""
         value = (self.result.get("best") or {}).get("cosine")
         return float(value) if value is not None and math.isfinite(value) else None
 

@@ -5,18 +5,14 @@ ranks of a job see one config and one directory, and memory, CUDA context and pr
 with the job. `hydra/launcher=slurm` does the same through `sbatch --wait`.
 """
 
-from __future__ import annotations
-
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -30,7 +26,7 @@ from blip3o_lit.cli.sweeps.page import refresh
 from blip3o_lit.config.errors import UserError, positive
 
 PLUGIN_MODULE = "hydra_plugins.blip3o_lit"
-"""Hydra takes plugins by this prefix only; they are registered by `plugins.py`."""
+"""Hydra takes plugins by this prefix only; `plugins.py` stands in for the module."""
 SECONDS_BETWEEN_LOOKS = 0.2
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 OWN_KEYS = ("hydra.sweep", "hydra.launcher", "hydra/launcher", "hydra/sweeper", "hydra.mode")
@@ -39,8 +35,6 @@ OWN_KEYS = ("hydra.sweep", "hydra.launcher", "hydra/launcher", "hydra/sweeper", 
 
 @dataclass
 class ProcessLauncherConf:
-    """`hydra/launcher=process`."""
-
     _target_: str = f"{PLUGIN_MODULE}.ProcessLauncher"
     n_jobs: int = 1
     """Jobs at work at a time."""
@@ -50,8 +44,6 @@ class ProcessLauncherConf:
 
 @dataclass
 class SlurmLauncherConf(ProcessLauncherConf):
-    """`hydra/launcher=slurm`: a Slurm job per job, by the sbatch script of `scripts/`."""
-
     n_jobs: int = 8
     command: list[str] = field(default_factory=lambda: ["sbatch", "--wait", "scripts/train.sbatch"])
 
@@ -62,14 +54,13 @@ class ProcessLauncher(Launcher):
     __module__ = PLUGIN_MODULE
 
     def __init__(self, n_jobs: int, command: Sequence[str]) -> None:
-        """Take the options of the group `hydra/launcher`."""
         self.n_jobs, self.command = n_jobs, list(command)
+        self.working: list[Job] = []
         self.received: int | None = None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Take what Hydra knows."""
         self.hydra_context, self.config = hydra_context, config
         positive("hydra.launcher.n_jobs", self.n_jobs)
         this = launch()
@@ -85,8 +76,10 @@ class ProcessLauncher(Launcher):
         """Run a batch of jobs to its end, failures included; the page's callback counts them."""
         jobs = [self.prepare(words, initial_job_idx + i) for i, words in enumerate(job_overrides)]
         self.run(jobs)
-        ends = [(job.overrides, job.objective) for job in jobs]
-        return [JobReturn(words, status=JobStatus.COMPLETED, _return_value=v) for words, v in ends]
+        return [
+            JobReturn(job.overrides, status=JobStatus.COMPLETED, _return_value=job.objective)
+            for job in jobs
+        ]
 
     def prepare(self, words: Sequence[str], number: int) -> Job:
         """Compose a job's config, which checks it, and give it its folder and command.
@@ -108,67 +101,55 @@ class ProcessLauncher(Launcher):
         return Job(number, folder, overrides, [*start, *overrides, *own, place])
 
     def run(self, jobs: list[Job], prune: Callable[[Job], bool] = lambda job: False) -> None:
-        """Run jobs to their end, in their order.
+        """Run jobs of one sweep to their end, in their order.
 
-        Args:
-            jobs: All in folders of one sweep.
-            prune: Looks at each job at work now and then; True stops the job.
-
-        Raises:
-            SystemExit: After Ctrl-C or a scheduler's signal, when all jobs at work have saved.
+        Ctrl-C and a scheduler's signals go on to the jobs at work; when those have saved, this
+        process ends. `prune` looks at each job at work now and then; True stops the job.
         """
         if not jobs:
             return
-        root = jobs[0].folder.parent
-        shared = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
-        waiting: list[Job] = list(jobs)
-        working: list[Job] = []
-        with self._forwarding(working):
-            while working or (waiting and self.received is None):
-                room = self.n_jobs - len(working) if self.received is None else 0
-                for job in waiting[:room]:
-                    if job.try_start():
-                        working.append(job)
-                waiting = [job for job in waiting if job.state == "waiting"]
-                ended = [job for job in working if job.ended()]
-                for job in ended:
-                    working.remove(job)
-                    _print_end(job, shared)
-                    refresh(root)
-                for job in working:
-                    if prune(job):
-                        job.stop()
-                if not ended:
-                    time.sleep(SECONDS_BETWEEN_LOOKS)
+        handlers = {number: signal.signal(number, self._forward) for number in SIGNALS}
+        try:
+            self._work(jobs, prune)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         if self.received is not None:
+            root = jobs[0].folder.parent
             refresh(root, at_once=True)
-            print(
-                "the sweep stopped; to go on, give the same command with",
-                pasteable("hydra.sweep.dir", root),
-                flush=True,
-            )
+            word = pasteable("hydra.sweep.dir", root)
+            print(f"the sweep stopped; to go on, give the same command with {word}", flush=True)
             sys.exit(130 if self.received == signal.SIGINT else 75)
 
-    @contextmanager
-    def _forwarding(self, working: list[Job]) -> Iterator[None]:
-        """Send Ctrl-C and a scheduler's signals on to the jobs at work, once each."""
+    def _work(self, jobs: list[Job], prune: Callable[[Job], bool]) -> None:
+        shared = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+        waiting = list(jobs)
+        while self.working or (waiting and self.received is None):
+            if self.received is None:
+                for job in waiting[: self.n_jobs - len(self.working)]:
+                    if job.try_start():
+                        self.working.append(job)
+                waiting = [job for job in waiting if job.state == "waiting"]
+            ended = [job for job in self.working if job.ended()]
+            for job in ended:
+                self.working.remove(job)
+                _print_end(job, shared)
+                refresh(job.folder.parent)
+            for job in self.working:
+                if not job.stopping and prune(job):
+                    job.stop()
+            if not ended:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
 
-        def forward(number: int, frame: FrameType | None) -> None:
-            self.received = number
-            for job in working:
-                job.stop(number)
-
-        before = {number: signal.signal(number, forward) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        for job in self.working:
+            job.stop(number)
 
 
 def _print_end(job: Job, shared: set[str]) -> None:
     """Print how a job ended, in one line, with the overrides that not all jobs share."""
-    words: dict[str, Any] = {
+    words = {
         "done": "was done before" if job.earlier else f"done in {job.seconds:.1f} s",
         "stopped": f"stopped after {job.seconds:.1f} s",
         "failed": f"FAILED: {job.error}; see {job.folder / CONSOLE_FILE}",

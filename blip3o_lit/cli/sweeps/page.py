@@ -1,7 +1,5 @@
 """The page of a sweep, kept up to date while its jobs end, and the closing count of failures."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 import time
@@ -22,15 +20,7 @@ _next: dict[Path, float] = {}
 
 
 def refresh(sweep_dir: Path, at_once: bool = False) -> Path | None:
-    """Write `sweep.html` and `sweep.csv`, unless that was done a moment ago.
-
-    Args:
-        sweep_dir: The sweep's directory.
-        at_once: Write in any case.
-
-    Returns:
-        The page's path, or None when it was not written.
-    """
+    """Write `sweep.html` and `sweep.csv`, unless that was done a moment ago; return the page."""
     from blip3o_lit.report.sweep import is_sweep, write_sweep
 
     began = time.monotonic()
@@ -54,13 +44,13 @@ class SweepPage(Callback):
         folder = Path(str(config.hydra.sweep.dir))
         page = refresh(folder, at_once=True)
         jobs = {path.parent: read(path) for path in folder.glob("*/job.json")}
-        failed = {path: job for path, job in jobs.items() if job["state"] == "failed"}
         if jobs:
             counts = Counter(job["state"] for job in jobs.values())
             print(f"{len(jobs)} jobs: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
+        failed = [path for path, job in jobs.items() if job["state"] == "failed"]
         for path in sorted(failed, key=lambda path: (len(path.name), path.name)):
-            print(f"  {path.name}: {failed[path]['error']}; see {path / CONSOLE_FILE}")
-            print(f"    {shlex.join(failed[path]['overrides'])}")
+            print(f"  {path.name}: {jobs[path]['error']}; see {path / CONSOLE_FILE}")
+            print(f"    {shlex.join(jobs[path]['overrides'])}")
         if page:
             print(f"sweep: {page}", flush=True)
         if failed:

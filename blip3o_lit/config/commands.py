@@ -1,13 +1,11 @@
-"""The schema of the generate command."""
-
-from __future__ import annotations
+"""The schemas of the commands generate, export and doctor."""
 
 from dataclasses import dataclass, field
 
-from blip3o_lit.config.errors import UserError, positive
-from blip3o_lit.config.pixels import PixelsConfig
+from blip3o_lit.config.checks import above_zero, check_fields
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.solver import SolverConfig
-from blip3o_lit.config.towers import TowersConfig
+from blip3o_lit.config.towers import PixelsConfig, TowersConfig
 
 
 @dataclass
@@ -23,9 +21,9 @@ class GenerateConfig:
     images: str | None = None
     """A picture, or a folder of them, in place of a token store: prints the best captions."""
     captions: str | None = None
-    """Text file with a caption a line, ranked for each picture of `images`."""
-    best: int = 3
-    """Captions printed for each picture."""
+    """Text file with one caption per line, ranked for each picture of `images`."""
+    best: int = above_zero(3)
+    """Captions printed per picture."""
     towers: TowersConfig = field(default_factory=TowersConfig)
     """Encoders of pictures (condition) and captions (target)."""
     pixels: PixelsConfig = field(default_factory=PixelsConfig)
@@ -34,15 +32,14 @@ class GenerateConfig:
     """Split to translate; null: all of them."""
     solver: SolverConfig = field(default_factory=SolverConfig)
     """Estimator: mean, or an ODE solver that draws samples."""
-    batch_size: int = 64
-    """Images a forward pass."""
+    batch_size: int = above_zero(64)
+    """Images per forward pass."""
     seed: int = 0
     """Seed of the noise."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
 
     def __post_init__(self) -> None:
-        """Check each value."""
         if not self.ckpt:
             raise UserError("ckpt=PATH is missing: name a checkpoint or a run directory")
         if bool(self.images) != bool(self.captions):
@@ -51,5 +48,38 @@ class GenerateConfig:
             raise UserError("tokens=DIR and out=DIR are missing (or images=PATH captions=FILE)")
         if self.images and (self.tokens or self.out):
             raise UserError("images= prints captions, tokens= out= writes a store: give one pair")
-        positive("batch_size", self.batch_size)
-        positive("best", self.best)
+        check_fields(self)
+
+
+@dataclass
+class ExportConfig:
+    """Which checkpoint is exported, and where to."""
+
+    ckpt: str = ""
+    """A checkpoint file or a run directory."""
+    out: str = ""
+    """Folder for config.json, model.safetensors, heads.safetensors and README.md."""
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face Hub to upload to, ORG/NAME."""
+    private: bool = True
+    """Whether a repository that is made for it is private."""
+
+    def __post_init__(self) -> None:
+        if not self.ckpt:
+            raise UserError("ckpt=PATH is missing: name a checkpoint or a run directory")
+        if not self.out and not self.push_to_hub:
+            raise UserError("out=DIR is missing: give it, or push_to_hub=ORG/NAME")
+
+
+@dataclass
+class DoctorConfig:
+    """Checks the machine and the packages, or a token store."""
+
+    tokens: str | None = None
+    """A token store to read whole; left out, the machine is checked."""
+    repair: bool = False
+    """Write the store's index again from its sound shards, naming what is lost."""
+
+    def __post_init__(self) -> None:
+        if self.repair and self.tokens is None:
+            raise UserError("repair=true needs tokens=DIR, the store to repair")

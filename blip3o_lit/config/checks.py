@@ -46,5 +46,5 @@ def _checked(default: Any, check: Callable[[str, Any], None]) -> Any:
 
 
 def _refuse_negative(key: str, value: float) -> None:
-    if value < 0:
+    if not value >= 0:
         raise UserError(f"{key}={value} must not be negative")

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -77,7 +78,10 @@ def cluster(tmp_path: Path) -> dict[str, str]:
     for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
         (folder / name).write_text(text)
         (folder / name).chmod(stat.S_IRWXU)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "STATE": str(state)}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])  # the scripts' own is a number of the job, the same here
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "STATE": str(state), "MASTER_PORT": port}
     return environment | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": sys.executable}
 
 

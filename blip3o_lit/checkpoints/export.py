@@ -26,9 +26,6 @@ def write_export(loaded: Loaded, out: Path) -> None:
     Weights, token scales and the flow's state go into model.safetensors; weights that were cast
     when they were loaded are read again. Where the token store is at hand, the towers' names and
     its heads.safetensors come along.
-
-    Raises:
-        UserError: If `out` is the folder that the weights are in.
     """
     if loaded.file.parent.resolve() == out.resolve():
         raise UserError(f"out={out} is the folder of the checkpoint: choose another one")
@@ -52,9 +49,6 @@ def push(loaded: Loaded, repository: str, private: bool = True) -> str:
     """Export into a repository of the Hugging Face Hub, made if need be; return its address.
 
     The token comes from the environment or from `hf auth login`.
-
-    Raises:
-        UserError: If the hub refuses.
     """
     from huggingface_hub import HfApi
 

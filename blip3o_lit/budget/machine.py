@@ -51,16 +51,12 @@ class Machine:
     nodes: int | None = None
     """Nodes that the launcher uses; None where nobody said so."""
     bf16: bool = True
-    """Whether the device computes bf16 products; likewise TF32."""
+    """Whether the device computes products of this format."""
     tf32: bool = True
 
 
 def this_machine(accelerator: str) -> Machine:
-    """Return the machine that this process runs on, by the word of trainer.accelerator.
-
-    Raises:
-        UserError: If the accelerator is not there.
-    """
+    """Return the machine that this process runs on, by the word of trainer.accelerator."""
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(f"trainer.accelerator={accelerator}: this machine has no CUDA GPU: use cpu")
     if accelerator == "mps" and not torch.backends.mps.is_available():

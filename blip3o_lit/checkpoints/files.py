@@ -70,6 +70,13 @@ def is_sound(path: Path) -> bool:
         raise _unreadable(path, error) from error
 
 
+def check_sound(path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint")
+    if not is_sound(path):
+        raise damaged(path)
+
+
 def _archive_is_sound(file: Path) -> bool:
     try:
         with file.open("rb") as opened, zipfile.ZipFile(opened) as archive:
@@ -89,16 +96,13 @@ def damaged(path: Path) -> UserError:
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
-    reason = f"{path}: the checkpoint can't be read ({error.strerror})"
-    return UserError(f"{reason}: mend that, or use another one of its folder")
+    reason = f"the checkpoint can't be read ({error.strerror})"
+    return UserError(f"{path}: {reason}: mend that, or use another one of its folder")
 
 
 def load(path: Path, weights_only: bool = False) -> dict[str, Any]:
     """Load a checkpoint onto the CPU; `weights_only` leaves a folder's optimizer state unread."""
-    if not (path.is_file() or (path / sharded_checkpoint.PLAIN).is_file()):
-        raise UserError(f"{path}: no such checkpoint")
-    if not is_sound(path):
-        raise damaged(path)
+    check_sound(path)
     return _whole(path, "state_dict/" if weights_only else "")
 
 

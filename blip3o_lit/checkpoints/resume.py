@@ -32,11 +32,13 @@ FREE_DATA_KEYS = ("threads", "verify")
 
 def essential(config: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a plain config that decides what a run computes."""
-    kept = {key: value for key, value in config.items() if key not in FREE_KEYS}
-    trainer = kept.get("trainer", {})
-    kept["trainer"] = {k: v for k, v in trainer.items() if k not in FREE_TRAINER_KEYS}
-    kept["data"] = {k: v for k, v in kept.get("data", {}).items() if k not in FREE_DATA_KEYS}
-    return kept
+    trainer = _without(config.get("trainer", {}), FREE_TRAINER_KEYS)
+    data = _without(config.get("data", {}), FREE_DATA_KEYS)
+    return _without(config, FREE_KEYS) | {"trainer": trainer, "data": data}
+
+
+def _without(config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in keys}
 
 
 def config_hash(config: TrainConfig) -> str:
@@ -135,10 +137,7 @@ def _origin(run_dir: Path) -> str | None:
 
 
 def _check_network(config: TrainConfig, path: Path) -> None:
-    if not path.exists():
-        raise UserError(f"{path}: no such checkpoint")
-    if not checkpointing.is_sound(path):
-        raise checkpointing.damaged(path)
+    checkpointing.check_sound(path)
     whole = ("batch_size", "optimizer.name", "seed")
     free = ("model.compile", "model.activation_checkpointing")
     for key, then, now in differences(config, path):

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import os
 
-from lightning.fabric.plugins.environments.lightning import (
-    LightningEnvironment,
-    find_free_network_port,
-)
+from lightning.fabric.plugins.environments import lightning as lightning_environment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
@@ -19,7 +16,7 @@ from blip3o_lit.base.launcher import PARENT, Launch, number, port_is_free
 from blip3o_lit.config.errors import UserError
 
 
-class Ranks(LightningEnvironment):
+class Ranks(lightning_environment.LightningEnvironment):
     """The ranks of a run: started by a launcher, or by rank 0 of a machine."""
 
     def __init__(self, this: Launch, devices: int, nodes: int) -> None:
@@ -48,7 +45,7 @@ class Ranks(LightningEnvironment):
         if not self.port:  # one machine, whose rank 0 this is: the port is its own choice
             port = os.environ.get("MASTER_PORT", "")
             good = port.isdigit() and 0 < int(port) < 65536 and port_is_free(int(port))
-            self.port = int(port) if good else find_free_network_port()
+            self.port = int(port) if good else lightning_environment.find_free_network_port()
         return self.port
 
     def global_rank(self) -> int:
@@ -69,12 +66,7 @@ class Ranks(LightningEnvironment):
 
 
 def ranks(this: Launch, devices: int, nodes: int) -> Ranks:
-    """Return the ranks of a run of `nodes` times `devices` processes, for Lightning's Trainer.
-
-    Raises:
-        UserError: If the launcher started other processes than the run has ranks, or the port of
-            rank 0 is no port or taken.
-    """
+    """Return the ranks of a run of `nodes` times `devices` processes, for Lightning's Trainer."""
     this.check(devices, nodes)
     if this.by == "plain" and devices * nodes > 1:
         os.environ[PARENT] = str(os.getpid())

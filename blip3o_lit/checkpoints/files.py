@@ -62,10 +62,12 @@ def is_sound(path: Path) -> bool:
     try:
         if not path.is_dir():
             return _archive_is_sound(path)
-        plain = path / sharded_checkpoint.PLAIN
-        if not _archive_is_sound(plain):
+        if not _archive_is_sound(path / sharded_checkpoint.PLAIN):
             return False
-        return sharded_checkpoint.files_are_sound(path, facts(path)["files"])
+        files = facts(path)["files"]
+        return all(sharded_checkpoint.measure(path / name) == files[name] for name in files)
+    except FileNotFoundError:
+        return False
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -81,8 +83,6 @@ def _archive_is_sound(file: Path) -> bool:
     try:
         with file.open("rb") as opened, zipfile.ZipFile(opened) as archive:
             return archive.testzip() is None
-    except FileNotFoundError:
-        return False
     except OSError as error:
         if error.errno in (None, errno.EINVAL):  # a place that only a damaged archive names
             return False

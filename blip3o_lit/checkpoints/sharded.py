@@ -90,14 +90,6 @@ def measure(file: Path) -> list[int]:
     return [size, total]
 
 
-def files_are_sound(folder: Path, files: dict[str, list[int]]) -> bool:
-    """Whether every file of a checkpoint folder has its recorded size and checksum."""
-    try:
-        return all(measure(folder / name) == pair for name, pair in files.items())
-    except FileNotFoundError:
-        return False
-
-
 def read(folder: Path, plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Put the whole tensors of a folder into the content of its `plain.ckpt`, in place.
 

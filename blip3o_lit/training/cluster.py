@@ -23,7 +23,6 @@ class Ranks(lightning_environment.LightningEnvironment):
         super().__init__()
         self.this = this
         self.rank = this.node * devices + this.local if this.rank is None else this.rank
-        rank_zero_only.rank = self.rank
         self.address, self.port = "127.0.0.1", 0
         if this.by != "plain" or nodes > 1:
             hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
@@ -31,6 +30,7 @@ class Ranks(lightning_environment.LightningEnvironment):
             self.address = os.environ.get("MASTER_ADDR") or first
             self.port = given_port(this)
             os.environ |= {"MASTER_ADDR": self.address, "MASTER_PORT": str(self.port)}
+        rank_zero_only.rank = self.rank
 
     @property
     def creates_processes_externally(self) -> bool:

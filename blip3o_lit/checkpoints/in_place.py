@@ -28,7 +28,7 @@ def save_synced(content: dict[str, Any], path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def not_written(path: Path, error: Exception) -> UserError:
+def not_written(path: Path, error: BaseException) -> UserError:
     reason = str(error).strip().splitlines()[-1]
     return UserError(
         f"{path}: the checkpoint could not be written ({reason}): free disk space or choose "

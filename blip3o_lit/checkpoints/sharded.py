@@ -56,7 +56,9 @@ def put_tensors(checkpoint: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint of sharded tensors; called by every process."""
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict_saver
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
     rank, world = dist.get_rank(), dist.get_world_size()
     tensors = take_tensors(checkpoint)
@@ -67,8 +69,8 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
             remove(temporary)
             temporary.mkdir(parents=True)
         dist.barrier()
-        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer)
+        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        state_dict_saver.save(tensors, storage_writer=writer)
         own = sorted(temporary.glob("*.safetensors"))[rank::world]
         sums: list[Any] = [None] * world
         dist.all_gather_object(sums, {file.name: measure(file) for file in own})
@@ -77,7 +79,7 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
             save_synced(checkpoint, temporary / PLAIN)
             put_in_place(temporary, path)
         dist.barrier()
-    except (OSError, RuntimeError, dcp.CheckpointException) as error:
+    except (OSError, RuntimeError, CheckpointException) as error:
         raise not_written(path, error) from error
 
 
@@ -95,16 +97,17 @@ def read(folder: Path, plain: dict[str, Any], prefix: str = "") -> dict[str, Any
 
     Only tensors whose flat name begins with `prefix` are read.
     """
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict_loader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     stored: Any = reader.read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
         for name in plain.pop("tensors")
         if name.startswith(prefix)
     }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
     put_tensors(plain, tensors)
     del plain["files"]
     return plain
@@ -114,9 +117,10 @@ def read_shards(
     folder: Path, plain: dict[str, Any], module: nn.Module, optimizers: list[Optimizer]
 ) -> dict[str, Any]:
     """Load this process's share of a folder; returns the checkpoint without weights."""
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict_loader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     tensors = {f"state_dict/{name}": tensor for name, tensor in module.state_dict().items()}
     stored: Any = reader.read_metadata().state_dict_metadata
     for name in plain["tensors"]:
@@ -126,7 +130,7 @@ def read_shards(
             whole = stored[name].size == parameter.shape
             like = parameter if whole else torch.empty(stored[name].size)
             tensors[name] = torch.zeros_like(like, dtype=stored[name].properties.dtype)
-    dcp.load(tensors, storage_reader=reader)
+    state_dict_loader.load(tensors, storage_reader=reader)
     put_tensors(plain, tensors)
     _load_optimizers(plain, optimizers)
     del plain["state_dict"]

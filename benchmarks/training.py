@@ -25,7 +25,7 @@ from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.network_of import build_network
-from blip3o_lit.training.callbacks.ema import update_average
+from blip3o_lit.training.ema import update_average
 
 SHAPE = PairShape(TokenShape((16, 16), False, 4096), TokenShape((16, 16), False, 1024))
 TOKENS = 256

@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 
 from blip3o_lit.base.shape import PairShape, TokenShape
-from blip3o_lit.budget.plan import forward_flops
 from blip3o_lit.budget.states import units
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.tokens.reading.order import SampleOrder
@@ -125,7 +124,7 @@ def traffic(facts: Assumptions) -> list[list[str]]:
     rows = []
     for name, model in MODELS.items():
         parameters = units(model, STORES["full"]).total
-        flops = forward_flops(model, STORES["full"])
+        flops = units(model, STORES["full"]).forward_flops
         images = facts.gpus * facts.peak * facts.mfu / (3 * flops)
         saved = SAVED_BYTES * parameters
         rows.append(
@@ -146,7 +145,7 @@ def traffic(facts: Assumptions) -> list[list[str]]:
 
 def flops_ratio(model: ModelConfig, full: int) -> float:
     """Return how many times more grid_64 images than full ones the same arithmetic takes in."""
-    return full / forward_flops(model, STORES["grid_64"])
+    return full / units(model, STORES["grid_64"]).forward_flops
 
 
 def simulate(

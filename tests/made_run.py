@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from blip3o_lit.budget.machine import this_machine
-from blip3o_lit.budget.placement import resolve
+from blip3o_lit.budget.plan import make_plan
 from blip3o_lit.config.data import DataConfig, LinearGaussianConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import PrecisionConfig, TrainerConfig
 from blip3o_lit.testbeds.linear_gaussian import linear_gaussian_store
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.statistics import cached_standardizers, reader_batches
+from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.training.module import TranslationModule
 
 PROBLEM = LinearGaussianConfig(images=256, validation_images=48, condition_width=6, target_width=4)
@@ -40,15 +38,9 @@ def make_run(folder: Path, store: Path | None = None, config: TrainConfig | None
     """
     config = config or small_config()
     path = store or linear_gaussian_store(PROBLEM)
-    data = config.data
-    sides = (data.condition, data.target, config.mode)
-    reader = TokenReader(TokenStore.open(path), "train", *sides)
-    scales = cached_standardizers(
-        reader.content_hash, reader.shape, 64, lambda: reader_batches(reader, 64, 1)
-    )
-    tokens = {"path": str(path), "hash": reader.content_hash}
-    place = resolve(config, reader.shape, this_machine("cpu"))
-    module = TranslationModule(config, place, asdict(config), reader.shape, *scales, tokens, 30)
+    data = TokenDataModule(config.data, config.mode, path, config.seed, config.batch_size)
+    data.open()
+    module = TranslationModule(make_plan(config, data, 30, this_machine("cpu")), data)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for network, size in ((module.network, 0.5), (module.ema, 0.2)):

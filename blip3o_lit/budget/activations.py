@@ -2,8 +2,6 @@
 
 A rehearsal runs the real network and loss and follows every storage from its birth to its death,
 so it knows what each architecture and precision keeps.
-
-Shape suffixes: B images, M condition tokens, C condition width, N target tokens, D target width.
 """
 
 from __future__ import annotations
@@ -36,20 +34,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         self._known: set[int] = set()
 
-    def ignore(self, tensor: Tensor) -> None:
-        """Leave a tensor's storage out of the count."""
-        self._watch(tensor, 0)
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._watch(leaf, leaf.untyped_storage().nbytes())
-        return out
-
-    def _watch(self, tensor: Tensor, size: int) -> None:
+    def watch(self, tensor: Tensor, size: int) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
@@ -62,6 +47,15 @@ class LiveBytes(TorchDispatchMode):
         self._known.discard(key)
         self.now -= size
 
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.watch(leaf, leaf.untyped_storage().nbytes())
+        return out
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -73,16 +67,12 @@ class Activations:
     """For each image."""
 
     def of(self, images: int) -> int:
-        """Return the bytes of a micro-batch."""
         return self.fixed + images * self.image
 
 
 @lru_cache(maxsize=64)
 def activations(
-    model: ModelConfig,
-    flow: FlowConfig,
-    shape: PairShape,
-    precision: Precision,
+    model: ModelConfig, flow: FlowConfig, shape: PairShape, precision: Precision
 ) -> Activations:
     """Measure what a network keeps for its backward pass.
 
@@ -91,55 +81,51 @@ def activations(
     stands for gradients on their way and, with activation checkpointing, for the block recomputed.
     """
 
-    def kept(saving: bool, depth: int, images: int) -> int:
-        part = replace(model, depth=depth, activation_checkpointing=saving)
-        return _rehearse(part, flow, shape, images, precision)
+    def block_and_total(images: int, checkpointing: bool) -> tuple[int, int]:
+        part = replace(model, activation_checkpointing=checkpointing)
+        two = _rehearse(replace(part, depth=2), flow, shape, images, precision)
+        three = _rehearse(replace(part, depth=3), flow, shape, images, precision)
+        block = three - two
+        return block, two + block * (model.depth - 2)
 
-    def grown(saving: bool, images: int) -> tuple[int, int]:
-        few, more = kept(saving, 2, images), kept(saving, 3, images)
-        return few + (more - few) * (model.depth - 2), more - few
-
-    saving = model.activation_checkpointing
-    (one, block), (two, block_two) = grown(saving, 1), grown(saving, 2)
-    if saving:
-        (_, block), (_, block_two) = grown(False, 1), grown(False, 2)
-    image = two - one
-    return Activations(max(0, one - image), image + block_two - block)
+    block_1, total_1 = block_and_total(1, model.activation_checkpointing)
+    block_2, total_2 = block_and_total(2, model.activation_checkpointing)
+    if model.activation_checkpointing:
+        block_1, _ = block_and_total(1, False)
+        block_2, _ = block_and_total(2, False)
+    image = total_2 - total_1
+    return Activations(max(0, total_1 - image), image + block_2 - block_1)
 
 
 def _rehearse(
-    model: ModelConfig,
-    flow: FlowConfig,
-    shape: PairShape,
-    images: int,
-    precision: Precision,
+    model: ModelConfig, flow: FlowConfig, shape: PairShape, images: int, precision: Precision
 ) -> int:
     """Return the bytes alive after a forward pass of the whole network and its loss."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-
-    source, target = shape.condition, shape.target
-    with torch.device("meta"):
-        network = build_network(model, shape)
-    network.to(precision.weights)
 
     class CpuOnly(FakeTensorMode):
         # Without a GPU it would set up a stand-in for one, and autograd start a thread for it.
         avoid_device_init = False  # type: ignore[assignment]
 
+    with torch.device("meta"):
+        network = build_network(model, shape)
+    network.to(precision.weights)
     with CpuOnly(allow_non_fake_inputs=True):
         network.to_empty(device="cpu")
         objective = FlowObjective(flow)
         live = LiveBytes()
         for tensor in (*network.parameters(), *network.buffers()):
-            live.ignore(tensor)
-        dtype = precision.autocast
+            live.watch(tensor, 0)
+        autocast = precision.autocast
         with live:
-            raw_BMC = torch.empty(images, source.tokens, source.width, dtype=torch.float16)
+            # B images, M condition tokens of width C, N target tokens of width D
+            condition, target = shape.condition, shape.target
+            raw_BMC = torch.empty(images, condition.tokens, condition.width, dtype=torch.float16)
             raw_BND = torch.empty(images, target.tokens, target.width, dtype=torch.float16)
             condition_BMC, x1_BND = raw_BMC.float(), raw_BND.float()
             z_BND, t_B = torch.empty_like(x1_BND), torch.empty(images)
-            with torch.autocast("cpu", dtype) if dtype else nullcontext():
+            with torch.autocast("cpu", autocast) if autocast else nullcontext():
                 loss = objective.loss(network, condition_BMC, x1_BND, z_BND, t_B).total
-            kept = live.now
-        del loss
-    return kept
+            alive = live.now
+        del loss  # it keeps the graph, and so the activations, alive until here
+    return alive

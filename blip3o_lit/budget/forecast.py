@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from blip3o_lit.base.units import gib, human_count, human_time
-from blip3o_lit.budget.machine import GPUS, imagined
-from blip3o_lit.budget.placement import resolve
+from blip3o_lit.budget.machine import GPUS, imagined_machine
 from blip3o_lit.budget.plan import Plan, make_plan
-from blip3o_lit.budget.states import gathered_bytes, rank_bytes, states
+from blip3o_lit.budget.states import States, gathered_bytes, states
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.stream import StreamReader
@@ -16,22 +15,16 @@ WRITE_RATE = 1e9
 
 
 def forecast(config: TrainConfig, data: TokenDataModule, steps: int) -> list[tuple[str, str]]:
-    """Return the figures of a run on `world` GPUs as labelled lines.
-
-    Raises:
-        UserError: For an unknown GPU, or a layout that is ruled out.
-    """
+    """Return the figures of a run on `config.world` GPUs as labelled lines."""
     devices = int(config.trainer.devices) if config.trainer.devices.isdigit() else 1
-    machine = imagined(config.gpu, config.world or devices * config.trainer.num_nodes)
-    placement = resolve(config, data.shape, machine)
-    plan = make_plan(config, data, steps, placement, machine)
-    return plan.rows() + _memory(plan, config) + _time(plan, config, stored_bytes(data))
+    machine = imagined_machine(config.gpu, config.world or devices * config.trainer.num_nodes)
+    plan = make_plan(config, data, steps, machine)
+    whole = states(plan.units, plan.placement.precision, config.optimizer.name)
+    return plan.rows() + _memory(plan, whole) + _time(plan, whole.saved, stored_bytes(data))
 
 
-def _memory(plan: Plan, config: TrainConfig) -> list[tuple[str, str]]:
+def _memory(plan: Plan, whole: States) -> list[tuple[str, str]]:
     """Return the bytes of the states, and of a process under each strategy."""
-    place, optimizer = plan.placement, config.optimizer.name
-    whole = states(plan.units, place.precision, optimizer)
     rows = [
         (
             "bytes of states",
@@ -39,35 +32,31 @@ def _memory(plan: Plan, config: TrainConfig) -> list[tuple[str, str]]:
             f"optimizer {gib(whole.optimizer)}, EMA {gib(whole.average)}",
         )
     ]
-    memory = GPUS[config.gpu].memory
-    accumulated = place.accumulation > 1
-    for strategy in ("ddp", "fsdp2") if place.world > 1 else ("single",):
-        own = rank_bytes(strategy, plan.units, place.precision, optimizer, place.world, accumulated)
-        gathered, kept = "", plan.activations.of(place.micro_batch)
+    memory = GPUS[plan.config.gpu].memory
+    for strategy in ("ddp", "fsdp2") if plan.placement.world > 1 else ("single",):
+        own, saved = plan.state_bytes(strategy), plan.activation_bytes(strategy)
+        gathered = ""
         if strategy == "fsdp2":
-            gathered = f" ({gib(gathered_bytes(plan.units, place.precision))} gathered)"
-            kept = place.micro_batch * plan.activations.image
-        fits = "" if own + kept <= memory else ": does not fit"
+            gathered = f" ({gib(gathered_bytes(plan.units, plan.placement.precision))} gathered)"
+        fits = "" if own + saved <= memory else ": does not fit"
         rows.append(
             (
                 f"a rank, {strategy}",
-                f"{gib(own)} states{gathered} + {gib(kept)} activations = "
-                f"{gib(own + kept)} of {gib(memory)}{fits}",
+                f"{gib(own)} states{gathered} + {gib(saved)} activations = "
+                f"{gib(own + saved)} of {gib(memory)}{fits}",
             )
         )
     return rows
 
 
-def _time(plan: Plan, config: TrainConfig, image_bytes: int) -> list[tuple[str, str]]:
+def _time(plan: Plan, checkpoint_bytes: int, image_bytes: int) -> list[tuple[str, str]]:
     """Return what the data path must deliver, what checkpoints take, and hours."""
-    place, world = plan.placement, plan.placement.world
+    config, world = plan.config, plan.placement.world
     gpu = GPUS[config.gpu]
-    peak = gpu.low if place.precision.low else gpu.full
-    computed = plan.step_flops * (4 / 3 if plan.recomputed else 1)
-    seconds = computed / (world * peak * config.mfu)
-    images = plan.batch / seconds
-    saved = states(plan.units, place.precision, config.optimizer.name).saved
-    total = plan.steps * seconds
+    peak = gpu.low if plan.placement.precision.low else gpu.full
+    recomputed = 4 / 3 if config.model.activation_checkpointing else 1
+    seconds = recomputed * plan.step_flops / (world * peak * config.mfu)
+    images, total = config.batch_size / seconds, plan.steps * seconds
     return [
         ("speed", f"{config.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s on {world} x {config.gpu}"),
         (
@@ -78,8 +67,8 @@ def _time(plan: Plan, config: TrainConfig, image_bytes: int) -> list[tuple[str, 
         ),
         (
             "checkpoint",
-            f"{gib(saved)}: {human_time(saved / WRITE_RATE)} in one file, "
-            f"{human_time(saved / world / WRITE_RATE)} in shards, at 1 GB/s a writer",
+            f"{gib(checkpoint_bytes)}: {human_time(checkpoint_bytes / WRITE_RATE)} in one file, "
+            f"{human_time(checkpoint_bytes / world / WRITE_RATE)} in shards, at 1 GB/s a writer",
         ),
         (
             "time",

@@ -40,7 +40,6 @@ class Machine:
     device: str
     """cpu, cuda or mps."""
     name: str
-    """The device's name in a plan."""
     devices: int
     """Devices of a node that `trainer.devices=auto` takes: all GPUs, one process on a CPU."""
     memory: int
@@ -52,33 +51,16 @@ class Machine:
     nodes: int | None = None
     """Nodes that the launcher uses; None where nobody said so."""
     bf16: bool = True
-    """Whether the device computes bf16 products."""
+    """Whether the device computes products of this format."""
     tf32: bool = True
-    """Whether the device computes TF32 products."""
 
 
-def this_machine(
-    accelerator: str,
-    launcher: str = "plain",
-    processes: int | None = None,
-    nodes: int | None = None,
-) -> Machine:
-    """Return the machine that this process runs on.
-
-    Args:
-        accelerator: trainer.accelerator.
-        launcher: Who started the processes.
-        processes: Processes of a node that the launcher starts.
-        nodes: Nodes that the launcher uses.
-
-    Raises:
-        UserError: If the accelerator is not there.
-    """
+def this_machine(accelerator: str) -> Machine:
+    """Return the machine that this process runs on, by the word of trainer.accelerator."""
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(f"trainer.accelerator={accelerator}: this machine has no CUDA GPU: use cpu")
     if accelerator == "mps" and not torch.backends.mps.is_available():
         raise UserError("trainer.accelerator=mps: this machine has no Apple GPU: use cpu")
-    started = {"launcher": launcher, "processes": processes, "nodes": nodes}
     if accelerator not in ("cpu", "mps") and torch.cuda.is_available():
         return Machine(
             device="cuda",
@@ -87,20 +69,15 @@ def this_machine(
             memory=torch.cuda.get_device_properties(0).total_memory,
             bf16=torch.cuda.is_bf16_supported(False),
             tf32=torch.cuda.get_device_capability(0) >= (8, 0),
-            **started,
         )
     apple = accelerator != "cpu" and torch.backends.mps.is_available()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     device = "mps" if apple else "cpu"
-    return Machine(device=device, name=device, devices=1, memory=memory, **started)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(device, device, 1, memory)
 
 
-def imagined(gpu: str, processes: int) -> Machine:
-    """Return a machine of `processes` GPUs of one kind.
-
-    Raises:
-        UserError: For an unknown GPU.
-    """
+def imagined_machine(gpu: str, processes: int) -> Machine:
+    """Return a node of `processes` GPUs of one kind, for `plan=true`."""
     if gpu not in GPUS:
         raise UserError(f"gpu={gpu} is unknown: choose from {', '.join(GPUS)}")
     memory = int(GPUS[gpu].memory)
@@ -108,16 +85,7 @@ def imagined(gpu: str, processes: int) -> Machine:
 
 
 def peak_flops(device: torch.device, name: str, precision: Precision) -> float:
-    """Return the peak of matrix products: from the data sheet of a known GPU, else measured.
-
-    Args:
-        device: The device, which is used only where it has to be measured.
-        name: Its name.
-        precision: The run's number format.
-
-    Returns:
-        FLOP/s of one device; a measurement takes a fraction of a second.
-    """
+    """Return one device's peak FLOP/s of matrix products: from its data sheet, else measured."""
     if device.type == "cuda":
         for known, gpu in GPUS.items():
             if known in name:

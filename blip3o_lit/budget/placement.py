@@ -31,11 +31,9 @@ class Placement:
     devices: int
     """Processes of a node, one per device."""
     nodes: int
-    """Nodes."""
     strategy: str
     """single, ddp or fsdp2."""
     precision: Precision
-    """Number format."""
     micro_batch: int
     """Images of one forward pass of one process."""
     accumulation: int
@@ -50,32 +48,25 @@ class Placement:
 def resolve(config: TrainConfig, shape: PairShape, machine: Machine) -> Placement:
     """Decide the layout of a run.
 
-    Args:
-        config: The run's configuration; it is not changed.
-        shape: Shapes of condition and target.
-        machine: Where it runs, or would.
-
     Raises:
         UserError: Naming the override that the machine or the other overrides rule out.
     """
     precision = _precision(config, machine)
     devices, nodes = _processes(config, machine)
-    strategy = _strategy(config, machine, devices * nodes)
+    world = devices * nodes
+    strategy = _strategy(config, machine, world)
     # Refuses batches that don't divide before anything is measured.
-    cut = batch_plan(config.batch_size, config.micro_batch_size, devices * nodes)
+    micro = batch_plan(config.batch_size, config.micro_batch_size, world).micro_batch_size
     if config.micro_batch_size is None:
-        micro = fitting_micro_batch(
-            config, shape, machine, strategy, devices * nodes, cut.micro_batch_size
-        )
-        cut = batch_plan(config.batch_size, micro, devices * nodes)
+        micro = _fitting_micro_batch(config, shape, machine, strategy, world, share=micro)
     return Placement(
         device=machine.device,
         devices=devices,
         nodes=nodes,
         strategy=strategy,
         precision=precision,
-        micro_batch=cut.micro_batch_size,
-        accumulation=cut.accumulation,
+        micro_batch=micro,
+        accumulation=config.batch_size // (world * micro),
     )
 
 
@@ -133,7 +124,7 @@ def _strategy(config: TrainConfig, machine: Machine, world: int) -> str:
     return name
 
 
-def fitting_micro_batch(
+def _fitting_micro_batch(
     config: TrainConfig, shape: PairShape, machine: Machine, strategy: str, world: int, share: int
 ) -> int:
     """Return the largest divisor of a process's share whose bytes the device holds; at least 1."""

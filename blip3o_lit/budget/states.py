@@ -16,7 +16,7 @@ from blip3o_lit.models.precision import Precision
 
 @dataclass(frozen=True)
 class Units:
-    """Parameters of a network, as FSDP2 shards it."""
+    """Parameters of a network, as FSDP2 shards it, and its arithmetic."""
 
     total: int
     largest: int
@@ -25,12 +25,13 @@ class Units:
     """Outside those parts; gathered during the whole pass."""
     hidden: int
     """In the weights of the blocks' linear layers, which Muon steps."""
+    forward_flops: int
+    """Of one image."""
 
 
 @lru_cache(maxsize=64)
 def units(model: ModelConfig, shape: PairShape) -> Units:
-    """Count a network's parameters without memory."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # no memory
         network = build_network(model, shape)
 
     def count(module: nn.Module | None) -> int:
@@ -39,27 +40,25 @@ def units(model: ModelConfig, shape: PairShape) -> Units:
     parts = [count(part) for part in (*network.blocks, getattr(network, "modulation", None))]
     linear = (m for m in network.blocks.modules() if isinstance(m, nn.Linear))
     hidden = sum(layer.weight.numel() for layer in linear)
-    return Units(count(network), max(parts), count(network) - sum(parts), hidden)
+    total, flops = count(network), network.forward_flops()
+    return Units(total, max(parts), total - sum(parts), hidden, flops)
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of what lasts from step to step."""
-
     weights: int
     gradients: int
     optimizer: int
     average: int
 
     @property
-    def total(self) -> int:
-        """All of them."""
-        return self.weights + self.gradients + self.optimizer + self.average
+    def saved(self) -> int:
+        """What a checkpoint holds."""
+        return self.weights + self.optimizer + self.average
 
     @property
-    def saved(self) -> int:
-        """Those that a checkpoint holds."""
-        return self.total - self.gradients
+    def total(self) -> int:
+        return self.saved + self.gradients
 
 
 def states(parts: Units, precision: Precision, optimizer: str) -> States:
@@ -69,12 +68,7 @@ def states(parts: Units, precision: Precision, optimizer: str) -> States:
     """
     size = precision.weights.itemsize
     moments = 2 * parts.total - (parts.hidden if optimizer == "muon" else 0)
-    return States(
-        weights=size * parts.total,
-        gradients=size * parts.total,
-        optimizer=size * moments,
-        average=4 * parts.total,
-    )
+    return States(size * parts.total, size * parts.total, size * moments, 4 * parts.total)
 
 
 def gathered_bytes(parts: Units, precision: Precision) -> int:
@@ -95,16 +89,10 @@ def rank_bytes(
     world: int,
     accumulated: bool = False,
 ) -> int:
-    """Return the bytes of weights, gradients, optimizer and average on one process.
+    """Return the bytes of the states on one process.
 
-    Args:
-        strategy: single, ddp or fsdp2.
-        parts: The network's parameters.
-        precision: The number format.
-        optimizer: A name of the optimizer group.
-        world: Processes.
-        accumulated: Whether a step has several micro-batches: DDP then sums gradients beside the
-            buckets that it sends.
+    With several micro-batches per step (`accumulated`), DDP sums gradients beside the buckets that
+    it sends.
     """
     whole = states(parts, precision, optimizer)
     if strategy == "fsdp2":

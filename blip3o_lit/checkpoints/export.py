@@ -26,9 +26,6 @@ def write_export(loaded: Loaded, out: Path) -> None:
     Weights, token scales and the flow's state go into model.safetensors; weights that were cast
     when they were loaded are read again. Where the token store is at hand, the towers' names and
     its heads.safetensors come along.
-
-    Raises:
-        UserError: If `out` is the folder that the weights are in.
     """
     if loaded.file.parent.resolve() == out.resolve():
         raise UserError(f"out={out} is the folder of the checkpoint: choose another one")
@@ -52,9 +49,6 @@ def push(loaded: Loaded, repository: str, private: bool = True) -> str:
     """Export into a repository of the Hugging Face Hub, made if need be; return its address.
 
     The token comes from the environment or from `hf auth login`.
-
-    Raises:
-        UserError: If the hub refuses.
     """
     from huggingface_hub import HfApi
 
@@ -94,10 +88,8 @@ def model_card(loaded: Loaded, facts: dict[str, Any]) -> str:
     run, condition, target = loaded.config, loaded.shape.condition, loaded.shape.target
     parameters = sum(p.numel() for p in loaded.translator.network.parameters())
     towers = facts.get("arrays", {})
-    source, goal = (
-        towers.get(side, {}).get("tower", name)
-        for side, name in (("condition", run.data.condition), ("target", run.data.target))
-    )
+    source = towers.get("condition", {}).get("tower", run.data.condition)
+    goal = towers.get("target", {}).get("tower", run.data.target)
     return f"""---
 library_name: blip3o_lit
 pipeline_tag: feature-extraction
@@ -147,8 +139,7 @@ def _scores(loaded: Loaded) -> str:
     if result.get("checkpoint") != loaded.hash:
         return "Not evaluated: run `python -m blip3o_lit.evaluate` on this folder."
     lines = ["| | evaluations | " + " | ".join(SCORES) + " |", "|---" * (len(SCORES) + 2) + "|"]
-    rows = [*result["estimators"].items(), *result["baselines"].items()]
-    for name, scores in rows:
+    for name, scores in (result["estimators"] | result["baselines"]).items():
         cells = ["" if scores.get(key) is None else f"{scores[key]:.4f}" for key in SCORES]
         lines.append(f"| {name} | {scores.get('nfe', '')} | " + " | ".join(cells) + " |")
     where = f"{result['images']} images of the {result['split']} split. "

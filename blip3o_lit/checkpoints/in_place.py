@@ -9,11 +9,31 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from blip3o_lit.base.files import sync_folder
+from blip3o_lit.config.errors import UserError
 
 ASIDE = ".{}.old"
 TEMPORARY = ".{}.tmp"
+
+
+def save_synced(content: dict[str, Any], path: Path) -> None:
+    """Save a file with torch that is on the disk when this returns."""
+    with path.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def not_written(path: Path, error: BaseException) -> UserError:
+    reason = str(error).strip().splitlines()[-1]
+    return UserError(
+        f"{path}: the checkpoint could not be written ({reason}): free disk space or choose "
+        "another folder with hydra.run.dir"
+    )
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
@@ -29,14 +49,14 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file or a folder, if it is there; a folder loses its name first."""
-    if path.is_dir():
-        hidden = path.with_name(TEMPORARY.format(path.name))
-        if not path.name.startswith("."):
-            shutil.rmtree(hidden, ignore_errors=True)
-            path = path.rename(hidden)
-        shutil.rmtree(path)
-    else:
+    if not path.is_dir():
         path.unlink(missing_ok=True)
+        return
+    if not path.name.startswith("."):
+        hidden = path.with_name(TEMPORARY.format(path.name))
+        shutil.rmtree(hidden, ignore_errors=True)
+        path = path.rename(hidden)
+    shutil.rmtree(path)
 
 
 def second_name(path: Path, name: Path) -> None:

@@ -34,6 +34,10 @@ from blip3o_lit.translation.translator import Translator
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_IN_FOLDER = (
+    *(WEIGHTS_FILE, "checkpoints/best.ckpt", "checkpoints/last.ckpt"),
+    *("best.ckpt", "last.ckpt"),
+)
 PARTS = ("network", "objective", "condition_standardizer", "target_standardizer")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -69,21 +73,14 @@ class Loaded:
 def find_weights(source: str | Path) -> Path:
     """Return the weight file that a path or hub id stands for.
 
-    Args:
-        source: A checkpoint, a run directory (best, else last), an exported folder, or the id of a
-            repository on the Hugging Face Hub that holds one.
-
-    Raises:
-        UserError: If there is none.
+    It may be a checkpoint, a run directory (best, else last), an exported folder, or the id of a
+    repository on the Hugging Face Hub that holds one.
     """
     path = Path(source).expanduser()
-    if path.is_file() or (path / PLAIN).is_file():
-        return path
+    for name in ("", *WEIGHTS_IN_FOLDER):
+        if (path / name).is_file() or (path / name / PLAIN).is_file():
+            return path / name
     if path.is_dir():
-        names = (WEIGHTS_FILE, "checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt")
-        for name in (*names, "last.ckpt"):
-            if (path / name).is_file() or (path / name / PLAIN).is_file():
-                return path / name
         raise UserError(f"{path} holds neither checkpoints/best.ckpt nor {WEIGHTS_FILE}")
     if _HUB_ID.fullmatch(str(source)):
         return _from_hub(str(source))
@@ -91,7 +88,6 @@ def find_weights(source: str | Path) -> Path:
 
 
 def _from_hub(repository: str) -> Path:
-    """Download an exported folder into the hub cache, or find it there."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -112,9 +108,6 @@ def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool
         device: Where it goes.
         as_stored: Keep every weight in its own format, to be written again; otherwise those of
             products get the format that they are used in.
-
-    Raises:
-        UserError: If the weights are missing, damaged, foreign or of a newer version.
     """
     file = find_weights(source)
     facts, state = _read_export(file) if file.suffix == ".safetensors" else _read_checkpoint(file)
@@ -161,7 +154,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(saved, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in saved.items()
     ):
-        raise UserError(f"{file}: the checkpoint is damaged: use another one of its folder")
+        raise checkpointing.damaged(file)
     for name, tensor in saved.items():
         part, _, rest = name.partition(".")
         part = {"ema": "network", "network": "trained"}.get(part, part)
@@ -171,7 +164,6 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _read_export(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the facts and state dict of an exported folder."""
     from blip3o_lit.checkpoints import files as checkpointing
 
     config = file.with_name(CONFIG_FILE)
@@ -197,11 +189,7 @@ def best_device() -> str:
 
 
 def solver_from_label(label: str) -> SolverConfig:
-    """Return the solver that a label of the reports stands for: `mean`, `heun-10`, `heun-10@1.5`.
-
-    Raises:
-        UserError: If it names no solver, no number of steps, or no guidance scale.
-    """
+    """Return the solver that a label stands for: `mean`, `heun-10`, `heun-10@1.5`."""
     plain, at, scale = label.partition("@")
     name, dash, steps = plain.partition("-")
     if dash and not (steps.isdigit() and int(steps)):

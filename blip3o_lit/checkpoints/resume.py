@@ -32,11 +32,13 @@ FREE_DATA_KEYS = ("threads", "verify")
 
 def essential(config: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a plain config that decides what a run computes."""
-    kept = {key: value for key, value in config.items() if key not in FREE_KEYS}
-    trainer = kept.get("trainer", {})
-    kept["trainer"] = {k: v for k, v in trainer.items() if k not in FREE_TRAINER_KEYS}
-    kept["data"] = {k: v for k, v in kept.get("data", {}).items() if k not in FREE_DATA_KEYS}
-    return kept
+    trainer = _without(config.get("trainer", {}), FREE_TRAINER_KEYS)
+    data = _without(config.get("data", {}), FREE_DATA_KEYS)
+    return _without(config, FREE_KEYS) | {"trainer": trainer, "data": data}
+
+
+def _without(config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in keys}
 
 
 def config_hash(config: TrainConfig) -> str:
@@ -50,18 +52,12 @@ def refuse_used(config: TrainConfig, run_dir: Path) -> None:
 
     All ranks judge alike, whenever they come: before its first step, which needs them all, a run
     writes neither a checkpoint nor a row of metrics.
-
-    Raises:
-        UserError: With the two ways on; or if nobody can tell, since the folder can't be read.
     """
     if config.overwrite or config.resume == "auto":
         return
-    used = bool(checkpointing.files_of(run_dir))
-    if config.resume is None:
-        used = used or bool(_rows(run_dir))
-    elif _is_within(_named(config.resume), run_dir):
+    if config.resume is not None and _is_within(_absolute(config.resume), run_dir):
         return
-    if used:
+    if checkpointing.files_of(run_dir) or (config.resume is None and _rows(run_dir)):
         raise UserError(
             f"{run_dir} holds a run already: go on with it by resume=auto, or choose another "
             "hydra.run.dir"
@@ -77,7 +73,7 @@ def _rows(run_dir: Path) -> list[dict[str, str]]:
         ) from error
 
 
-def _named(path: str) -> Path:
+def _absolute(path: str) -> Path:
     return Path(os.path.abspath(Path(path).expanduser()))
 
 
@@ -91,27 +87,11 @@ def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
     """Return the checkpoint to go on from, or None for a fresh start.
 
     A path in `config.resume` becomes that of the checkpoint itself.
-
-    Args:
-        config: The run's config; `resume` is null, `auto` or a path.
-        run_dir: The run's own directory, the only one that `auto` looks into.
-
-    Raises:
-        UserError: If the named checkpoint is missing, damaged or of another network, or if the
-            run directory has checkpoints and none of them is sound.
     """
     if config.resume is None:
         return None
     if config.resume == "auto":
-        path, damaged = checkpointing.newest_sound(run_dir)
-        for other in damaged:
-            print(f"resume=auto passes over a damaged checkpoint: {other}")
-        if path is None and (files := checkpointing.files_of(run_dir)):
-            names = ", ".join(file.name for file in files)
-            raise UserError(
-                f"resume=auto: {run_dir} has {names}, but no sound step or last checkpoint: give "
-                "a sound one with resume=PATH, or choose another hydra.run.dir"
-            )
+        path = _newest_of_own(run_dir)
         if path is not None:
             _check_network(config, path)
             return path
@@ -124,7 +104,7 @@ def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
             return None
         print(f"resume=auto found no checkpoint in {run_dir}: it began from {origin}")
         config.resume = origin
-    path = _named(config.resume)
+    path = _absolute(config.resume)
     if path.is_dir() and path.suffix != ".ckpt":
         newest, _ = checkpointing.newest_sound(path)
         if newest is None:
@@ -135,20 +115,29 @@ def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
     return path
 
 
+def _newest_of_own(run_dir: Path) -> Path | None:
+    """Return the newest sound checkpoint; a folder that has only others is refused."""
+    path, damaged = checkpointing.newest_sound(run_dir)
+    for other in damaged:
+        print(f"resume=auto passes over a damaged checkpoint: {other}")
+    names = ", ".join(file.name for file in checkpointing.files_of(run_dir))
+    if path is None and names:
+        raise UserError(
+            f"resume=auto: {run_dir} has {names}, but no sound step or last checkpoint: give "
+            "a sound one with resume=PATH, or choose another hydra.run.dir"
+        )
+    return path
+
+
 def _origin(run_dir: Path) -> str | None:
     """Return the checkpoint of another run that the run of a folder was started from, if any."""
-    if not (run_dir / "config.yaml").is_file():
-        return None
-    given = read_config(run_dir).get("resume")
-    return None if given == "auto" else given
+    config = run_dir / "config.yaml"
+    resume = yaml.safe_load(config.read_text()).get("resume") if config.is_file() else None
+    return None if resume == "auto" else resume
 
 
 def _check_network(config: TrainConfig, path: Path) -> None:
-    """Refuse a checkpoint of another network."""
-    if not path.exists():
-        raise UserError(f"{path}: no such checkpoint")
-    if not checkpointing.is_sound(path):
-        raise UserError(f"{path}: the checkpoint is damaged: use another one of its folder")
+    checkpointing.check_sound(path)
     whole = ("batch_size", "optimizer.name", "seed")
     free = ("model.compile", "model.activation_checkpointing")
     for key, then, now in differences(config, path):
@@ -178,11 +167,7 @@ def say_resumed(config: TrainConfig, path: Path) -> None:
 
 
 def check_tokens(path: Path, content_hash: str) -> None:
-    """Refuse a checkpoint that was trained on other tokens.
-
-    Raises:
-        UserError: As the loader would, but before anything is written.
-    """
+    """Refuse a checkpoint that was trained on other tokens, before anything is written."""
     if checkpointing.facts(path)["blip3o"]["tokens"].get("hash") != content_hash:
         raise UserError(
             f"resume={path}: it was trained on other data (store, mode, condition, target or "
@@ -195,15 +180,8 @@ def finished_result(
 ) -> dict[str, Any] | None:
     """Return the content of result.json if the run of this folder has nothing left to do.
 
-    Args:
-        config: The run's config as it is asked for now.
-        run_dir: The run's own directory.
-        resumed: The checkpoint that it would go on from.
-        steps: The steps that are asked for.
-
-    Raises:
-        UserError: If result.json or environment.json is damaged, or another run's checkpoint leaves
-            nothing to do either.
+    It would go on from `resumed`; `steps` are asked for. Where another run's checkpoint leaves
+    nothing to do either, that is refused.
     """
     step = int(checkpointing.facts(resumed)["global_step"])
     if not _is_within(resumed, run_dir):
@@ -222,10 +200,8 @@ def finished_result(
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path} is damaged: remove it") from error
     return content if isinstance(content, dict) else {}
@@ -240,11 +216,3 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             out[prefix + key] = value
     return out
-
-
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """Return the plain config of a run directory."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file: not a run directory")
-    return yaml.safe_load(path.read_text())

@@ -7,7 +7,6 @@ is on the disk.
 
 from __future__ import annotations
 
-import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blip3o_lit.checkpoints.in_place import TEMPORARY, put_in_place, remove
+from blip3o_lit.checkpoints.in_place import (
+    TEMPORARY,
+    not_written,
+    put_in_place,
+    remove,
+    save_synced,
+)
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.models.initialisation import shard_like
 
@@ -50,42 +55,32 @@ def put_tensors(checkpoint: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint of sharded tensors; called by every process.
-
-    Raises:
-        UserError: When the disk is full or the folder cannot be written.
-    """
+    """Write a checkpoint of sharded tensors; called by every process."""
     from torch.distributed.checkpoint import state_dict_saver
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+    rank, world = dist.get_rank(), dist.get_world_size()
     tensors = take_tensors(checkpoint)
     checkpoint["tensors"] = list(tensors)  # safetensors files forget the order.
     temporary = path.with_name(TEMPORARY.format(path.name))
     try:
-        if dist.get_rank() == 0:
+        if rank == 0:
             remove(temporary)
             temporary.mkdir(parents=True)
         dist.barrier()
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         state_dict_saver.save(tensors, storage_writer=writer)
-        mine = sorted(temporary.glob("*.safetensors"))[dist.get_rank() :: dist.get_world_size()]
-        sums: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(sums, {file.name: measure(file) for file in mine})
-        if dist.get_rank() == 0:
+        own = sorted(temporary.glob("*.safetensors"))[rank::world]
+        sums: list[Any] = [None] * world
+        dist.all_gather_object(sums, {file.name: measure(file) for file in own})
+        if rank == 0:
             checkpoint["files"] = {name: pair for part in sums for name, pair in part.items()}
-            with (temporary / PLAIN).open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
+            save_synced(checkpoint, temporary / PLAIN)
             put_in_place(temporary, path)
         dist.barrier()
     except (OSError, RuntimeError, CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(
-            f"{path}: the checkpoint could not be written ({reason}): free disk space or choose "
-            "another folder with hydra.run.dir"
-        ) from error
+        raise not_written(path, error) from error
 
 
 def measure(file: Path) -> list[int]:
@@ -97,25 +92,10 @@ def measure(file: Path) -> list[int]:
     return [size, total]
 
 
-def files_are_sound(folder: Path, files: dict[str, list[int]]) -> bool:
-    """Whether every file of a checkpoint folder has its recorded size and checksum.
-
-    Raises:
-        OSError: If one of them can't be read.
-    """
-    try:
-        return all(measure(folder / name) == pair for name, pair in files.items())
-    except FileNotFoundError:
-        return False
-
-
 def read(folder: Path, plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Put the whole tensors of a folder into the plain part of its checkpoint.
+    """Put the whole tensors of a folder into the content of its `plain.ckpt`, in place.
 
-    Args:
-        folder: The checkpoint.
-        plain: What its `plain.ckpt` holds; changed in place.
-        prefix: Only tensors whose flat name begins so.
+    Only tensors whose flat name begins with `prefix` are read.
     """
     from torch.distributed.checkpoint import state_dict_loader
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -136,11 +116,7 @@ def read(folder: Path, plain: dict[str, Any], prefix: str = "") -> dict[str, Any
 def read_shards(
     folder: Path, plain: dict[str, Any], module: nn.Module, optimizers: list[Optimizer]
 ) -> dict[str, Any]:
-    """Load this process's share of a folder into a sharded module and its optimizers.
-
-    Returns:
-        The checkpoint without weights.
-    """
+    """Load this process's share of a folder; returns the checkpoint without weights."""
     from torch.distributed.checkpoint import state_dict_loader
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
@@ -164,27 +140,20 @@ def read_shards(
 def spread(
     checkpoint: dict[str, Any], module: nn.Module, optimizers: list[Optimizer]
 ) -> dict[str, Any]:
-    """Load this process's share of a whole checkpoint into a sharded module and its optimizers.
-
-    Returns:
-        The checkpoint without weights.
-
-    Raises:
-        UserError: If a weight is missing or has another shape.
-    """
-    own, given = module.state_dict(), checkpoint.pop("state_dict")
-    for name, tensor in own.items():
-        if name not in given or given[name].shape != tensor.shape:
+    """Load this process's share of a whole checkpoint; returns it without weights."""
+    whole = checkpoint.pop("state_dict")
+    for name, tensor in module.state_dict().items():
+        if name not in whole or whole[name].shape != tensor.shape:
             raise UserError(f"the checkpoint has no {name} of shape {tuple(tensor.shape)}")
-        tensor.detach().copy_(shard_like(given[name], tensor))
+        tensor.detach().copy_(shard_like(whole[name], tensor))
     for optimizer, state in zip(optimizers, checkpoint["optimizer_states"]):
         for index, parameter in enumerate(parameters_of(optimizer)):
             for key, value in state["state"].get(index, {}).items():
-                mine = value.clone()
+                own = value.clone()
                 if value.shape == parameter.shape:
-                    mine = torch.empty_like(parameter.detach(), dtype=value.dtype)
-                    mine.copy_(shard_like(value, parameter))
-                state["state"][index][key] = mine
+                    own = torch.empty_like(parameter.detach(), dtype=value.dtype)
+                    own.copy_(shard_like(value, parameter))
+                state["state"][index][key] = own
     _load_optimizers(checkpoint, optimizers)
     return checkpoint
 

@@ -49,19 +49,12 @@ KNOWN_NOISE = (
 
 def environment() -> dict[str, Any]:
     """Return versions, devices and the commit, without names of users or secrets."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "blip3o_lit": blip3o_lit.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": versions,
-        "gpus": devices,
+        "packages": {package: version_of(package) for package in PACKAGES},
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "commit": commit(),
@@ -69,42 +62,45 @@ def environment() -> dict[str, Any]:
     }
 
 
+def version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def commit() -> str | None:
     """Return the checkout's commit, with a mark when it has changes; None outside one."""
     folder = Path(__file__).resolve().parent
     try:
-        said = subprocess.run(
+        return subprocess.run(
             ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
             capture_output=True,
             text=True,
             timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return said.stdout.strip() or None if said.returncode == 0 else None
 
 
 @contextmanager
 def own_defaults() -> Iterator[None]:
     """Make new tensors fp32 and on the CPU, where the caller set other defaults for torch."""
-    number, device = torch.get_default_dtype(), torch.get_default_device()
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
     try:
-        if number != torch.float32:
-            torch.set_default_dtype(torch.float32)
+        # As a context, a device slows every operation: only where it is needed.
         with torch.device("cpu") if device.type != "cpu" else nullcontext():
             yield
     finally:
-        if number != torch.float32:
-            torch.set_default_dtype(number)
+        torch.set_default_dtype(dtype)
 
 
 def quiet_libraries() -> None:
     """Keep off the console what libraries say about themselves; warnings that matter still pass."""
     for message in KNOWN_NOISE:
         warnings.filterwarnings("ignore", message=".*" + re.escape(message))
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("pytorch", "fabric"):
-        logging.getLogger(f"lightning.{name}.utilities.rank_zero").setLevel(logging.WARNING)
-        logging.getLogger(f"lightning.{name}.utilities.distributed").setLevel(logging.WARNING)
+    for part in ("pytorch", "fabric"):
+        for module in ("", ".utilities.rank_zero", ".utilities.distributed"):
+            logging.getLogger(f"lightning.{part}{module}").setLevel(logging.WARNING)

@@ -30,11 +30,8 @@ from blip3o_lit.models.network import Network
 def shard(network: Network, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
     """Shard a network in place: each block, the modulation matrix, and the rest as one.
 
-    Args:
-        network: A network, best on the meta device.
-        mesh: The processes.
-        compute: Format in which weights are gathered and used; None keeps their own. Gradients
-            are summed in fp32 either way.
+    Weights are gathered and used in the format `compute`, with None in their own; gradients are
+    summed in fp32 either way.
     """
     # The times are not to be cast: bf16 has 8 bits of them.
     policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
@@ -50,11 +47,9 @@ def shard(network: Network, mesh: DeviceMesh, compute: torch.dtype | None) -> No
 
 
 def whole(value: Any, keep: bool) -> Any:
-    """Gather the sharded tensors of a nested state; called by every process.
+    """Gather the sharded tensors of nested dicts and lists; called by every process.
 
-    Args:
-        value: A tensor, a dict or a list.
-        keep: Whether this process keeps the result; the others give each tensor up at once.
+    Without `keep`, a process gives each tensor up at once.
     """
     if isinstance(value, dict):
         return {key: whole(item, keep) for key, item in value.items()}
@@ -70,13 +65,7 @@ class Fsdp2Strategy(ModelParallelStrategy):
     """FSDP2 over all processes, with checkpoints that every other strategy can resume."""
 
     def __init__(self, consolidated: bool, backend: str, timeout: timedelta) -> None:
-        """Choose the kind of checkpoint.
-
-        Args:
-            consolidated: One file, gathered on rank 0, rather than a folder of shards.
-            backend: nccl or gloo.
-            timeout: How long a rank waits for the others.
-        """
+        """Choose the checkpoints: one file, gathered on rank 0, or a folder of shards."""
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=not consolidated,
@@ -86,25 +75,21 @@ class Fsdp2Strategy(ModelParallelStrategy):
         self.consolidated = consolidated
 
     def setup_environment(self) -> None:
-        """Make every process data-parallel."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the weights: shards, or whole tensors on rank 0."""
         assert self.lightning_module is not None
         state = self.lightning_module.state_dict()
         return whole(state, self.is_global_zero) if self.consolidated else state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return an optimizer's state, numbered as the optimizer numbers it."""
         state = optimizer.state_dict()
         return whole(state, self.is_global_zero) if self.consolidated else state
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        """Write one file on rank 0, or a folder to which every process adds its share."""
         path = Path(self.broadcast(str(filepath)))
         if not self.consolidated:
             sharded_checkpoint.save(checkpoint, path)

@@ -14,28 +14,18 @@ from blip3o_lit.config.train import TrainConfig
 
 
 def loggers(config: TrainConfig, run_dir: Path, resumed: Path | None, step: int) -> list[Any]:
-    """Return metrics.csv and the loggers that were asked for.
-
-    Args:
-        config: The run's configuration.
-        run_dir: Where they write.
-        resumed: The checkpoint that the run goes on from.
-        step: Its step.
-
-    Raises:
-        UserError: If Weights & Biases can't start.
-    """
-    earlier = resumed.parent.parent if resumed else None
-    made: list[Any] = [MetricsCsv(run_dir, earlier, step)]
+    """Return metrics.csv and the loggers that were asked for; `step` is that of `resumed`."""
+    earlier_run = resumed.parent.parent if resumed else None
+    places: list[Any] = [MetricsCsv(run_dir, earlier_run, step)]
     if config.logger.tensorboard:
         from lightning.pytorch.loggers import TensorBoardLogger
 
-        made.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+        places.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
     if config.logger.wandb and os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
         print("WANDB_DISABLED is set: this run is not logged to W&B")
     elif config.logger.wandb:
-        made.append(_wandb(config, run_dir))
-    return made
+        places.append(_wandb(config, run_dir))
+    return places
 
 
 def _wandb(config: TrainConfig, run_dir: Path) -> Any:
@@ -43,8 +33,8 @@ def _wandb(config: TrainConfig, run_dir: Path) -> Any:
     from lightning.pytorch.loggers import WandbLogger
     from wandb.errors import Error as WandbError
 
-    if not os.environ.get("WANDB_MODE", "given").strip():
-        del os.environ["WANDB_MODE"]
+    if not os.environ.get("WANDB_MODE", "").strip():
+        os.environ.pop("WANDB_MODE", None)
     offline = config.logger.wandb_offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun")
     try:
         logger = WandbLogger(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,32 +17,29 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from blip3o_lit import __version__
-from blip3o_lit.base.shape import PairShape
-from blip3o_lit.budget.placement import Placement
+from blip3o_lit.base.secrets import masked
+from blip3o_lit.budget.plan import Plan
 from blip3o_lit.checkpoints.files import FORMAT
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.times import training_times
 from blip3o_lit.metrics.cosine import TokenScores
+from blip3o_lit.models.initialisation import is_sharded
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.optimizer import make_optimizer
+from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.batches import align_checkpoint
 from blip3o_lit.tokens.statistics import Standardizer
-from blip3o_lit.training.callbacks.bad_steps import StepRecord
+from blip3o_lit.training.ema import ramped_decay, update_average
 from blip3o_lit.translation.translator import Translator
+
+LOGGED_SCORES = ("cosine", "cosine_centred", "mse", "r2", "norm_ratio")
 
 
 def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Return the learning rate of a step as a fraction of the peak: warm-up, then decay.
-
-    Args:
-        config: The optimizer group.
-        step: Optimizer steps done so far.
-        steps: Optimizer steps of the whole run.
-    """
+    """Return the learning rate of a step as a fraction of the peak: warm-up, then decay."""
     warmup = min(config.warmup_steps, max(1, steps // 10))
     if step < warmup:
         return (step + 1) / warmup
@@ -58,58 +56,30 @@ def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> floa
 class TranslationModule(LightningModule):
     """Trains a translator; `ema` is the fp32 weight average that validation and inference use."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        placement: Placement,
-        plain_config: dict[str, Any],
-        shape: PairShape,
-        condition_standardizer: Standardizer,
-        target_standardizer: Standardizer,
-        tokens: dict[str, Any],
-        steps: int,
-    ) -> None:
-        """Build the network from the run's seed.
-
-        Args:
-            config: The run's typed configuration.
-            placement: Its layout.
-            plain_config: The same as plain dicts, for the checkpoint.
-            shape: Shapes of condition and target tokens, from the token index.
-            condition_standardizer: Scale of the condition tokens.
-            target_standardizer: Scale of the target tokens.
-            tokens: Path and hash of the token store, for the checkpoint.
-            steps: Optimizer steps of the whole run.
-        """
+    def __init__(self, plan: Plan, data: TokenDataModule) -> None:
+        """Build the network from the run's seed and take the scales of `data`, which is open."""
         super().__init__()
-        self.config = config
-        self.sharded = placement.strategy == "fsdp2"
-        self.plain_config = plain_config
-        self.shape = shape
-        self.tokens = tokens
-        self.steps = steps
+        self.config, self.shape, self.steps = plan.config, plan.shape, plan.steps
+        self.formats = plan.placement.precision
+        self.sharded = plan.placement.strategy == "fsdp2"
+        self.tokens = {"path": masked(str(data.store_path)), "hash": data.train.content_hash}
         with torch.device("meta"):
-            self.network = build_network(config.model, shape)
+            self.network = build_network(self.config.model, self.shape)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
-        self.formats = placement.precision
         self.network.to(self.formats.weights)
         if not self.sharded:
             self._start(torch.device("cpu"))
-        self.objective = FlowObjective(config.flow)
-        raw = config.data.scale == "raw"
-        self.condition_standardizer = (
-            Standardizer.like(shape.condition) if raw else condition_standardizer
-        )
-        mean_NC = target_standardizer.mean_NC
-        keep_scale = config.flow.standardised_target and not raw
-        self.target_standardizer = (
-            target_standardizer if keep_scale else Standardizer.like(shape.target)
-        )
-        self.scores = TokenScores(mean_NC, shape.target)
+        flow, raw = self.config.flow, self.config.data.scale == "raw"
+        self.objective = FlowObjective(flow)
+        self.condition_standardizer = data.condition_standardizer
+        self.target_standardizer = data.target_standardizer
+        self.scores = TokenScores(data.target_standardizer.mean_NC, self.shape.target)
+        if raw:
+            self.condition_standardizer = Standardizer.like(self.shape.condition)
+        if raw or not flow.standardised_target:
+            self.target_standardizer = Standardizer.like(self.shape.target)
         self.gradient_norm: Tensor | None = None
-        self.step_records: list[StepRecord] = []
-        self.step_samples: list[Tensor] = []
-        self.sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def _start(self, device: torch.device) -> None:
@@ -130,8 +100,7 @@ class TranslationModule(LightningModule):
         assert self.device_mesh is not None
         compute = self.formats.products if self.formats.low else None
         for network in (self.network, self.ema):
-            mesh = self.device_mesh["data_parallel"]
-            shard(network, mesh, compute)
+            shard(network, self.device_mesh["data_parallel"], compute)
         self._start(self.trainer.strategy.root_device)
 
     @property
@@ -144,80 +113,75 @@ class TranslationModule(LightningModule):
         return Translator(self.ema, self.objective, *scales, autocast=low)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the flow-matching loss of one micro-batch."""
-        who = (batch["sample"], batch["epoch"])
-        self.step_samples.append(batch["sample"])
-        if (
-            self.config.model.dropout > 0
-        ):  # Masks are a function of step and rank, so resuming is exact.
-            place = (self.config.seed, self.global_step, batch_idx, self.global_rank)
+        flow, seed = self.config.flow, self.config.seed
+        if self.config.model.dropout > 0:
+            # Masks are a function of step and rank, so resuming is exact.
+            place = (seed, self.global_step, batch_idx, self.global_rank)
             torch.manual_seed(hash(place) % 2**63)
         condition = self.condition_standardizer.standardise(batch["condition"])
         x1_BND = self.target_standardizer.standardise(batch["target"])
-        seed = self.config.seed
-        shape = tuple(x1_BND.shape[1:])
-        z_BND = draws.noise(seed, Stream.TRAINING_NOISE, *who, shape, device=x1_BND.device)
+        device, token_shape = x1_BND.device, tuple(x1_BND.shape[1:])
+        who = (batch["sample"], batch["epoch"])
+        z_BND = draws.noise(seed, Stream.TRAINING_NOISE, *who, token_shape, device=device)
         uniforms_B3 = draws.uniforms(seed, Stream.TRAINING_TIMES, *who, count=3)
-        t_B = training_times(uniforms_B3[:, :2], self.config.flow)
-        t_B = t_B.to(x1_BND.device, non_blocking=True)
-        share = self.config.flow.condition_dropout
-        drop_B = (uniforms_B3[:, 2] < share).to(x1_BND.device) if share > 0 else None
+        t_B = training_times(uniforms_B3[:, :2], flow).to(device, non_blocking=True)
+        drop_B = None
+        if flow.condition_dropout > 0:
+            drop_B = (uniforms_B3[:, 2] < flow.condition_dropout).to(device)
         restore = self.target_standardizer.restore
         terms = self.objective.loss(self.network, condition, x1_BND, z_BND, t_B, restore, drop_B)
         for buffer in self.objective.buffers():  # Scales that it adapts to its batches.
             if self.trainer.world_size > 1:
                 buffer.copy_(self.trainer.strategy.reduce(buffer, reduce_op="mean"))  # type: ignore[arg-type]
-        self._remember("train/loss", terms.total)
+        self._add_to_mean("train/loss", terms.total)
         if (self.global_step + 1) % self.config.trainer.log_every == 0:
             estimate, true = restore(terms.x1_hat_BND), batch["target"].float()
-            self._remember("train/cosine", F.cosine_similarity(estimate, true, dim=-1).mean())
-            self._remember("train/velocity_cosine", terms.velocity_cosine)
-            self._remember("train/norm_ratio", terms.norm_ratio)
+            self._add_to_mean("train/cosine", F.cosine_similarity(estimate, true, dim=-1).mean())
+            self._add_to_mean("train/velocity_cosine", terms.velocity_cosine)
+            self._add_to_mean("train/norm_ratio", terms.norm_ratio)
             for name, term in terms.extra.items():
-                self._remember(f"train/{name}_loss", term)
+                self._add_to_mean(f"train/{name}_loss", term)
             for name, scale in self.objective.named_buffers():
-                self._remember(f"train/{name}_scale", scale.clone())
+                self._add_to_mean(f"train/{name}_scale", scale.clone())
         return terms.total
 
-    def _remember(self, name: str, value: Tensor) -> None:
-        """Add a value to the sums that the next logged row averages, without a device sync.
+    def _add_to_mean(self, name: str, value: Tensor) -> None:
+        """Add a value to the means of the next logged row, without a device sync.
 
         Values that are not finite are left out: they are those of skipped steps.
         """
-        finite = torch.isfinite(value.detach())
-        for key, number in ((name, value.detach().nan_to_num(0, 0, 0)), (f"{name}/count", finite)):
-            self.sums[key] = self.sums.get(key, torch.zeros_like(value.detach())) + number
+        value = value.detach()
+        count = torch.isfinite(value).to(value.dtype)
+        sum_and_count = torch.stack([value.nan_to_num(0, 0, 0), count])
+        self._sums[name] = self._sums.get(name, 0) + sum_and_count
 
-    def drain(self) -> dict[str, float]:
-        """Return the means of what was remembered since the last call, over all processes."""
-        names = [name for name in self.sums if not name.endswith("/count")]
-        sums = torch.stack([self.sums[key] for name in names for key in (name, f"{name}/count")])
-        sums = self.trainer.strategy.reduce(sums.double(), reduce_op="sum")
-        values = sums.tolist()
-        self.sums = {}
-        pairs = zip(names, values[::2], values[1::2])
-        return {name: total / count if count else math.nan for name, total, count in pairs}
+    def take_means(self) -> dict[str, float]:
+        """Return the means over all steps and processes since the last call, by column name."""
+        sums = torch.stack(list(self._sums.values())).double()
+        pairs = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()  # type: ignore[union-attr]
+        means = {
+            name: total / count if count else math.nan
+            for name, (total, count) in zip(self._sums, pairs)
+        }
+        self._sums.clear()
+        return means
 
     def on_validation_epoch_start(self) -> None:
-        """Start counting afresh."""
         self.scores.reset()
         self.ema.eval()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Generate the target tokens of held-out images and score them in the raw space."""
         solver = self.config.solver
-        made = self.translator.generate(batch["condition"], batch["sample"], 0, solver)
-        self.scores.update(made.x1_BND, batch["target"], batch["valid"])
+        sample = self.translator.generate(batch["condition"], batch["sample"], 0, solver)
+        self.scores.update(sample.x1_BND, batch["target"], batch["valid"])
 
     def on_validation_epoch_end(self) -> None:
-        """Log the held-out scores."""
         scores = self.scores.compute()
-        names = ("cosine", "cosine_centred", "mse", "r2", "norm_ratio")
-        for name in names:
-            if scores[name] is not None:
-                self.log(f"val/{name}", float(scores[name]), logger=False, sync_dist=True)
-        for end, value in zip(("low", "high"), scores["cosine_ci95"], strict=True):
-            self.log(f"val/cosine_{end}", value, logger=False, sync_dist=True)
+        low, high = scores["cosine_ci95"]
+        logged = {name: scores[name] for name in LOGGED_SCORES if scores[name] is not None}
+        for name, value in (logged | {"cosine_low": low, "cosine_high": high}).items():
+            self.log(f"val/{name}", float(value), logger=False, sync_dist=True)
 
     def configure_gradient_clipping(
         self,
@@ -225,30 +189,30 @@ class TranslationModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm and keep the norm for the log.
+        """Clip by norm and keep the norm for the log; skip a step whose norm is not finite.
 
         Lightning's own clipping refuses fused optimizers under mixed precision (2.6.6), though
         bf16 has no loss scale to undo.
         """
         limit = self.config.optimizer.clip_norm
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
-        full = getattr(norm, "full_tensor", None)
-        norm = norm.detach() if full is None else full().detach()
-        finite = torch.isfinite(norm)
-        self.gradient_norm = norm
-        self.step_records.append(StepRecord(self.global_step + 1, finite, self.step_samples))
-        self.step_samples = []
+        self.gradient_norm = norm.full_tensor().detach() if is_sharded(norm) else norm.detach()  # type: ignore[attr-defined]
+        finite = torch.isfinite(self.gradient_norm)
         if self.formats.loss_scale:
             return  # the loss scaler skips overflowing steps itself
-        if full is None:
+        if not is_sharded(norm):
             # What a loss scaler would set: the fused kernel then leaves weights and moments alone,
             # and nothing waits for the device.
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         elif not finite:
             optimizer.zero_grad()
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        decay = ramped_decay(self.config.optimizer.ema_decay, self.global_step + 1)
+        update_average(self.ema, self.network, decay)
+
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return the optimizer and its schedule by step."""
         config = self.config.optimizer
         # Fused AdamW unscales fp16 gradients itself, after they were clipped: keep it apart.
         optimizer = make_optimizer(self.network, config, not self.formats.loss_scale)
@@ -267,7 +231,7 @@ class TranslationModule(LightningModule):
         checkpoint["blip3o"] = {
             "format": FORMAT,
             "version": __version__,
-            "config": self.plain_config,
+            "config": masked(asdict(self.config)),
             "shape": self.shape.to_dict(),
             "tokens": self.tokens,
             "step": self.global_step,

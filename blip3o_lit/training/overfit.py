@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from blip3o_lit.config.errors import UserError
@@ -20,13 +19,11 @@ from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.translation.translator import Translator
 
 FAILED_CODE = 1
-_BATCH = 16
+BATCH = 16
 
 
 @dataclass(frozen=True)
 class Overfit:
-    """What the check found."""
-
     cosine: float
     at_least: float
     images: int
@@ -35,15 +32,12 @@ class Overfit:
 
     @property
     def passed(self) -> bool:
-        """Whether the cosine reaches the bar."""
         return self.cosine >= self.at_least
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the block `overfit` of result.json."""
         return asdict(self) | {"passed": self.passed}
 
     def __str__(self) -> str:
-        """Return the line that a user reads."""
         sign, word = (">=", "passed") if self.passed else ("<", "FAILED")
         return (
             f"overfit check {word}: cosine {self.cosine:.4f} {sign} {self.at_least:g}, "
@@ -52,11 +46,6 @@ class Overfit:
 
 
 def training_images(data: TokenDataModule) -> TokenReader:
-    """Return the training split, which the check reads by number.
-
-    Raises:
-        UserError: If the store is streamed.
-    """
     if not isinstance(data.train, TokenReader):
         raise UserError(
             "evaluation.overfit_at_least reads training images by number: copy the store to a "
@@ -74,11 +63,10 @@ def check_overfit(
     device = next(translator.network.parameters()).device
     images = min(len(reader), config.evaluation.images)
     scores = TokenScores(data.target_standardizer.mean_NC, data.shape.target).to(device)
-    for start in range(0, images, _BATCH):
-        ids = np.arange(start, min(start + _BATCH, images))
-        batch = reader.read(ids)
+    for ids in torch.arange(images).split(BATCH):
+        batch = reader.read(ids.numpy())
         condition, target = batch["condition"].to(device), batch["target"].to(device)
-        made = translator.generate(condition, torch.from_numpy(ids), config.seed, config.solver)
-        scores.update(made.x1_BND, target)
+        sample = translator.generate(condition, ids, config.seed, config.solver)
+        scores.update(sample.x1_BND, target)
     cosine = float(scores.compute()["cosine"])
     return Overfit(cosine, at_least, images, config.solver.label)

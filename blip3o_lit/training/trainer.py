@@ -1,11 +1,11 @@
-"""The Trainer of a placement and the callbacks of a run; neither is changed afterwards."""
+"""The Trainer of a run and its callbacks; neither is changed afterwards."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,14 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from blip3o_lit.base.launcher import launch, number
 from blip3o_lit.base.secrets import masked
-from blip3o_lit.budget.machine import Machine, this_machine
-from blip3o_lit.budget.placement import Placement
+from blip3o_lit.budget.machine import Machine, peak_flops, this_machine
 from blip3o_lit.budget.plan import Plan
 from blip3o_lit.checkpoints.files import AtomicCheckpointIO
 from blip3o_lit.checkpoints.resume import config_hash
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.training.callbacks.bad_steps import BadSteps
-from blip3o_lit.training.callbacks.checkpoints import Checkpoints
-from blip3o_lit.training.callbacks.ema import EmaUpdate
+from blip3o_lit.training.callbacks.checkpoints import MONITOR, Checkpoints
 from blip3o_lit.training.callbacks.ranks import OneConfig
 from blip3o_lit.training.callbacks.run_log import RunLog
 from blip3o_lit.training.callbacks.slow_data import SlowData
@@ -35,147 +33,110 @@ from blip3o_lit.training.callbacks.stop import StopAtStep
 
 
 def machine_of(config: TrainConfig) -> Machine:
-    """Return this machine, with what torchrun or srun started on it.
-
-    Raises:
-        UserError: If the accelerator that was asked for is not there.
-    """
-    this, accelerator = launch(), config.trainer.accelerator
+    """Return this machine, with what torchrun or srun started on it."""
+    this, machine = launch(), this_machine(config.trainer.accelerator)
     if this.by not in ("torchrun", "srun") or this.world is None:
-        return this_machine(accelerator)
-    environment = os.environ
-    variable = "LOCAL_WORLD_SIZE" if this.by == "torchrun" else "SLURM_STEP_TASKS_PER_NODE"
-    given = environment.get(variable, "").partition("(")[0]
-    processes = int(given) if given.isdigit() else this.world // config.trainer.num_nodes
-    if this.by == "srun" and "SLURM_STEP_NUM_NODES" in environment:
-        processes = this.world // max(1, number(environment, "SLURM_STEP_NUM_NODES"))
+        return machine
+    if this.by == "srun" and "SLURM_STEP_NUM_NODES" in os.environ:
+        processes = this.world // max(1, number(os.environ, "SLURM_STEP_NUM_NODES"))
+    else:
+        variable = "LOCAL_WORLD_SIZE" if this.by == "torchrun" else "SLURM_STEP_TASKS_PER_NODE"
+        tasks = os.environ.get(variable, "").partition("(")[0]  # Slurm writes 4(x2)
+        processes = int(tasks) if tasks.isdigit() else this.world // config.trainer.num_nodes
     processes = max(1, processes)
-    return this_machine(accelerator, this.by, processes, this.world // processes)
+    nodes = this.world // processes
+    return replace(machine, launcher=this.by, processes=processes, nodes=nodes)
 
 
-def device_of(placement: Placement) -> torch.device:
-    """Return this process's device."""
-    if placement.device == "cuda":
-        return torch.device("cuda", launch().local)
-    return torch.device(placement.device)
-
-
-@dataclass(frozen=True)
 class Callbacks:
     """The callbacks of a run, and by name those that are asked for something after it."""
 
-    log: RunLog
-    stop: StopAtStep
-    checkpoints: Checkpoints
-    in_order: list[Callback]
-    """All of them: the check of the ranks first, the saving last but for the wait for data."""
+    def __init__(self, plan: Plan, data: TokenDataModule, run_dir: Path) -> None:
+        config, place = plan.config, plan.placement
+        every = config.trainer.log_every
+        cuda = place.device == "cuda"
+        device = torch.device("cuda", launch().local) if cuda else torch.device(place.device)
+        peak = place.world * peak_flops(device, plan.device, place.precision)
+        tokens = config.batch_size * data.shape.target.tokens
+        self.log = RunLog(every, tokens, plan.step_flops, peak)
+        self.stop = StopAtStep()
+        self.checkpoints = Checkpoints(
+            run_dir / "checkpoints",
+            config.checkpoint.every,
+            config.checkpoint.keep,
+            config.evaluation.every,
+        )
+        # The check of the ranks comes first, the saving last but for the wait for data.
+        self.in_order: list[Callback] = [
+            OneConfig(rank_digest(plan, data, run_dir)),
+            self.log,
+            BadSteps(every, config.trainer.max_bad_steps),
+            self.stop,
+        ]
+        if config.evaluation.patience and data.validation:
+            patience = config.evaluation.patience
+            self.in_order.append(EarlyStopping(MONITOR, mode="max", patience=patience))
+        self.in_order += [self.checkpoints, SlowData(masked(str(data.store_path)))]
 
 
-def callbacks_of(
-    config: TrainConfig, data: TokenDataModule, plan: Plan, peak: float, run_dir: Path
-) -> Callbacks:
-    """Build the callbacks of a run.
-
-    Args:
-        config: Its configuration.
-        data: Its data, open.
-        plan: Its figures.
-        peak: FLOP/s of all its devices.
-        run_dir: Where it writes.
-    """
-    every, saved = config.trainer.log_every, config.checkpoint
-    tokens = config.batch_size * data.shape.target.tokens
-    run_log = RunLog(every, tokens, plan.step_flops, peak)
-    stop = StopAtStep()
-    checkpoints = Checkpoints(
-        run_dir / "checkpoints", saved.every, saved.keep, "val/cosine", config.evaluation.every
-    )
-    in_order: list[Callback] = [
-        OneConfig(rank_digest(config, plan.placement, data, run_dir)),
-        EmaUpdate(config.optimizer.ema_decay),
-        run_log,
-        BadSteps(every, config.trainer.max_bad_steps),
-        stop,
-    ]
-    if config.evaluation.patience and data.validation:
-        patience = config.evaluation.patience
-        in_order.append(EarlyStopping("val/cosine", mode="max", patience=patience))
-    in_order += [checkpoints, SlowData(masked(str(data.store_path)))]
-    return Callbacks(run_log, stop, checkpoints, in_order)
-
-
-def rank_digest(
-    config: TrainConfig, placement: Placement, data: TokenDataModule, run_dir: Path
-) -> str:
+def rank_digest(plan: Plan, data: TokenDataModule, run_dir: Path) -> str:
     """Return a hash of all that the ranks of a run must agree on."""
-    facts = [config_hash(config), placement.micro_batch, data.train.content_hash, run_dir.name]
+    micro_batch = plan.placement.micro_batch
+    facts = [config_hash(plan.config), micro_batch, data.train.content_hash, run_dir.name]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def build_trainer(
-    config: TrainConfig,
-    placement: Placement,
+    plan: Plan,
     ranks: ClusterEnvironment,
-    callbacks: Callbacks,
+    callbacks: list[Callback],
     loggers: list[Any],
-    steps: int,
-    validates: bool,
     run_dir: Path,
 ) -> Trainer:
-    """Build the Trainer of a placement.
-
-    Args:
-        config: The run's configuration.
-        placement: Its layout.
-        ranks: Ranks and meeting place of its processes.
-        callbacks: See `callbacks_of`.
-        loggers: Where metrics go; none on ranks that don't speak for the run.
-        steps: Optimizer steps.
-        validates: Whether there are held-out images.
-        run_dir: Where it writes.
-    """
+    place = plan.placement
     # On a CPU "medium" may compute fp32 products in bf16.
-    torch.set_float32_matmul_precision(placement.precision.matmul)
+    torch.set_float32_matmul_precision(place.precision.matmul)
     trainer = Trainer(
-        accelerator=placement.device,
-        devices=placement.devices,
-        num_nodes=placement.nodes,
-        strategy=_strategy(config, placement, run_dir),
-        precision=placement.precision.lightning,  # type: ignore[arg-type]
+        accelerator=place.device,
+        devices=place.devices,
+        num_nodes=place.nodes,
+        strategy=_strategy(plan, run_dir),
+        precision=place.precision.lightning,  # type: ignore[arg-type]
         plugins=[AtomicCheckpointIO(), ranks],
-        callbacks=callbacks.in_order,
+        callbacks=callbacks,
         logger=loggers or False,
-        accumulate_grad_batches=placement.accumulation,
-        val_check_interval=placement.accumulation * config.evaluation.every,
-        max_steps=steps,
+        accumulate_grad_batches=place.accumulation,
+        val_check_interval=place.accumulation * plan.config.evaluation.every,
+        max_steps=plan.steps,
         max_epochs=-1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         check_val_every_n_epoch=None,
-        limit_val_batches=None if validates else 0,
+        limit_val_batches=None if plan.validation_images else 0,
         use_distributed_sampler=False,
         default_root_dir=run_dir,
     )
-    assert trainer.world_size == placement.world, (trainer.world_size, placement)
+    assert trainer.world_size == place.world, (trainer.world_size, place)
     return trainer
 
 
-def _strategy(config: TrainConfig, placement: Placement, run_dir: Path) -> Strategy | str:
-    if placement.strategy == "single":
+def _strategy(plan: Plan, run_dir: Path) -> Strategy | str:
+    place, config = plan.placement, plan.config.strategy
+    if place.strategy == "single":
         return "auto"
-    backend = "nccl" if placement.device == "cuda" else "gloo"
-    timeout = timedelta(seconds=config.strategy.timeout)
+    backend = "nccl" if place.device == "cuda" else "gloo"
+    timeout = timedelta(seconds=config.timeout)
     if backend == "nccl":
-        _record_collectives(run_dir)
-    if placement.strategy == "ddp":
+        _record_collectives(flight_records(run_dir))
+    if place.strategy == "ddp":
         return DDPStrategy(
             process_group_backend=backend, timeout=timeout, gradient_as_bucket_view=True
         )
     from blip3o_lit.training.fsdp2 import Fsdp2Strategy  # DTensor takes seconds to import
 
-    return Fsdp2Strategy(config.strategy.consolidated, backend, timeout)
+    return Fsdp2Strategy(config.consolidated, backend, timeout)
 
 
 def flight_records(run_dir: Path) -> Path:
@@ -183,8 +144,7 @@ def flight_records(run_dir: Path) -> Path:
     return run_dir / "flight-recorder"
 
 
-def _record_collectives(run_dir: Path) -> None:
-    folder = flight_records(run_dir)
+def _record_collectives(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for variable, value in (
         ("TORCH_FR_BUFFER_SIZE", "2000"),

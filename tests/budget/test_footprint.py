@@ -23,7 +23,7 @@ from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.optimizer import make_optimizer
 from blip3o_lit.models.precision import PRECISIONS, Precision
-from blip3o_lit.training.callbacks.ema import update_average
+from blip3o_lit.training.ema import update_average
 from blip3o_lit.training.run import run_training
 
 SHAPE = PairShape(TokenShape((8, 8), False, 96), TokenShape((8, 8), False, 64))

@@ -19,11 +19,9 @@ from made_run import small_config
 from quick_run import config
 
 from blip3o_lit.base.shape import PairShape, TokenShape
-from blip3o_lit.budget.activations import activations
 from blip3o_lit.budget.out_of_memory import advice, batch_limit, savings
 from blip3o_lit.budget.placement import Placement
 from blip3o_lit.budget.plan import Plan
-from blip3o_lit.budget.states import rank_bytes, units
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.train import TrainConfig
@@ -36,37 +34,22 @@ from blip3o_lit.training.run import run_training
 def made_plan(run: TrainConfig, world: int, micro_batch: int, strategy: str = "single") -> Plan:
     """Figures of a layout on a CPU, without a store."""
     side = TokenShape((16, 16), False, 1024)
-    shape = PairShape(side, side)
-    formats, parts = PRECISIONS[run.precision.name], units(run.model, shape)
-    return Plan(
-        placement=Placement("cpu", world, 1, strategy, formats, micro_batch, 1),
-        device="cpu",
-        units=parts,
-        forward_flops=1,
-        recomputed=run.model.activation_checkpointing,
-        batch=256,
-        steps=1,
-        train_images=1,
-        validation_images=1,
-        tokens="",
-        run_dir=None,
-        shape=shape,
-        state_bytes=rank_bytes(strategy, parts, formats, run.optimizer.name, world),
-        activations=activations(run.model, run.flow, shape, formats),
-    )
+    formats = PRECISIONS[run.precision.name]
+    placement = Placement("cpu", world, 1, strategy, formats, micro_batch, 1)
+    return Plan(run, placement, "cpu", PairShape(side, side), Path(), 1, 1, 1)
 
 
 def test_memory_that_runs_out_names_the_next_batch_and_what_saves_most() -> None:
     run = replace(small_config(), model=ModelConfig(), precision=PrecisionConfig("bf16"))
-    line = advice(run, made_plan(run, 1, 48))
+    line = advice(made_plan(run, 1, 48))
     assert line.startswith("out of memory on cpu with micro_batch_size=48: try micro_batch_size=24")
     assert re.search(r"; model\.activation_checkpointing=true saves most, about \d+\.\d GiB", line)
     lean = replace(run, model=replace(run.model, activation_checkpointing=True))
-    assert "strategy=fsdp2 saves most" in advice(lean, made_plan(lean, 8, 1, "ddp"))
-    assert max(savings(lean, made_plan(lean, 1, 48)).values()) == 0
-    assert advice(lean, made_plan(lean, 1, 1)).endswith("try a smaller model=")
+    assert "strategy=fsdp2 saves most" in advice(made_plan(lean, 8, 1, "ddp"))
+    assert max(savings(made_plan(lean, 1, 48)).values()) == 0
+    assert advice(made_plan(lean, 1, 1)).endswith("try a smaller model=")
     full = replace(run, precision=PrecisionConfig("fp32"))
-    assert savings(full, made_plan(full, 1, 48))["precision=bf16"] > 0
+    assert savings(made_plan(full, 1, 48))["precision=bf16"] > 0
 
 
 def test_a_run_that_truly_runs_out_says_it_in_one_line(tmp_path: Path) -> None:

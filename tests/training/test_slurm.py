@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import stat
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from blip3o_lit.base.launcher import port_is_free
 from blip3o_lit.checkpoints.metrics_csv import read_rows
 
 SMALL = [
@@ -31,9 +33,9 @@ SMALL = [
 SBATCH = """#!/bin/bash
 set -u
 script=$1; shift
-export SLURM_JOB_ID=4321 SLURM_JOB_NAME=test SLURM_NNODES=1 SLURM_JOB_NODELIST=localhost
+export SLURM_JOB_ID=$JOB SLURM_JOB_NAME=test SLURM_NNODES=1 SLURM_JOB_NODELIST=localhost
 export SLURM_NTASKS_PER_NODE=2 SLURM_NTASKS=2
-export SLURM_ARRAY_JOB_ID=4321 SLURM_ARRAY_TASK_ID=0 SLURM_ARRAY_TASK_MIN=0
+export SLURM_ARRAY_JOB_ID=$JOB SLURM_ARRAY_TASK_ID=0 SLURM_ARRAY_TASK_MIN=0
 export SLURM_ARRAY_TASK_COUNT=1
 grep '^#SBATCH' "$script" > "$STATE/options"
 for restart in 0 1 2; do
@@ -68,6 +70,12 @@ esac
 """
 
 
+def free_job() -> str:
+    """Return a job's number whose port, as scripts/train.sbatch derives it, is free here."""
+    numbers = (random.randrange(1, 20000) for _ in range(100))
+    return str(next(number for number in numbers if port_is_free(10000 + number)))
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> dict[str, str]:
     """Put the stand-ins on the PATH and return the environment."""
@@ -77,7 +85,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
     for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
         (folder / name).write_text(text)
         (folder / name).chmod(stat.S_IRWXU)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "STATE": str(state)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "STATE": str(state), "JOB": free_job()}
     return environment | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": sys.executable}
 
 
@@ -85,7 +93,8 @@ def cluster(tmp_path: Path) -> dict[str, str]:
 def test_job_is_requeued_on_the_signal_that_slurm_sends_and_goes_on(
     tmp_path: Path, cluster: dict[str, str]
 ) -> None:
-    run, state = tmp_path / "outputs" / "train" / "4321", Path(cluster["STATE"])
+    job_id, state = cluster["JOB"], Path(cluster["STATE"])
+    run = tmp_path / "outputs" / "train" / job_id
     command = ["sbatch", str(ROOT / "scripts" / "train.sbatch"), *SMALL]
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen(command, cwd=tmp_path, env=cluster, stdout=log, stderr=log)
@@ -98,11 +107,11 @@ def test_job_is_requeued_on_the_signal_that_slurm_sends_and_goes_on(
         os.kill(int(pid), signal.Signals[f"SIG{asked[1]}"])
     assert job.wait(timeout=800) == 0, (tmp_path / "log").read_text()
     said = (tmp_path / "log").read_text()
-    assert (state / "requests").read_text().split() == ["4321"]
+    assert (state / "requests").read_text().split() == [job_id]
     assert "stopped at step" in said
     assert "requeueing it" in said
     assert "resume=auto goes on from" in said
-    assert [path.name for path in run.parent.iterdir()] == ["4321"], "one directory for all ranks"
+    assert [path.name for path in run.parent.iterdir()] == [job_id], "one directory for all ranks"
     assert json.loads((run / "result.json").read_text())["finished"]
     steps = [int(row["step"]) for row in read_rows(run / "metrics.csv")]
     assert steps == list(range(1, 151))
@@ -132,7 +141,7 @@ def test_out_of_time_extraction_worker_is_requeued(tmp_path: Path, cluster: dict
         os.kill(int(pid), signal.SIGKILL)
     out, _ = job.communicate(timeout=60)
     assert job.returncode == 0
-    assert (state / "requests").read_text().split() == ["4321_0"]
+    assert (state / "requests").read_text().split() == [f"{cluster['JOB']}_0"]
     assert "-m blip3o_lit.extract images=demo out=tokens" in out
 
 
@@ -152,4 +161,4 @@ def test_words_of_a_job_win_and_a_restarted_one_goes_on_with_its_own(
         last = dict(word.split("=") for word in line)
         assert last["hydra.run.dir"] == "a"
         assert last["resume"] == ("b" if number < 2 else "auto")
-    assert lines[0][:2] == ["hydra.run.dir=outputs/train/4321", "resume=auto"]
+    assert lines[0][:2] == [f"hydra.run.dir=outputs/train/{cluster['JOB']}", "resume=auto"]

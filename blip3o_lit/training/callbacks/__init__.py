@@ -1,1 +1,1 @@
-"""What happens around the training loop: EMA, checkpoints, console, metrics, signals."""
+"""What happens around the training loop: checkpoints, console, metrics, signals."""

@@ -8,7 +8,7 @@ never waits for it.
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -17,62 +17,46 @@ from torch import Tensor
 from blip3o_lit.config.errors import UserError
 
 log = logging.getLogger("blip3o_lit")
-_NAMED = 8
-"""Samples that are named of a step, at most."""
-
-
-class StepRecord(NamedTuple):
-    """One optimizer step."""
-
-    step: int
-    """Its number, from 1 on."""
-    finite: Tensor
-    """Whether the gradient norm was finite, a bool on the device."""
-    samples: list[Tensor]
-    """Ids of this process's samples, a tensor a micro-batch."""
+NAMED_SAMPLES = 8
 
 
 class BadSteps(Callback):
-    """Says which steps were skipped and on which samples; stops a run that skips too many."""
+    """Looks every N steps; stops a run that skips `limit` steps in a row."""
 
     def __init__(self, every: int, limit: int) -> None:
-        """Set the rhythm.
-
-        Args:
-            every: Steps between two looks.
-            limit: Skipped steps in a row that stop the run.
-        """
         self.every, self.limit = every, limit
-        self.skipped = 0
         self._in_a_row = 0
+        self._norms: list[Tensor] = []
+        self._samples: list[list[Tensor]] = [[]]
+        """Ids of this process's samples: per step since the last look, per micro-batch."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the steps since the last look.
+        self._samples[-1].append(batch["sample"])
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # in the middle of a step
+        self._norms.append(pl_module.gradient_norm)  # type: ignore[arg-type]
+        last = trainer.global_step
+        if last % self.every == 0 or last == trainer.max_steps:
+            finite = torch.isfinite(torch.stack(self._norms)).tolist()
+            first = last - len(finite) + 1
+            for step, good, samples in zip(range(first, last + 1), finite, self._samples):
+                self._in_a_row = 0 if good else self._in_a_row + 1
+                if not good:
+                    self._report(step, torch.cat(samples).tolist(), trainer.global_rank)
+            self._norms, self._samples = [], []
+        self._samples.append([])
 
-        Raises:
-            UserError: If `limit` steps in a row were skipped.
-        """
-        records: list[StepRecord] = pl_module.step_records  # type: ignore[assignment]
-        due = trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps
-        if not records or not due:
-            return
-        finite = torch.stack([record.finite for record in records]).tolist()
-        for good, record in zip(finite, records):
-            self._in_a_row = 0 if good else self._in_a_row + 1
-            if good:
-                continue
-            self.skipped += 1
-            ids = torch.cat(record.samples).tolist()
-            named = ", ".join(map(str, ids[:_NAMED])) + (", ..." if len(ids) > _NAMED else "")
-            text = f"step {record.step} was skipped: its gradient is not finite; samples {named}"
-            log.warning(text)
-            print(f"warning: {text} (process {trainer.global_rank})", flush=True)
-            if self._in_a_row >= self.limit:
-                raise UserError(
-                    f"{self.limit} steps in a row up to step {record.step} had gradients that are "
-                    f"not finite, the last on samples {named}: go on from an earlier checkpoint "
-                    "with a lower optimizer.lr or precision=fp32, or raise trainer.max_bad_steps"
-                )
-        records.clear()
+    def _report(self, step: int, samples: list[int], rank: int) -> None:
+        names = ", ".join(map(str, samples[:NAMED_SAMPLES]))
+        names += ", ..." if len(samples) > NAMED_SAMPLES else ""
+        text = f"step {step} was skipped: its gradient is not finite; samples {names}"
+        log.warning(text)
+        print(f"warning: {text} (process {rank})", flush=True)
+        if self._in_a_row >= self.limit:
+            raise UserError(
+                f"{self.limit} steps in a row up to step {step} had gradients that are "
+                f"not finite, the last on samples {names}: go on from an earlier checkpoint "
+                "with a lower optimizer.lr or precision=fp32, or raise trainer.max_bad_steps"
+            )

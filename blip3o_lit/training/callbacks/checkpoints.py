@@ -11,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from blip3o_lit.checkpoints.in_place import remove, second_name, tidy
 
 STEP_NAME = "step-{:08d}.ckpt"
+MONITOR = "val/cosine"
 
 
 class Checkpoints(Callback):
@@ -23,22 +24,11 @@ class Checkpoints(Callback):
     the run itself has written are removed again: their steps stand in every checkpoint.
     """
 
-    def __init__(
-        self, folder: Path, every: int, keep: int, monitor: str, validate_every: int
-    ) -> None:
-        """Plan the files.
-
-        Args:
-            folder: Where they go.
-            every: Steps between two of them.
-            keep: Step files kept beside best and last; -1 keeps all.
-            monitor: The logged metric that decides the best; higher is better.
-            validate_every: Steps between two validations.
-        """
+    def __init__(self, folder: Path, every: int, keep: int, validate_every: int) -> None:
+        """Plan the files: `keep` step files stay beside best and last, all with -1."""
         self.folder = folder
         self.every = every
         self.keep = keep
-        self.monitor = monitor
         self.validate_every = validate_every
         self.best_score: float | None = None
         self.best_step: int | None = None
@@ -46,17 +36,14 @@ class Checkpoints(Callback):
         self._own: list[int] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best score, its step, and the steps of its own files."""
         return {"best_score": self.best_score, "best_step": self.best_step, "own": self._own[:]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
         self.best_score = state_dict["best_score"]
         self.best_step = state_dict["best_step"]
         self._own = list(state_dict.get("own", []))  # none in checkpoints of earlier versions
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the step that training starts from as saved; clear up after a killed run."""
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             tidy(self.folder)
@@ -65,43 +52,32 @@ class Checkpoints(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save every N steps, at the last step, and when the run is asked to stop."""
         step = trainer.global_step
         if step == trainer.max_steps:
             trainer.val_check_batch = 1  # The last step is always validated.
-        if step == self._saved_step:
-            return
         planned = step % self.validate_every == 0 or step == trainer.max_steps
-        if planned and trainer.enable_validation:
+        if step == self._saved_step or (planned and trainer.enable_validation):
             return  # on_validation_end saves it.
         if trainer.should_stop:
             trainer.limit_val_batches = 0  # Lightning would validate a step that no plan names.
-        if self._due(trainer, step):
-            self.save(trainer)
-
-    def _due(self, trainer: Trainer, step: int) -> bool:
-        return step % self.every == 0 or step == trainer.max_steps or trainer.should_stop
+        self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the best by the monitored metric, then the step itself if it is due."""
-        if trainer.sanity_checking:
-            return
-        step = trainer.global_step
-        value = trainer.callback_metrics.get(self.monitor)
-        score = float("nan") if value is None else float(value)
+        score = float(trainer.callback_metrics.get(MONITOR, math.nan))
         if math.isfinite(score) and (self.best_score is None or score > self.best_score):
-            self.best_score, self.best_step = score, step
+            self.best_score, self.best_step = score, trainer.global_step
             trainer.save_checkpoint(self.folder / "best.ckpt")
-        if step != self._saved_step and self._due(trainer, step):
-            self.save(trainer)
+        if trainer.global_step != self._saved_step:
+            self._save_if_due(trainer)
 
-    def save(self, trainer: Trainer) -> None:
-        """Save the present step and make it the last."""
+    def _save_if_due(self, trainer: Trainer) -> None:
         step = trainer.global_step
+        if step % self.every and step != trainer.max_steps and not trainer.should_stop:
+            return
         self._saved_step = step
-        path = self.folder / STEP_NAME.format(step)
         if self.keep >= 0:
             self._own.append(step)
+        path = self.folder / STEP_NAME.format(step)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             second_name(path, self.folder / "last.ckpt")

@@ -7,6 +7,7 @@ cosine, norm ratios near 1 and sane scales.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 WINDOW = 5
 """Logged rows that are averaged for a comparison."""
@@ -20,72 +21,52 @@ class RunHealth:
     """Watches the logged rows of one run; each warning is given once."""
 
     def __init__(self) -> None:
-        """Nothing seen yet."""
         self._losses: list[float] = []
         self._cosines: list[float] = []
-        self._given: set[str] = set()
+        self._told: set[str] = set()
 
-    def observe(self, values: dict[str, float]) -> list[str]:
-        """Take one logged row and return the warnings that it gives rise to.
-
-        Args:
-            values: The row, by column name.
-        """
-        found = dict(self._find(values))
-        new = [text for name, text in found.items() if name not in self._given]
-        self._given |= found.keys()
+    def observe(self, row: dict[str, float]) -> list[str]:
+        """Take one logged row and return the warnings that it gives rise to."""
+        signs = dict(self._signs(row))
+        new = [text for name, text in signs.items() if name not in self._told]
+        self._told |= signs.keys()
         return new
 
-    def _find(self, values: dict[str, float]) -> list[tuple[str, str]]:
-        loss = values["train/loss"]
+    def _signs(self, row: dict[str, float]) -> Iterator[tuple[str, str]]:
+        loss = row["train/loss"]
         if not math.isfinite(loss):
             cause = "numbers overflow or diverge; try optimizer.lr a third as large, or "
-            return [("nan", f"the loss is {loss}: {cause}precision=fp32 to see whether it is that")]
-        found = []
+            yield "nan", f"the loss is {loss}: {cause}precision=fp32 to see whether it is that"
+            return
         self._losses.append(loss)
         if len(self._losses) == PATIENCE_ROWS:
             first, last = _ends(self._losses)
             if last > 0.98 * first:
-                found.append(
-                    (
-                        "loss",
-                        f"the loss does not fall ({first:.4g} at first, {last:.4g} now): the "
-                        "learning rate may be too high or too low; try optimizer.lr=3e-4, and look "
-                        "at the tokens with `python -m blip3o_lit.doctor tokens=DIR`",
-                    )
+                yield (
+                    "loss",
+                    f"the loss does not fall ({first:.4g} at first, {last:.4g} now): the "
+                    "learning rate may be too high or too low; try optimizer.lr=3e-4, and look "
+                    "at the tokens with `python -m blip3o_lit.doctor tokens=DIR`",
                 )
-        if "train/velocity_cosine" in values:
-            self._cosines.append(values["train/velocity_cosine"])
+        if "train/velocity_cosine" in row:
+            self._cosines.append(row["train/velocity_cosine"])
             if len(self._cosines) == PATIENCE_ROWS:
                 first, last = _ends(self._cosines)
                 if last < first + 0.01 and last < 0.9:
-                    found.append(
-                        (
-                            "velocity",
-                            f"the velocity cosine stays at {last:.3f}: the network may be narrower "
-                            "than the target, which flow.prediction=velocity cannot afford; try "
-                            "flow.prediction=sample",
-                        )
+                    yield (
+                        "velocity",
+                        f"the velocity cosine stays at {last:.3f}: the network may be narrower "
+                        "than the target, which flow.prediction=velocity cannot afford; try "
+                        "flow.prediction=sample",
                     )
-        ratio = values.get("train/norm_ratio")
-        if ratio is not None and len(self._losses) >= PATIENCE_ROWS and not 0.2 < ratio < 2:
-            found.append(
-                (
-                    "norm",
-                    f"outputs are {ratio:.2g} times as long as targets: a scale does not fit; "
-                    "try flow.output_scale=1 flow.velocity_scale=1",
-                )
-            )
-        scale = values.get("train/adaptive_scale")
-        if scale is not None and not LIMITS[0] < scale < LIMITS[1]:
-            found.append(
-                (
-                    "scale",
-                    f"the adaptive scale is {scale:.2g}, near its limit: try "
-                    "flow.adaptive_scale=false flow.output_scale=1",
-                )
-            )
-        return found
+        ratio = row.get("train/norm_ratio", 1.0)
+        if len(self._losses) >= PATIENCE_ROWS and not 0.2 < ratio < 2:
+            text = f"outputs are {ratio:.2g} times as long as targets: a scale does not fit; "
+            yield "norm", text + "try flow.output_scale=1 flow.velocity_scale=1"
+        scale = row.get("train/adaptive_scale", 1.0)
+        if not LIMITS[0] < scale < LIMITS[1]:
+            text = f"the adaptive scale is {scale:.2g}, near its limit: "
+            yield "scale", text + "try flow.adaptive_scale=false flow.output_scale=1"
 
 
 def _ends(values: list[float]) -> tuple[float, float]:

@@ -20,21 +20,14 @@ class OneConfig(Callback):
     """
 
     def __init__(self, digest: str) -> None:
-        """Keep this rank's hash, hexadecimal."""
         self.digest = digest
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compare.
-
-        Raises:
-            UserError: On every rank, when one of them differs.
-        """
         if trainer.world_size == 1:
             return
-        device = trainer.strategy.root_device
-        own = torch.tensor([int(self.digest[:15], 16)], device=device)
-        every = trainer.strategy.all_gather(own).flatten().tolist()
-        different = [rank for rank, value in enumerate(every) if value != every[0]]
+        own = torch.tensor([int(self.digest[:15], 16)], device=trainer.strategy.root_device)
+        digests = trainer.strategy.all_gather(own).flatten().tolist()
+        different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if different:
             raise UserError(
                 f"rank {different[0]} trains another config or other tokens than rank 0, or into "

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from blip3o_lit.base.units import human_count, human_time
 from blip3o_lit.training.callbacks.health import RunHealth
@@ -34,138 +41,107 @@ def memory_gib(device: torch.device) -> float:
 class RunLog(Callback):
     """Measures, logs and prints every N steps."""
 
-    def __init__(
-        self, every: int, tokens_per_step: int, flops_per_step: float, peak: float
-    ) -> None:
-        """Set the scale of the figures.
-
-        Args:
-            every: Steps between two rows.
-            tokens_per_step: Target tokens of a global batch.
-            flops_per_step: Matrix arithmetic of a step, over all processes.
-            peak: Arithmetic a second that all devices could reach at best.
-        """
+    def __init__(self, every: int, step_tokens: int, step_flops: float, peak: float) -> None:
+        """Set the scale of the figures; `peak` is in FLOP/s, over all devices."""
         self.every = every
-        self.tokens_per_step = tokens_per_step
-        self.flops_per_step = flops_per_step
-        self.peak = peak
+        self.step_tokens, self.step_flops, self.peak = step_tokens, step_flops, peak
         self.last: dict[str, float] = {}
         self.first_step_seconds: float | None = None
         self._console = Console()
         self._health = RunHealth()
         self._progress: Progress | None = None
-        self._step = self._logged_step = 0
-        self._waited = 0.0
-        self._paused = 0.0
+        self._waited = self._paused = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clocks and, on a terminal, the progress bar."""
-        self._step = self._logged_step = self._first_step = trainer.global_step
+        self._logged_step = trainer.global_step
         self._started = self._row_started = self._waiting_since = time.perf_counter()
         if trainer.is_global_zero and self._console.is_terminal:
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("[bold]training"),
                 BarColumn(),
-                TextColumn("{task.completed}/{task.total}"),
+                MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[values]}"),
+                TextColumn("{task.description}"),
                 console=self._console,
             )
             self._task = self._progress.add_task(
-                "training", total=trainer.max_steps, completed=self._step, values=""
+                "", total=trainer.max_steps, completed=trainer.global_step
             )
             self._progress.start()
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Count the time since the last batch as waiting for data."""
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         self._waited += time.perf_counter() - self._waiting_since
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log a row when one is due."""
-        step = trainer.global_step
-        if step != self._step:
-            self._step = step
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            step = trainer.global_step
             if self.first_step_seconds is None:
                 self.first_step_seconds = time.perf_counter() - self._started
             if self._progress is not None:
                 self._progress.update(self._task, completed=step)
             if step % self.every == 0 or step == trainer.max_steps:
-                self._row(trainer, pl_module, step)
+                self._log_row(trainer, pl_module, step)
         self._waiting_since = time.perf_counter()
 
-    def _row(self, trainer: Trainer, module: Any, step: int) -> None:
-        values = module.drain()
+    def _log_row(self, trainer: Trainer, module: Any, step: int) -> None:
+        values = module.take_means()
         now = time.perf_counter()
         elapsed = max(now - self._row_started - self._paused, 1e-9)
         rate = (step - self._logged_step) / elapsed
         values["train/grad_norm"] = float(module.gradient_norm)
         values["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        values["train/tokens_per_s"] = rate * self.tokens_per_step
-        values["train/mfu"] = rate * self.flops_per_step / self.peak
+        values["train/tokens_per_s"] = rate * self.step_tokens
+        values["train/mfu"] = rate * self.step_flops / self.peak
         values["train/memory_gib"] = memory_gib(module.device)
         values["train/data_wait"] = min(1.0, self._waited / elapsed)
         self.last = values
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
         if trainer.is_global_zero:
-            self._say(trainer, values, step, rate)
+            self._print_row(values, step, trainer.max_steps, rate)
             for warning in self._health.observe(values):
                 log.warning(warning)
                 self._console.print(f"warning: {warning}", style="yellow", highlight=False)
         self._logged_step, self._row_started = step, now
         self._waited = self._paused = 0.0
 
-    def _say(self, trainer: Trainer, values: dict[str, float], step: int, rate: float) -> None:
-        cosine = values.get("train/cosine")
-        core = f"loss {values['train/loss']:.4f}"
-        core += f" cos {cosine:.4f}" if cosine is not None else ""
-        core += f" gn {values['train/grad_norm']:.2f} lr {values['train/lr']:.2e}"
-        speed = (
-            f"{human_count(values['train/tokens_per_s'])} tok/s mfu {values['train/mfu']:.0%} "
-            f"mem {values['train/memory_gib']:.1f}GiB data {values['train/data_wait']:.0%}"
+    def _print_row(self, values: dict[str, float], step: int, steps: int, rate: float) -> None:
+        cosine = f" cos {values['train/cosine']:.4f}" if "train/cosine" in values else ""
+        text = (
+            f"loss {values['train/loss']:.4f}{cosine} gn {values['train/grad_norm']:.2f} "
+            f"lr {values['train/lr']:.2e} | {human_count(values['train/tokens_per_s'])} tok/s "
+            f"mfu {values['train/mfu']:.0%} mem {values['train/memory_gib']:.1f}GiB "
+            f"data {values['train/data_wait']:.0%}"
         )
-        left = human_time((int(trainer.max_steps) - step) / rate)
-        line = f"step {step}/{trainer.max_steps} {core} | {speed} eta {left}"
+        line = f"step {step}/{steps} {text} eta {human_time((steps - step) / rate)}"
         log.info(line)
         if self._progress is None:
             print(line, flush=True)
         else:
-            self._progress.update(self._task, values=f"{core} | {speed}")
+            self._progress.update(self._task, description=text)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take validation out of the training throughput."""
+    def on_validation_start(self, *args: Any, **kwargs: Any) -> None:
         self._validation_started = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what the held-out images score."""
-        took = time.perf_counter() - self._validation_started
-        self._paused += took
         self._waiting_since = time.perf_counter()
+        seconds = self._waiting_since - self._validation_started
+        self._paused += seconds
         metrics = trainer.callback_metrics
         values = {key: float(value) for key, value in metrics.items() if key.startswith("val/")}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-        cosine = values.get("val/cosine")
-        if cosine is None or not trainer.is_global_zero:
-            return
-        label = f"step {trainer.global_step} validation cosine {cosine:.4f}"
-        line = f"{label} ({human_time(took)})"
-        log.info(line)
-        self._console.print(line, highlight=False)
+        if "val/cosine" in values and trainer.is_global_zero:
+            label = f"step {trainer.global_step} validation cosine {values['val/cosine']:.4f}"
+            line = f"{label} ({human_time(seconds)})"
+            log.info(line)
+            self._console.print(line, highlight=False)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the progress bar."""
+    def _close(self, *args: Any, **kwargs: Any) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            self._progress.stop()  # so that an error can be read
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Close the progress bar, so that the error can be read."""
-        if self._progress is not None:
-            self._progress.stop()
+    on_train_end = on_exception = _close

@@ -7,7 +7,7 @@ import sys
 import threading
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback
 
 from blip3o_lit.base.units import human_time
 
@@ -21,16 +21,10 @@ class SlowData(Callback):
     """
 
     def __init__(self, store: str, seconds: float = 30.0) -> None:
-        """Keep the store's name and the patience.
-
-        Args:
-            store: Where the tokens come from, for the message.
-            seconds: Wait that is told of first.
-        """
         self.store, self.seconds = store, seconds
         self._timer: threading.Timer | None = None
 
-    def _wait(self, seconds: float, waited: float) -> None:
+    def _set_timer(self, seconds: float, waited: float) -> None:
         self._timer = threading.Timer(seconds, self._tell, (waited + seconds,))
         self._timer.daemon = True
         self._timer.start()
@@ -42,35 +36,14 @@ class SlowData(Callback):
         )
         log.warning(text)
         print(f"warning: {text}", file=sys.stderr, flush=True)
-        self._wait(waited, waited)
+        self._set_timer(waited, waited)
 
-    def _came(self) -> None:
+    def _begin(self, *args: Any, **kwargs: Any) -> None:
+        self._set_timer(self.seconds, 0.0)
+
+    def _end(self, *args: Any, **kwargs: Any) -> None:
         if self._timer is not None:
             self._timer.cancel()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._wait(self.seconds, 0.0)
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._came()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._wait(self.seconds, 0.0)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._came()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._wait(self.seconds, 0.0)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._came()
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._came()
+    on_train_start = on_train_batch_end = on_validation_end = _begin
+    on_train_batch_start = on_validation_start = on_train_end = on_exception = _end

@@ -21,13 +21,10 @@ class StopAtStep(Callback):
     """
 
     def __init__(self) -> None:
-        """Nothing received yet."""
         self.received: int | None = None
-        self._step = 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listen from now on; put the handlers that were there back after a fit."""
         before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield
@@ -43,22 +40,17 @@ class StopAtStep(Callback):
             print("\nstopping after this step; press Ctrl-C again to stop at once", flush=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Install the handlers again, now that Lightning has installed its own."""
-        for number in SIGNALS:
+        for number in SIGNALS:  # Lightning has installed its own handlers by now
             signal.signal(number, self._handle)
-        self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop at a step's end if any process received a signal."""
-        if trainer.global_step == self._step:
-            return
-        self._step = trainer.global_step
-        wanted = self.received is not None
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # in the middle of a step
+        stop = self.received is not None
         if trainer.world_size > 1:
-            wanted = trainer.strategy.reduce_boolean_decision(wanted, all=False)
-            if wanted and self.received is None:
-                self.received = signal.SIGTERM
-        if wanted:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
             trainer.should_stop = True
+            self.received = self.received or signal.SIGTERM  # another rank's

@@ -48,7 +48,7 @@ class View:
         for chunk in tokens_BNC.split(CHUNK):
             tokens = chunk.float() if self.head is None else self.head(chunk)
             parts.append(average(tokens, self.shape.grid, self.pool))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat(parts)
 
 
 def average(tokens_BNC: Tensor, grid: tuple[int, int], pool: tuple[int, int]) -> Tensor:
@@ -70,9 +70,6 @@ def view_of(
     """Return the view that `mode` has of an array; `reduced` is that of the index.
 
     `load_head` is called with the array's name when a projection is needed.
-
-    Raises:
-        UserError: If the store can't give this view; the message names a mode that it can.
     """
     if spec.kind != "tokens":
         raise UserError(f"array {array} holds {spec.kind}, no tokens: choose another array")
@@ -116,11 +113,7 @@ def pair_of_views(
     mode: ModeConfig,
     load_head: Callable[[str], Head],
 ) -> dict[str, View]:
-    """Return the views of both sides, `condition` and `target`.
-
-    Raises:
-        UserError: If the store has no such split or array, or can't give the mode.
-    """
+    """Return the views of both sides, `condition` first."""
     one_of("split", split, index.splits)
     one_of("data.condition", condition, index.arrays)
     one_of("data.target", target, index.arrays)

@@ -114,16 +114,9 @@ class Extraction:
         began = time.perf_counter()
         if self.ledger.finished:
             return Outcome(TokenIndex.load(self.out), 0, 0.0, already=True)
-        arrays, scales = stored_arrays(self.towers, self.source, self.config, self.ledger.state)
-        pipeline = Pipeline(
-            self.towers,
-            self.ledger,
-            self.splitter,
-            self.config.extract,
-            arrays,
-            scales,
-            self.config.pixels,
-        )
+        towers, ledger, config = self.towers, self.ledger, self.config
+        arrays, scales = stored_arrays(towers, self.source, config, ledger.state)
+        pipeline = Pipeline(towers, ledger, self.splitter, config, arrays, scales)
         try:
             images = self._work(pipeline)
         except OSError as error:
@@ -132,7 +125,7 @@ class Extraction:
                     f"out={self.out}: the disk is full; free some, run it again"
                 ) from error
             raise
-        index = self.ledger.finish(partial(self._write_store, arrays))
+        index = ledger.finish(partial(self._write_store, arrays))
         return Outcome(index, images, time.perf_counter() - began)
 
     def _work(self, pipeline: Pipeline) -> int:
@@ -163,8 +156,8 @@ class Extraction:
                 if None in lengths:  # estimated from the parts that are read
                     work.total = max(so_far.seen, so_far.seen * len(parts) // max(finished, 1))
                 if so_far.seen >= REJECTS_AFTER:
-                    images = max(so_far.images, self.source.length or 0)
-                    check_rejects(so_far, images, self.config.max_reject_fraction)
+                    whole = max(so_far.images, self.source.length or 0)
+                    check_rejects(so_far, whole, self.config.max_reject_fraction)
             return work.done - before
 
     def _write_store(self, arrays: dict[str, ArraySpec], work: UnitRecord) -> TokenIndex:

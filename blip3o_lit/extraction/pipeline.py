@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.cuda import Event
 
-from blip3o_lit.config.extract import EngineConfig
-from blip3o_lit.config.pixels import PixelsConfig
+from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.extraction.encoding import TowerSet, to_numpy
 from blip3o_lit.extraction.units import Ledger, Unit, UnitRecord, check_disk
 from blip3o_lit.images.item import Item, Lost, Part, Reject, decode
@@ -60,13 +59,13 @@ class Pipeline:
         towers: TowerSet,
         ledger: Ledger,
         splitter: Splitter,
-        engine: EngineConfig,
+        config: ExtractConfig,
         arrays: dict[str, ArraySpec],
         scales: dict[str, np.ndarray],
-        pixels: PixelsConfig,
     ) -> None:
-        self.towers, self.ledger, self.splitter, self.engine = towers, ledger, splitter, engine
-        self.arrays, self.scales, self.pixels = arrays, scales, pixels
+        self.towers, self.ledger, self.splitter = towers, ledger, splitter
+        self.engine, self.pixels = config.extract, config.pixels
+        self.arrays, self.scales = arrays, scales
 
     def run(
         self, parts: list[tuple[int, Part]], done: dict[int, list[UnitRecord]]

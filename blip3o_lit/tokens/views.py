@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.base.shape import TokenShape
-from blip3o_lit.config.errors import UserError, one_of
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.store.heads import Head
-from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex
+from blip3o_lit.tokens.store.index import ArraySpec
 
 GRID_64 = (8, 8)
 """The seeds' reduced grid."""
@@ -103,21 +103,3 @@ def view_of(
             )
         grid, pool = GRID_64, (rows // GRID_64[0], columns // GRID_64[1])
     return View(TokenShape(grid, keeps_cls, width), int(spec.cls and not keeps_cls), pool, head)
-
-
-def pair_of_views(
-    index: TokenIndex,
-    split: str,
-    condition: str,
-    target: str,
-    mode: ModeConfig,
-    load_head: Callable[[str], Head],
-) -> dict[str, View]:
-    """Return the views of both sides, `condition` first."""
-    one_of("split", split, index.splits)
-    one_of("data.condition", condition, index.arrays)
-    one_of("data.target", target, index.arrays)
-    return {
-        side: view_of(array, index.arrays[array], mode, index.reduced, load_head)
-        for side, array in (("condition", condition), ("target", target))
-    }

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.base.shape import PairShape
-from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, PackedTokens, restored
 from blip3o_lit.tokens.store.heads import Head
 from blip3o_lit.tokens.store.index import TokenIndex
 from blip3o_lit.tokens.store.mapped_shard import Shard
 from blip3o_lit.tokens.store.storage import TORCH_TYPES, finite, load_scales, scale_array
-from blip3o_lit.tokens.views import pair_of_views
+from blip3o_lit.tokens.views import view_of
 
 OPEN_SHARDS = 64
 """Shards kept mapped; the default shuffle window is 16."""
@@ -138,7 +138,13 @@ class PairReader:
     ) -> None:
         self.index, self.split, self.mode, self.limits = index, split, mode, limits
         self.sides = self.condition, self.target = sides
-        self.views = pair_of_views(index, split, *sides, mode, load_head)
+        one_of("split", split, index.splits)
+        one_of("data.condition", self.condition, index.arrays)
+        one_of("data.target", self.target, index.arrays)
+        self.views = {
+            side: view_of(array, index.arrays[array], mode, index.reduced, load_head)
+            for side, array in (("condition", self.condition), ("target", self.target))
+        }
         self.shape = PairShape(self.views["condition"].shape, self.views["target"].shape)
 
     def __len__(self) -> int:

@@ -12,9 +12,9 @@ from blip3o_lit.config.errors import one_of
 from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.reading.reader import Place, TokenStore
 from blip3o_lit.tokens.store.heads import HEADS_FILE
-from blip3o_lit.tokens.store.index import STORED, ArraySpec, ShardEntry, TokenIndex
-from blip3o_lit.tokens.store.shards import ShardWriter
-from blip3o_lit.tokens.store.storage import fit_int8, load_scales, save_scales, with_token_scales
+from blip3o_lit.tokens.store.index import STORED, ArraySpec, TokenIndex
+from blip3o_lit.tokens.store.shards import TokenWriter
+from blip3o_lit.tokens.store.storage import fit_int8
 
 IMAGES = 256
 """Samples of int8's first pass."""
@@ -37,27 +37,19 @@ def recode(store: TokenStore, out: Path, storage: str) -> TokenIndex:
                 arrays[name] = replace(plain, dtype=storage)
         elif spec.kind == "text":
             arrays[name] = spec
-    names = list(arrays)
-    arrays = with_token_scales(arrays)
-    out.mkdir(parents=True, exist_ok=True)
-    if scales:
-        save_scales(out, scales)
-    scales = load_scales(out, arrays)
-    entries: list[ShardEntry] = []
-    for number, entry in enumerate(store.index.shards):
-        writer = ShardWriter(out, Path(entry.file).stem, entry.split, arrays, scales)
-        shard = store.shard(number)
-        for sample in range(entry.samples):
-            place = [Place(shard, sample)]
-            values = {array: store.gather(place, array)[0].float().numpy() for array in names}
-            writer.add(shard.key(sample), values, shard.metadata(sample))
-        entries.append(writer.close())
+    index = store.index
+    samples = max(shard.samples for shard in index.shards)
+    with TokenWriter(out, arrays, samples, index.reduced, index.split_rule, scales) as writer:
+        for number, entry in enumerate(index.shards):
+            shard = store.shard(number)
+            for sample in range(entry.samples):
+                place = [Place(shard, sample)]
+                values = {name: store.gather(place, name)[0].float().numpy() for name in arrays}
+                writer.add(entry.split, shard.key(sample), values, **shard.metadata(sample))
     for name in (HEADS_FILE, CLASSES_FILE):
         if (store.path / name).is_file():
             shutil.copyfile(store.path / name, out / name)
-    index = replace(store.index, arrays=arrays, shards=entries)
-    index.write(out)
-    return index
+    return TokenIndex.load(out)
 
 
 def _first_pass(store: TokenStore, array: str) -> np.ndarray:

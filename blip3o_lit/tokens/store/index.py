@@ -239,5 +239,6 @@ def check_array_name(name: str) -> None:
 
 
 def check_split(name: str) -> None:
+    """Refuse a split whose name can't be part of a file name."""
     if not name or not KEY_CHARACTERS.issuperset(name):
         raise UserError(f"split name {name!r} may hold letters, digits, - and _ alone")

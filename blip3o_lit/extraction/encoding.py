@@ -13,19 +13,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.store.heads import Head
 from blip3o_lit.tokens.store.index import ArraySpec
-from blip3o_lit.tokens.views import GRID_64, average
+from blip3o_lit.tokens.store.storage import TORCH_TYPES
+from blip3o_lit.tokens.views import GRID_64, View
 from blip3o_lit.towers.tower import Tower
 
 TEXT = "text"
 """Name of the caption embeddings' array."""
-STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class TowerSet:
-    """The towers of one extraction and what becomes of their tokens."""
+    """The towers of one extraction, by array name, and what becomes of their tokens.
+
+    The condition comes first; the last tower, the target, encodes captions if it can. `pixels` are
+    the changed settings of `pixels.*`, for the index.
+    """
 
     def __init__(
         self,
@@ -37,76 +42,55 @@ class TowerSet:
         compile: bool = False,
         pixels: Mapping[str, Any] | None = None,
     ) -> None:
-        """Move the towers to the device and describe the arrays.
-
-        Args:
-            towers: By array name, condition first; the last one encodes captions if it can.
-            captions: Whether the source has captions.
-            storage: float16, bfloat16 or float32.
-            store: full, or grid_64 for 8x8 averages of projected tokens.
-            device: Where the towers run.
-            compile: Compile each tower's token function.
-            pixels: What of `pixels.*` is not the default, for the index.
-
-        Raises:
-            UserError: If `store=grid_64` and a tower has no projection or no grid that divides.
-        """
         self.towers = {name: tower.to(device) for name, tower in towers.items()}
+        self.target = list(self.towers.values())[-1]
+        self.device, self.storage = torch.device(device), storage
         self.pixels = dict(pixels or {})
-        self.device, self.storage, self.store = torch.device(device), storage, store
         self._tokens = {
             name: torch.compile(tower.tokens) if compile else tower.tokens
             for name, tower in self.towers.items()
         }
-        self._heads = (
-            {name: self._head(name, tower) for name, tower in self.towers.items()}
-            if store == "grid_64"
-            else {}
-        )
+        self._inputs = {name: self._input(name) for name in self.towers}
+        self._views: dict[str, View] = {}
+        if store == "grid_64":
+            self._views = {name: self._view(tower) for name, tower in self.towers.items()}
         self.arrays = {name: self._spec(name, tower) for name, tower in self.towers.items()}
-        self._speaker = self.target if captions else None
-        if self._speaker is not None:
-            probe_1P = self._speaker.encode_text([""])
-            if probe_1P is None:
-                self._speaker = None
-            else:
-                name = self._speaker.info.name
-                self.arrays[TEXT] = ArraySpec("text", storage, (probe_1P.shape[1],), tower=name)
+        text_1P = self.target.encode_text([""]) if captions else None
+        self._speaks = text_1P is not None
+        if text_1P is not None:
+            name = self.target.info.name
+            self.arrays[TEXT] = ArraySpec("text", storage, (text_1P.shape[1],), tower=name)
 
-    @property
-    def target(self) -> Tower:
-        """The tower whose text side counts: the last one."""
-        return list(self.towers.values())[-1]
+    def _input(self, name: str) -> str:
+        """Return the first tower whose input serves this one too: that of equal preprocessing."""
+        facts = self.towers[name].info.preprocessing
+        same = [other for other, t in self.towers.items() if t.info.preprocessing == facts]
+        return same[0] if facts else name
 
-    def _head(self, name: str, tower: Tower) -> Head:
-        tensors, metadata = tower.heads()
-        rows, columns = tower.info.shape.grid
+    def _view(self, tower: Tower) -> View:
+        """Return the 8x8 averages of a tower's projected tokens."""
+        info, (tensors, facts) = tower.info, tower.heads()
+        rows, columns = info.shape.grid
         if "projection" not in tensors:
-            raise UserError(f"{tower.info.name} has no projection for store=grid_64: store=full")
+            raise UserError(f"{info.name} has no projection for store=grid_64: store=full")
         if rows % GRID_64[0] or columns % GRID_64[1]:
             raise UserError(
-                f"{tower.info.name} has a {rows}x{columns} grid, which store=grid_64 can't average "
+                f"{info.name} has a {rows}x{columns} grid, which store=grid_64 can't average "
                 "to 8x8: store=full"
             )
-        norm = "none" if tower.info.normed else metadata.get("norm", "none")
-        return Head(
-            norm,
-            float(metadata.get("eps", "1e-5")),
-            tensors.get("norm.weight"),
-            tensors.get("norm.bias"),
-            tensors["projection"],
-        ).to(self.device)
+        head = Head(tensors, facts, info.normed).to(self.device)
+        pool = (rows // GRID_64[0], columns // GRID_64[1])
+        return View(TokenShape(GRID_64, False, head.width), int(info.shape.cls), pool, head)
 
     def _spec(self, name: str, tower: Tower) -> ArraySpec:
-        info, shape = tower.info, tower.info.shape
-        compact = name in self._heads
-        width = self._heads[name].width if compact else shape.width
+        info, compact = tower.info, name in self._views
+        shape = self._views[name].shape if compact else info.shape
         return ArraySpec(
             kind="tokens",
             dtype=self.storage,
-            shape=(64, width) if compact else (shape.tokens, width),
-            cls=shape.cls and not compact,
-            grid=GRID_64 if compact else shape.grid,
+            shape=(shape.tokens, shape.width),
+            cls=shape.cls,
+            grid=shape.grid,
             tower=info.name,
             layer=info.layer,
             normed=info.normed or compact,
@@ -121,29 +105,14 @@ class TowerSet:
         return members + 1536
 
     def prepare(self, image: Image.Image) -> dict[str, Tensor]:
-        """Resize and normalise a decoded picture for each tower; runs in threads.
-
-        Towers with equal preprocessing share one tensor.
-        """
-        done: list[tuple[dict, Tensor]] = []
-        inputs = {}
-        for name, tower in self.towers.items():
-            facts = tower.info.preprocessing
-            found = next((pixels for known, pixels in done if known and known == facts), None)
-            if found is None:
-                found = tower.preprocess(image)
-                done.append((facts, found))
-            inputs[name] = found
-        return inputs
+        """Resize and normalise a decoded picture for the towers; runs in threads."""
+        return {name: self.towers[name].preprocess(image) for name in self._inputs.values()}
 
     @torch.inference_mode()
     def encode(self, inputs: list[dict[str, Tensor]], captions: list[str]) -> dict[str, Tensor]:
         """Run every tower once; returns `[B, N, C]` (and text `[B, P]`) on the CPU, as stored.
 
-        On a GPU the copies back are under way when this returns: call `finish` before reading.
-
-        Raises:
-            UserError: If the GPU's memory does not hold the batch.
+        On a GPU the copies back are under way when this returns: wait for `mark` before reading.
         """
         try:
             return self._encode(inputs, captions)
@@ -155,32 +124,30 @@ class TowerSet:
             ) from error
 
     def _encode(self, inputs: list[dict[str, Tensor]], captions: list[str]) -> dict[str, Tensor]:
-        dtype = STORED[self.storage]
-        moved: dict[int, Tensor] = {}
+        pixels = {
+            name: self._to_device(torch.stack([sample[name] for sample in inputs]))
+            for name in inputs[0]
+        }
         outputs = {}
         for name, tokens_of in self._tokens.items():
-            pixels = [sample[name] for sample in inputs]
-            if id(pixels[0]) not in moved:
-                moved[id(pixels[0])] = self._to_device(torch.stack(pixels))
-            tokens_BNC = tokens_of(moved[id(pixels[0])])
-            if name in self._heads:
-                grid_BNC = tokens_BNC[:, int(self.towers[name].info.shape.cls) :]
-                rows, columns = self.towers[name].info.shape.grid
-                pool = (rows // GRID_64[0], columns // GRID_64[1])
-                tokens_BNC = average(self._heads[name](grid_BNC), GRID_64, pool)
-            outputs[name] = self._to_host(tokens_BNC.to(dtype))
-        if self._speaker is not None:
-            text_BP = self._speaker.encode_text(captions)
+            tokens_BNC = tokens_of(pixels[self._inputs[name]])
+            if name in self._views:
+                view = self._views[name]
+                tokens_BNC = view.compute(tokens_BNC[:, view.first :])
+            outputs[name] = self._to_host(tokens_BNC)
+        if self._speaks:
+            text_BP = self.target.encode_text(captions)
             assert text_BP is not None
-            outputs[TEXT] = self._to_host(text_BP.to(dtype))
+            outputs[TEXT] = self._to_host(text_BP)
         return outputs
 
     def _to_device(self, pixels_B3SS: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return pixels_B3SS.to(self.device)
-        return pixels_B3SS.pin_memory().to(self.device, non_blocking=True)
+        if self.device.type == "cuda":
+            pixels_B3SS = pixels_B3SS.pin_memory()
+        return pixels_B3SS.to(self.device, non_blocking=True)
 
     def _to_host(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(TORCH_TYPES[self.storage])
         if tensor.device.type != "cuda":
             return tensor.cpu()
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -198,8 +165,8 @@ class TowerSet:
         """Return the content of heads.safetensors: tensors and metadata, prefixed by array."""
         tensors, metadata = {}, {}
         for name, tower in self.towers.items():
-            found, facts = tower.heads()
-            tensors |= {f"{name}.{key}": value.contiguous() for key, value in found.items()}
+            own, facts = tower.heads()
+            tensors |= {f"{name}.{key}": value.contiguous() for key, value in own.items()}
             metadata |= {f"{name}.{key}": value for key, value in facts.items()}
         return tensors, metadata
 

@@ -1,4 +1,4 @@
-"""Images -> token shards: one pass over a source, both towers, one shard a unit of work.
+"""Images -> token shards: one pass over a source, both towers, one shard per unit of work.
 
 Kill it anywhere and run it again: finished units stay, the unit in progress is done anew, and the
 store is byte-identical to that of an undisturbed run. Workers share nothing but the folder.
@@ -11,29 +11,34 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
+from torch import Tensor
 
+from blip3o_lit.base.files import write_synced
 from blip3o_lit.base.launcher import is_task, number, tasks_of
 from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.extraction.classes import embed_classes, read_classes
-from blip3o_lit.extraction.encoding import TowerSet
+from blip3o_lit.extraction.encoding import TEXT, TowerSet
 from blip3o_lit.extraction.pipeline import Pipeline
 from blip3o_lit.extraction.scales import stored_arrays
-from blip3o_lit.extraction.sorted_safetensors import sorted_safetensors
-from blip3o_lit.extraction.units import Ledger, check_rejects
-from blip3o_lit.images.item import Part, Source
+from blip3o_lit.extraction.units import Ledger, UnitRecord, check_disk, check_rejects
+from blip3o_lit.images.item import Source
 from blip3o_lit.images.split import Splitter
 from blip3o_lit.tokens.classes import CLASSES_FILE
-from blip3o_lit.tokens.store.index import TokenIndex
+from blip3o_lit.tokens.store.heads import HEADS_FILE
+from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex
+from blip3o_lit.tokens.store.storage import SCALES_FILE
 from blip3o_lit.towers.tower import Tower
 
 REJECTS_AFTER = 1000
@@ -54,22 +59,12 @@ class Outcome:
 
 
 class Extraction:
-    """One extraction into one folder."""
+    """One extraction of a source into one folder; towers by array name, condition first."""
 
     def __init__(
         self, source: Source, towers: Mapping[str, Tower], out: Path, config: ExtractConfig
     ) -> None:
-        """Prepare the towers and open the folder.
-
-        Args:
-            source: The images.
-            towers: By array name, condition first.
-            out: Folder of the store.
-            config: Storage, split, batches; `images` and `out` of it are not read.
-
-        Raises:
-            UserError: If the folder holds another store, or the towers don't fit the options.
-        """
+        """Prepare the towers and open the folder; `images` and `out` of `config` are not read."""
         engine = config.extract
         self.source, self.out, self.config = source, out, config
         self.worker, self.workers = worker_of(engine.shard)
@@ -96,12 +91,14 @@ class Extraction:
     def _recipe(self) -> dict[str, Any]:
         """Return all that decides the content of the store."""
         arrays = {name: spec.to_dict() for name, spec in self.towers.arrays.items()}
+        captions = arrays.pop(TEXT, None)
+        prompts = json.dumps(self.classes).encode()
         return {
             "images": self.source.name,
             "content of images": self.source.fingerprint,
-            "towers": {name: entry for name, entry in arrays.items() if name != "text"},
-            "captions": arrays.get("text"),
-            "classes": _digest(self.classes),
+            "towers": arrays,
+            "captions": captions,
+            "classes": hashlib.sha256(prompts).hexdigest() if self.classes else None,
             "towers.pretrained": self.config.towers.pretrained,
             "storage": self.config.storage,
             "store": self.config.store,
@@ -113,24 +110,13 @@ class Extraction:
         }
 
     def run(self) -> Outcome:
-        """Do this worker's missing units, then finish the store if all are there.
-
-        Raises:
-            UserError: If too many images can't be read, or memory or disk run out.
-        """
+        """Do this worker's missing units, then finish the store if all are there."""
         began = time.perf_counter()
         if self.ledger.finished:
             return Outcome(TokenIndex.load(self.out), 0, 0.0, already=True)
-        arrays, scales = stored_arrays(self.towers, self.source, self.config, self.ledger.state)
-        pipeline = Pipeline(
-            self.towers,
-            self.ledger,
-            self.splitter,
-            self.config.extract,
-            arrays,
-            scales,
-            self.config.pixels,
-        )
+        towers, ledger, config = self.towers, self.ledger, self.config
+        arrays, scales = stored_arrays(towers, self.source, config, ledger.state)
+        pipeline = Pipeline(towers, ledger, self.splitter, config, arrays, scales)
         try:
             images = self._work(pipeline)
         except OSError as error:
@@ -139,109 +125,113 @@ class Extraction:
                     f"out={self.out}: the disk is full; free some, run it again"
                 ) from error
             raise
-        index = self.ledger.finish(
-            arrays,
-            self._files,
-            self.split_rule,
-            None if self.config.store == "full" else self.config.store,
-            self.config.max_reject_fraction,
-        )
+        index = ledger.finish(partial(self._write_store, arrays))
         return Outcome(index, images, time.perf_counter() - began)
-
-    def _files(self) -> dict[str, bytes]:
-        """Return the store's small files beside index and shards, by name."""
-        files = {"heads.safetensors": sorted_safetensors(*self.towers.heads())}
-        classes = embed_classes(self.towers.target, self.classes) if self.classes else None
-        if classes is not None:
-            files[CLASSES_FILE] = sorted_safetensors(*classes.content())
-        return files
 
     def _work(self, pipeline: Pipeline) -> int:
         """Run the pipeline with progress; returns the images read."""
         parts = list(enumerate(self.source.parts))[self.worker :: self.workers]
         done = {number: self.ledger.done(number) for number, _ in parts}
-        records = [record for found in done.values() for record in found]
-        before = seen = sum(record.seen for record in records)
-        lost = [entry for record in records for entry in record.lost]
-        images_read = sum(record.images for record in records)
-        total = Total(parts, before)
-        self._check_disk(total.images - before)
+        so_far = UnitRecord(0, last=False)
+        finished = 0
+        for record in chain.from_iterable(done.values()):
+            so_far.add(record)
+            finished += record.last
+        before = so_far.seen
+        lengths = [part.length for _, part in parts]
+        total = max(sum(length or 0 for length in lengths), before)
+        what = f"the tokens of {total - before} images take"
+        fix = "free some, choose another folder or store=grid_64"
+        check_disk(self.out, (total - before) * self.towers.sample_bytes, what, fix)
         written = 0
-        with Work("extracting", total.images, "images") as work:
+        with Work("extracting", total, "images") as work:
             work.skip(before)
             for images, record in pipeline.run(parts, done):
                 work.advance(images, f"{written / 1e9:.2f} GB written")
                 if record is None:
                     continue
+                so_far.add(record)
+                finished += record.last
                 written += sum(shard.bytes for shard in record.shards)
-                lost += record.lost
-                seen, images_read = seen + record.seen, images_read + record.images
-                work.total = total.after(record.last, seen)
-                if seen >= REJECTS_AFTER:
-                    given = max(images_read, self.source.length or 0)
-                    rejects = sum(entry["image"] for entry in lost)
-                    check_rejects(rejects, given, self.config.max_reject_fraction, lost)
+                if None in lengths:  # estimated from the parts that are read
+                    work.total = max(so_far.seen, so_far.seen * len(parts) // max(finished, 1))
+                if so_far.seen >= REJECTS_AFTER:
+                    whole = max(so_far.images, self.source.length or 0)
+                    check_rejects(so_far, whole, self.config.max_reject_fraction)
             return work.done - before
 
-    def _check_disk(self, images: int) -> None:
-        needed = images * self.towers.sample_bytes
-        free = shutil.disk_usage(self.out).free
-        if needed > free:
+    def _write_store(self, arrays: dict[str, ArraySpec], work: UnitRecord) -> TokenIndex:
+        """Write the files beside the shards, the index last, once all units are there."""
+        stored = sum(shard.samples for shard in work.shards)
+        if stored + work.rejects != work.images:
+            raise RuntimeError(f"{stored} stored and {work.rejects} rejected of {work.images}")
+        beside = [asdict(entry) for entry in self.source.beside]
+        rejects = self.out / "rejects.jsonl"
+        lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in (*beside, *work.lost)]
+        write_synced(rejects, "".join(lines).encode())
+        check_rejects(work, work.images, self.config.max_reject_fraction, rejects)
+        if not work.shards:
+            reasons = [f"{entry['source']}: {entry['reason']}" for entry in (*work.lost, *beside)]
             raise UserError(
-                f"out={self.out} has {free / 1e9:.1f} GB free, the tokens of {images} images take "
-                f"{needed / 1e9:.1f} GB: free some, choose another folder or store=grid_64"
+                "; ".join([f"images={self.source.name}: no image could be used", *reasons[:2]])
             )
+        for leftover in self.out.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        for name, content in self._files().items():
+            write_synced(self.out / name, content)
+        self.ledger.write_recipe(self.out / "extraction.json")
+        order = {"train": "0", "validation": "1"}
+        shards = sorted(work.shards, key=lambda s: (order.get(s.split, "2" + s.split), s.file))
+        reduced = None if self.config.store == "full" else self.config.store
+        index = TokenIndex(arrays, shards, reduced, self.split_rule, work.rejects)
+        index.write(self.out)
+        self.ledger.clear()
+        return index
+
+    def _files(self) -> dict[str, bytes]:
+        """Return the store's small files beside index and shards, by name."""
+        files = {HEADS_FILE: sorted_safetensors(*self.towers.heads())}
+        scales = self.ledger.state / SCALES_FILE
+        if scales.exists():
+            files[SCALES_FILE] = scales.read_bytes()
+        classes = embed_classes(self.towers.target, self.classes) if self.classes else None
+        if classes is not None:
+            files[CLASSES_FILE] = sorted_safetensors(*classes.content())
+        return files
 
 
-class Total:
-    """How many images there are: known for lists, estimated from the tars read so far."""
-
-    def __init__(self, parts: list[tuple[int, Part]], before: int) -> None:
-        """Start from the known lengths; `before` images are done."""
-        lengths = [part.length for _, part in parts]
-        self.parts, self.finished = len(parts), 0
-        self.known = None not in lengths
-        self.images = max(sum(length or 0 for length in lengths), before)
-
-    def after(self, last: bool, seen: int) -> int:
-        """Return the total after a unit; `last` says that it ended its part."""
-        self.finished += last
-        if not self.known:
-            self.images = max(seen, seen * self.parts // max(self.finished, 1))
-        return self.images
-
-
-def _digest(classes: dict[str, list[str]]) -> str | None:
-    return hashlib.sha256(json.dumps(classes).encode()).hexdigest() if classes else None
+def sorted_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Serialise with a sorted header; the library writes metadata in random order."""
+    content = save(tensors, metadata)
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 def worker_of(shard: str | None) -> tuple[int, int]:
     """Return this process's number and the number of workers.
 
-    Args:
-        shard: `extract.shard=i/n`; None takes the variables of torchrun,
-            then of a Slurm array, then of srun.
-
-    Raises:
-        UserError: If it is no i/n with 0 <= i < n, or the variables are none.
+    `shard` is `extract.shard=i/n`; None takes the variables of torchrun, then of a Slurm array,
+    then of srun.
     """
     if shard is not None:
-        found = re.fullmatch(r"(\d+)/(\d+)", shard)
-        if not found or int(found[1]) >= int(found[2]):
+        match = re.fullmatch(r"(\d+)/(\d+)", shard)
+        if not match or int(match[1]) >= int(match[2]):
             raise UserError(f"extract.shard={shard} must be i/n with i from 0 to n - 1")
-        return int(found[1]), int(found[2])
-    given = {name: text for name, text in os.environ.items() if text.strip()}
+        return int(match[1]), int(match[2])
+    variables = {name: text for name, text in os.environ.items() if text.strip()}
     worker, workers, names = 0, 1, "RANK WORLD_SIZE"
-    if "RANK" in given and "WORLD_SIZE" in given:
-        worker, workers = number(given, "RANK"), number(given, "WORLD_SIZE")
-    elif "SLURM_ARRAY_TASK_ID" in given:
+    if "RANK" in variables and "WORLD_SIZE" in variables:
+        worker, workers = number(variables, "RANK"), number(variables, "WORLD_SIZE")
+    elif "SLURM_ARRAY_TASK_ID" in variables:
         names = "SLURM_ARRAY_TASK_ID SLURM_ARRAY_TASK_COUNT"
-        step = number(given, "SLURM_ARRAY_TASK_STEP") or 1
-        past = number(given, "SLURM_ARRAY_TASK_ID") - number(given, "SLURM_ARRAY_TASK_MIN")
-        worker, workers = past // step, number(given, "SLURM_ARRAY_TASK_COUNT") or 1
-    elif is_task(given):
+        step = number(variables, "SLURM_ARRAY_TASK_STEP") or 1
+        past = number(variables, "SLURM_ARRAY_TASK_ID") - number(variables, "SLURM_ARRAY_TASK_MIN")
+        worker, workers = past // step, number(variables, "SLURM_ARRAY_TASK_COUNT") or 1
+    elif is_task(variables):
         names = "SLURM_PROCID SLURM_NTASKS"
-        worker, workers = number(given, "SLURM_PROCID"), number(given, tasks_of(given))
+        worker, workers = number(variables, "SLURM_PROCID"), number(variables, tasks_of(variables))
     if not 0 <= worker < workers:
         raise UserError(
             f"{names} in the environment make this worker {worker} of {workers}: `unset {names}`, "
@@ -251,11 +241,7 @@ def worker_of(shard: str | None) -> tuple[int, int]:
 
 
 def device_of(device: str) -> str:
-    """Return the torch device: `auto` takes this process's GPU, or the CPU where there is none.
-
-    Raises:
-        UserError: If it is no device, or a GPU is asked for and there is none.
-    """
+    """Return the torch device: `auto` takes this process's GPU, or the CPU where there is none."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":

@@ -7,29 +7,23 @@ decoding, the towers' forward passes and writing overlap, and the order of sampl
 from __future__ import annotations
 
 import os
-import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.cuda import Event
 
-from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.extract import EngineConfig
-from blip3o_lit.config.towers import PixelsConfig
+from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.extraction.encoding import TowerSet, to_numpy
-from blip3o_lit.extraction.units import Ledger, UnitFiles, UnitRecord
+from blip3o_lit.extraction.units import Ledger, Unit, UnitRecord, check_disk
 from blip3o_lit.images.item import Item, Lost, Part, Reject, decode
 from blip3o_lit.images.split import Splitter
+from blip3o_lit.tokens.reading.loader import ordered
 from blip3o_lit.tokens.store.index import ArraySpec
 
-T = TypeVar("T")
-R = TypeVar("R")
 LOOK_AHEAD = 3
 """Batches that are decoded ahead of the towers, and batches that may wait for the disk."""
 MOST_LANES = 8
@@ -49,124 +43,98 @@ class Ready:
 class Batch:
     """Images of one unit that go through the towers together."""
 
-    files: UnitFiles
+    unit: Unit
     ready: list[Ready]
-    images: int
+    entries: int
     """Entries of the source, lost ones included."""
     closes: bool
     """Whether the unit ends with it."""
 
 
 class Pipeline:
-    """Runs missing units of work.
-
-    On a CPU each batch has one core (of up to 8; more cores are shared out) and several run side
-    by side: faster than one batch on all cores, and the tokens' last bits depend on neither the
-    number of cores nor on what else the machine does.
-    """
+    """Runs missing units of work; `scales` are the channel scales of int8 arrays."""
 
     def __init__(
         self,
         towers: TowerSet,
         ledger: Ledger,
         splitter: Splitter,
-        engine: EngineConfig,
+        config: ExtractConfig,
         arrays: dict[str, ArraySpec],
         scales: dict[str, np.ndarray],
-        pixels: PixelsConfig,
     ) -> None:
-        """Take the parts; `scales` are the channel scales of int8 arrays."""
-        self.towers, self.ledger, self.splitter, self.engine = towers, ledger, splitter, engine
-        self.arrays, self.scales, self.pixels = arrays, scales, pixels
-        self.lanes, self.lane_threads = cpu_lanes(towers.device)
+        self.towers, self.ledger, self.splitter = towers, ledger, splitter
+        self.engine, self.pixels = config.extract, config.pixels
+        self.arrays, self.scales = arrays, scales
 
     def run(
         self, parts: list[tuple[int, Part]], done: dict[int, list[UnitRecord]]
     ) -> Iterator[tuple[int, UnitRecord | None]]:
-        """Do the missing units of some parts.
+        """Do the units of numbered parts that are not `done`.
 
-        Args:
-            parts: Parts with their numbers.
-            done: The finished units of each part.
-
-        Yields:
-            After each batch: its images and, when it closed a unit, that unit's record.
+        Yields a batch's entries and, when it closed a unit, that unit's record.
         """
+        lanes, forward = tower_pool(self.towers.device)
         readers = ThreadPoolExecutor(self.engine.threads, "decode")
-        forward = ThreadPoolExecutor(self.lanes, "towers", self._start_lane)
         disk = ThreadPoolExecutor(1, "write")
-        ahead = (self.lanes + LOOK_AHEAD) * self.engine.batch_size
+        ahead = (lanes + LOOK_AHEAD) * self.engine.batch_size
         loaded = ordered(readers, self._load, self._entries(parts, done), ahead)
-        encoded = ordered(forward, self._encode, self._batches(loaded), self.lanes + 1)
+        encoded = ordered(forward, self._encode, self._batches(loaded), lanes + 1)
         try:
             yield from ordered(disk, self._write, encoded, LOOK_AHEAD)
         finally:
             for pool in (readers, forward, disk):
                 pool.shutdown(cancel_futures=True)
 
-    def _start_lane(self) -> None:
-        if self.towers.device.type == "cpu":
-            torch.set_num_threads(self.lane_threads)
-
     def _entries(
         self, parts: list[tuple[int, Part]], done: dict[int, list[UnitRecord]]
-    ) -> Iterator[tuple[UnitFiles, Item | Lost | None]]:
+    ) -> Iterator[tuple[Unit, Item | Lost | None]]:
         """Yield the entries of every missing unit in order, None at a unit's end."""
         size = self.engine.shard_samples
+        fix = "free some and run the same line again"
         for number, part in parts:
-            unit = len(done[number])
-            if unit and done[number][-1].last:
+            records = done[number]
+            if records and records[-1].last:
                 continue
-            entries = part.entries(unit * size)
+            entries = part.entries(len(records) * size)
             upcoming = next(entries, None)
-            while True:
-                self._check_disk(size)
-                files = UnitFiles(self.ledger, number, unit, self.arrays, self.scales)
-                while upcoming is not None and files.seen < size:
-                    files.seen += 1
-                    yield files, upcoming
+            unit = Unit(self.ledger, number, len(records), self.arrays, self.scales)
+            while not unit.last:
+                needed = size * self.towers.sample_bytes
+                check_disk(self.ledger.out, needed, "the next shard takes up to", fix)
+                while upcoming is not None and unit.seen < size:
+                    unit.seen += 1
+                    yield unit, upcoming
                     upcoming = next(entries, None)
-                files.last = upcoming is None
-                yield files, None
-                unit += 1
-                if upcoming is None:
-                    break
+                unit.last = upcoming is None
+                yield unit, None
+                if upcoming is not None:
+                    unit = Unit(self.ledger, number, unit.number + 1, self.arrays, self.scales)
 
-    def _check_disk(self, images: int) -> None:
-        needed = min(images, self.engine.shard_samples) * self.towers.sample_bytes
-        free = shutil.disk_usage(self.ledger.out).free
-        if needed > free:
-            raise UserError(
-                f"out={self.ledger.out} has {free / 1e9:.2f} GB free, the next shard takes up to "
-                f"{needed / 1e9:.2f} GB: free some and run the same line again"
-            )
-
-    def _load(
-        self, step: tuple[UnitFiles, Item | Lost | None]
-    ) -> tuple[UnitFiles, Ready | Lost | None]:
-        files, entry = step
-        return files, self.load(entry) if isinstance(entry, Item) else entry
-
-    def load(self, item: Item) -> Ready | Lost:
+    def _load(self, step: tuple[Unit, Item | Lost | None]) -> tuple[Unit, Ready | Lost | None]:
         """Read, decode, split and resize one image."""
+        unit, entry = step
+        if not isinstance(entry, Item):
+            return unit, entry
         try:
-            image = decode(item.read(), self.pixels)
+            image = decode(entry.read(), self.pixels)
         except Reject as error:
-            return Lost(item.source, str(error))
-        return Ready(item, item.split or self.splitter(image), self.towers.prepare(image))
+            return unit, Lost(entry.source, str(error))
+        split = entry.split or self.splitter(image)
+        return unit, Ready(entry, split, self.towers.prepare(image))
 
-    def _batches(self, entries: Iterator[tuple[UnitFiles, Ready | Lost | None]]) -> Iterator[Batch]:
+    def _batches(self, entries: Iterator[tuple[Unit, Ready | Lost | None]]) -> Iterator[Batch]:
         """Gather full batches; a unit's last one may be smaller, and closes the unit."""
         ready: list[Ready] = []
         count = 0
-        for files, entry in entries:
+        for unit, entry in entries:
             if isinstance(entry, Lost):
-                files.lost.append(asdict(entry))
+                unit.lost.append(asdict(entry))
             elif entry is not None:
                 ready.append(entry)
             count += entry is not None
             if entry is None or len(ready) == self.engine.batch_size:
-                yield Batch(files, ready, count, closes=entry is None)
+                yield Batch(unit, ready, count, closes=entry is None)
                 ready, count = [], 0
 
     def _encode(self, batch: Batch) -> tuple[Batch, dict[str, Tensor], Event | None]:
@@ -187,25 +155,20 @@ class Pipeline:
             item = ready.item
             sample = {name: array[row] for name, array in arrays.items()}
             facts = {"caption": item.caption, "source": item.source, **item.extra}
-            batch.files.shard(ready.split).add(item.sample_key, sample, facts)
-        return batch.images, batch.files.close() if batch.closes else None
+            batch.unit.shard(ready.split).add(item.sample_key, sample, facts)
+        return batch.entries, batch.unit.close() if batch.closes else None
 
 
-def cpu_lanes(device: torch.device) -> tuple[int, int]:
-    """Return how many batches a device encodes side by side, and the threads of each."""
+def tower_pool(device: torch.device) -> tuple[int, ThreadPoolExecutor]:
+    """Return how many batches a device encodes side by side, and the threads that do.
+
+    On a CPU each batch has one core (of up to 8; more cores are shared out): faster than one batch
+    on all cores, and the tokens' last bits depend on neither the number of cores nor on what else
+    the machine does.
+    """
+    if device.type != "cpu":
+        return 1, ThreadPoolExecutor(1, "towers")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    lanes = min(cores or 1, MOST_LANES) if device.type == "cpu" else 1
-    return lanes, (cores or 1) // lanes
-
-
-def ordered(
-    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], window: int
-) -> Iterator[R]:
-    """Map in a pool and yield the results in order, at most `window` items ahead."""
-    queue: deque[Future[R]] = deque()
-    for item in items:
-        queue.append(pool.submit(function, item))
-        if len(queue) > window:
-            yield queue.popleft().result()
-    while queue:
-        yield queue.popleft().result()
+    cores = cores or 1
+    lanes = min(cores, MOST_LANES)
+    return lanes, ThreadPoolExecutor(lanes, "towers", torch.set_num_threads, (cores // lanes,))

@@ -18,7 +18,7 @@ from blip3o_lit.tokens.store.index import ArraySpec
 from blip3o_lit.tokens.store.storage import fit_int8, load_scales, save_scales, with_token_scales
 
 IMAGES = 128
-"""Images of the first pass; their tokens are in memory at once (EVA-CLIP-8B: 0.5 GB in fp32)."""
+"""Images of the first pass; their tokens are in memory at once."""
 PARTS = 16
 """Parts of the source, evenly spread, that the images come from."""
 
@@ -28,38 +28,34 @@ def stored_arrays(
 ) -> tuple[dict[str, ArraySpec], dict[str, np.ndarray]]:
     """Return the arrays as they are stored, and the channel scales `[N, C]` of int8 ones.
 
-    The result of the first pass is kept in `state`, so that a later run and other workers use the
-    same scales. Of workers that start at once, one measures and the others wait for it: on a GPU
-    two measurements need not agree to the last bit.
-
-    Raises:
-        UserError: If none of the first images can be read.
+    The first pass leaves its result in `state`, so that a later run and other workers use the same
+    scales. Of workers that start at once, one measures and the others wait for it: on a GPU two
+    measurements need not agree to the last bit.
     """
     if config.storage != "int8":
         return towers.arrays, {}
-    kept = state / "arrays.json"
+    file = state / "arrays.json"
     with open(state / "arrays.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # A killed worker's lock ends with it.
-        if not kept.is_file():
-            arrays, scales = _first_pass(towers, source, config)
+        if not file.is_file():
+            arrays, scales = dict(towers.arrays), {}
+            for name, samples_SNC in _first_pass(towers, source, config).items():
+                arrays[name], scales[name] = fit_int8(arrays[name], samples_SNC)
             save_scales(state, scales)
-            entries = {name: spec.to_dict() for name, spec in arrays.items()}
-            write_synced(kept, json.dumps(entries, sort_keys=False).encode())
-    arrays = {
-        name: ArraySpec.from_dict(name, entry)
-        for name, entry in json.loads(kept.read_bytes()).items()
-    }
+            entries = {n: spec.to_dict() for n, spec in with_token_scales(arrays).items()}
+            write_synced(file, json.dumps(entries).encode())
+    entries = json.loads(file.read_bytes())
+    arrays = {name: ArraySpec.from_dict(name, entry) for name, entry in entries.items()}
     return arrays, load_scales(state, arrays)
 
 
-def _first_pass(
-    towers: TowerSet, source: Source, config: ExtractConfig
-) -> tuple[dict[str, ArraySpec], dict[str, np.ndarray]]:
-    chosen = sorted(set(np.linspace(0, len(source.parts) - 1, PARTS).astype(int).tolist()))
+def _first_pass(towers: TowerSet, source: Source, config: ExtractConfig) -> dict[str, np.ndarray]:
+    """Return the tokens `[S, N, C]` of images from all over the source."""
+    numbers = np.unique(np.linspace(0, len(source.parts) - 1, PARTS).astype(int)).tolist()
     inputs, captions = [], []
-    for number in chosen:
+    for number in numbers:
         items = (e for e in source.parts[number].entries() if isinstance(e, Item))
-        for item in islice(items, -(-IMAGES // len(chosen))):
+        for item in islice(items, -(-IMAGES // len(numbers))):
             try:
                 inputs.append(towers.prepare(decode(item.read(), config.pixels)))
             except Reject:
@@ -75,10 +71,8 @@ def _first_pass(
         event = towers.mark()
         if event is not None:
             event.synchronize()
-    arrays, scales = {}, {}
-    for name, spec in towers.arrays.items():
-        arrays[name] = spec
-        if spec.kind == "tokens":
-            samples = np.concatenate([to_numpy(batch[name]) for batch in batches])
-            arrays[name], scales[name] = fit_int8(spec, samples)
-    return with_token_scales(arrays), scales
+    return {
+        name: np.concatenate([to_numpy(batch[name]) for batch in batches])
+        for name, spec in towers.arrays.items()
+        if spec.kind == "tokens"
+    }

@@ -1,7 +1,4 @@
-"""Embeddings of class prompts: what zero-shot compares an image's embedding with.
-
-Shape suffixes: K classes, P width of the space that images and captions share.
-"""
+"""Embeddings of class prompts: what zero-shot compares an image's embedding with."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ class Classes:
 
     names: list[str]
     text_KP: Tensor
-    """Mean of each class's prompt embeddings, fp32, unit norm."""
+    """Mean of each class's prompt embeddings `[classes, width]`, fp32, unit norm."""
     tower: str
     """The encoder whose text side made them."""
 
@@ -32,11 +29,7 @@ class Classes:
 
     @classmethod
     def load(cls, folder: Path | str) -> Classes | None:
-        """Read a store's classes; None where it has none.
-
-        Raises:
-            UserError: If the file is damaged.
-        """
+        """Read a store's classes; None where it has none."""
         file = Path(folder) / CLASSES_FILE
         if not file.is_file():
             return None

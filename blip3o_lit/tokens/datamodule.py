@@ -9,16 +9,15 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.tokens.reading.batches import batch_plan
-from blip3o_lit.tokens.reading.loader import Batch, TokenLoader, ValidationLoader
+from blip3o_lit.tokens.reading.batches import BatchPlan, batch_plan
+from blip3o_lit.tokens.reading.loader import TokenLoader, ValidationLoader
 from blip3o_lit.tokens.reading.order import SampleOrder
-from blip3o_lit.tokens.reading.packed import PackedBatch, on_device
+from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, on_device
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.reading.stream import StreamLoader, StreamReader
 from blip3o_lit.tokens.statistics import Standardizer, cached_standardizers, reader_batches
@@ -28,10 +27,11 @@ TRAIN, VALIDATION = "train", "validation"
 
 
 class TokenDataModule(pl.LightningDataModule):
-    """Token pairs of one store, seen through one mode.
+    """Token pairs of one store (a folder or URL), seen through one mode.
 
     `open()` needs no Trainer; after it `shape`, `train`, `validation` and the standardizers are
-    there. The run is one Lightning epoch of `steps * accumulation` micro-batches.
+    there. The run is one Lightning epoch of `steps * accumulation` micro-batches. `batch_size`
+    counts over all processes; without `micro_batch_size` each takes its share in one pass.
     """
 
     shape: PairShape
@@ -51,18 +51,6 @@ class TokenDataModule(pl.LightningDataModule):
         steps: int | None = None,
         validation_images: int | None = None,
     ) -> None:
-        """Keep the settings; nothing is read before `open`.
-
-        Args:
-            data: Which arrays are read, how many samples, by how many threads.
-            mode: The view of the stored tokens.
-            store: Folder or URL.
-            seed: Seed of the sample order.
-            batch_size: Samples per optimizer step, over all processes.
-            micro_batch_size: Samples per forward pass; None: a process's whole share.
-            steps: Optimizer steps of the run; `steps_for` sets it too.
-            validation_images: Upper limit, beside data.validation_subset.
-        """
         super().__init__()
         self.data, self.mode, self.store_path = data, mode, store
         self.seed, self.batch_size, self.micro_batch_size = seed, batch_size, micro_batch_size
@@ -71,11 +59,7 @@ class TokenDataModule(pl.LightningDataModule):
         self._validation_limit = min(limits) if limits else None
 
     def open(self) -> None:
-        """Open the store, choose both splits and compute or load their statistics.
-
-        Raises:
-            UserError: If the store, a split, an array or the mode is not there.
-        """
+        """Open the store, choose both splits and compute or load their statistics."""
         data, limit = self.data, self._validation_limit
         sides = (data.condition, data.target, self.mode)
         batches: Callable[[int], Iterable[Batch]]
@@ -110,53 +94,36 @@ class TokenDataModule(pl.LightningDataModule):
             self.steps = math.ceil(max_epochs * len(self.train) / self.batch_size)
         return self.steps
 
-    def accumulation(self, world_size: int, micro_batch_size: int | None) -> int:
-        """Set the micro-batch size and return the forward passes of a process per step.
-
-        Raises:
-            UserError: If the sizes don't divide.
-        """
-        self.micro_batch_size = micro_batch_size
-        return batch_plan(self.batch_size, micro_batch_size, world_size).accumulation
-
     def setup(self, stage: str) -> None:
         if not hasattr(self, "shape"):
             self.open()
 
-    def _place(self) -> tuple[int, int, bool]:
-        """Return rank, world size and whether batches go to a CUDA device."""
-        if self.trainer is None:
-            return 0, 1, False
-        cuda = self.trainer.strategy.root_device.type == "cuda"
-        return self.trainer.global_rank, self.trainer.world_size, cuda
+    def _cut(self) -> tuple[BatchPlan, int, bool]:
+        """Return the cut of a batch, this rank, and whether batches go to a CUDA device."""
+        rank, world_size, cuda = 0, 1, False
+        if self.trainer is not None:
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+            cuda = self.trainer.strategy.root_device.type == "cuda"
+        return batch_plan(self.batch_size, self.micro_batch_size, world_size), rank, cuda
 
     def transfer_batch_to_device(
         self, batch: PackedBatch, device: torch.device, dataloader_idx: int
-    ) -> dict[str, Tensor]:
-        """Move tokens, restore int8 ones there; ids and epochs stay on the CPU, for the seeds."""
+    ) -> Batch:
         return on_device(batch, device)
 
     def train_dataloader(self) -> TokenLoader | StreamLoader:
-        """Return this rank's loader for the whole run.
-
-        Raises:
-            UserError: If the batch does not divide over processes and micro-batches.
-        """
         if self.steps is None:
             raise UserError("the number of steps is unknown: give steps= or call steps_for")
-        rank, world_size, pin = self._place()
-        plan = batch_plan(self.batch_size, self.micro_batch_size, world_size)
+        plan, rank, pin = self._cut()
         if isinstance(self.train, StreamReader):
             return StreamLoader(self.train, self.seed, plan, self.steps, rank)
         order = SampleOrder(self.seed, self.train.shard_sizes, self.data.shuffle_window)
         return TokenLoader(self.train, order, plan, self.steps, rank, self.data.threads, pin)
 
     def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:
-        """Return this rank's part of the validation split; an empty list without one."""
         if self.validation is None:
             return []
-        rank, world_size, pin = self._place()
-        plan = batch_plan(self.batch_size, self.micro_batch_size, world_size)
+        plan, rank, pin = self._cut()
         return ValidationLoader(
-            self.validation, plan.micro_batch_size, rank, world_size, self.data.threads, pin
+            self.validation, plan.micro_batch_size, rank, plan.world_size, self.data.threads, pin
         )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +22,8 @@ from blip3o_lit.base.files import replacing
 from blip3o_lit.base.home import home
 from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.tokens.reading.loader import Batch, prefetch
+from blip3o_lit.tokens.reading.loader import prefetch
+from blip3o_lit.tokens.reading.packed import Batch
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 READ_SAMPLES = 16
@@ -32,7 +32,7 @@ CHUNK_ROWS = 64
 FLOOR = 1e-3
 """Channels whose std is below this share of the median std count as constant."""
 SIDES = ("condition", "target")
-VERSION = 2
+VERSION = 3
 """Part of the cache key; raised when the same tokens would give other numbers."""
 
 
@@ -67,7 +67,7 @@ class ChannelMoments:
 
     @property
     def std_C(self) -> Tensor:
-        """Standard deviation, never below a thousandth of the median channel's."""
+        """Standard deviation, never below `FLOOR` times the median channel's."""
         std_C = (self.m2_C / self.count).clamp_min(0).sqrt()
         return std_C.clamp_min(max(FLOOR * float(std_C.median()), 1e-6))
 
@@ -128,11 +128,12 @@ def pair_moments(batches: Iterable[Batch], shape: PairShape) -> tuple[TokenMomen
     """Stream over batches; the result depends on the batches and their order alone."""
     totals: list[TokenMoments] = []
     for batch in batches:
-        new = [
-            TokenMoments.of(batch[side], side_shape.cls)
-            for side, side_shape in zip(SIDES, (shape.condition, shape.target))
-        ]
-        totals = [a.merge(b) for a, b in zip(totals, new)] if totals else new
+        condition = TokenMoments.of(batch["condition"], shape.condition.cls)
+        target = TokenMoments.of(batch["target"], shape.target.cls)
+        if totals:
+            totals = [totals[0].merge(condition), totals[1].merge(target)]
+        else:
+            totals = [condition, target]
     return totals[0], totals[1]
 
 
@@ -148,7 +149,7 @@ def reader_batches(reader: TokenReader, images: int, threads: int) -> Iterable[B
     """Read the ids of `spread_ids` in small batches, ahead of their use."""
     ids = spread_ids(reader.shard_sizes, images)
     pieces = np.split(ids, range(READ_SAMPLES, len(ids), READ_SAMPLES))
-    return prefetch(((lambda piece=piece: reader.read(piece)) for piece in pieces), threads)
+    return prefetch(reader.read, pieces, threads)
 
 
 def cached_standardizers(
@@ -160,39 +161,21 @@ def cached_standardizers(
     """Return the standardizers of condition and target, computing them once per content.
 
     `batches`, which covers `images` images, is called when nothing is cached.
-
-    Raises:
-        UserError: If the cached file is damaged.
     """
     name = hashlib.sha256(f"{content_hash}/{images}/{VERSION}".encode()).hexdigest()[:32]
     file = home() / "statistics" / f"{name}.safetensors"
     if not file.is_file():
-        _save(file, pair_moments(batches(), shape))
+        tensors: dict[str, Tensor] = {}
+        sides = zip(SIDES, pair_moments(batches(), shape), (shape.condition, shape.target))
+        for side, moments, side_shape in sides:
+            standardizer = Standardizer.of(moments, side_shape)
+            tensors[f"{side}.mean"] = standardizer.mean_NC
+            tensors[f"{side}.std"] = standardizer.std_NC
+        with replacing(file) as temporary:  # several processes may do so at once
+            save_file(tensors, temporary)
     try:
         saved = load_file(file)
     except SafetensorError as error:
         raise UserError(f"{file} is damaged: delete it, it is computed again") from error
-    condition = Standardizer.of(_from_tensors(saved, "condition"), shape.condition)
-    return condition, Standardizer.of(_from_tensors(saved, "target"), shape.target)
-
-
-def _save(file: Path, moments: tuple[TokenMoments, TokenMoments]) -> None:
-    """Write moments through a temporary name; several processes may do so at once."""
-    tensors: dict[str, Tensor] = {}
-    for side, part in zip(SIDES, moments):
-        for name, channel in (("patch", part.patch), ("cls", part.cls)):
-            if channel:
-                tensors[f"{side}.{name}.count"] = torch.tensor(channel.count)
-                tensors[f"{side}.{name}.mean"] = channel.mean_C
-                tensors[f"{side}.{name}.m2"] = channel.m2_C
-    with replacing(file) as temporary:
-        save_file(tensors, temporary)
-
-
-def _from_tensors(saved: dict[str, Tensor], side: str) -> TokenMoments:
-    def channels(name: str) -> ChannelMoments:
-        count, mean_C, m2_C = (saved[f"{side}.{name}.{part}"] for part in ("count", "mean", "m2"))
-        return ChannelMoments(int(count), mean_C, m2_C)
-
-    has_cls = f"{side}.cls.mean" in saved
-    return TokenMoments(channels("patch"), channels("cls") if has_cls else None)
+    condition, target = (Standardizer(saved[f"{s}.mean"], saved[f"{s}.std"]) for s in SIDES)
+    return condition, target

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.base.shape import TokenShape
-from blip3o_lit.config.errors import UserError, one_of
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.store.heads import Head
-from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex
+from blip3o_lit.tokens.store.index import ArraySpec
 
 GRID_64 = (8, 8)
 """The seeds' reduced grid."""
@@ -48,7 +48,7 @@ class View:
         for chunk in tokens_BNC.split(CHUNK):
             tokens = chunk.float() if self.head is None else self.head(chunk)
             parts.append(average(tokens, self.shape.grid, self.pool))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat(parts)
 
 
 def average(tokens_BNC: Tensor, grid: tuple[int, int], pool: tuple[int, int]) -> Tensor:
@@ -70,9 +70,6 @@ def view_of(
     """Return the view that `mode` has of an array; `reduced` is that of the index.
 
     `load_head` is called with the array's name when a projection is needed.
-
-    Raises:
-        UserError: If the store can't give this view; the message names a mode that it can.
     """
     if spec.kind != "tokens":
         raise UserError(f"array {array} holds {spec.kind}, no tokens: choose another array")
@@ -106,25 +103,3 @@ def view_of(
             )
         grid, pool = GRID_64, (rows // GRID_64[0], columns // GRID_64[1])
     return View(TokenShape(grid, keeps_cls, width), int(spec.cls and not keeps_cls), pool, head)
-
-
-def pair_of_views(
-    index: TokenIndex,
-    split: str,
-    condition: str,
-    target: str,
-    mode: ModeConfig,
-    load_head: Callable[[str], Head],
-) -> dict[str, View]:
-    """Return the views of both sides, `condition` and `target`.
-
-    Raises:
-        UserError: If the store has no such split or array, or can't give the mode.
-    """
-    one_of("split", split, index.splits)
-    one_of("data.condition", condition, index.arrays)
-    one_of("data.target", target, index.arrays)
-    return {
-        side: view_of(array, index.arrays[array], mode, index.reduced, load_head)
-        for side, array in (("condition", condition), ("target", target))
-    }

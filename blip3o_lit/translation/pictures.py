@@ -116,13 +116,7 @@ def _head(tower: Tower) -> Head:
     tensors, metadata = tower.heads()
     if "projection" not in tensors:
         raise UserError(f"tower {tower.info.name} has no projection into the caption space")
-    return Head(
-        "none" if tower.info.normed else metadata.get("norm", "none"),
-        float(metadata.get("eps", "1e-5")),
-        tensors.get("norm.weight"),
-        tensors.get("norm.bias"),
-        tensors["projection"],
-    ).to(tower.device)
+    return Head(tensors, metadata, tower.info.normed).to(tower.device)
 
 
 def _view(tower: Tower, mode: ModeConfig) -> View:

@@ -81,7 +81,7 @@ def test_stored_tokens_are_the_towers_tokens(tmp_path, towers):
 def _place(store, number, row):
     from blip3o_lit.tokens.reading.reader import Place
 
-    return Place(store.shard(number), number, row)
+    return Place(store.shard(number), row)
 
 
 def test_rebuilding_workers_and_interruptions_give_the_same_bytes(tmp_path, towers):
@@ -282,7 +282,7 @@ def test_memory_and_disk_that_run_out_name_what_to_do(tmp_path, towers, monkeypa
         extract(demo_source(4, 0, 8), full, tmp_path / "a", config())
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="0.0 GB free.*store=grid_64"):
+    with pytest.raises(UserError, match="0.00 GB free.*store=grid_64"):
         extract(demo_source(4, 0, 8), towers, tmp_path / "b", config())
 
 

@@ -62,9 +62,6 @@ def test_steps(folder: Path) -> None:
     assert data.steps_for(10, None) == data.steps == 10
     assert data.steps_for(10, 3) == 11
     assert data.steps_for(10, 2) == 8
-    assert data.accumulation(2, 1) == 3
-    with pytest.raises(UserError, match="micro_batch_size=4"):
-        data.accumulation(1, 4)
 
 
 def test_store_without_validation(tmp_path: Path) -> None:

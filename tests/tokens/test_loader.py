@@ -129,7 +129,7 @@ def test_error_in_a_reader_thread_reaches_the_loop() -> None:
     def work() -> dict[str, torch.Tensor]:
         return {}
 
-    batches = prefetch([work, fail, work], threads=2)
+    batches = prefetch(lambda job: job(), [work, fail, work], threads=2)
     assert next(batches) == {}
     with pytest.raises(UserError, match="cat"):
         next(batches)

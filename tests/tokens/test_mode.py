@@ -99,7 +99,6 @@ def test_projection_is_norm_then_matrix(folder: Path) -> None:
     assert (reader.shape.condition.width, reader.shape.target.width) == (3, 5)
     torch.testing.assert_close(batch["condition"], plainly_projected("eva"), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(batch["target"], plainly_projected("clip"), rtol=1e-4, atol=1e-5)
-    assert reader.store.head("clip").logit_scale == 14.0
 
 
 def test_projection_comes_before_averaging(folder: Path) -> None:

@@ -13,8 +13,7 @@ from small_store import int8_tokens, write_int8, write_store
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
-from blip3o_lit.tokens.reading.loader import Batch
-from blip3o_lit.tokens.reading.packed import PackedBatch, PackedTokens, restored
+from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, PackedTokens, restored
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.reading.stream import StreamReader
 from blip3o_lit.tokens.store.recode import recode

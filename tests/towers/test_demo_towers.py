@@ -57,13 +57,7 @@ def test_heads_give_the_towers_own_features(seen):
     _, towers, tokens = seen
     for name, tower in towers.items():
         tensors, metadata = tower.heads()
-        head = Head(
-            metadata["norm"],
-            float(metadata["eps"]),
-            tensors["norm.weight"],
-            tensors["norm.bias"],
-            tensors["projection"],
-        )
+        head = Head(tensors, metadata)
         assert tensors["logit_scale"].shape == ()
         with torch.inference_mode():
             expected = tower.project(tokens[name][:, 0])

@@ -15,12 +15,10 @@ from blip3o_lit.config.errors import UserError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The cut of one global batch."""
+    """The cut of one global batch of `batch_size` samples."""
 
     batch_size: int
-    """Samples of an optimizer step, over all processes."""
     world_size: int
-    """Processes."""
     micro_batch_size: int
     """Samples of one forward pass of one process."""
 
@@ -35,11 +33,7 @@ class BatchPlan:
 
 
 def batch_plan(batch_size: int, micro_batch_size: int | None, world_size: int) -> BatchPlan:
-    """Cut a global batch; without `micro_batch_size` a process takes its share in one pass.
-
-    Raises:
-        UserError: If the sizes don't divide.
-    """
+    """Cut a global batch; without `micro_batch_size` a process takes its share in one pass."""
     if batch_size < 1 or batch_size % world_size:
         raise UserError(
             f"batch_size={batch_size} does not divide over {world_size} processes: "
@@ -48,10 +42,11 @@ def batch_plan(batch_size: int, micro_batch_size: int | None, world_size: int) -
     share = batch_size // world_size
     micro = share if micro_batch_size is None else micro_batch_size
     if micro < 1 or share % micro:
+        most = min(max(micro, 1), share)
+        divisor = max(size for size in range(1, most + 1) if share % size == 0)
         raise UserError(
             f"micro_batch_size={micro} does not divide a process's share of {share} "
-            f"(batch_size={batch_size}, {world_size} processes): "
-            f"use {max(d for d in range(1, min(max(micro, 1), share) + 1) if share % d == 0)}"
+            f"(batch_size={batch_size}, {world_size} processes): use {divisor}"
         )
     return BatchPlan(batch_size, world_size, micro)
 

@@ -4,8 +4,6 @@ Lightning 2.6 never exhausts a sized iterator, may call `iter` more than once be
 first batch, and saves `state_dict()` of rank 0 alone in the middle of an epoch. So: the whole run
 is one pass, reading starts with the first `next`, and the state is in global samples that the
 training loop has taken, never what threads have read ahead.
-
-Shape suffixes: B samples.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.reading.batches import BatchPlan
@@ -26,27 +23,30 @@ from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.packed import PackedBatch
 from blip3o_lit.tokens.reading.reader import TokenReader
 
-Batch = dict[str, Tensor]
 T = TypeVar("T")
+R = TypeVar("R")
 
 
-def prefetch(jobs: Iterable[Callable[[], T]], threads: int) -> Iterator[T]:
-    """Run jobs ahead in threads and yield their results in order.
+def ordered(
+    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], window: int
+) -> Iterator[R]:
+    """Map in a pool and yield the results in order; at most `window` of them wait."""
+    source = iter(items)
+    waiting = deque(pool.submit(function, item) for item in islice(source, window))
+    while waiting:
+        result = waiting.popleft().result()
+        # Last of all: the thread that this wakes competes for the interpreter.
+        waiting.extend(pool.submit(function, item) for item in islice(source, 1))
+        yield result
 
-    At most `threads + 1` finished or running results wait. Copying tokens releases the interpreter
-    lock, so threads do.
-    """
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="tokens")
-    source = iter(jobs)
+
+def prefetch(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+    """Map ahead in threads: copying tokens releases the interpreter lock."""
+    pool = ThreadPoolExecutor(threads, "tokens")
     try:
-        waiting = deque(pool.submit(job) for job in islice(source, threads + 1))
-        while waiting:
-            result = waiting.popleft().result()
-            # Last of all: the thread that this wakes competes for the interpreter.
-            waiting.extend(pool.submit(job) for job in islice(source, 1))
-            yield result
+        yield from ordered(pool, function, items, threads + 1)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 class TrainingLoader:
@@ -92,7 +92,7 @@ class TrainingLoader:
 
 
 class TokenLoader(TrainingLoader):
-    """Training micro-batches of one rank, for a whole run."""
+    """Training micro-batches of one rank for a whole run; with `pin` in page-locked memory."""
 
     def __init__(
         self,
@@ -104,29 +104,23 @@ class TokenLoader(TrainingLoader):
         threads: int = 2,
         pin: bool = False,
     ) -> None:
-        """Prepare `steps` optimizer steps, counted from the run's start; nothing is read yet.
-
-        With `pin` batches are read into page-locked memory.
-        """
         super().__init__(plan, steps, rank)
         self.reader, self.order, self.threads, self.pin = reader, order, threads, pin
 
-    def _job(self, number: int) -> Callable[[], PackedBatch]:
+    def _position(self, number: int) -> int:
         step, micro = divmod(number, self.plan.accumulation)
-        position = self._start_samples + step * self.plan.batch_size
-        position += self.plan.offset(self.rank, micro)
+        first = self._start_samples + step * self.plan.batch_size
+        return first + self.plan.offset(self.rank, micro)
 
-        def job() -> PackedBatch:
-            ids, epochs = self.order.at(position, self.plan.micro_batch_size)
-            batch = self.reader.read_packed(ids, self.pin)
-            batch["sample"], batch["epoch"] = torch.from_numpy(ids), torch.from_numpy(epochs)
-            return batch
-
-        return job
+    def _read(self, position: int) -> PackedBatch:
+        ids, epochs = self.order.at(position, self.plan.micro_batch_size)
+        batch = self.reader.read_packed(ids, self.pin)
+        batch["sample"], batch["epoch"] = torch.from_numpy(ids), torch.from_numpy(epochs)
+        return batch
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        jobs = (self._job(number) for number in range(self.micro_batches))
-        yield from self.counted(prefetch(jobs, self.threads))
+        positions = (self._position(number) for number in range(self.micro_batches))
+        yield from self.counted(prefetch(self._read, positions, self.threads))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what must be the same when the run goes on."""
@@ -134,11 +128,6 @@ class TokenLoader(TrainingLoader):
         return super().state_dict() | same
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the samples of `state`; world size and batch size may differ.
-
-        Raises:
-            UserError: If the state belongs to another seed or other data.
-        """
         if state.get("seed", self.order.seed) != self.order.seed:
             raise UserError(
                 f"the checkpoint's data order has seed={state['seed']}, this run "
@@ -167,7 +156,6 @@ class ValidationLoader:
         threads: int = 2,
         pin: bool = False,
     ) -> None:
-        """Read `reader` in batches of `batch_size` per rank, cut down where the split is small."""
         self.reader, self.rank, self.world_size = reader, rank, world_size
         self.batch_size = min(batch_size, -(-len(reader) // world_size))
         self.threads, self.pin = threads, pin
@@ -175,19 +163,15 @@ class ValidationLoader:
     def __len__(self) -> int:
         return -(-len(self.reader) // (self.batch_size * self.world_size))
 
-    def _job(self, number: int) -> Callable[[], PackedBatch]:
+    def _read(self, number: int) -> PackedBatch:
         first = (number * self.world_size + self.rank) * self.batch_size
-        ids = np.arange(first, first + self.batch_size)
-        valid = torch.from_numpy(ids < len(self.reader))
-        ids = np.minimum(ids, len(self.reader) - 1)
-
-        def job() -> PackedBatch:
-            batch = self.reader.read_packed(ids, self.pin)
-            batch["sample"], batch["valid"] = torch.from_numpy(ids), valid
-            batch["epoch"] = torch.zeros_like(batch["sample"])
-            return batch
-
-        return job
+        padded = np.arange(first, first + self.batch_size)
+        ids = np.minimum(padded, len(self.reader) - 1)
+        batch = self.reader.read_packed(ids, self.pin)
+        batch["sample"] = torch.from_numpy(ids)
+        batch["valid"] = torch.from_numpy(padded == ids)
+        batch["epoch"] = torch.zeros_like(batch["sample"])
+        return batch
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        yield from prefetch((self._job(i) for i in range(len(self))), self.threads)
+        yield from prefetch(self._read, range(len(self)), self.threads)

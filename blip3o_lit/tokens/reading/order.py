@@ -29,10 +29,9 @@ def random_permutation(seed: int, epoch: int, stream: int, count: int) -> np.nda
 
 
 class SampleOrder:
-    """Sample ids by global position, for one data set and seed."""
+    """Sample ids by global position; samples are shuffled within `window` shards at a time."""
 
     def __init__(self, seed: int, shard_sizes: np.ndarray, window: int) -> None:
-        """Shuffle with `seed` over shards of these sizes, within `window` shards at a time."""
         self.seed = seed % 2**63
         self.sizes = np.asarray(shard_sizes, np.int64)
         self.starts = np.cumsum(self.sizes) - self.sizes
@@ -55,11 +54,7 @@ class SampleOrder:
         return (base + np.arange(total))[random_permutation(self.seed, epoch, number + 1, total)]
 
     def at(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids and epochs at `count` positions from `position` on.
-
-        Returns:
-            Sample ids and epochs, both `[count]` int64.
-        """
+        """Return the ids and epochs at `count` positions from `position` on, both int64."""
         ids, epochs = np.empty(count, np.int64), np.empty(count, np.int64)
         done = 0
         while done < count:

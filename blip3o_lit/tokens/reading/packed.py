@@ -5,7 +5,6 @@ Shape suffixes: B samples, N tokens, C channels, K scale rows (CLS where it is t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,27 +20,28 @@ class PackedTokens:
     stored_BNC: Tensor
     scale_KC: Tensor
     token_BN: Tensor | None
-    """One scale per token, where the store has them."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedTokens:
-        def copy(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
-
-        token_BN = None if self.token_BN is None else copy(self.token_BN)
-        return PackedTokens(copy(self.stored_BNC), copy(self.scale_KC), token_BN)
+        stored_BNC = self.stored_BNC.to(device, non_blocking=non_blocking)
+        scale_KC = self.scale_KC.to(device, non_blocking=non_blocking)
+        token_BN = self.token_BN
+        if token_BN is not None:
+            token_BN = token_BN.to(device, non_blocking=non_blocking)
+        return PackedTokens(stored_BNC, scale_KC, token_BN)
 
     def restore(self) -> Tensor:
         """Return the tokens `[B, N, C]` in fp16, on their device."""
-        patches_NC = self.scale_KC[-1:].expand(self.stored_BNC.shape[1], -1)
-        with_cls = len(self.scale_KC) > 1
-        scale_NC = torch.cat((self.scale_KC[:1], patches_NC[1:])) if with_cls else patches_NC
+        scale_NC = self.scale_KC[-1:].expand(self.stored_BNC.shape[1], -1)
+        if len(self.scale_KC) > 1:
+            scale_NC = torch.cat((self.scale_KC[:1], scale_NC[1:]))
         return dequantise(self.stored_BNC, scale_NC, self.token_BN)
 
 
+Batch = dict[str, Tensor]
 PackedBatch = dict[str, Tensor | PackedTokens]
 
 
-def restored(batch: Mapping[str, Tensor | PackedTokens]) -> dict[str, Tensor]:
+def restored(batch: PackedBatch) -> Batch:
     """Return a batch with its int8 tokens restored."""
     return {
         key: value.restore() if isinstance(value, PackedTokens) else value
@@ -49,7 +49,7 @@ def restored(batch: Mapping[str, Tensor | PackedTokens]) -> dict[str, Tensor]:
     }
 
 
-def on_device(batch: PackedBatch, device: torch.device) -> dict[str, Tensor]:
+def on_device(batch: PackedBatch, device: torch.device) -> Batch:
     """Return a batch with its tokens on a device, int8 ones restored there.
 
     Ids and epochs stay on the CPU, where seeds are mixed.

@@ -2,15 +2,13 @@
 
 There is no random access, so the order is that of shuffled shards and a shuffle buffer, and a
 resumed run continues approximately: at the first shard that was not finished.
-
-Shape suffixes: B samples, N tokens, K rows of scales, C channels.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,64 +17,43 @@ from torch import Tensor
 from webdataset.filters import shuffle
 
 from blip3o_lit.base.remote import resumed
-from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.batches import BatchPlan
-from blip3o_lit.tokens.reading.loader import Batch, TrainingLoader, prefetch
+from blip3o_lit.tokens.reading.loader import TrainingLoader, prefetch
 from blip3o_lit.tokens.reading.order import random_permutation
-from blip3o_lit.tokens.reading.packed import PackedBatch, PackedTokens, restored
-from blip3o_lit.tokens.reading.reader import view_hash
+from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, PackedTokens, restored
+from blip3o_lit.tokens.reading.reader import PairReader
 from blip3o_lit.tokens.store.remote_store import RemoteStore
 from blip3o_lit.tokens.store.storage import SCALES_FILE, TORCH_TYPES, load_scales, scale_array
-from blip3o_lit.tokens.views import pair_of_views
 
 SHUFFLE_BYTES = 1 << 29
 """Memory of a rank's shuffle buffer."""
 STATISTICS_SHARDS = 8
+STATISTICS_BATCH = 16
 
 
-class StreamReader:
+class StreamReader(PairReader):
     """The training split of a remote store, seen through one mode."""
 
     def __init__(self, store: RemoteStore, split: str, data: DataConfig, mode: ModeConfig) -> None:
-        """Choose the shards; nothing but index.json (and heads, where needed) is fetched.
-
-        Raises:
-            UserError: If the store can't give the split, the arrays or the mode.
-        """
-        self.store, self.index = store, store.index
-        self.arrays = (data.condition, data.target)
-        self._views = pair_of_views(self.index, split, *self.arrays, mode, store.head)
-        specs = {name: self.index.arrays[name] for name in self.arrays}
+        sides, limits = (data.condition, data.target), (data.max_shards, None)
+        super().__init__(store.index, split, sides, mode, limits, store.head)
+        if data.subset:
+            raise UserError("data.subset needs a local store: use data.max_shards with a URL")
+        self.store = store
+        specs = {name: self.index.arrays[name] for name in sides}
         token_scales = [scale_array(name) for name, spec in specs.items() if spec.scale == "token"]
-        self._read = (*self.arrays, *token_scales)
+        self._read = (*sides, *token_scales)
         if any(spec.dtype == "int8" for spec in specs.values()):
             store.fetch(SCALES_FILE)
         self._scales = load_scales(store.cache, specs)
         self.shards = [s for s in self.index.shards if s.split == split][: data.max_shards]
-        if data.subset:
-            raise UserError("data.subset needs a local store: use data.max_shards with a URL")
         self.shard_sizes = np.array([shard.samples for shard in self.shards])
-        limits = (data.max_shards, None)
-        self.content_hash = view_hash(self.index, split, self.arrays, mode, limits)
-        self.shape = PairShape(self._views["condition"].shape, self._views["target"].shape)
-
-    def __len__(self) -> int:
-        return int(self.shard_sizes.sum())
-
-    @property
-    def sample_bytes(self) -> int:
-        """Stored bytes of one pair."""
-        return sum(self.index.arrays[name].nbytes for name in self.arrays)
 
     def samples(self, number: int) -> Iterator[dict[str, Any]]:
-        """Yield a shard's samples with their ids, the same as a local reader's.
-
-        Raises:
-            UserError: If the shard is damaged, or the network fails several times in a row.
-        """
+        """Yield a shard's samples with their ids, the same as a local reader's."""
         entry = self.shards[number]
         first = int(self.shard_sizes[:number].sum())
 
@@ -86,24 +63,24 @@ class StreamReader:
         for place, sample in enumerate(resumed(read, f"{self.store.url}/{entry.file}")):
             yield sample | {"id": first + place}
 
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Stack samples and apply the mode; int8 tokens are restored to fp16."""
+    def collate(self, samples: list[dict[str, Any]]) -> Batch:
         return restored(self.collate_packed(samples))
 
     def collate_packed(self, samples: list[dict[str, Any]]) -> PackedBatch:
         """Stack samples and apply the mode; int8 tokens are restored later, on the device."""
+
+        def stacked(name: str, first: int) -> Tensor:
+            rows = np.stack([sample[name][first:] for sample in samples])
+            return torch.from_numpy(rows).view(TORCH_TYPES[self.index.arrays[name].dtype])
+
         out: PackedBatch = {}
-        for side, name in zip(("condition", "target"), self.arrays):
-            view, spec = self._views[side], self.index.arrays[name]
-            stacked = np.stack([sample[name][view.first :] for sample in samples])
-            tokens: Tensor | PackedTokens
-            tokens = torch.from_numpy(stacked).view(TORCH_TYPES[spec.dtype])
+        for (side, view), name in zip(self.views.items(), self.sides):
+            spec = self.index.arrays[name]
+            first, by_token = view.first, spec.scale == "token"
+            tokens: Tensor | PackedTokens = stacked(name, first)
             if spec.dtype == "int8":
-                token_BN = None
-                if spec.scale == "token":
-                    rows = [sample[scale_array(name)][view.first :] for sample in samples]
-                    token_BN = torch.from_numpy(np.stack(rows))
-                scale_KC = torch.from_numpy(self._scales[name][view.first : int(spec.cls) + 1])
+                token_BN = stacked(scale_array(name), first) if by_token else None
+                scale_KC = torch.from_numpy(self._scales[name][first : int(spec.cls) + 1])
                 tokens = PackedTokens(tokens, scale_KC, token_BN)
             if view.computes:
                 plain = tokens.restore() if isinstance(tokens, PackedTokens) else tokens
@@ -116,9 +93,9 @@ class StreamReader:
         """Yield batches from a few shards spread over the split, `images` at most."""
         count = min(len(self.shards), STATISTICS_SHARDS)
         numbers = np.linspace(0, len(self.shards) - 1, count).round().astype(int)
-        every = (sample for n in numbers for sample in self.samples(int(n)))
-        chosen = itertools.islice(every, images)
-        while batch := list(itertools.islice(chosen, 16)):
+        samples = (sample for number in numbers for sample in self.samples(int(number)))
+        chosen = itertools.islice(samples, images)
+        while batch := list(itertools.islice(chosen, STATISTICS_BATCH)):
             yield self.collate(batch)
 
 
@@ -129,16 +106,9 @@ class StreamLoader(TrainingLoader):
     the same number of batches whatever the shards hold.
     """
 
-    approximate_resume = True
-
     def __init__(
         self, reader: StreamReader, seed: int, plan: BatchPlan, steps: int, rank: int = 0
     ) -> None:
-        """Prepare `steps` optimizer steps.
-
-        Raises:
-            UserError: If there are fewer shards than processes.
-        """
         if len(reader.shards) < plan.world_size:
             raise UserError(
                 f"{reader.store.url} has {len(reader.shards)} training shards for "
@@ -173,14 +143,13 @@ class StreamLoader(TrainingLoader):
     def __iter__(self) -> Iterator[PackedBatch]:
         samples = self._samples()
 
-        def job() -> PackedBatch:
+        def batch(_: int) -> PackedBatch:
             chosen = list(itertools.islice(samples, self.plan.micro_batch_size))
-            batch = self.reader.collate_packed(chosen)
-            batch["epoch"] = torch.tensor([sample["epoch"] for sample in chosen])
-            return batch
+            out = self.reader.collate_packed(chosen)
+            out["epoch"] = torch.tensor([sample["epoch"] for sample in chosen])
+            return out
 
-        jobs: Iterator[Callable[[], PackedBatch]] = itertools.repeat(job, self.micro_batches)
-        yield from self.counted(prefetch(jobs, threads=1))
+        yield from self.counted(prefetch(batch, range(self.micro_batches), threads=1))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in global samples; which of them is known to a shard only."""

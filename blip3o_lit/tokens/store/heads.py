@@ -5,6 +5,7 @@ Shape suffixes: B samples, N tokens, C stored width, P width of the shared image
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -24,20 +25,16 @@ class Head(nn.Module):
     projection_CP: Tensor
 
     def __init__(
-        self,
-        norm: str,
-        eps: float,
-        weight_C: Tensor | None,
-        bias_C: Tensor | None,
-        projection_CP: Tensor,
-        logit_scale: float | None = None,
+        self, tensors: Mapping[str, Tensor], facts: Mapping[str, str], normed: bool = False
     ) -> None:
-        """Keep the weights in fp32; `norm` is layer, rms or none."""
+        """Keep what `Tower.heads` returns, in fp32; of `normed` tokens only the projection."""
         super().__init__()
-        self.norm, self.eps, self.logit_scale = norm, eps, logit_scale
+        self.norm = "none" if normed else facts.get("norm", "none")
+        self.eps = float(facts.get("eps", "1e-5"))
+        weight_C, bias_C = tensors.get("norm.weight"), tensors.get("norm.bias")
         self.register_buffer("weight_C", None if weight_C is None else weight_C.float())
         self.register_buffer("bias_C", None if bias_C is None else bias_C.float())
-        self.register_buffer("projection_CP", projection_CP.float())
+        self.register_buffer("projection_CP", tensors["projection"].float())
 
     @property
     def width(self) -> int:
@@ -57,13 +54,7 @@ class Head(nn.Module):
 
     @classmethod
     def load(cls, path: Path | str, array: str, normed: bool = False) -> Head:
-        """Read the head of one array from a store's folder or a heads.safetensors file.
-
-        Where stored tokens are `normed` already, only the projection is left to do.
-
-        Raises:
-            UserError: If there is no such file, or no projection for this array in it.
-        """
+        """Read the head of one array from a store's folder or a heads.safetensors file."""
         file = Path(path)
         file = file / HEADS_FILE if file.is_dir() else file
         if not file.is_file():
@@ -71,10 +62,10 @@ class Head(nn.Module):
                 f"{file} is missing, so {array} tokens can't be projected: "
                 "set mode.projected=false or extract again"
             )
+        prefix = f"{array}."
         try:
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata() or {}
-                prefix = f"{array}."
                 tensors = {
                     name.removeprefix(prefix): opened.get_tensor(name)
                     for name in opened.keys()  # noqa: SIM118 (safe_open is no mapping)
@@ -84,15 +75,8 @@ class Head(nn.Module):
             raise UserError(f"{file} is damaged: extract the tokens again") from error
         if "projection" not in tensors:
             raise UserError(f"{file} has no projection for {array}: set mode.projected=false")
-        norm = "none" if normed else metadata.get(f"{array}.norm", "none")
-        if norm not in NORMS:
-            raise UserError(f"{file}: {array}.norm={norm} is unknown: update blip3o_lit")
-        scale = tensors.get("logit_scale")
-        return cls(
-            norm,
-            float(metadata.get(f"{array}.eps", "1e-05")),
-            tensors.get("norm.weight"),
-            tensors.get("norm.bias"),
-            tensors["projection"],
-            None if scale is None else float(scale),
-        ).requires_grad_(False)
+        facts = {name.removeprefix(prefix): fact for name, fact in metadata.items()}
+        head = cls(tensors, facts, normed)
+        if head.norm not in NORMS:
+            raise UserError(f"{file}: {array}.norm={head.norm} is unknown: update blip3o_lit")
+        return head

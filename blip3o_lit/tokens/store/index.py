@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from blip3o_lit.base.files import write_synced
 from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.base.words import pasteable
 from blip3o_lit.config.errors import UserError, one_of
-from blip3o_lit.tokens.store import tar
 
 SCHEMA = 1
 KINDS = ("tokens", "text", "scale")
 STORED = {"float16": "<f2", "bfloat16": "<i2", "float32": "<f4", "int8": "|i1"}
 """Types in index.json and in the npy files; npy knows no bfloat16, so its bits go in as int16."""
 SCALES = ("channel", "token")
+KEY_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
+"""What names of samples, arrays and splits are made of: they are parts of file names."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*").fullmatch
 SHA256 = re.compile(r"[0-9a-f]{64}").fullmatch
 
@@ -34,13 +36,13 @@ class ArraySpec:
     kind: str
     """tokens (a grid), text (a caption embedding of unit norm) or scale (of int8 tokens)."""
     dtype: str
-    """float16, bfloat16, float32 or int8."""
+    """A key of `STORED`."""
     shape: tuple[int, ...]
     """`[N, C]` for tokens, `[P]` for text, `[N]` for scales."""
     cls: bool = False
     """Whether token 0 is a CLS token."""
     grid: tuple[int, int] = (0, 0)
-    """Rows and columns of the patch grid; unused by text."""
+    """Rows and columns of the patches; unused by text."""
     tower: str = ""
     """Architecture and weights of the encoder."""
     layer: int = -1
@@ -60,12 +62,10 @@ class ArraySpec:
 
     @property
     def token_shape(self) -> TokenShape:
-        """Grid, CLS and width, for arrays of kind tokens."""
         return TokenShape(self.grid, self.cls, self.shape[-1])
 
     @property
     def stored(self) -> str:
-        """The npy type, for example `<f2`."""
         return STORED[self.dtype]
 
     @property
@@ -82,11 +82,7 @@ class ArraySpec:
 
     @classmethod
     def from_dict(cls, name: str, data: dict[str, Any]) -> ArraySpec:
-        """Read and check one entry of index.json.
-
-        Raises:
-            UserError: On a kind, type or shape that this version can't read.
-        """
+        """Read and check one entry of index.json."""
         one_of(f"arrays.{name}.kind", data.get("kind", ""), KINDS)
         one_of(f"arrays.{name}.dtype", data.get("dtype", ""), STORED)
         shape = tuple(int(side) for side in data["shape"])
@@ -94,9 +90,9 @@ class ArraySpec:
         spec = cls(**{**values, "shape": shape, "grid": tuple(data.get("grid", (0, 0)))})
         if spec.dtype == "int8":
             one_of(f"arrays.{name}.scale", str(spec.scale), SCALES)
-        wanted = 2 if spec.kind == "tokens" else 1
-        if len(shape) != wanted or min(shape) < 1:
-            raise UserError(f"arrays.{name}.shape={list(shape)} must have {wanted} sides above 0")
+        sides = 2 if spec.kind == "tokens" else 1
+        if len(shape) != sides or min(shape) < 1:
+            raise UserError(f"arrays.{name}.shape={list(shape)} must have {sides} sides above 0")
         if spec.kind == "tokens" and (
             len(spec.grid) != 2 or spec.token_shape.tokens != shape[0] or min(spec.grid) < 1
         ):
@@ -135,14 +131,14 @@ class TokenIndex:
 
     @property
     def splits(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
+        """Samples per split, in the order of the shards."""
+        counts: Counter[str] = Counter()
         for shard in self.shards:
-            counts[shard.split] = counts.get(shard.split, 0) + shard.samples
-        return counts
+            counts[shard.split] += shard.samples
+        return dict(counts)
 
     @property
     def samples(self) -> int:
-        """Samples of the whole store."""
         return sum(shard.samples for shard in self.shards)
 
     @property
@@ -172,11 +168,7 @@ class TokenIndex:
 
     @classmethod
     def load(cls, folder: Path | str) -> TokenIndex:
-        """Read and check the index of a local store.
-
-        Raises:
-            UserError: If there is none, or it is not one that this version reads.
-        """
+        """Read and check the index of a local store."""
         path = Path(folder) / "index.json"
         if not path.is_file():
             raise UserError(
@@ -187,11 +179,7 @@ class TokenIndex:
 
     @classmethod
     def parse(cls, content: bytes, where: str) -> TokenIndex:
-        """Check the bytes of an index.json; `where` names it in messages.
-
-        Raises:
-            UserError: On another schema, missing or wrong fields, or unsafe file names.
-        """
+        """Check the bytes of an index.json; `where` names it in messages."""
         try:
             data = json.loads(content)
             schema = data["schema"]
@@ -201,6 +189,7 @@ class TokenIndex:
             age = "newer" if isinstance(schema, int) and schema > SCHEMA else "older"
             fix = "update blip3o_lit" if age == "newer" else "extract or convert again"
             raise UserError(f"{where} has the {age} schema {schema!r}, not {SCHEMA}: {fix}")
+        repair = repair_command(Path(where).parent)
         try:
             index = cls(
                 {str(k): ArraySpec.from_dict(k, v) for k, v in data["arrays"].items()},
@@ -210,17 +199,17 @@ class TokenIndex:
                 int(data.get("rejects", 0)),
                 str(data.get("created_by", "")),
             )
-            index._check(data, where)
+            index._check()
+            if data["splits"] != index.splits or data["samples"] != index.samples:
+                raise UserError(f"the counts of samples, splits and shards disagree: {repair}")
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise UserError(
-                f"{where} is damaged ({type(error).__name__}: {error}): "
-                f"{repair_command(Path(where).parent)}"
-            ) from error
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{where} is damaged ({reason}): {repair}") from error
         return index
 
-    def _check(self, data: dict[str, Any], where: str) -> None:
+    def _check(self) -> None:
         if not self.arrays or not self.shards:
             raise UserError("no arrays or no shards: extract or convert again")
         if self.reduced is not None:
@@ -237,11 +226,6 @@ class TokenIndex:
                 raise UserError(f"shard {shard.file} has no sha256")
             if min(shard.samples, shard.bytes) < 1 or not shard.split:
                 raise UserError(f"shard {shard.file} counts {shard.samples} samples")
-        if data["splits"] != self.splits or data["samples"] != self.samples:
-            raise UserError(
-                "the counts of samples, splits and shards disagree: "
-                f"{repair_command(Path(where).parent)}"
-            )
 
 
 def repair_command(folder: Path) -> str:
@@ -250,6 +234,11 @@ def repair_command(folder: Path) -> str:
 
 
 def check_array_name(name: str) -> None:
-    """Refuse array names that would not survive as part of a file name."""
-    if not name or not tar.KEY_CHARACTERS.issuperset(name) or name == "json":
+    if not name or not KEY_CHARACTERS.issuperset(name) or name == "json":
         raise UserError(f"array name {name!r} may hold letters, digits, - and _ alone")
+
+
+def check_split(name: str) -> None:
+    """Refuse a split whose name can't be part of a file name."""
+    if not name or not KEY_CHARACTERS.issuperset(name):
+        raise UserError(f"split name {name!r} may hold letters, digits, - and _ alone")

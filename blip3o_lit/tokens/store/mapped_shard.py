@@ -6,7 +6,6 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +38,7 @@ class Shard:
     def open(
         cls, folder: Path, entry: ShardEntry, arrays: dict[str, ArraySpec], verify: str
     ) -> Shard:
-        """Map a tar and read its offsets; lost or damaged ones are rebuilt.
-
-        Raises:
-            UserError: If the tar is missing, cut off, altered or malformed.
-        """
+        """Map a tar and read its offsets; lost or damaged ones are rebuilt."""
         path = folder / entry.file
         data = map_tar(path)
         offsets_file = folder / entry.offsets
@@ -76,11 +71,7 @@ class Shard:
 
     @classmethod
     def by_headers(cls, folder: Path, entry: ShardEntry, arrays: dict[str, ArraySpec]) -> Shard:
-        """Map a tar and find its samples by its own headers, whatever size and offsets say.
-
-        Raises:
-            UserError: If it is missing, malformed, or holds another number of samples.
-        """
+        """Map a tar and find its samples by its own headers, whatever size and offsets say."""
         data = map_tar(folder / entry.file)
         offsets = scan(data, arrays, entry.file, entry.samples)
         return cls(folder, entry, arrays, data, offsets)
@@ -91,11 +82,7 @@ class Shard:
         return content.view(spec.stored).reshape(spec.shape)
 
     def content(self, array: str, sample: int, start: int, end: int) -> np.ndarray:
-        """Return a read-only view of one sample's stored bytes in an array, from start to end.
-
-        Raises:
-            UserError: If the offsets point behind the shard's end.
-        """
+        """Return a read-only view of one sample's stored bytes in an array, from start to end."""
         offset = int(self.offsets[sample, self.columns[array]])
         view = self.bytes[offset + start : offset + end]
         if len(view) != end - start:
@@ -110,11 +97,7 @@ class Shard:
         return name.decode().removesuffix(".json")
 
     def metadata(self, sample: int) -> dict[str, Any]:
-        """Return the content of a sample's KEY.json.
-
-        Raises:
-            UserError: If it is no JSON object.
-        """
+        """Return the content of a sample's KEY.json."""
         offset, size = int(self.offsets[sample, -2]), int(self.offsets[sample, -1])
         try:
             data = json.loads(self.map[offset : offset + size])
@@ -128,11 +111,7 @@ class Shard:
 
 
 def map_tar(path: Path) -> mmap.mmap:
-    """Map a file for reading.
-
-    Raises:
-        UserError: If it is missing, empty or can't be read.
-    """
+    """Map a file for reading."""
     fix = f"restore it or {repair_command(path.parent)}"
     if not path.is_file():  # A pipe under that name would hang open() for ever.
         raise UserError(f"shard {path} is missing: {fix}")
@@ -150,32 +129,14 @@ def scan(
 ) -> np.ndarray:
     """Find the offsets `[samples, arrays + 2]` of every sample by walking a tar's headers.
 
-    Raises:
-        UserError: If a member is foreign, unsafe or not what the index promises, or if the number
-            of samples is not `promise`.
+    Refuses members that the index doesn't promise, and another number of samples than `promise`.
     """
-    specs = {f"{name}.npy": spec for name, spec in arrays.items()}
     rows: list[list[int]] = []
     with memoryview(data) as view:
-        files = _checked(view, specs, where)
-        for sample in tar.samples(files, {*specs, "json"}, where):
-            row = [sample[suffix].offset for suffix in specs]
-            rows.append([*row, sample["json"].offset, sample["json"].size])
+        for sample in tar.samples(tar.members(view, where), arrays, where):
+            offsets = [sample[name].offset for name in arrays]
+            rows.append([*offsets, sample["json"].offset, sample["json"].size])
     if not rows or promise not in (None, len(rows)):
         expected = "at least 1" if promise is None else promise
         raise UserError(f"{where} holds {len(rows)} whole samples, index.json promises {expected}")
     return np.array(rows, np.uint64)
-
-
-def _checked(view: memoryview, specs: dict[str, ArraySpec], where: str) -> Iterator[tar.Member]:
-    """Yield a tar's members, those of arrays checked and placed at their first number."""
-    for member in tar.members(view, where):
-        spec = specs.get(member.suffix)
-        if spec is None:
-            yield member
-            continue
-        start = bytes(view[member.offset : member.offset + tar.NPY_HEADER_LIMIT])
-        skip = tar.npy_start(start, spec.stored, spec.shape, f"{where}: {member.name}")
-        if member.size != skip + spec.nbytes:
-            raise UserError(f"{where}: {member.name} has a wrong size: extract it again")
-        yield tar.Member(member.name, member.offset + skip, spec.nbytes)

@@ -1,7 +1,4 @@
-"""Copy a store into another number format: fp16 to int8 or bf16, say.
-
-Shape suffixes: S samples of the first pass, N tokens, C channels.
-"""
+"""Copy a store into another number format: fp16 to int8 or bf16, say."""
 
 from __future__ import annotations
 
@@ -15,63 +12,53 @@ from blip3o_lit.config.errors import one_of
 from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.reading.reader import Place, TokenStore
 from blip3o_lit.tokens.store.heads import HEADS_FILE
-from blip3o_lit.tokens.store.index import STORED, ArraySpec, ShardEntry, TokenIndex
-from blip3o_lit.tokens.store.shards import ShardWriter
-from blip3o_lit.tokens.store.storage import fit_int8, load_scales, save_scales, with_token_scales
+from blip3o_lit.tokens.store.index import STORED, ArraySpec, TokenIndex
+from blip3o_lit.tokens.store.shards import TokenWriter
+from blip3o_lit.tokens.store.storage import fit_int8
+
+IMAGES = 256
+"""Samples of int8's first pass."""
 
 
-def first_pass(store: TokenStore, array: str, images: int) -> np.ndarray:
-    """Return one array of about `images` samples `[S, N, C]` in fp32, spread over all shards."""
-    total = store.index.samples
-    starts = np.cumsum([0] + [shard.samples for shard in store.index.shards])
-    out = []
-    for position in np.linspace(0, total - 1, min(images, total)).astype(int).tolist():
-        number = int(np.searchsorted(starts, position, "right")) - 1
-        place = Place(store.shard(number), number, position - int(starts[number]))
-        out.append(store.gather([place], array).float().numpy())
-    return np.concatenate(out)
-
-
-def recode(store: TokenStore, out: Path, storage: str, images: int = 256) -> TokenIndex:
+def recode(store: TokenStore, out: Path, storage: str) -> TokenIndex:
     """Write a store to `out` with its tokens in another format; captions' embeddings stay.
 
-    Scales of int8 come from a first pass over about `images` samples; the new index names the
-    cosine to the old tokens that was measured there.
-
-    Raises:
-        UserError: On an unknown format, damaged shards, or numbers that don't fit.
+    The new index of an int8 store names the cosine to the old tokens.
     """
     one_of("storage", storage, STORED)
-    out.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, ArraySpec] = {}
     scales: dict[str, np.ndarray] = {}
     for name, spec in store.index.arrays.items():
         if spec.kind == "tokens":
             plain = replace(spec, scale=None, scale_hash="", cosine=None)
             if storage == "int8":
-                arrays[name], scales[name] = fit_int8(plain, first_pass(store, name, images))
+                arrays[name], scales[name] = fit_int8(plain, _first_pass(store, name))
             else:
                 arrays[name] = replace(plain, dtype=storage)
         elif spec.kind == "text":
             arrays[name] = spec
-    names = list(arrays)
-    arrays = with_token_scales(arrays)
-    if scales:
-        save_scales(out, scales)
-    spread_scales = load_scales(out, arrays)
-    entries: list[ShardEntry] = []
-    for number, entry in enumerate(store.index.shards):
-        name = entry.file.removesuffix(".tar")
-        writer = ShardWriter(out, name, entry.split, arrays, spread_scales)
-        shard = store.shard(number)
-        for sample in range(entry.samples):
-            place = [Place(shard, number, sample)]
-            values = {array: store.gather(place, array)[0].float().numpy() for array in names}
-            writer.add(shard.key(sample), values, shard.metadata(sample))
-        entries.append(writer.close())
+    index = store.index
+    samples = max(shard.samples for shard in index.shards)
+    with TokenWriter(out, arrays, samples, index.reduced, index.split_rule, scales) as writer:
+        for number, entry in enumerate(index.shards):
+            shard = store.shard(number)
+            for sample in range(entry.samples):
+                place = [Place(shard, sample)]
+                values = {name: store.gather(place, name)[0].float().numpy() for name in arrays}
+                writer.add(entry.split, shard.key(sample), values, **shard.metadata(sample))
     for name in (HEADS_FILE, CLASSES_FILE):
         if (store.path / name).is_file():
             shutil.copyfile(store.path / name, out / name)
-    index = replace(store.index, arrays=arrays, shards=entries)
-    index.write(out)
-    return index
+    return TokenIndex.load(out)
+
+
+def _first_pass(store: TokenStore, array: str) -> np.ndarray:
+    """Return one array of samples that are spread over all shards, `[S, N, C]` in fp32."""
+    total = store.index.samples
+    starts = np.cumsum([0] + [shard.samples for shard in store.index.shards])
+    out = []
+    for position in np.linspace(0, total - 1, min(IMAGES, total)).astype(int).tolist():
+        number = int(np.searchsorted(starts, position, "right")) - 1
+        place = Place(store.shard(number), position - int(starts[number]))
+        out.append(store.gather([place], array).float().numpy())
+    return np.concatenate(out)

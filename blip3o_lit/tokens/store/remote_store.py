@@ -7,7 +7,7 @@ numbers, never decoded by file type.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,11 +33,6 @@ def is_url(store: Path | str) -> bool:
 
 
 def open_url(url: str) -> BinaryIO:
-    """Open a file behind a URL.
-
-    Raises:
-        UserError: On a scheme that is not listed, a missing file, or a missing driver.
-    """
     try:
         return open_remote(url)
     except OSError as error:
@@ -48,11 +43,6 @@ class RemoteStore:
     """The index of a store behind a URL, and what of it lies in the cache."""
 
     def __init__(self, url: str, verify: str = "size") -> None:
-        """Read index.json.
-
-        Raises:
-            UserError: If there is none, or it is not one that this version reads.
-        """
         self.url, self.verify = url.rstrip("/"), verify
         with open_url(f"{self.url}/index.json") as file:
             self.index = TokenIndex.parse(file.read(), f"{self.url}/index.json")
@@ -60,7 +50,6 @@ class RemoteStore:
 
     def fetch(self, name: str) -> Path:
         """Download a file of the store into the cache, unless it is there, and return its path."""
-        self.cache.mkdir(parents=True, exist_ok=True)
         path = self.cache / name
         if not path.is_file():
             with open_url(f"{self.url}/{name}") as source:
@@ -93,24 +82,20 @@ class RemoteStore:
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yield the stored numbers of `arrays`, sample by sample, from one shard.
 
-        Raises:
-            UserError: If the shard is not what the index promises.
-            OSError, aiohttp.ClientError: If the network fails.
+        What fsspec and aiohttp raise when the network fails is passed on: see `resumed`.
         """
         url, count = f"{self.url}/{entry.file}", 0
-        suffixes = {*(f"{name}.npy" for name in self.index.arrays), "json"}
         with open_remote(url) as stream:
-            for sample in tar.samples(_members(stream, url, self.index), suffixes, url):
+            files = _members(stream, url, self.index)
+            for sample in tar.samples(files, self.index.arrays, url):
                 numbers = {}
                 for name in arrays:
-                    member, spec = sample[f"{name}.npy"], self.index.arrays[name]
-                    where = f"{url}: {member.name}"
-                    start = tar.npy_start(member.content, spec.stored, spec.shape, where)
-                    if member.size != start + spec.nbytes:
-                        raise UserError(f"{where} has a wrong size: the store is damaged")
-                    flat = np.frombuffer(member.content, spec.stored, offset=start)
+                    file, spec = sample[name], self.index.arrays[name]
+                    flat = np.frombuffer(file.content, spec.stored, offset=file.offset)
                     if not finite(flat, spec.dtype):
-                        raise UserError(f"{where} holds NaN or infinity: extract it again")
+                        raise UserError(
+                            f"{url}: {file.name} holds NaN or infinity: extract it again"
+                        )
                     numbers[name] = flat.reshape(spec.shape)
                 yield numbers
                 count += 1
@@ -118,14 +103,7 @@ class RemoteStore:
             raise UserError(f"{url} holds {count} samples, index.json promises {entry.samples}")
 
 
-@dataclass(frozen=True)
-class LoadedMember(tar.Member):
-    """A file of a shard with its bytes."""
-
-    content: bytes
-
-
-def _members(stream: BinaryIO, url: str, index: TokenIndex) -> Iterator[LoadedMember]:
+def _members(stream: BinaryIO, url: str, index: TokenIndex) -> Iterator[tar.Member]:
     """Read a tar's files, each checked before its content is read."""
     limits = {f"{name}.npy": s.nbytes + tar.NPY_HEADER_LIMIT for name, s in index.arrays.items()}
     limits["json"] = tar.JSON_LIMIT
@@ -142,5 +120,5 @@ def _members(stream: BinaryIO, url: str, index: TokenIndex) -> Iterator[LoadedMe
         content, rest = read_whole(stream, member.size), -member.size % tar.BLOCK
         if len(content) != member.size or len(read_whole(stream, rest)) != rest:
             raise UserError(f"{url}: sample {member.key} is cut off")
-        yield LoadedMember(member.name, 0, member.size, content)
+        yield replace(member, content=content)
     raise UserError(f"{url}: the shard is cut off")

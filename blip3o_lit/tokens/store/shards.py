@@ -1,9 +1,8 @@
 """Token shards: the writer that makes a store, and the format of its tars and offset files.
 
 A store is a folder with `index.json`, tars `<split>-NNNNNN.tar`, their offsets `.idx`, and
-optionally `heads.safetensors`. A tar belongs to one split and holds, for each sample,
-KEY.<array>.npy in the index's order, then KEY.json. Any WebDataset tool can read it; `reader.py`
-reads it by offset.
+optionally `heads.safetensors`. A tar belongs to one split and holds, per sample, KEY.<array>.npy in
+the index's order, then KEY.json. Any WebDataset tool can read it; `reader.py` reads it by offset.
 """
 
 from __future__ import annotations
@@ -19,10 +18,15 @@ import numpy as np
 from blip3o_lit.base.files import sync_folder, temporary_name, write_synced
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.store import tar
-from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex, check_array_name
+from blip3o_lit.tokens.store.index import (
+    KEY_CHARACTERS,
+    ArraySpec,
+    ShardEntry,
+    TokenIndex,
+    check_array_name,
+    check_split,
+)
 from blip3o_lit.tokens.store.storage import encode, load_scales, save_scales, with_token_scales
-
-__all__ = ["ArraySpec", "ShardEntry", "ShardWriter", "TokenIndex", "TokenWriter"]
 
 OFFSETS_MAGIC = b"tokidx01"
 
@@ -54,7 +58,10 @@ def unpack_offsets(content: bytes, samples: int, columns: int, sha256: str) -> n
 
 
 class ShardWriter:
-    """Writes one tar and its offsets through temporary names; `close` makes both appear."""
+    """Writes one tar and its offsets through temporary names; `close` makes both appear.
+
+    `scales` are the channel scales `[N, C]` of int8 arrays.
+    """
 
     def __init__(
         self,
@@ -64,9 +71,8 @@ class ShardWriter:
         arrays: dict[str, ArraySpec],
         scales: dict[str, np.ndarray] | None = None,
     ) -> None:
-        """Start `<name>.tar` in `folder`; `scales` are the channel scales `[N, C]` of int8."""
-        self.scales = scales or {}
-        self.folder, self.name, self.split, self.arrays = folder, name, split, arrays
+        self.folder, self.name, self.split = folder, name, split
+        self.arrays, self.scales = arrays, scales or {}
         self._temporary = temporary_name(folder / f"{name}.tar")
         self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 (closed in close/abort)
         self._hash = hashlib.sha256()
@@ -84,12 +90,8 @@ class ShardWriter:
             self._position += len(part)
 
     def add(self, key: str, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
-        """Append one sample.
-
-        Raises:
-            UserError: On a bad or repeated key, missing arrays, or numbers that don't fit.
-        """
-        if not key or len(key) > 60 or not tar.KEY_CHARACTERS.issuperset(key):
+        """Append one sample, or nothing of it where the key, an array or a number is refused."""
+        if not key or len(key) > 60 or not KEY_CHARACTERS.issuperset(key):
             raise UserError(f"sample key {key!r}: use 1 to 60 letters, digits, - and _")
         if key in self._keys:
             raise UserError(f"sample key {key} appears twice in {self.name}.tar")
@@ -118,10 +120,10 @@ class ShardWriter:
         self._file.close()
         sha256 = self._hash.hexdigest()
         offsets = pack_offsets(np.array(self._rows, np.uint64), sha256)
-        write_synced(self.folder / f"{self.name}.idx", offsets)
-        self._temporary.replace(self.folder / f"{self.name}.tar")
-        sync_folder(self.folder)
         tar_name, idx_name = f"{self.name}.tar", f"{self.name}.idx"
+        write_synced(self.folder / idx_name, offsets)
+        self._temporary.replace(self.folder / tar_name)
+        sync_folder(self.folder)
         return ShardEntry(tar_name, idx_name, self.split, len(self), self._position, sha256)
 
     def abort(self) -> None:
@@ -130,7 +132,10 @@ class ShardWriter:
 
 
 class TokenWriter:
-    """Writes a store: samples in, shards and, last of all, index.json out.
+    """Writes a store into a folder: samples in, shards and, last of all, index.json out.
+
+    `storage.fit_int8` gives the specs of int8 arrays and their channel `scales` `[K, C]`;
+    `reduced` is `grid_64` for a store of 64 averaged tokens.
 
     Example:
         with TokenWriter(folder, {"eva": spec, "clip": spec}) as writer:
@@ -146,19 +151,6 @@ class TokenWriter:
         split_rule: str = "",
         scales: dict[str, np.ndarray] | None = None,
     ) -> None:
-        """Start a store in the folder `out`, which is made if need be.
-
-        Args:
-            out: The folder.
-            arrays: What each sample holds; `storage.fit_int8` describes int8 arrays.
-            shard_samples: Samples per shard.
-            reduced: `grid_64` for a store of 64 averaged tokens.
-            split_rule: How the split was made, in words.
-            scales: Channel scales `[K, C]` of the int8 arrays.
-
-        Raises:
-            UserError: If `out` holds a finished store already, or an array can't be stored.
-        """
         self.out = Path(out)
         if (self.out / "index.json").exists():
             raise UserError(f"{out} holds a finished token store: choose another folder")
@@ -171,7 +163,6 @@ class TokenWriter:
             save_scales(self.out, scales)
         self.scales = load_scales(self.out, self.arrays)
         self.reduced, self.split_rule = reduced, split_rule
-        self.rejects = 0
         self._open: dict[str, ShardWriter] = {}
         self._done: dict[str, list[ShardEntry]] = {}
 
@@ -184,13 +175,8 @@ class TokenWriter:
         source: str = "",
         **extra: Any,
     ) -> None:
-        """Append one sample to a split; `extra` goes into KEY.json.
-
-        Raises:
-            UserError: On a bad split, key or array; nothing of the sample is written then.
-        """
-        if not split or not tar.KEY_CHARACTERS.issuperset(split):
-            raise UserError(f"split name {split!r} may hold letters, digits, - and _ alone")
+        """Append one sample to a split; `extra` goes into KEY.json."""
+        check_split(split)
         done = self._done.setdefault(split, [])
         if split not in self._open:
             name = f"{split}-{len(done):06d}"
@@ -206,7 +192,7 @@ class TokenWriter:
         shards = [entry for entries in self._done.values() for entry in entries]
         if not shards:
             raise UserError(f"{self.out}: no samples were added, so there is no store to write")
-        index = TokenIndex(self.arrays, shards, self.reduced, self.split_rule, self.rejects)
+        index = TokenIndex(self.arrays, shards, self.reduced, self.split_rule)
         index.write(self.out)
         return index
 
@@ -214,7 +200,6 @@ class TokenWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Close, or after an error drop open shards and leave no index."""
         if kind is None:
             self.close()
         for shard in self._open.values():

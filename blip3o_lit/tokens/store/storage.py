@@ -22,7 +22,7 @@ from torch import Tensor
 
 from blip3o_lit.base.files import replacing
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.tokens.store.index import ArraySpec
+from blip3o_lit.tokens.store.index import STORED, ArraySpec
 
 LARGEST = 6e4
 """Magnitudes from here on are refused: fp16 ends at 65504."""
@@ -31,12 +31,7 @@ SCALES_FILE = "scales.safetensors"
 CHUNK = 16
 SERIAL = 1 << 15
 """Numbers up to which torch takes one thread for an elementwise operation."""
-TORCH_TYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "int8": torch.int8,
-}
+TORCH_TYPES = {name: getattr(torch, name) for name in STORED}
 
 
 def scale_array(name: str) -> str:
@@ -68,13 +63,10 @@ def encode(
     """Convert a sample's arrays to what is stored, in the index's order, token scales included.
 
     `scales` are the channel scales `[N, C]` of int8 arrays; `key` is the sample, for messages.
-
-    Raises:
-        UserError: On missing arrays, another shape, NaN, infinity, or magnitudes of 6e4 and more.
     """
-    wanted = {name for name, spec in specs.items() if spec.kind != "scale"}
-    if arrays.keys() != wanted:
-        raise UserError(f"sample {key} has {sorted(arrays)}, the store {sorted(wanted)}")
+    names = {name for name, spec in specs.items() if spec.kind != "scale"}
+    if arrays.keys() != names:
+        raise UserError(f"sample {key} has {sorted(arrays)}, the store {sorted(names)}")
     out: dict[str, np.ndarray] = dict.fromkeys(specs, np.empty(0))
     for name, value in arrays.items():
         spec = specs[name]
@@ -84,9 +76,8 @@ def encode(
             if token_N is not None:
                 out[scale_array(name)] = token_N
         elif spec.dtype == "bfloat16":
-            bits = np.ascontiguousarray(value, "<f4").view("<u4")
-            rounded = bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))
-            out[name] = (rounded >> 16).astype("<u2").view("<i2")
+            tensor = torch.from_numpy(np.array(value, "<f4")).bfloat16()
+            out[name] = tensor.view(torch.int16).numpy()
         else:
             out[name] = np.ascontiguousarray(value, spec.stored)
     return out
@@ -120,8 +111,8 @@ def quantise(
 def dequantise(stored_BNC: Tensor, scale_NC: Tensor, token_BN: Tensor | None) -> Tensor:
     """Return the tokens in fp16, as fp16 stores give them, on the device of what is stored.
 
-    On a CPU a few tokens at a time go through one fp32 buffer, which stays in the cache: several
-    times faster (docs/performance.md). The pieces are too small for torch to share out to threads.
+    On a CPU a few tokens at a time go through one fp32 buffer, which stays in the cache
+    (docs/performance.md). The pieces are too small for torch to share out to threads.
     """
     out = torch.empty_like(stored_BNC, dtype=torch.float16)
     if stored_BNC.device.type != "cpu":
@@ -142,7 +133,7 @@ def dequantise(stored_BNC: Tensor, scale_NC: Tensor, token_BN: Tensor | None) ->
 
 
 def spread(scale_KC: np.ndarray, spec: ArraySpec) -> np.ndarray:
-    """Return channel scales `[N, C]`: row 0 for CLS where there is one, the last for patches."""
+    """Return channel scales `[N, C]`."""
     counts = [1, spec.token_shape.patches] if spec.cls else [spec.token_shape.patches]
     return np.repeat(scale_KC, counts, axis=0)
 
@@ -153,14 +144,11 @@ def scale_hash(scale_KC: np.ndarray) -> str:
 
 
 def fit_int8(spec: ArraySpec, samples_SNC: np.ndarray) -> tuple[ArraySpec, np.ndarray]:
-    """Choose how an array is stored in int8, by the cosine that a first pass loses.
+    """Choose how an array is stored in int8: return its spec and the channel scales `[K, C]`.
 
     `channel` spreads 127 levels over the largest magnitude that the first pass saw in a channel
     (larger ones are cut off later); `token` divides by the channels' rms, then spreads the levels
     over each token's largest value. The higher mean cosine to the true tokens wins.
-
-    Returns:
-        The int8 array's spec, its mean cosine included, and the channel scales `[K, C]`.
     """
     samples_SNC = samples_SNC.astype(np.float32, copy=False)
     rows = [samples_SNC[:, :1], samples_SNC[:, 1:]] if spec.cls else [samples_SNC]
@@ -178,7 +166,7 @@ def fit_int8(spec: ArraySpec, samples_SNC: np.ndarray) -> tuple[ArraySpec, np.nd
 
 
 def _rms(samples_SNC: np.ndarray) -> np.ndarray:
-    """Return each channel's root mean square, a sample at a time to spare memory."""
+    """Return each channel's root mean square, one sample at a time to spare memory."""
     squares = sum(np.square(tokens, dtype=np.float64).mean(0) for tokens in samples_SNC)
     return np.sqrt(squares / len(samples_SNC))
 
@@ -212,20 +200,16 @@ def save_scales(folder: Path, scales: dict[str, np.ndarray]) -> None:
 
 
 def load_scales(folder: Path, specs: dict[str, ArraySpec]) -> dict[str, np.ndarray]:
-    """Return the channel scales `[N, C]` of a store's int8 arrays; empty without such arrays.
-
-    Raises:
-        UserError: If the file is missing, damaged, or of another store.
-    """
-    wanted = {name: spec for name, spec in specs.items() if spec.dtype == "int8"}
-    if not wanted:
+    """Return the channel scales `[N, C]` of a store's int8 arrays; empty without such arrays."""
+    int8 = {name: spec for name, spec in specs.items() if spec.dtype == "int8"}
+    if not int8:
         return {}
     file = folder / SCALES_FILE
     try:
         scales = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is missing or damaged: int8 tokens need it, restore it") from error
-    for name, spec in wanted.items():
+    for name, spec in int8.items():
         if name not in scales or scale_hash(scales[name]) != spec.scale_hash:
             raise UserError(f"{file} holds no or other scales for {name}: restore it")
-    return {name: spread(scales[name], spec) for name, spec in wanted.items()}
+    return {name: spread(scales[name], spec) for name, spec in int8.items()}

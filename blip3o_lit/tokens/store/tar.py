@@ -1,22 +1,20 @@
-"""Tars and npy headers of token shards: one output for one input, and every header checked.
+"""Tars and npy headers of token shards: plain ustar files, each checked before its content.
 
-A shard is an uncompressed ustar archive of regular files. No clock, user or mode goes in, so
-rebuilds are byte-identical. Every header's checksum, name, type and size is checked before a byte
-of its content is used.
+No clock, user or mode goes in, so rebuilds are byte-identical.
 """
 
 from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from tokenize import TokenError
-from typing import TypeVar
 
 import numpy as np
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.tokens.store.index import KEY_CHARACTERS, ArraySpec
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
@@ -24,18 +22,18 @@ JSON_LIMIT = 1 << 20
 """Largest KEY.json, in bytes."""
 NPY_HEADER_LIMIT = 4096
 """Largest npy header, in bytes."""
-KEY_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 
 
 @dataclass(frozen=True)
 class Member:
-    """One regular file inside a shard; its key and suffix are those of `<key>.<suffix>`."""
+    """One file `<key>.<suffix>` of a shard."""
 
     name: str
     offset: int
-    """First byte of its content."""
+    """First byte of its content, or of its numbers."""
     size: int
-    """Bytes of content."""
+    content: bytes
+    """Its bytes, those of a npy header at least."""
 
     @property
     def key(self) -> str:
@@ -46,20 +44,12 @@ class Member:
         return self.name.partition(".")[2]
 
 
-M = TypeVar("M", bound=Member)
-
-
 def padding(size: int) -> bytes:
     """Return the zeros that fill `size` bytes up to a whole block."""
     return bytes(-size % BLOCK)
 
 
 def header(name: str, size: int) -> bytes:
-    """Return the ustar header of a regular file: mode 0644, owner 0, time 0.
-
-    Raises:
-        UserError: If the name does not fit.
-    """
     if len(name) > 100:
         raise UserError(f"{name} is longer than 100 characters: shorten the name of its array")
     info = tarfile.TarInfo(name)
@@ -68,11 +58,7 @@ def header(name: str, size: int) -> bytes:
 
 
 def parse_header(block: bytes, where: str) -> Member | None:
-    """Check one 512-byte header; None at the archive's end. The member's offset is left at 0.
-
-    Raises:
-        UserError: On a damaged header, a link, folder or device, or a foreign name.
-    """
+    """Check one header; None at the archive's end. The member is still without content."""
     try:
         info = tarfile.TarInfo.frombuf(block, "ascii", "backslashreplace")
     except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
@@ -84,7 +70,7 @@ def parse_header(block: bytes, where: str) -> Member | None:
             f"{where}: member {info.name!r} is a link, folder, device or long path; "
             "a shard holds plain files alone"
         )
-    member = Member(info.name, 0, info.size)
+    member = Member(info.name, 0, info.size, b"")
     if not KEY_CHARACTERS.issuperset(member.key) or not member.key:
         raise UserError(
             f"{where}: member {info.name!r} is no plain sample name; the shard is not ours"
@@ -100,11 +86,7 @@ def parse_header(block: bytes, where: str) -> Member | None:
 
 
 def members(data: memoryview, where: str) -> Iterator[Member]:
-    """Walk the headers of a whole tar, usually a memory map, and yield its members in order.
-
-    Raises:
-        UserError: On broken headers, links and devices, foreign names, or content beyond the end.
-    """
+    """Yield the members of a whole tar, usually a memory map, in order."""
     position = 0
     while position + BLOCK <= len(data):
         member = parse_header(bytes(data[position : position + BLOCK]), where)
@@ -113,28 +95,29 @@ def members(data: memoryview, where: str) -> Iterator[Member]:
         start, size = position + BLOCK, member.size
         if start + size > len(data):
             raise UserError(f"{where}: sample {member.key} is cut off or claims an absurd size")
-        yield Member(member.name, start, size)
+        yield replace(member, offset=start, content=bytes(data[start : start + NPY_HEADER_LIMIT]))
         position = start + size + (-size % BLOCK)
     if position > len(data):
         raise UserError(f"{where}: the shard is cut off")
 
 
-def samples(files: Iterable[M], suffixes: Collection[str], where: str) -> Iterator[dict[str, M]]:
-    """Group members into samples: one member per suffix, in any order.
-
-    Raises:
-        UserError: On a missing or repeated member, or one of another sample or suffix.
-    """
-    sample: dict[str, M] = {}
+def samples(
+    files: Iterable[Member], arrays: dict[str, ArraySpec], where: str
+) -> Iterator[dict[str, Member]]:
+    """Group members, in any order, into samples of one checked member per array, and `json`."""
+    suffixes = {f"{name}.npy": name for name in arrays} | {"json": "json"}
+    sample: dict[str, Member] = {}
     key = ""
     for member in files:
         key = key if sample else member.key
-        if member.key != key or member.suffix not in suffixes or member.suffix in sample:
+        name = suffixes.get(member.suffix)
+        if member.key != key or name is None or name in sample:
             raise UserError(
                 f"{where}: sample {key} is incomplete before member {member.name}: "
                 "the shard is not the one that index.json describes"
             )
-        sample[member.suffix] = member
+        start = 0 if name == "json" else _npy_start(member, arrays[name], where)
+        sample[name] = replace(member, offset=member.offset + start)
         if len(sample) == len(suffixes):
             yield sample
             sample = {}
@@ -142,8 +125,22 @@ def samples(files: Iterable[M], suffixes: Collection[str], where: str) -> Iterat
         raise UserError(f"{where}: sample {key} is incomplete at the end: extract it again")
 
 
+def _npy_start(member: Member, spec: ArraySpec, where: str) -> int:
+    """Check a npy file against the index; return where its numbers start in it."""
+    where = f"{where}: {member.name}"
+    stored, shape, start = read_npy_header(member.content, where)
+    if stored != spec.stored or shape != spec.shape:
+        raise UserError(
+            f"{where} holds {stored} {list(shape)}, index.json promises "
+            f"{spec.stored} {list(spec.shape)}: extract it again"
+        )
+    if member.size != start + spec.nbytes:
+        raise UserError(f"{where} has a wrong size: extract it again")
+    return start
+
+
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Return numpy's own version 1.0 header for a C-order array (`dtype` as in `<f2`)."""
+    """Return the version 1.0 header of a C-order array; `dtype` as in `<f2`."""
     out = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         out, {"descr": dtype, "fortran_order": False, "shape": shape}
@@ -152,11 +149,7 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 def read_npy_header(content: bytes, where: str) -> tuple[str, tuple[int, ...], int]:
-    """Return the type (as in `<f2`), the shape and the start of the numbers of an npy file.
-
-    Raises:
-        UserError: If this is no npy file in C order.
-    """
+    """Return the type (as in `<f2`), the shape and the start of the numbers of an npy file."""
     stream = io.BytesIO(content[:NPY_HEADER_LIMIT])
     try:
         version = np.lib.format.read_magic(stream)
@@ -173,18 +166,3 @@ def read_npy_header(content: bytes, where: str) -> tuple[str, tuple[int, ...], i
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{where} is no plain npy file ({reason}): extract it again") from error
     return dtype.str, shape, stream.tell()
-
-
-def npy_start(content: bytes, dtype: str, shape: tuple[int, ...], where: str) -> int:
-    """Check an npy file's first bytes against the index and return where its numbers start.
-
-    Raises:
-        UserError: If this is no npy file, or one of another type, order or shape.
-    """
-    stored, stored_shape, start = read_npy_header(content, where)
-    if stored != dtype or stored_shape != shape:
-        raise UserError(
-            f"{where} holds {stored} {list(stored_shape)}, index.json promises "
-            f"{dtype} {list(shape)}: extract it again"
-        )
-    return start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,16 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from blip3o_lit.towers.tower import Tower
 
 
-@dataclass(frozen=True)
-class TowerCost:
-    """Size of a tower and work of one image."""
-
+class TowerCost(NamedTuple):
     parameters: int
     """Weights, those of a text side included."""
     bytes: int
     """Memory of the weights in the tower's precision."""
     flops: int
-    """Floating-point operations of one image's matrix products; a multiply-add is 2."""
+    """Floating-point operations per image, matrix products alone; a multiply-add is 2."""
 
 
 def tower_cost(tower: Tower) -> TowerCost:
@@ -27,9 +24,9 @@ def tower_cost(tower: Tower) -> TowerCost:
     size = tower.info.image_size
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         tower.tokens(torch.zeros(1, 3, size, size, device="meta"))
-    parameters = list(tower.parameters())
+    weights = list(tower.parameters())
     return TowerCost(
-        sum(parameter.numel() for parameter in parameters),
-        sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-        counter.get_total_flops(),
+        parameters=sum(weight.numel() for weight in weights),
+        bytes=sum(weight.nbytes for weight in weights),
+        flops=counter.get_total_flops(),
     )

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.towers import TowerConfig
-from blip3o_lit.towers.eva_clip import ARCHITECTURES, EvaClipArchitecture, EvaClipTower
+from blip3o_lit.towers.eva_clip import ARCHITECTURES, EvaClipArchitecture
 from blip3o_lit.towers.eva_clip import load_eva_clip as load
 from blip3o_lit.towers.load import load_tower
+from blip3o_lit.towers.timm_tower import TimmTower
 
 SMALL = EvaClipArchitecture(image_size=42, patch=14, width=48, depth=3, heads=4, projection=24)
 LAYERS = "vision_model.encoder.layers"
@@ -121,7 +122,7 @@ def config(source: Path | str, **changes: object) -> TowerConfig:
     return TowerConfig("eva_clip", "EVA-CLIP-8B", str(source), **changes)  # type: ignore[arg-type]
 
 
-def small(source: Path | str, **changes: object) -> EvaClipTower:
+def small(source: Path | str, **changes: object) -> TimmTower:
     return load(config(source, **changes), True, "cpu", SMALL).eval().requires_grad_(False)
 
 

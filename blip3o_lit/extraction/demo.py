@@ -93,11 +93,10 @@ def _build(folder: Path, source: Source, masked: bool) -> None:
 
     from blip3o_lit.extraction.engine import extract
     from blip3o_lit.towers import demo
-    from blip3o_lit.towers.left_half import LeftHalf
 
     engine = EngineConfig(batch_size=BATCH, threads=1, device="cpu")
     eva = demo.load("eva")
-    towers = {"eva": LeftHalf(eva) if masked else eva, "clip": demo.load("clip")}
+    towers = {"eva": demo.LeftHalf(eva) if masked else eva, "clip": demo.load("clip")}
     # oneDNN's fp32 kernels are twice as fast as MKL's here and as exact (4e-7 against 2e-7).
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

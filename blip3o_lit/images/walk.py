@@ -13,7 +13,7 @@ from blip3o_lit.images.names import ARCHIVES, Passed, companion, extension_of, p
 
 @dataclass
 class Below:
-    """The entries below a folder, by kind; names are relative to it, with slashes."""
+    """The entries below a folder by kind, as names relative to it."""
 
     pictures: list[str] = field(default_factory=list)
     tars: list[str] = field(default_factory=list)
@@ -30,10 +30,8 @@ class Below:
 def below(folder: Path, out: Path | None = None) -> Below:
     """List a folder and its subfolders.
 
-    Links to folders are not followed, token stores and the folder `out` not entered.
-
-    Raises:
-        OSError: If the folder itself can't be listed.
+    Links to folders are not followed, token stores and the folder `out` not entered. An OSError
+    says that the folder itself can't be listed.
     """
     listing = Below()
     own = os.path.realpath(out) if out is not None else None
@@ -53,9 +51,8 @@ def below(folder: Path, out: Path | None = None) -> Below:
             listing.beside.append(Lost(plain(place), reason, image=False))
             continue
         prefix = f"{place}/" if place else ""
-        stack += [
-            prefix + child.name for child in reversed(children) if _sort(listing, prefix, child)
-        ]
+        folders = [prefix + child.name for child in children if _sort(listing, prefix, child)]
+        stack += reversed(folders)
     for names in (listing.pictures, listing.tars, listing.others):
         names.sort()
     return listing

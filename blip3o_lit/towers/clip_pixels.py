@@ -6,7 +6,6 @@ pixel where the difference of the sizes is odd.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,14 +28,17 @@ def clip_pixels(
     interpolation: str = "bicubic",
 ) -> Pixels:
     """Return CLIP's preprocessing: shortest edge to `shortest`, then the central `size` square."""
-    transform = partial(
-        _transform,
-        size=size,
-        shortest=shortest,
-        mean=np.asarray(mean, np.float32),
-        std=np.asarray(std, np.float32),
-        filter=Image.Resampling[interpolation.upper()],
-    )
+    mean_3, std_3 = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+
+    def transform(image: Image.Image) -> Tensor:
+        longest = int(shortest * max(image.size) / min(image.size))
+        width, height = (shortest, longest) if image.width <= image.height else (longest, shortest)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), Image.Resampling[interpolation.upper()])
+        image = image.crop((left, top, left + size, top + size))
+        pixels_SS3 = (np.asarray(image, np.float32) / 255 - mean_3) / std_3
+        return torch.from_numpy(pixels_SS3).permute(2, 0, 1).contiguous()
+
     facts = {
         "size": size,
         "resize": "shortest",
@@ -47,22 +49,6 @@ def clip_pixels(
         "std": list(std),
     }
     return Pixels(size, transform, facts)
-
-
-def _transform(
-    image: Image.Image,
-    size: int,
-    shortest: int,
-    mean: np.ndarray,
-    std: np.ndarray,
-    filter: Image.Resampling,
-) -> Tensor:
-    longest = int(shortest * max(image.size) / min(image.size))
-    width, height = (shortest, longest) if image.width <= image.height else (longest, shortest)
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), filter).crop((left, top, left + size, top + size))
-    pixels_SS3 = (np.asarray(image, np.float32) / 255 - mean) / std
-    return torch.from_numpy(pixels_SS3).permute(2, 0, 1).contiguous()
 
 
 def clip_pixels_of(config: dict[str, Any]) -> Pixels | None:

@@ -6,6 +6,7 @@ with a card; loading them needs no network.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ TEXT = CLIPTextCfg(
 )
 """Word 0 is padding; the end word has the highest number, where `argmax` pooling finds it."""
 EPSILON = 1e-5
+GREY = (127, 127, 127)
+"""What covers the right half of a picture: the middle of the pixels' range."""
 LOGIT_SCALE = float(np.log(1 / 0.07))
 """Initial log of the inverse softmax temperature (Radford et al. 2021, section 2.5)."""
 
@@ -143,6 +146,30 @@ class DemoClip(DemoTower):
     def encode_text(self, captions: list[str]) -> Tensor:
         numbers_BL = tokenize(captions).to(self.device)
         return self.model.encode_text(numbers_BL, normalize=True)
+
+
+class LeftHalf(Tower):
+    """A tower behind a screen over the right half of every picture, which it leaves open."""
+
+    def __init__(self, tower: Tower) -> None:
+        super().__init__()
+        self.tower = tower
+        self.info = replace(
+            tower.info,
+            name=f"{tower.info.name}, left half",
+            preprocessing={**tower.info.preprocessing, "visible": "left half"},
+        )
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        covered = image.convert("RGB")
+        covered.paste(GREY, (covered.width // 2, 0, covered.width, covered.height))
+        return self.tower.preprocess(covered)
+
+    def tokens(self, images_B3SS: Tensor) -> Tensor:
+        return self.tower.tokens(images_B3SS)
+
+    def heads(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return self.tower.heads()
 
 
 def load(name: str, pretrained: bool = True) -> DemoTower:

@@ -9,8 +9,8 @@ target's captions come from its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers.norm import RmsNorm
@@ -30,64 +30,28 @@ RANDOM_STD = 0.02
 """Standard deviation of random matrices; the published initialisation's (truncated) normal."""
 
 
-@dataclass(frozen=True)
-class EvaClipArchitecture:
-    image_size: int = 224
-    patch: int = 14
-    width: int = 4096
-    depth: int = 32
-    heads: int = 32
-    mlp_ratio: float = 5.0
-    projection: int = 1280
-
-    def build(self, dtype: torch.dtype) -> VisionTransformer:
-        """Build the network without weights, on the meta device."""
-        trunk = VisionTransformer(
-            img_size=self.image_size,
-            patch_size=self.patch,
-            num_classes=self.projection,
-            global_pool="token",
-            embed_dim=self.width,
-            depth=self.depth,
-            num_heads=self.heads,
-            mlp_ratio=self.mlp_ratio,
-            qkv_bias=False,
-            norm_layer=partial(RmsNorm, eps=EPSILON),
-            weight_init="skip",
-            device="meta",
-            dtype=dtype,
-        )
-        trunk.head = nn.Linear(self.width, self.projection, bias=False, device="meta", dtype=dtype)
-        return trunk
-
-
-ARCHITECTURES = {
-    "EVA-CLIP-8B": EvaClipArchitecture(),
-    "EVA-CLIP-8B-448": EvaClipArchitecture(image_size=448),
+PUBLISHED: dict[str, Any] = {
+    "img_size": 224,
+    "patch_size": 14,
+    "embed_dim": 4096,
+    "depth": 32,
+    "num_heads": 32,
+    "mlp_ratio": 5.0,
+    "num_classes": 1280,
 }
-"""The published pre-norm models; the 448 px one is called 8B-plus in the original files."""
+ARCHITECTURES = {"EVA-CLIP-8B": PUBLISHED, "EVA-CLIP-8B-448": PUBLISHED | {"img_size": 448}}
+"""Sizes of the pre-norm models in timm's words; the projection stands in the classifier's place.
+
+The 448 px one is called 8B-plus in the original files.
+"""
 
 
-def load_eva_clip(
-    config: TowerConfig,
-    pretrained: bool,
-    device: str,
-    architecture: EvaClipArchitecture | None = None,
-) -> TimmTower:
-    """Build an EVA-CLIP tower; its weights are cast on the way in, so memory holds them once.
-
-    Args:
-        config: `model` names the architecture; `pretrained` is a `.pt`, a folder, a hub id
-            (`BAAI/EVA-CLIP-8B`) or a hub file (`BAAI/EVA-CLIP-8B/EVA_CLIP_8B_psz14_s9B.pt`).
-        pretrained: False for random weights.
-        device: Where the weights go; `meta` for shapes alone.
-        architecture: Other sizes than those of `model`.
-    """
+def load_eva_clip(config: TowerConfig, pretrained: bool, device: str) -> TimmTower:
+    """Build an EVA-CLIP tower; its weights are cast on the way in, so memory holds them once."""
     model, dtype = config.model or "", DTYPES[config.precision]
-    if architecture is None:
-        one_of("towers.*.model", model, ARCHITECTURES)
-        architecture = ARCHITECTURES[model]
-    trunk, logit_scale = architecture.build(dtype), None
+    one_of("towers.*.model", model, ARCHITECTURES)
+    sizes = ARCHITECTURES[model]
+    trunk, logit_scale = _without_weights(sizes, dtype), None
     if device != "meta" and pretrained:
         source = str(config.pretrained)
         tensors = rename(read(weight_files(source, wanted), wanted), dtype, device)
@@ -97,8 +61,23 @@ def load_eva_clip(
         _randomise(trunk.to_empty(device=device))
     label = str(config.pretrained).rstrip("/").split("/")[-1] if pretrained else "random"
     head = TowerHead(trunk.norm, trunk.head.weight.T, logit_scale)
-    pixels = clip_pixels(architecture.image_size, architecture.image_size)
+    pixels = clip_pixels(sizes["img_size"], sizes["img_size"])
     return TimmTower(trunk, config, f"eva_clip:{model}/{label}", head, pixels)
+
+
+def _without_weights(sizes: dict[str, Any], dtype: torch.dtype) -> VisionTransformer:
+    trunk = VisionTransformer(
+        **sizes,
+        global_pool="token",
+        qkv_bias=False,
+        norm_layer=partial(RmsNorm, eps=EPSILON),
+        weight_init="skip",
+        device="meta",
+        dtype=dtype,
+    )
+    width, projection = sizes["embed_dim"], sizes["num_classes"]
+    trunk.head = nn.Linear(width, projection, bias=False, device="meta", dtype=dtype)
+    return trunk
 
 
 def _randomise(trunk: VisionTransformer) -> None:

@@ -30,13 +30,9 @@ class TowerHead(nn.Module):
         logit_scale: Tensor | None = None,
         projection_bias_P: Tensor | None = None,
     ) -> None:
-        """Copy a tower's head.
+        """Copy a tower's head; a `norm` but a LayerNorm or an RMSNorm counts as none.
 
-        Args:
-            norm: Anything but a LayerNorm or an RMSNorm counts as none.
-            projection_CP: The projection, where the tower has a linear one.
-            logit_scale: Log of the inverse softmax temperature (Radford et al. 2021, section 2.5).
-            projection_bias_P: Bias of the projection (EVA02-CLIP has one).
+        `logit_scale` is the log of the inverse softmax temperature (Radford et al. 2021, 2.5).
         """
         super().__init__()
         self.kind = "none"
@@ -67,11 +63,7 @@ class TowerHead(nn.Module):
         return out.to(tokens_BNC.dtype)
 
     def describe(self, normed: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return tensors and metadata as `Tower.heads` promises.
-
-        Args:
-            normed: Whether the stored tokens have the final norm already.
-        """
+        """Return what `Tower.heads` promises, of tokens that are `normed` already or not."""
         tensors = {
             "norm.weight": self.weight_C,
             "norm.bias": self.bias_C,

@@ -103,14 +103,6 @@ def _pixels(visual: Any, name: str) -> Pixels:
 
 
 def load_open_clip(config: TowerConfig, pretrained: bool, device: str) -> OpenClipTower:
-    """Build an open_clip tower.
-
-    Args:
-        config: `model` is an architecture, `local-dir:FOLDER` or `hf-hub:org/name`; `pretrained` a
-            tag, a checkpoint file or an open_clip folder.
-        pretrained: False for random weights.
-        device: Where the weights go; `meta` for shapes alone.
-    """
     source = find_source(config, pretrained)
     load = pretrained and device != "meta"
     build_on = device if device == "meta" else "cpu"

@@ -37,14 +37,7 @@ class TimmTower(VitTower):
 
 
 def load_timm(config: TowerConfig, pretrained: bool, device: str) -> TimmTower:
-    """Build a timm tower.
-
-    Args:
-        config: `model` is an architecture (`vit_base_patch14_dinov2`), `pretrained` a tag of it
-            (`lvd142m`) or a local checkpoint file.
-        pretrained: False for random weights.
-        device: Where the weights go; `meta` for shapes alone.
-    """
+    """Build an architecture (`vit_base_patch14_dinov2`) with a tag (`lvd142m`) or a local file."""
     model, weights = config.model or "", config.pretrained
     if "." in model or not timm.is_model(model):
         advice = "A tag goes into towers.*.pretrained"

@@ -136,13 +136,9 @@ def _final_norm(vision: nn.Module) -> nn.Module:
 
 
 def load_transformers(config: TowerConfig, pretrained: bool, device: str) -> TransformersTower:
-    """Build a tower from a folder of transformers.
+    """Build a tower from a folder or hub id, `pretrained`, or the shapes of a CLIP of open_clip.
 
-    Args:
-        config: `pretrained` is a folder or a hub id; `model`, where set, a CLIP of open_clip that
-            it must have the shapes of, and whose shapes random weights take.
-        pretrained: False for random weights.
-        device: Where the weights go; `meta` for shapes alone.
+    Where both are set, the folder must have the shapes of that `model`.
     """
     source, model = config.pretrained, config.model
     if not model and not source:

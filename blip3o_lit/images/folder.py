@@ -87,11 +87,10 @@ def _captions(folder: Path, entries: Below) -> tuple[dict[str, str], set[str]]:
             try:
                 content = file_bytes(folder / text, CAPTION_BYTES)
             except Reject as error:
-                reason = f"a caption that is not read: {error}"
-                entries.beside.append(Lost(plain(text), reason, image=False))
+                entries.skip(text, f"a caption that is not read: {error}")
                 continue
             if not is_text(content):
-                entries.beside.append(Lost(plain(text), GARBLED, image=False))
+                entries.skip(text, GARBLED)
             captions[picture] = captions[picture] or caption_of(content, extension)
     return captions, used
 
@@ -102,11 +101,11 @@ def _pass_over(folder: Path, entries: Below, used: set[str]) -> None:
         if extension_of(name) in TABLES:
             words = pasteable("images", str(folder / name))
             reason = f"a table is not read with its folder: {words} reads what it lists"
-            entries.beside.append(Lost(plain(name), plain(reason), image=False))
+            entries.skip(name, plain(reason))
         elif name not in used:
             entries.passed.add(name)
     if words := entries.passed.words():
-        entries.beside.append(Lost(plain(folder.name or str(folder)), words, image=False))
+        entries.skip(folder.name or str(folder), words)
 
 
 def _size(path: Path) -> int:

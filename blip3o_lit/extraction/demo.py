@@ -88,11 +88,10 @@ def _build(folder: Path, source: Source, masked: bool) -> None:
 
     from blip3o_lit.extraction.engine import extract
     from blip3o_lit.towers import demo
-    from blip3o_lit.towers.left_half import LeftHalf
 
     engine = EngineConfig(batch_size=BATCH, threads=1, device="cpu")
     eva = demo.load("eva")
-    towers = {"eva": LeftHalf(eva) if masked else eva, "clip": demo.load("clip")}
+    towers = {"eva": demo.LeftHalf(eva) if masked else eva, "clip": demo.load("clip")}
     # Then oneDNN's fp32 kernels run, which are faster here than MKL's and as exact.
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

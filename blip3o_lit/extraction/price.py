@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.extraction.encoding import TowerSet
-from blip3o_lit.towers.cost import tower_cost
 from blip3o_lit.towers.load import load_tower
+from blip3o_lit.towers.tower import tower_cost
 
 IMAGES = 100_000
 """Priced where the source does not know how many it holds (tars)."""

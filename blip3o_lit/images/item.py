@@ -8,7 +8,7 @@ import re
 import stat
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,17 +22,15 @@ EXTENSIONS = (
     *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"),
     *(["avif"] if _AVIF else []),
 )
-"""Names that end so are pictures that we read."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if _AVIF else []))
 """Decoders that may run; PIL knows some fifty more, old and rarely fuzzed."""
 MAX_PIXELS = 89_478_485
-"""Larger pictures are refused before they are decoded (PIL's own warning limit: 256 MiB of RGB)."""
+"""PIL's own warning limit."""
 MAX_SIDE = 65_535
-"""The longest side: JPEG's own limit."""
+"""JPEG's own limit."""
 MAX_RATIO = 100
 """Longest to shortest side: towers that resize the shortest to theirs make the other as long."""
 MAX_BYTES = 256 * 2**20
-"""Larger image files are refused before they are read."""
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is stricter
 warnings.filterwarnings("ignore", module=r"PIL\.", category=UserWarning)  # of damaged EXIF
@@ -60,7 +58,7 @@ class Item:
 
     @property
     def sample_key(self) -> str:
-        """A key of letters, digits, `-` and `_`: the file's stem and 12 digits of its hash."""
+        """A key of letters, digits, `-` and `_`: the file's stem, and its hash."""
         if self.key:
             return self.key
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(self.source).name.split(".")[0])[:40]
@@ -69,7 +67,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Lost:
-    """Something in a source that is no image: a refused member, a line without a path."""
+    """An entry of a source that is no image: a refused member, a line without a path."""
 
     source: str
     reason: str
@@ -77,23 +75,23 @@ class Lost:
     """Whether an image is lost with it; false for a refused member beside a sound image."""
 
 
+def with_split(entry: Item | Lost, splits: dict[str, str]) -> Item | Lost:
+    if isinstance(entry, Item) and entry.source in splits:
+        return replace(entry, split=splits[entry.source])
+    return entry
+
+
 class Part(Protocol):
     """A piece of a source that is read in order, and whose order never changes."""
 
     @property
-    def name(self) -> str:
-        """What it is called in messages."""
-        ...
+    def name(self) -> str: ...
 
     @property
-    def split(self) -> str:
-        """The split of all its images, or an empty string where that is not given."""
-        ...
+    def split(self) -> str: ...  # of all its images, or an empty string
 
     @property
-    def length(self) -> int | None:
-        """Number of entries, where that is known without reading it."""
-        ...
+    def length(self) -> int | None: ...  # None: unknown before it is read
 
     def entries(self, skip: int = 0) -> Iterator[Item | Lost]:
         """Yield the entries from number `skip` on."""
@@ -110,11 +108,9 @@ class ListPart:
 
     @property
     def length(self) -> int:
-        """Number of items."""
         return len(self.items)
 
     def entries(self, skip: int = 0) -> Iterator[Item | Lost]:
-        """Yield the items from number `skip` on."""
         yield from self.items[skip:]
 
 
@@ -140,10 +136,9 @@ class Source:
 
     @property
     def length(self) -> int | None:
-        """Number of entries, where that is known without reading it."""
-        lengths = [part.length for part in self.parts]
-        known = [length for length in lengths if length is not None]
-        return sum(known) if len(known) == len(lengths) else None
+        """Number of entries, where that is known without reading them."""
+        lengths = [part.length for part in self.parts if part.length is not None]
+        return sum(lengths) if len(lengths) == len(self.parts) else None
 
 
 def slices(items: list[Item | Lost], size: int) -> list[Part]:
@@ -151,20 +146,17 @@ def slices(items: list[Item | Lost], size: int) -> list[Part]:
     groups: dict[str, list[Item | Lost]] = {}
     for item in items:
         groups.setdefault(item.split if isinstance(item, Item) else "", []).append(item)
-    return [
-        ListPart(f"{split or 'images'} {start} to {start + len(cut) - 1}", cut, split)
-        for split, group in groups.items()
-        for start in range(0, len(group), size)
-        if (cut := group[start : start + size])
-    ]
+    parts: list[Part] = []
+    for split, group in groups.items():
+        for start in range(0, len(group), size):
+            cut = group[start : start + size]
+            name = f"{split or 'images'} {start} to {start + len(cut) - 1}"
+            parts.append(ListPart(name, cut, split))
+    return parts
 
 
 def file_bytes(path: Path, limit: int | None = None) -> bytes:
-    """Read an image file, or another of at most `limit` bytes.
-
-    Raises:
-        Reject: If it is missing, can't be read, is no regular file, or is absurdly large.
-    """
+    """Read an image file, or another of at most `limit` bytes, or raise a Reject."""
     limit = MAX_BYTES if limit is None else limit
     try:
         facts = path.stat()
@@ -185,11 +177,7 @@ def file_bytes(path: Path, limit: int | None = None) -> bytes:
 
 
 def decode(content: bytes | Image.Image, pixels: PixelsConfig = VIEWER) -> Image.Image:
-    """Decode a picture to the RGB that a viewer shows.
-
-    Raises:
-        Reject: If no decoder knows it, it is truncated or damaged, or too large or thin.
-    """
+    """Decode a picture to the RGB that a viewer shows, or raise a Reject."""
     try:
         if isinstance(content, Image.Image):
             return _checked(content, pixels)
@@ -204,7 +192,6 @@ def decode(content: bytes | Image.Image, pixels: PixelsConfig = VIEWER) -> Image
 
 
 def _checked(image: Image.Image, pixels: PixelsConfig) -> Image.Image:
-    """Refuse absurd shapes before a pixel is decoded, then decode."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise Reject(f"{width * height} pixels; {MAX_PIXELS} is the limit (decompression bomb)")

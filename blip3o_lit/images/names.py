@@ -29,7 +29,6 @@ def extension_of(name: str) -> str:
 
 
 def stem_of(name: str) -> str:
-    """Return a path without its extension."""
     return name.rpartition(".")[0] if _dotted(name) else name
 
 
@@ -38,18 +37,15 @@ def _dotted(name: str) -> bool:
 
 
 def plain(name: str) -> str:
-    """Return a name in printable Unicode, so that any file can hold it and it stays on one line.
-
-    Control characters, and bytes that are no UTF-8, become escapes: backslash, x, two digits.
-    """
+    """Return a name on one line: what is not printable or no UTF-8 becomes an escape."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", _escape, name)
 
 
-def _escape(found: re.Match[str]) -> str:
-    code = ord(found[0])
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
     if 0xDC80 <= code <= 0xDCFF:  # how Python spells a byte that is no UTF-8
         return f"\\x{code - 0xDC00:02x}"
-    return found[0].encode("unicode_escape").decode()
+    return match[0].encode("unicode_escape").decode()
 
 
 def unread(name: str) -> str:
@@ -67,16 +63,14 @@ def companion(name: str) -> bool:
 
 
 class Passed:
-    """Counts what lies beside pictures and is none."""
+    """Counts what lies beside pictures and is none, to say it in words."""
 
     def __init__(self) -> None:
-        """Start from nothing."""
         self.files: Counter[str] = Counter()
         self.companions = 0
         self.hidden: list[str] = []
 
     def add(self, name: str) -> None:
-        """Count a file by its extension, or as a companion."""
         if companion(name):
             self.companions += 1
         else:
@@ -84,7 +78,6 @@ class Passed:
             self.files[f".{extension}" if extension else "no extension"] += 1
 
     def words(self) -> str:
-        """Return the counts in words; empty where nothing was passed over."""
         lines = []
         if self.files:
             kinds = [plain(kind)[:20] for kind, _ in self.files.most_common(KINDS_NAMED)]

@@ -38,12 +38,7 @@ SAME = 1
 
 
 def shown(image: Image.Image, pixels: PixelsConfig = VIEWER) -> Image.Image:
-    """Return the RGB picture that a viewer shows of an opened file, or of a picture in memory.
-
-    Raises:
-        ValueError: If its floating-point pixels are not all finite.
-        Exception: Whatever PIL's decoders raise on damaged input.
-    """
+    """Return the RGB picture that a viewer shows; raises whatever PIL does on damaged input."""
     raw = _raw_mode(image)
     image.load()
     colours, alpha = _parts(image, raw)
@@ -135,12 +130,12 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
     """Return a profile's mode and its way to sRGB: None where it is sRGB, or is damaged."""
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
     try:
-        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        described: Any = given.profile
-        mode = SPACES.get(described.xcolor_space.strip(), "")
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        facts: Any = own.profile
+        mode = SPACES.get(facts.xcolor_space.strip(), "")
         if not mode:
             return "", None
-        transform = ImageCms.buildTransform(given, srgb, mode, "RGB")
+        transform = ImageCms.buildTransform(own, srgb, mode, "RGB")
     except (OSError, ImageCms.PyCMSError):  # viewers show the pixels as they are
         return "", None
     if mode == "CMYK":

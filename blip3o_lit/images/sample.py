@@ -10,12 +10,11 @@ from blip3o_lit.images.item import Item, Lost
 from blip3o_lit.images.names import Passed, plain, stem_of
 
 LABEL = "cls"
-"""Extension of a label."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A caption or label of a tar."""
+    """A caption or label."""
 
     name: str
     extension: str
@@ -37,9 +36,11 @@ class Sample:
 
     @property
     def size(self) -> int:
-        """Bytes that it holds."""
         pictures = sum(len(content) for _, content in self.pictures)
         return pictures + sum(len(text.content) for text in self.texts)
+
+    def lose(self, lost: Lost) -> None:
+        self.lost.append((len(self.pictures), lost))
 
     def entries(self, label: str, passed: Passed) -> Iterator[Item | Lost]:
         """Yield its pictures and refused members in order; count texts that belong to none."""
@@ -53,8 +54,7 @@ class Sample:
             caption = next((t.content for t in near if t.extension != LABEL and t.content), "")
             classes = next((t.content for t in near if t.extension == LABEL and t.content), "")
             extra = {"label": classes} if classes else {}
-            source = f"{label}/{plain(name)}"
-            yield Item(source, partial(bytes, content), caption, extra=extra)
+            yield Item(f"{label}/{plain(name)}", partial(bytes, content), caption, extra=extra)
         yield from (lost for place, lost in self.lost if place == len(self.pictures))
         if self.pictures or self.cut or any(lost.image for _, lost in self.lost):
             for text in self.texts:

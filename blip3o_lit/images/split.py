@@ -17,7 +17,7 @@ from blip3o_lit.config.errors import one_of, within
 RULES = ("perceptual", "content")
 CELLS = 3
 STEP = 20.0
-"""Grey levels by which two cells must differ to count; re-encoding moves a cell by some 0.1."""
+"""Grey levels by which two cells must differ to count, far above what re-encoding moves one."""
 
 
 def fingerprint(image: Image.Image) -> bytes:
@@ -29,28 +29,22 @@ def fingerprint(image: Image.Image) -> bytes:
 
 
 class Splitter:
-    """Chooses `train` or `validation` for images whose source gives no split."""
+    """Chooses `train` or `validation` for decoded pictures whose source gives no split.
+
+    The rule is `perceptual` (by `fingerprint`) or `content` (by the pixels, exactly).
+    """
 
     def __init__(self, rule: str, fraction: float, seed: int) -> None:
-        """Check the options.
-
-        Args:
-            rule: `perceptual` (by `fingerprint`) or `content` (by the decoded pixels, exactly).
-            fraction: Share of validation images.
-            seed: Another seed holds other images out.
-        """
         one_of("split.by", rule, RULES)
         within("split.fraction", fraction, 0.0, 0.9)
         self.rule, self.fraction, self.seed = rule, fraction, seed
 
     @property
     def words(self) -> str:
-        """The rule in words, for the index."""
         what = "a coarse difference hash" if self.rule == "perceptual" else "the decoded pixels"
         return f"sha256 of {what} of the source image, seed {self.seed}, {self.fraction:g} held out"
 
     def __call__(self, image: Image.Image) -> str:
-        """Return the split of a decoded RGB picture."""
         content = fingerprint(image) if self.rule == "perceptual" else image.tobytes()
         digest = hashlib.sha256(f"{self.seed}:".encode() + content).digest()
         held_out = int.from_bytes(digest[:6], "big") / 2**48 < self.fraction

@@ -6,22 +6,18 @@ import os
 import posixpath
 import tarfile
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.images.table import PATHS, SPLIT, rows, split_name
 from blip3o_lit.images.tars import TarPart
-from blip3o_lit.images.text import text_of
+from blip3o_lit.images.text import first_text
 
 
 def read_splits(file: Path) -> dict[str, str]:
-    """Read a table of `path` and `split`: the split of each named image.
-
-    Raises:
-        UserError: If it is missing or empty, a row lacks either, or an image has two splits.
-    """
+    """Return the split of each path that a table of `path` and `split` names."""
     if not file.is_file():
         raise UserError(f"split.file={file} does not exist")
     splits: dict[str, str] = {}
@@ -30,8 +26,7 @@ def read_splits(file: Path) -> dict[str, str]:
         if isinstance(row, str):
             raise UserError(f"{where} lacks a path or a split: {row}")
         try:
-            path = next((text for name in PATHS if (text := text_of(row.get(name)))), "")
-            word = text_of(row.get(SPLIT))
+            path, word = first_text(row, PATHS), first_text(row, (SPLIT,))
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
         if not path or not word:
@@ -55,9 +50,6 @@ def assigned(
         names: Images of the source.
         prefixes: What may stand before a name: folders, and their endings, of which all rows have
             to use the same.
-
-    Raises:
-        UserError: If a row names no image, or two rows give an image two splits.
     """
     known = set(names)
     if splits.keys() <= known:
@@ -65,13 +57,13 @@ def assigned(
     fewest = list(splits)
     folders = [prefix for prefix in prefixes if prefix.startswith("/")]
     for prefix in ("", *prefixes):
-        below = partial(_below, [*folders, prefix])
-        images: dict[str, list[str]] = {}
+        images: dict[str, list[str]] = defaultdict(list)
         for name in known:
-            images.setdefault(below(name), []).append(name)
-        missing = [row for row in splits if below(row) not in images]
+            images[_below([*folders, prefix], name)].append(name)
+        by_row = {row: images.get(_below([*folders, prefix], row), []) for row in splits}
+        missing = [row for row in splits if not by_row[row]]
         if not missing:
-            return _given(splits, {row: images[below(row)] for row in splits}, file)
+            return _by_image(splits, by_row, file)
         fewest = min(fewest, missing, key=len)
     raise UserError(
         f"split.file={file}: {len(fewest)} of its {len(splits)} rows name no image of this "
@@ -79,22 +71,22 @@ def assigned(
     )
 
 
-def _given(splits: dict[str, str], images: dict[str, list[str]], file: Path) -> dict[str, str]:
-    given: dict[str, str] = {}
+def _by_image(splits: dict[str, str], images: dict[str, list[str]], file: Path) -> dict[str, str]:
+    by_image: dict[str, str] = {}
     for row, split in splits.items():
         for name in images[row]:
-            if given.setdefault(name, split) != split:
+            if by_image.setdefault(name, split) != split:
                 raise UserError(f"split.file={file} gives {name} two splits")
-    return given
+    return by_image
 
 
 def endings(folder: Path) -> list[str]:
     """Return the endings of a folder's path, the shortest first, the whole path last."""
-    found: list[str] = []
+    listed: list[str] = []
     for path in (os.path.abspath(folder), os.path.realpath(folder)):
         parts = PurePosixPath(_plain(path)).parts
-        found += [str(PurePosixPath(*parts[-count:])) for count in range(1, len(parts) + 1)]
-    return list(dict.fromkeys(found))
+        listed += [str(PurePosixPath(*parts[-count:])) for count in range(1, len(parts) + 1)]
+    return list(dict.fromkeys(listed))
 
 
 def _plain(name: str) -> str:
@@ -110,30 +102,27 @@ def _below(prefixes: list[str], name: str) -> str:
 
 
 def assigned_in_tars(
-    splits: dict[str, str], file: Path, parts: list[TarPart], loose: Iterable[str] = ()
+    splits: dict[str, str], file: Path, parts: list[TarPart], loose: Iterable[str]
 ) -> dict[str, str]:
     """Return the split of each tar member, or loose picture, that the rows name; see `assigned`.
 
     The members of a remote or damaged tar are not known: rows that begin with its name are taken
     as they are. The name of a single tar may be left out.
-
-    Raises:
-        UserError: If a row names no member.
     """
     names = set(loose)
     unlisted: list[str] = []
     for part in parts:
-        if "://" in part.url:
-            unlisted.append(f"{part.label}/")
+        if part.is_remote:
+            unlisted.append(f"{part.name}/")
             continue
         try:
             with tarfile.open(part.url, "r:", ignore_zeros=True) as archive:
-                names |= {f"{part.label}/{member.name}" for member in archive}
+                names |= {f"{part.name}/{member.name}" for member in archive}
         except (OSError, tarfile.TarError):  # reading its images will say what is wrong with it
-            unlisted.append(f"{part.label}/")
+            unlisted.append(f"{part.name}/")
     names |= {row for row in splits if row.startswith(tuple(unlisted))}
     first = parts[0]
-    alone = [first.label] if len(parts) == 1 else []
-    return assigned(
-        splits, file, names, [*endings(Path(first.url.removesuffix(first.label))), *alone]
-    )
+    prefixes = endings(Path(first.url.removesuffix(first.name)))
+    if len(parts) == 1:
+        prefixes.append(first.name)
+    return assigned(splits, file, names, prefixes)

@@ -15,13 +15,7 @@ from blip3o_lit.images.walk import is_token_store
 
 
 def tar_urls(words: str, out: Path | None = None) -> list[str]:
-    """Expand braces and wildcards to paths and addresses.
-
-    A wildcard passes over the shards of token stores, and of one that is being made in `out`.
-
-    Raises:
-        UserError: On `pipe:`, a scheme that is not listed, compressed tars, or no match.
-    """
+    """Expand braces and wildcards; a wildcard passes over the shards of token stores."""
     if "://" not in words and os.path.isfile(words):
         urls = [words]
     else:
@@ -29,7 +23,7 @@ def tar_urls(words: str, out: Path | None = None) -> list[str]:
             urls = list(braceexpand(words))
         except ValueError as error:
             raise UserError(f"images={words}: the braces don't match") from error
-    found: list[str] = []
+    tars: list[str] = []
     for url in urls:
         scheme, colon, _ = url.partition("://")
         if url.startswith("pipe:") or "::" in url:
@@ -38,21 +32,22 @@ def tar_urls(words: str, out: Path | None = None) -> list[str]:
             one_of("images' scheme", scheme, SCHEMES)
         if url.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst")):
             raise UserError(f"images={url} is compressed: unpack it to a plain .tar")
-        found += _matches(url, out)
-    if len(set(found)) != len(found):
+        tars += _matches(url, out)
+    if len(set(tars)) != len(tars):
         raise UserError(f"images={words} names a tar twice")
-    return found
+    return tars
 
 
 def _matches(url: str, out: Path | None) -> list[str]:
     remote = "://" in url
-    if "*" not in url or (not remote and os.path.isfile(url)):
-        if not remote and not os.path.isfile(url):
-            is_there = os.path.exists(url)
-            raise UserError(f"images={url} {'is no file' if is_there else 'does not exist'}")
+    if os.path.isfile(url) or (remote and "*" not in url):
         return [url]
+    if "*" not in url:
+        reason = "is no file" if os.path.exists(url) else "does not exist"
+        raise UserError(f"images={url} {reason}")
     if not remote:
-        matches = _without_stores(url, sorted(glob.glob(_literal(url), recursive=True)), out)
+        pattern = url.replace("[", "[[]").replace("?", "[?]")  # of the wildcards, * alone
+        matches = _without_stores(url, sorted(glob.glob(pattern, recursive=True)), out)
     else:
         try:
             system, path = fsspec.url_to_fs(url)
@@ -62,11 +57,6 @@ def _matches(url: str, out: Path | None) -> list[str]:
     if not matches:
         raise UserError(f"images={url} matches nothing")
     return matches
-
-
-def _literal(words: str) -> str:
-    """Take from a pattern all wildcards but `*`."""
-    return words.replace("[", "[[]").replace("?", "[?]")
 
 
 def _without_stores(words: str, matches: list[str], out: Path | None) -> list[str]:

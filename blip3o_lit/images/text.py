@@ -23,54 +23,17 @@ NOTHING = ("", "nan", "NaN")
 """What stands for no text; the words are those that pandas makes of a gap."""
 
 
-def encoding(start: bytes) -> str:
+def encoding(content: bytes) -> str:
     """Return the encoding that a file's first bytes tell: by its mark, else UTF-8."""
-    return next((name for mark, name in MARKS if start.startswith(mark)), "utf-8")
+    return next((name for mark, name in MARKS if content.startswith(mark)), "utf-8")
 
 
 def is_text(content: bytes) -> bool:
-    """Whether a file's bytes are text in the encoding that `encoding` tells."""
     try:
         content.decode(encoding(content))
     except UnicodeDecodeError:
         return False
     return True
-
-
-def encoding_of(file: Path) -> str:
-    """Return a text file's encoding.
-
-    Raises:
-        UserError: If it can't be read, or looks like UTF-16 without its mark.
-    """
-    try:
-        with open(file, "rb") as opened:
-            return _encoding_of(file, opened.read(4))
-    except OSError as error:
-        raise UserError(f"{file} can't be read: {error.strerror}") from error
-
-
-def _encoding_of(file: Path, start: bytes) -> str:
-    name = encoding(start)
-    if name == "utf-8" and b"\0" in start[:4]:
-        raise UserError(f"{file} is UTF-16 without a byte-order mark, or no text: save it as UTF-8")
-    return name
-
-
-def not_text(file: Path, name: str) -> UserError:
-    """Return the error of a file that is not in the encoding `name`, with the line of the fault."""
-    if not name.startswith("utf-8"):
-        return UserError(f"{file} is damaged {name.upper()}: save it as UTF-8")
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return UserError(
-                    f"{file} line {number} is not UTF-8 (byte {line[error.start]:#04x}; "
-                    "Windows-1252 or Latin-1?): save it as UTF-8"
-                )
-    return UserError(f"{file} is not UTF-8: save it as UTF-8")
 
 
 def read_text(file: Path) -> str:
@@ -83,11 +46,19 @@ def read_text(file: Path) -> str:
         content = file.read_bytes()  # once: it may be a pipe, `classes=<(ls photos)`
     except OSError as error:
         raise UserError(f"{file} can't be read: {error.strerror}") from error
-    name = _encoding_of(file, content)
+    name = encoding(content)
+    if name == "utf-8" and b"\0" in content[:4]:
+        raise UserError(f"{file} is UTF-16 without a byte-order mark, or no text: save it as UTF-8")
     try:
         return content.decode(name).replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeError as error:
-        raise not_text(file, name) from error
+    except UnicodeDecodeError as error:
+        if not name.startswith("utf-8"):
+            raise UserError(f"{file} is damaged {name.upper()}: save it as UTF-8") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{file} line {line} is not UTF-8 (byte {error.object[error.start]:#04x}; "
+            "Windows-1252 or Latin-1?): save it as UTF-8"
+        ) from error
 
 
 def whole(text: str) -> str:
@@ -116,13 +87,21 @@ def text_of(value: Any) -> str:
 
 
 def label_of(value: Any) -> str:
-    """Return a label as text; `3.0`, which pandas makes of 3 beside a gap, is 3 again.
-
-    Raises:
-        ValueError: See `text_of`.
-    """
+    """Return a label as text; `3.0`, which pandas makes of 3 beside a gap, is 3 again."""
     text = text_of(value)
     return text.partition(".")[0] if re.fullmatch(r"-?[0-9]+\.0+", text) else text
+
+
+def first_text(row: dict[str, Any], names: tuple[str, ...]) -> str:
+    """Return the first text under the names; a ValueError says which of them holds none."""
+    for name in names:
+        try:
+            text = text_of(row.get(name))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if text:
+            return text
+    return ""
 
 
 def column(name: str) -> str:
@@ -138,7 +117,6 @@ def json_text(content: str, names: tuple[str, ...]) -> str:
         RecursionError: If it is nested absurdly deep.
     """
     data = json.loads(content)
-    if isinstance(data, dict):
-        fields = {column(name): value for name, value in data.items()}
-        return next((text for name in names if (text := text_of(fields.get(name)))), "")
-    return text_of(data)
+    if not isinstance(data, dict):
+        return text_of(data)
+    return first_text({column(name): value for name, value in data.items()}, names)

@@ -13,7 +13,7 @@ from blip3o_lit.images.names import ARCHIVES, Passed, companion, extension_of, p
 
 @dataclass
 class Below:
-    """The entries below a folder, by kind; names are relative to it, with slashes."""
+    """The entries below a folder by kind, as names relative to it."""
 
     pictures: list[str] = field(default_factory=list)
     tars: list[str] = field(default_factory=list)
@@ -26,14 +26,15 @@ class Below:
     passed: Passed = field(default_factory=Passed)
     """Hidden files and companions."""
 
+    def skip(self, name: str, reason: str) -> None:
+        self.beside.append(Lost(plain(name), reason, image=False))
+
 
 def below(folder: Path, out: Path | None = None) -> Below:
     """List a folder and its subfolders.
 
-    Links to folders are not followed, token stores and the folder `out` not entered.
-
-    Raises:
-        OSError: If the folder itself can't be listed.
+    Links to folders are not followed, token stores and the folder `out` not entered. An OSError
+    says that the folder itself can't be listed.
     """
     listing = Below()
     own = os.path.realpath(out) if out is not None else None
@@ -49,13 +50,15 @@ def below(folder: Path, out: Path | None = None) -> Below:
             reason = f"the folder can't be listed ({error.strerror}): what it holds is not read"
             listing.lost.append(Lost(plain(place), reason))
             continue
-        if place and (reason := _store(folder / place, own, {entry.name for entry in children})):
-            listing.beside.append(Lost(plain(place), reason, image=False))
+        if place and os.path.realpath(folder / place) == own:
+            listing.skip(place, "the folder of this extraction's own store is not read")
+            continue
+        if place and is_token_store(folder / place):
+            listing.skip(place, "a token store is not read")
             continue
         prefix = f"{place}/" if place else ""
-        stack += [
-            prefix + child.name for child in reversed(children) if _sort(listing, prefix, child)
-        ]
+        folders = [prefix + child.name for child in children if _sort(listing, prefix, child)]
+        stack += reversed(folders)
     for names in (listing.pictures, listing.tars, listing.others):
         names.sort()
     return listing
@@ -71,12 +74,11 @@ def _sort(listing: Below, prefix: str, entry: os.DirEntry[str]) -> bool:
         listing.passed.hidden.append(plain(name))
     elif _is_folder(entry):
         if extension in (*EXTENSIONS, "tar"):
-            reason = "a folder, for all its name; what it holds is read"
-            listing.beside.append(Lost(plain(name), reason, image=False))
+            listing.skip(name, "a folder, for all its name; what it holds is read")
         return True
     elif entry.is_symlink() and os.path.isdir(entry.path):
         reason = "a link to a folder is not followed: give that folder itself, or copy it here"
-        listing.beside.append(Lost(plain(name), reason, image=False))
+        listing.skip(name, reason)
     elif extension in EXTENSIONS:
         listing.pictures.append(name)
     elif extension == "tar" and os.path.isfile(entry.path):
@@ -86,8 +88,7 @@ def _sort(listing: Below, prefix: str, entry: os.DirEntry[str]) -> bool:
     elif reason := unread(name):
         listing.lost.append(Lost(plain(name), reason))
     elif extension in ARCHIVES:
-        reason = "an archive of this kind is not read: unpack it"
-        listing.beside.append(Lost(plain(name), reason, image=False))
+        listing.skip(name, "an archive of this kind is not read: unpack it")
     else:
         listing.others.append(name)
     return False
@@ -100,20 +101,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _store(folder: Path, out: str | None, names: set[str]) -> str:
-    """Return why a folder is not entered, or an empty string."""
-    if out is not None and os.path.realpath(folder) == out:
-        return "the folder of this extraction's own store is not read"
-    return "a token store is not read" if is_token_store(folder, names) else ""
-
-
-def is_token_store(folder: Path, names: set[str] | None = None) -> bool:
-    """Whether a folder holds a token store, finished or not; `names` are its entries, if known."""
-    names = set(os.listdir(folder)) if names is None else names
-    if ".extract" in names:
+def is_token_store(folder: Path) -> bool:
+    """Whether a folder holds a token store, finished or not."""
+    if os.path.exists(folder / ".extract"):
         return True
-    if "index.json" not in names:
-        return False
     try:
         index = json.loads((folder / "index.json").read_bytes())
     except (OSError, ValueError, RecursionError):

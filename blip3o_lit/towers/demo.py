@@ -1,14 +1,12 @@
 """The two demo towers: small encoders that `scripts/train_demo_towers.py` trains on demo scenes.
 
-`eva` is an EVA-02-style ViT (timm: rotary positions, SwiGLU, patch 4); `clip` is a CLIP (open_clip:
-ViT of patch 4 and a causal text transformer). Both see 64x64 pixels, so both have a 16x16 grid and
-a CLS token. Their weights are in `weights/`, with a card; loading them needs no network.
-
-Shape suffixes: B images, N tokens (CLS first), C token width, P projection width, L words.
+Both see 64x64 pixels, so both have a 16x16 grid and a CLS token. Their weights are in `weights/`,
+with a card; loading them needs no network.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,10 @@ from torch import Tensor, nn
 
 from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.config.errors import UserError, one_of
+from blip3o_lit.towers.head import TowerHead
 from blip3o_lit.towers.scenes import SIZE, WORDS
 from blip3o_lit.towers.tower import Tower, TowerInfo
+from blip3o_lit.towers.vit import open_clip_tokens, trunk_tokens
 
 WEIGHTS = Path(__file__).parent / "weights"
 NAMES = ("eva", "clip")
@@ -37,6 +37,8 @@ TEXT = CLIPTextCfg(
 )
 """Word 0 is padding; the end word has the highest number, where `argmax` pooling finds it."""
 EPSILON = 1e-5
+GREY = (127, 127, 127)
+"""What covers the right half of a picture: the middle of the pixels' range."""
 LOGIT_SCALE = float(np.log(1 / 0.07))
 """Initial log of the inverse softmax temperature (Radford et al. 2021, section 2.5)."""
 
@@ -47,7 +49,7 @@ _END = len(WORDS) + 1
 def tokenize(captions: list[str]) -> Tensor:
     """Turn captions into word numbers `[B, L]` int64, closed by the end word, padded with 0.
 
-    The vocabulary is that of the scenes: other words are left out, and long captions are cut.
+    Words that no scene has are left out, and long captions are cut.
     """
     numbers_BL = torch.zeros(len(captions), TEXT.context_length, dtype=torch.long)
     for row, caption in enumerate(captions):
@@ -62,7 +64,6 @@ class DemoTower(Tower):
     """What both demo towers share: the input size and the normalisation of pixels to -1..1."""
 
     def __init__(self, name: str, width: int) -> None:
-        """Describe the tower; `width` is its token width."""
         super().__init__()
         self.info = TowerInfo(
             name=f"demo:{name}",
@@ -78,7 +79,6 @@ class DemoTower(Tower):
         )
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """Squash to 64x64 where needed and map 0..255 to -1..1; returns `[3, 64, 64]` float32."""
         if image.size != (SIZE, SIZE):
             image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
         pixels = np.asarray(image.convert("RGB"), np.float32) / 127.5 - 1
@@ -89,7 +89,6 @@ class DemoEva(DemoTower):
     """EVA-02-style ViT: 64 px, patch 4, rotary positions, SwiGLU, CLS token."""
 
     def __init__(self) -> None:
-        """Build with random weights."""
         super().__init__("eva", EVA_WIDTH)
         self.trunk = Eva(
             img_size=SIZE,
@@ -111,31 +110,20 @@ class DemoEva(DemoTower):
         self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
 
     def tokens(self, images_B3SS: Tensor) -> Tensor:
-        """Return the last block's output `[B, N, C]`, before the final norm."""
-        (patches, cls), *_ = self.trunk.forward_intermediates(
-            images_B3SS,
-            indices=1,
-            return_prefix_tokens=True,
-            output_fmt="NLC",
-            intermediates_only=True,
-        )
-        return torch.cat([cls, patches], dim=1)
+        return trunk_tokens(self.trunk, images_B3SS, EVA_DEPTH - 1, cls=True)
 
     def project(self, tokens_BC: Tensor) -> Tensor:
         """Put tokens through the final norm and the projection; returns `[B, P]`."""
         return self.trunk.norm(tokens_BC) @ self.projection_CP
 
     def heads(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the final LayerNorm, the projection and the logit scale."""
-        assert isinstance(self.trunk.norm, nn.LayerNorm)
-        return _heads(self.trunk.norm, self.projection_CP, self.logit_scale)
+        return TowerHead(self.trunk.norm, self.projection_CP, self.logit_scale).describe()
 
 
 class DemoClip(DemoTower):
     """CLIP: a ViT of 64 px and patch 4, and a causal text transformer over whole words."""
 
     def __init__(self) -> None:
-        """Build with random weights."""
         super().__init__("clip", VISION.width)
         self.model = CLIP(PROJECTION, VISION, TEXT)
 
@@ -144,58 +132,48 @@ class DemoClip(DemoTower):
         return self.model.visual
 
     def tokens(self, images_B3SS: Tensor) -> Tensor:
-        """Return the last block's output `[B, N, C]`, before the final norm."""
-        found = self._visual.forward_intermediates(
-            images_B3SS,
-            indices=1,
-            output_fmt="NLC",
-            output_extra_tokens=True,
-            intermediates_only=True,
-        )
-        cls = found["image_intermediates_prefix"][-1]
-        return torch.cat([cls, found["image_intermediates"][-1]], dim=1)
+        return open_clip_tokens(self._visual, images_B3SS, VISION.layers - 1)
 
     def project(self, tokens_BC: Tensor) -> Tensor:
         """Put tokens through the final norm and the projection; returns `[B, P]`."""
-        visual = self._visual
-        return visual.ln_post(tokens_BC) @ visual.proj
+        return self._visual.ln_post(tokens_BC) @ self._visual.proj
 
     def heads(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the final LayerNorm, the projection and the logit scale."""
         visual = self._visual
-        return _heads(visual.ln_post, visual.proj, self.model.logit_scale)
+        return TowerHead(visual.ln_post, visual.proj, self.model.logit_scale).describe()
 
     @torch.inference_mode()
     def encode_text(self, captions: list[str]) -> Tensor:
-        """Return unit-norm caption embeddings `[B, P]`."""
         numbers_BL = tokenize(captions).to(self.device)
         return self.model.encode_text(numbers_BL, normalize=True)
 
 
-def _heads(
-    norm: nn.LayerNorm, projection_CP: Tensor, logit_scale: Tensor
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors = {
-        "norm.weight": norm.weight,
-        "norm.bias": norm.bias,
-        "projection": projection_CP,
-        "logit_scale": logit_scale,
-    }
-    copies = {name: tensor.detach().float().cpu().clone() for name, tensor in tensors.items()}
-    return copies, {"norm": "layer", "eps": repr(float(norm.eps))}
+class LeftHalf(Tower):
+    """A tower behind a screen over the right half of every picture, which it leaves open."""
+
+    def __init__(self, tower: Tower) -> None:
+        super().__init__()
+        self.tower = tower
+        self.info = replace(
+            tower.info,
+            name=f"{tower.info.name}, left half",
+            preprocessing={**tower.info.preprocessing, "visible": "left half"},
+        )
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        covered = image.convert("RGB")
+        covered.paste(GREY, (covered.width // 2, 0, covered.width, covered.height))
+        return self.tower.preprocess(covered)
+
+    def tokens(self, images_B3SS: Tensor) -> Tensor:
+        return self.tower.tokens(images_B3SS)
+
+    def heads(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return self.tower.heads()
 
 
 def load(name: str, pretrained: bool = True) -> DemoTower:
-    """Build a demo tower, frozen, in evaluation mode, on the CPU in fp32.
-
-    Args:
-        name: `eva` or `clip`.
-        pretrained: Load the weights of this repository; otherwise they are random, with a fixed
-            seed.
-
-    Raises:
-        UserError: If the name is neither, or the weights are missing.
-    """
+    """Build a demo tower, frozen, with this repository's weights or random ones of a fixed seed."""
     one_of("demo tower", name, NAMES)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""From a tower's configuration to the tower: one function for every kind.
+"""From a tower's configuration to the tower, whatever its kind.
 
 Each kind's module is imported when it is first used, so the demo needs neither open_clip's model
 list nor the hub.
@@ -29,13 +29,10 @@ def load_tower(config: TowerConfig, pretrained: bool = True, device: str = "cpu"
     Raises:
         UserError: If the model or its weights do not exist, cannot be reached or do not fit.
     """
-    if config.kind == "demo":
-        from blip3o_lit.towers import demo
-
-        return demo.load(config.model or "", pretrained=pretrained and device != "meta").to(device)
-    if config.model is None and config.kind not in TRANSFORMERS:
+    if config.model is None and config.kind not in ("demo", *TRANSFORMERS):
         raise UserError(f"a tower of kind={config.kind} needs a model: set towers.*.model")
-    brings_weights = (config.model or "").startswith(("local-dir:", "hf-hub:"))
+    folder_or_hub = (config.model or "").startswith(("local-dir:", "hf-hub:"))
+    brings_weights = folder_or_hub or config.kind == "demo"
     pretrained = pretrained and (brings_weights or config.pretrained is not None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
@@ -44,18 +41,16 @@ def load_tower(config: TowerConfig, pretrained: bool = True, device: str = "cpu"
 
 
 def _load(config: TowerConfig, pretrained: bool, device: str) -> Tower:
+    if config.kind == "demo":
+        from blip3o_lit.towers import demo
+
+        return demo.load(config.model or "", pretrained and device != "meta").to(device)
     if config.kind == "open_clip":
-        from blip3o_lit.towers.open_clip_tower import load_open_clip
-
-        return load_open_clip(config, pretrained, device)
-    if config.kind == "timm":
-        from blip3o_lit.towers.timm_tower import load_timm
-
-        return load_timm(config, pretrained, device)
-    if config.kind in TRANSFORMERS:
-        from blip3o_lit.towers.transformers_tower import load_transformers
-
-        return load_transformers(config, pretrained, device)
-    from blip3o_lit.towers.eva_clip import load_eva_clip
-
-    return load_eva_clip(config, pretrained, device)
+        from blip3o_lit.towers.open_clip_tower import load_open_clip as load
+    elif config.kind == "timm":
+        from blip3o_lit.towers.timm_tower import load_timm as load
+    elif config.kind in TRANSFORMERS:
+        from blip3o_lit.towers.transformers_tower import load_transformers as load
+    else:
+        from blip3o_lit.towers.eva_clip import load_eva_clip as load
+    return load(config, pretrained, device)

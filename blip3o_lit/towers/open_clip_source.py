@@ -1,4 +1,10 @@
-"""Which open_clip model, weights, preprocessing and activation a configuration means."""
+"""Which open_clip model, weights, preprocessing and activation a configuration means.
+
+Two traps of open_clip are closed here. A checkpoint FILE silently gets the default mean and size
+rule, whatever it was trained with: we take them from the pretrained tag `like`, from an
+`open_clip_config.json` beside the file, or from the model's tags where all agree, and else refuse.
+And the plain `ViT-L-14` runs OpenAI's weights with the wrong GELU: we set the tag's own.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +17,9 @@ import open_clip
 from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX, get_model_config
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
-from blip3o_lit.config.errors import UserError, nearest
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.towers import TowerConfig
+from blip3o_lit.towers.refusals import unknown_model, unknown_weights
 
 FOLDER_CONFIG = "open_clip_config.json"
 PIXEL_KEYS = ("mean", "std", "interpolation", "resize_mode")
@@ -24,26 +31,18 @@ class Source:
 
     model: str
     """Architecture, `local-dir:FOLDER` or `hf-hub:org/name`."""
-    weights: str | None
-    """Tag or file; None where the model brings its own, or where weights are random."""
-    pixels: dict[str, Any] | None
-    """Preprocessing that overrides open_clip's default; None keeps the folder's own."""
-    quick_gelu: bool
-    """Whether the activation is x sigmoid(1.702 x), as in OpenAI's models."""
     label: str
     """Model and weights, for the token index; no local path."""
+    weights: str | None = None
+    """Tag or file; None where the model brings its own, or where weights are random."""
+    pixels: dict[str, Any] | None = None
+    """Preprocessing that overrides open_clip's default; None keeps the folder's own."""
+    quick_gelu: bool = False
+    """Whether the activation is x sigmoid(1.702 x), as in OpenAI's models."""
 
 
 def find_source(config: TowerConfig, pretrained: bool) -> Source:
-    """Resolve a configuration of kind=open_clip.
-
-    Args:
-        config: The tower.
-        pretrained: False for random weights: then nothing is required of `config.pretrained`.
-
-    Raises:
-        UserError: If the model or its weights are unknown, or a file's preprocessing is.
-    """
+    """Resolve a configuration; for random weights nothing is required of `config.pretrained`."""
     model, weights = config.model or "", config.pretrained
     if model.startswith(LOCAL_DIR_PREFIX):
         return _folder(Path(model.removeprefix(LOCAL_DIR_PREFIX)), pretrained)
@@ -51,19 +50,30 @@ def find_source(config: TowerConfig, pretrained: bool) -> Source:
         name = model.removeprefix(HF_HUB_PREFIX)
         if Path(name).expanduser().is_dir() or name.startswith(("/", ".", "~")):
             raise UserError(f"towers.*.model={model}: for a folder write local-dir:{name}")
-        return Source(model, None, None, False, name if pretrained else f"{name}/random")
+        return Source(model, name if pretrained else f"{name}/random")
     model = model.replace("/", "-")
     if get_model_config(model) is None:
-        guess = nearest(model, open_clip.list_models())
-        hint = f"did you mean towers.*.model={guess}? " if guess else ""
-        raise UserError(f"towers.*.model={model} is no open_clip model: {hint}".rstrip())
+        raise unknown_model(model, "open_clip", open_clip.list_models())
     tags = list_pretrained_tags_by_model(model)
     if weights and weights not in tags and pretrained:
         return _local(config, model, Path(weights).expanduser(), tags)
     tag = config.like or (weights if weights in tags else None)
     quick, pixels = _recipe(model, tag) if tag else (_is_quick(model), None)
     label = f"{_named(model, quick)}/{weights if pretrained and weights else 'random'}"
-    return Source(model, weights if pretrained else None, pixels, quick, label)
+    return Source(model, label, weights if pretrained else None, pixels, quick)
+
+
+def _folder(path: Path, pretrained: bool) -> Source:
+    path = path.expanduser()
+    config = path / FOLDER_CONFIG
+    if not config.is_file():
+        is_transformers = (path / "config.json").is_file()
+        hint = ": it is a transformers folder, set towers.*.kind=transformers"
+        raise UserError(f"{path} has no {FOLDER_CONFIG}{hint if is_transformers else ''}")
+    if "model_cfg" not in json.loads(config.read_text()):
+        raise UserError(f"{config} has no model_cfg")
+    label = path.name if pretrained else f"{path.name}/random"
+    return Source(f"{LOCAL_DIR_PREFIX}{path}", label)
 
 
 def _local(config: TowerConfig, model: str, path: Path, tags: list[str]) -> Source:
@@ -78,45 +88,31 @@ def _local(config: TowerConfig, model: str, path: Path, tags: list[str]) -> Sour
             )
         return source
     if not path.is_file():
-        guess = nearest(str(config.pretrained), tags)
-        hint = f"did you mean {guess}? " if guess else ""
-        raise UserError(
-            f"towers.*.pretrained={config.pretrained} is neither a file nor a tag of {model}: "
-            f"{hint}tags are {', '.join(tags) or 'none'}"
-        )
-    if config.like:
-        quick, pixels = _recipe(model, config.like)
-    elif (path.parent / FOLDER_CONFIG).is_file():
-        beside = json.loads((path.parent / FOLDER_CONFIG).read_text())
-        quick = bool(beside.get("model_cfg", {}).get("quick_gelu", False))
-        pixels = beside.get("preprocess_cfg", {})
-    else:
-        recipes = [_recipe(model, tag) for tag in tags]
-        if any(recipe != recipes[0] for recipe in recipes):
-            raise UserError(
-                f"{path.name}: its preprocessing is unknown, and the tags of {model} differ in it: "
-                f"set towers.*.like to the tag that it was trained like, one of {', '.join(tags)}"
-            )
-        quick, pixels = recipes[0] if recipes else (_is_quick(model), None)
+        raise unknown_weights(config.pretrained, model, tags)
+    quick, pixels = _recipe_of_file(config, model, path, tags)
     if _is_quick(model) and not quick:
         raise UserError(f"{path.name} was not trained with quick GELU: choose a model without it")
-    return Source(model, str(path), pixels, quick, f"{_named(model, quick)}/{path.name}")
+    return Source(model, f"{_named(model, quick)}/{path.name}", str(path), pixels, quick)
 
 
-def _folder(path: Path, pretrained: bool) -> Source:
-    path = path.expanduser()
-    config = path / FOLDER_CONFIG
-    if not config.is_file():
-        hint = (
-            ": it is a transformers folder, set towers.*.kind=transformers"
-            if (path / "config.json").is_file()
-            else ""
+def _recipe_of_file(
+    config: TowerConfig, model: str, path: Path, tags: list[str]
+) -> tuple[bool, dict[str, Any] | None]:
+    """Return the activation and preprocessing that a checkpoint file was trained with."""
+    if config.like:
+        return _recipe(model, config.like)
+    beside = path.parent / FOLDER_CONFIG
+    if beside.is_file():
+        facts = json.loads(beside.read_text())
+        quick = bool(facts.get("model_cfg", {}).get("quick_gelu", False))
+        return quick, facts.get("preprocess_cfg", {})
+    recipes = [_recipe(model, tag) for tag in tags]
+    if any(recipe != recipes[0] for recipe in recipes):
+        raise UserError(
+            f"{path.name}: its preprocessing is unknown, and the tags of {model} differ in it: "
+            f"set towers.*.like to the tag that it was trained like, one of {', '.join(tags)}"
         )
-        raise UserError(f"{path} has no {FOLDER_CONFIG}{hint}")
-    if "model_cfg" not in json.loads(config.read_text()):
-        raise UserError(f"{config} has no model_cfg")
-    label = path.name if pretrained else f"{path.name}/random"
-    return Source(f"{LOCAL_DIR_PREFIX}{path}", None, None, False, label)
+    return recipes[0] if recipes else (_is_quick(model), None)
 
 
 def _recipe(model: str, tag: str) -> tuple[bool, dict[str, Any]]:
@@ -128,9 +124,8 @@ def _recipe(model: str, tag: str) -> tuple[bool, dict[str, Any]]:
             f"towers.*.like={tag} is no tag of {model}: choose from "
             f"{', '.join(list_pretrained_tags_by_model(base))}"
         )
-    return bool(config.get("quick_gelu", False)), {
-        key: config[key] for key in PIXEL_KEYS if key in config
-    }
+    pixels = {key: config[key] for key in PIXEL_KEYS if key in config}
+    return bool(config.get("quick_gelu", False)), pixels
 
 
 def _is_quick(model: str) -> bool:

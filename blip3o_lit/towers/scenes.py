@@ -59,10 +59,7 @@ WORDS = tuple(sorted({*DIGITS, *COLOURS, *" ".join(PLACES).split(), "a", "an", "
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture and what it shows."""
-
     image: Image.Image
-    """64x64, RGB."""
     caption: str
     """For example `a red seven at the top left, a blue two at the centre`."""
     key: str
@@ -92,18 +89,13 @@ def _scans() -> tuple[list[Image.Image], np.ndarray, dict[str, np.ndarray]]:
 
     digits: Any = load_digits()
     pixels = np.clip(digits.images * (255 / 16), 0, 255).astype(np.uint8)
-    shares = np.array([_share(scan) for scan in pixels])
+    hashes = [hashlib.sha256(scan.tobytes()).digest() for scan in pixels]
+    shares = np.array([int.from_bytes(digest[:8], "big") / 2**64 for digest in hashes])
     rows = {
         "train": np.flatnonzero(shares >= VALIDATION_SHARE),
         "validation": np.flatnonzero(shares < VALIDATION_SHARE),
     }
     return [Image.fromarray(scan) for scan in pixels], digits.target, rows
-
-
-def _share(scan: np.ndarray) -> float:
-    """Map a scan's pixels to a number in [0, 1), evenly over different scans."""
-    digest = hashlib.sha256(np.ascontiguousarray(scan).tobytes()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def scan_rows(split: str) -> np.ndarray:
@@ -121,19 +113,7 @@ def _ground(rng: np.random.Generator) -> np.ndarray:
 
 
 def scene(split: str, index: int, seed: int = 0) -> Scene:
-    """Draw one scene: a pure function of its arguments.
-
-    Args:
-        split: `train` or `validation`.
-        index: Number of the scene in its split, from 0 on.
-        seed: Another seed gives another, unrelated series.
-
-    Returns:
-        The picture, its caption, a key and the rows of its scans.
-
-    Raises:
-        UserError: If `split` is neither of the two.
-    """
+    """Draw scene number `index` of a split: a pure function of its arguments."""
     rows = scan_rows(split)
     pictures, digits, _ = _scans()
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
@@ -148,10 +128,8 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
     for scan, place, colour, side, stray in zip(scans, places, colours, sides, strays):
         colour_name, rgb = _COLOURS[colour]
         place_name, centre = _PLACES[place]
-        left, top = (
-            min(max(int(middle + off - side // 2), 0), int(SIZE - side))
-            for middle, off in zip(centre, stray)
-        )
+        corner = np.asarray(centre) + stray - side // 2
+        left, top = corner.clip(0, SIZE - side).tolist()
         ink = pictures[scan].resize((int(side), int(side)), Image.Resampling.BICUBIC)
         alpha = np.asarray(ink, np.float32)[:, :, None] / 255
         patch = canvas[top : top + side, left : left + side]
@@ -169,12 +147,9 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
 
 
 def scene_of(key: str) -> Scene:
-    """Draw the scene of a key, as `Scene.key` gives it.
-
-    Raises:
-        UserError: If no scene has such a key.
-    """
-    found = re.fullmatch(r"([a-z]+)-(\d{6,9})(?:-(\d{1,18}))?", key)
-    if found is None:
+    """Draw the scene of a key, as `Scene.key` gives it."""
+    parts = re.fullmatch(r"([a-z]+)-(\d{6,9})(?:-(\d{1,18}))?", key)
+    if parts is None:
         raise UserError(f"{key} is no scene: keys look like validation-000007")
-    return scene(found[1], int(found[2]), int(found[3] or 0))
+    split, index, seed = parts.groups("0")
+    return scene(split, int(index), int(seed))

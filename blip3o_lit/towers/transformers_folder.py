@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.towers.clip_pixels import ClipPixels
-from blip3o_lit.towers.weight_files import HUB_ID, first_line
+from blip3o_lit.towers.clip_pixels import clip_pixels, clip_pixels_of
+from blip3o_lit.towers.refusals import first_line
+from blip3o_lit.towers.vit import Pixels
+from blip3o_lit.towers.weight_files import HUB_ID
 
 try:
     import transformers
@@ -43,7 +44,6 @@ SHAPES = (
     *("image_size", "patch_size", "hidden_act"),
 )
 """What a folder shares with the CLIP of open_clip that it is asked to be."""
-CLIP_TYPES = ("clip", "clip_vision_model")
 ATTENTION = "sdpa"
 """Given always, because a config.json may name a kernel on the hub, which is code."""
 UNREADABLE = (
@@ -53,33 +53,8 @@ UNREADABLE = (
 """What transformers raises on a folder that it can't make a model of."""
 
 
-@dataclass(frozen=True)
-class AnyPixels:
-    """A picture through an image processor of transformers."""
-
-    processor: Any
-    size: int
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return `[3, S, S]` float32."""
-        given = self.processor(images=image.convert("RGB"), return_tensors="pt")
-        return given["pixel_values"][0].float()
-
-    def describe(self) -> dict[str, Any]:
-        """Return the facts that go into the token index."""
-        given = json.loads(self.processor.to_json_string())
-        names = [name for name in given if name.startswith("do_") or "size" in name]
-        facts = {name: given[name] for name in sorted([*names, "resample"]) if name in given}
-        means = {"mean": given.get("image_mean"), "std": given.get("image_std")}
-        return {**facts, **means, "size": self.size}
-
-
 def read_settings(source: str) -> Any:
-    """Read config.json.
-
-    Raises:
-        UserError: If there is none, or it is of a model that transformers lacks.
-    """
+    """Read config.json."""
     folder = Path(source).expanduser()
     if not folder.is_dir() and (source.startswith(".") or not HUB_ID.fullmatch(source)):
         raise UserError(f"no such file or folder: {source}")
@@ -94,12 +69,8 @@ def read_settings(source: str) -> Any:
         ) from error
 
 
-def read_pixels(source: str, settings: Any) -> Any:
-    """Return the preprocessing: `ClipPixels` where it is CLIP's, which a folder may leave out.
-
-    Raises:
-        UserError: If it can't be read, or makes anything but squares.
-    """
+def read_pixels(source: str, settings: Any) -> Pixels:
+    """Read the preprocessing, which a folder may leave out where it is CLIP's."""
     path = Path(source).expanduser()
     try:
         processor = AutoImageProcessor.from_pretrained(
@@ -108,10 +79,10 @@ def read_pixels(source: str, settings: Any) -> Any:
         # A side of its own shows whether pictures of all shapes end as one square.
         wide = processor(images=Image.new("RGB", (96, 64)), return_tensors="pt")["pixel_values"]
     except UNREADABLE as error:
-        named = not path.is_dir() or (path / "preprocessor_config.json").exists()
-        if settings.model_type in CLIP_TYPES and not named:
+        left_out = path.is_dir() and not (path / "preprocessor_config.json").exists()
+        if left_out and settings.model_type in ("clip", "clip_vision_model"):
             size = getattr(settings, "vision_config", settings).image_size
-            return ClipPixels(size, size)
+            return clip_pixels(size, size)
         raise UserError(
             f"{source}: its preprocessor_config.json can't be used: {first_line(error)}"
         ) from error
@@ -119,69 +90,65 @@ def read_pixels(source: str, settings: Any) -> Any:
         raise UserError(
             f"{source}: its preprocessing makes {list(wide.shape[1:])}, no square picture"
         )
-    given = json.loads(processor.to_json_string())
-    if type(processor).__name__.startswith("CLIPImageProcessor") and ClipPixels.can(given):
-        return ClipPixels.of(given)
-    return AnyPixels(processor, wide.shape[-1])
+    config = json.loads(processor.to_json_string())
+    if type(processor).__name__.startswith("CLIPImageProcessor"):
+        clip = clip_pixels_of(config)
+        if clip is not None:
+            return clip
+    return _processor_pixels(processor, config, wide.shape[-1])
+
+
+def _processor_pixels(processor: Any, config: dict[str, Any], size: int) -> Pixels:
+    def transform(image: Image.Image) -> Tensor:
+        return processor(images=image, return_tensors="pt")["pixel_values"][0].float()
+
+    steps = [name for name in config if name.startswith("do_") or "size" in name]
+    facts = {name: config[name] for name in sorted([*steps, "resample"]) if name in config}
+    facts |= {"mean": config.get("image_mean"), "std": config.get("image_std"), "size": size}
+    return Pixels(size, transform, facts)
 
 
 def clip_settings(model: str) -> Any:
-    """Return the configuration of a CLIP that open_clip has by name (its own ViTs only).
-
-    Raises:
-        UserError: If open_clip has no such model, or it is no plain ViT.
-    """
+    """Return the configuration of a CLIP that open_clip has by name (its own ViTs only)."""
     config = get_model_config(model) or {}
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
     if "patch_size" not in vision or not isinstance(vision["layers"], int):
         raise UserError(f"towers.*.model={model} is no ViT of open_clip, for example ViT-L-14")
-    act = "quick_gelu" if config.get("quick_gelu") else "gelu"
-    sides = [
-        {
-            "hidden_size": side["width"],
-            "intermediate_size": int(side["width"] * side.get("mlp_ratio", 4)),
-            "num_hidden_layers": side["layers"],
+
+    def side(facts: dict[str, Any], heads: int) -> dict[str, Any]:
+        return {
+            "hidden_size": facts["width"],
+            "intermediate_size": int(facts["width"] * facts.get("mlp_ratio", 4)),
+            "num_hidden_layers": facts["layers"],
             "num_attention_heads": heads,
-            "hidden_act": act,
+            "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
             "projection_dim": config["embed_dim"],
         }
-        for side, heads in (
-            (vision, vision["width"] // vision.get("head_width", 64)),
-            (text, text["heads"]),
-        )
-    ]
-    sides[0] |= {"image_size": vision["image_size"], "patch_size": vision["patch_size"]}
-    sides[1] |= {
+
+    vision_config = side(vision, vision["width"] // vision.get("head_width", 64))
+    vision_config |= {"image_size": vision["image_size"], "patch_size": vision["patch_size"]}
+    text_config = side(text, text["heads"])
+    text_config |= {
         "vocab_size": text["vocab_size"],
         "max_position_embeddings": text["context_length"],
     }
     return transformers.CLIPConfig(
-        vision_config=sides[0], text_config=sides[1], projection_dim=config["embed_dim"]
+        vision_config=vision_config, text_config=text_config, projection_dim=config["embed_dim"]
     )
 
 
 def check_model(settings: Any, model: str, source: str) -> None:
-    """Refuse a folder that has not the shapes of a CLIP by name.
-
-    Raises:
-        UserError: Naming the first that differs.
-    """
-    wanted = clip_settings(model).vision_config
-    given = getattr(settings, "vision_config", settings)
+    """Refuse a folder that has not the shapes of a CLIP by name."""
+    expected = clip_settings(model).vision_config
+    actual = getattr(settings, "vision_config", settings)
     for key in SHAPES:
-        if getattr(given, key, None) != getattr(wanted, key):
-            raise UserError(
-                f"{source} is no {model}: its {key} is {getattr(given, key, None)}, "
-                f"not {getattr(wanted, key)}"
-            )
+        theirs, ours = getattr(actual, key, None), getattr(expected, key)
+        if theirs != ours:
+            raise UserError(f"{source} is no {model}: its {key} is {theirs}, not {ours}")
 
 
 def random_network(settings: Any, dtype: torch.dtype, device: str) -> Any:
-    """Build a network of random weights; on `meta`, of none.
-
-    Raises:
-        UserError: If transformers can't build it.
-    """
+    """Build a network of random weights; on `meta`, of none."""
     settings._attn_implementation = ATTENTION
     kind = _kind(settings)
     try:
@@ -200,15 +167,10 @@ def _kind(settings: Any) -> Any:
 
 
 def read_network(source: str, settings: Any, dtype: torch.dtype) -> Any:
-    """Build a network with a folder's weights: all of them, none is left at random numbers.
-
-    Raises:
-        UserError: If they can't be read, or are of another network.
-    """
-    folder = Path(source).expanduser()
+    """Build a network with a folder's weights: all of them, none is left at random numbers."""
     try:
         network, report = _kind(settings).from_pretrained(
-            str(folder),
+            str(Path(source).expanduser()),
             config=settings,
             dtype=dtype,
             use_safetensors=True,

@@ -20,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.towers.refusals import first_line, mismatch
 
 Wanted = Callable[[str], bool]
+"""Says of a published tensor's name whether it is needed."""
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -30,11 +32,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def find(source: str, name: str) -> Path | None:
-    """Return the local path of a folder's or hub repository's file, or None where it has no such.
-
-    Raises:
-        UserError: If the source is neither a folder nor a repository that can be reached.
-    """
+    """Return the local path of a folder's or hub repository's file; None where it has no such."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
@@ -51,57 +49,50 @@ def find(source: str, name: str) -> Path | None:
 
 
 def weight_files(source: str, wanted: Wanted) -> list[Path]:
-    """Return the files of a source that hold wanted tensors.
-
-    Args:
-        source: A file, a folder, a hub repository, or `org/name/file` on the hub.
-        wanted: Says of a published tensor name whether it is needed.
-
-    Raises:
-        UserError: If there are no weights, or an index names files outside its folder.
-    """
+    """Return the files of a source that hold wanted tensors."""
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
     if path.suffix in SUFFIXES and not path.is_dir():
         repository, _, name = source.rpartition("/")
-        hub_file = find(repository, name) if HUB_ID.fullmatch(repository) else None
-        if hub_file is None:
+        file = find(repository, name) if HUB_ID.fullmatch(repository) else None
+        if file is None:
             raise UserError(f"no such weights file: {source}")
-        return [hub_file]
-    for index_name in INDEXES:
-        index = find(source, index_name)
+        return [file]
+    for name in INDEXES:
+        index = find(source, name)
         if index is not None:
-            places = json.loads(index.read_text())["weight_map"]
-            names = sorted({file for tensor, file in places.items() if wanted(tensor)})
-            if any(Path(name).name != name for name in names):
-                raise UserError(f"{index}: names files outside its folder; not read")
-            found = [find(source, name) for name in names]
-            if None in found:
-                raise UserError(f"{source}: {names[found.index(None)]} of {index_name} is missing")
-            return [file for file in found if file is not None]
+            return _shards(source, index, wanted)
     for name in SINGLES:
-        single = find(source, name)
-        if single is not None:
-            return [single]
+        file = find(source, name)
+        if file is not None:
+            return [file]
     raise UserError(
         f"{source} holds no weights ({' or '.join(SINGLES)}), or the hub cannot be reached"
     )
 
 
-def read(files: list[Path], wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
-    """Yield published name and tensor, one at a time, by memory map.
+def _shards(source: str, index: Path, wanted: Wanted) -> list[Path]:
+    places = json.loads(index.read_text())["weight_map"]
+    files = []
+    for name in sorted({file for tensor, file in places.items() if wanted(tensor)}):
+        if Path(name).name != name:
+            raise UserError(f"{index}: names files outside its folder; not read")
+        file = find(source, name)
+        if file is None:
+            raise UserError(f"{source}: {name} of {index.name} is missing")
+        files.append(file)
+    return files
 
-    Raises:
-        UserError: If a file is no weights file that can be read without unpickling objects.
-    """
+
+def read(files: list[Path], wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
+    """Yield published name and tensor, one at a time, by memory map."""
     for file in files:
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 (no dict)
-                        if wanted(name):
-                            yield name, opened.get_tensor(name)
+                    for name in filter(wanted, opened.keys()):
+                        yield name, opened.get_tensor(name)
                 continue
             state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -118,23 +109,8 @@ def read(files: list[Path], wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
 
 
 def assign(module: nn.Module, tensors: dict[str, Tensor], source: str, model: str) -> None:
-    """Give a module (on the meta device) its weights, without a copy.
-
-    Raises:
-        UserError: If names or shapes are those of another architecture.
-    """
+    """Give a module its weights without a copy; all of them, and no others."""
     try:
         module.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
         raise UserError(f"{source}: not the weights of {model}: {mismatch(error)}") from error
-
-
-def mismatch(error: Exception) -> str:
-    """Return the first difference that a failed load_state_dict names, shortened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[1:2] or lines[:1])[:200]
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's words, shortened."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

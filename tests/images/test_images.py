@@ -16,6 +16,7 @@ from hub_server import serving
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from blip3o_lit.base import remote
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.images import item as items
 from blip3o_lit.images import tars
@@ -267,8 +268,8 @@ def test_remote_tars_are_streamed_and_a_broken_connection_is_taken_up_again(tmp_
                 raise OSError("connection reset")
             return super().read(size)
 
-    monkeypatch.setattr(tars, "PAUSE", 0.0)
-    monkeypatch.setattr(tars, "open_tar", lambda url: Flaky(url.removeprefix("file://")))
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(tars, "open_remote", lambda url: Flaky(url.removeprefix("file://")))
     (part,) = open_source(f"file://{path}", 8).parts
     found = [entry.source for entry in part.entries()]
     assert broken == [1]
@@ -295,7 +296,7 @@ def test_tars_behind_http_are_read_and_a_missing_one_is_named_at_once(tmp_path):
             "0.tar/2.jpg"
         ]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tars.time, "sleep", lambda _: pytest.fail("a missing tar is waited for"))
+            patch.setattr(remote.time, "sleep", lambda _: pytest.fail("it is waited for"))
             with pytest.raises(UserError, match=r"7\.tar can't be read"):
                 read_all(open_source(f"{url}/7.tar", 8))
         server.shutdown()
@@ -318,7 +319,7 @@ def test_tars_of_the_hub_are_read_in_place(tmp_path, names):
 
 @pytest.mark.parametrize("url", ["hf://datasets/none/none/0.tar", "s3://none/0.tar"])
 def test_what_can_not_be_reached_is_one_line(url, monkeypatch):
-    monkeypatch.setattr(tars, "PAUSE", 0.0)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(UserError, match=url[:8]) as caught:
         read_all(open_source(url, 8))

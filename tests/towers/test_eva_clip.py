@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,19 @@ from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.towers import TowerConfig
-from blip3o_lit.towers.eva_clip import ARCHITECTURES, EvaClipArchitecture, EvaClipTower
-from blip3o_lit.towers.eva_clip import load_eva_clip as load
+from blip3o_lit.towers.eva_clip import ARCHITECTURES
 from blip3o_lit.towers.load import load_tower
 
-SMALL = EvaClipArchitecture(image_size=42, patch=14, width=48, depth=3, heads=4, projection=24)
+WIDTH, DEPTH, HEADS, PROJECTION = 48, 3, 4, 24
+SMALL = {
+    "img_size": 42,
+    "patch_size": 14,
+    "embed_dim": WIDTH,
+    "depth": DEPTH,
+    "num_heads": HEADS,
+    "mlp_ratio": 5.0,
+    "num_classes": PROJECTION,
+}
 LAYERS = "vision_model.encoder.layers"
 
 
@@ -28,16 +37,16 @@ def published(seed: int = 0) -> dict[str, Tensor]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=rng) * 0.2
 
-    c, mlp = SMALL.width, int(SMALL.width * SMALL.mlp_ratio)
+    c, mlp = WIDTH, 5 * WIDTH
     tensors = {
         "vision_model.embeddings.class_embedding": draw(c),
         "vision_model.embeddings.patch_embedding.weight": draw(c, 3, 14, 14),
         "vision_model.embeddings.patch_embedding.bias": draw(c),
         "vision_model.embeddings.position_embedding.weight": draw(10, c),
         "vision_model.post_layernorm.weight": 1 + draw(c),
-        "visual_projection.weight": draw(SMALL.projection, c),
+        "visual_projection.weight": draw(PROJECTION, c),
     }
-    for i in range(SMALL.depth):
+    for i in range(DEPTH):
         tensors |= {f"{LAYERS}.{i}.self_attn.{p}_proj.weight": draw(c, c) for p in "qkv"}
         tensors |= {
             f"{LAYERS}.{i}.self_attn.out_proj.weight": draw(c, c),
@@ -65,7 +74,7 @@ def original(hf: dict[str, Tensor]) -> dict[str, Tensor]:
         "logit_scale": torch.tensor(4.6),
         "text.token_embedding.weight": torch.zeros(4, 4),
     }
-    for i in range(SMALL.depth):
+    for i in range(DEPTH):
         old, new = f"{LAYERS}.{i}", f"visual.blocks.{i}"
         qkv = [hf[f"{old}.self_attn.{p}_proj.weight"] for p in "qkv"]
         tensors[f"{new}.attn.qkv.weight"] = torch.cat(qkv)
@@ -90,7 +99,7 @@ def gelu(x: Tensor) -> Tensor:
 def reference(w: dict[str, Tensor], pixels: Tensor) -> list[Tensor]:
     """Each block's output by explicit sums and softmax, in fp64."""
     w, pixels = {name: value.double() for name, value in w.items()}, pixels.double()
-    b, heads, k = len(pixels), SMALL.heads, SMALL.width // SMALL.heads
+    b, heads, k = len(pixels), HEADS, WIDTH // HEADS
     pre = "vision_model.embeddings"
     patches = pixels.unfold(2, 14, 14).unfold(3, 14, 14)  # [B, 3, 3, 3, 14, 14]
     x = torch.einsum("bcyxij,ocij->byxo", patches, w[f"{pre}.patch_embedding.weight"])
@@ -98,7 +107,7 @@ def reference(w: dict[str, Tensor], pixels: Tensor) -> list[Tensor]:
     x = torch.cat([w[f"{pre}.class_embedding"].expand(b, 1, -1), x], 1)
     x = x + w[f"{pre}.position_embedding.weight"]
     outputs = []
-    for i in range(SMALL.depth):
+    for i in range(DEPTH):
         at = f"{LAYERS}.{i}"
         h = rms(x, w[f"{at}.layer_norm1.weight"])
         q, key, v = (
@@ -117,12 +126,13 @@ def reference(w: dict[str, Tensor], pixels: Tensor) -> list[Tensor]:
 PIXELS = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(1))
 
 
-def config(source: Path | str, **changes: object) -> TowerConfig:
-    return TowerConfig("eva_clip", "EVA-CLIP-8B", str(source), **changes)  # type: ignore[arg-type]
+@pytest.fixture(autouse=True)
+def small_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "small", SMALL)
 
 
-def small(source: Path | str, **changes: object) -> EvaClipTower:
-    return load(config(source, **changes), True, "cpu", SMALL).eval().requires_grad_(False)
+def small(source: Path | str, **changes: Any) -> Any:
+    return load_tower(TowerConfig("eva_clip", "small", str(source), **changes))
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor], suffix: str) -> None:
@@ -202,7 +212,7 @@ def test_weights_are_held_in_the_configured_precision(tmp_path: Path, precision:
 
 
 def test_the_8b_has_its_published_shape() -> None:
-    tower = load(config("BAAI/EVA-CLIP-8B"), True, "meta")
+    tower = load_tower(TowerConfig("eva_clip", "EVA-CLIP-8B", "BAAI/EVA-CLIP-8B"), device="meta")
     # the model card says 7.5B
     assert sum(parameter.numel() for parameter in tower.parameters()) == 7_526_088_704
     assert (tower.info.shape.tokens, tower.info.shape.width) == (257, 4096)
@@ -213,8 +223,7 @@ def test_the_8b_has_its_published_shape() -> None:
 
 def test_random_weights_are_the_same_every_time() -> None:
     def build() -> Tensor:
-        torch.manual_seed(7)
-        return load(config("x"), False, "cpu", SMALL).tokens(PIXELS)
+        return load_tower(TowerConfig("eva_clip", "small", "x"), pretrained=False).tokens(PIXELS)
 
     assert torch.equal(build(), build())
     assert build().std() > 0
@@ -272,6 +281,6 @@ def test_hostile_weights_are_not_run_and_not_followed(tmp_path: Path) -> None:
 
 
 def test_the_448_model_has_its_own_grid() -> None:
-    assert ARCHITECTURES["EVA-CLIP-8B-448"].image_size == 448
+    assert ARCHITECTURES["EVA-CLIP-8B-448"]["img_size"] == 448
     tower = load_tower(TowerConfig("eva_clip", "EVA-CLIP-8B-448", "x"), device="meta")
     assert tower.info.shape.grid == (32, 32)

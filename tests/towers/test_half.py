@@ -7,12 +7,11 @@ import torch
 from PIL import Image
 
 from blip3o_lit.towers import demo
-from blip3o_lit.towers.left_half import LeftHalf
 from blip3o_lit.towers.scenes import scene
 
 
 def test_tokens_depend_on_the_left_half_alone() -> None:
-    tower = LeftHalf(demo.load("eva", pretrained=False)).eval()
+    tower = demo.LeftHalf(demo.load("eva", pretrained=False)).eval()
     picture = scene("validation", 1).image
     pixels = np.asarray(picture)
     right, left = pixels.copy(), pixels.copy()
@@ -27,7 +26,7 @@ def test_tokens_depend_on_the_left_half_alone() -> None:
 
 def test_the_index_can_tell_it_from_the_whole_tower() -> None:
     whole = demo.load("eva", pretrained=False)
-    info = LeftHalf(whole).info
+    info = demo.LeftHalf(whole).info
     assert info.name != whole.info.name
     assert info.shape == whole.info.shape
     assert info.preprocessing["visible"] == "left half"

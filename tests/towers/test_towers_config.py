@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.towers import TowerConfig, TowersConfig
-from blip3o_lit.towers.cost import tower_cost
 from blip3o_lit.towers.load import load_tower
+from blip3o_lit.towers.tower import tower_cost
 
 CONF = ROOT / "conf"
 GROUPS = sorted(path.stem for path in (CONF / "towers").glob("*.yaml"))

@@ -415,7 +415,7 @@ def test_stolen_releases_and_a_foreign_torchvision_are_found_unharmed(tmp_path: 
     (tmp_path / "torchvision" / "__init__.py").write_text(broken)
     script = (
         "from blip3o_lit.inspection import machine\n"
-        "print(*machine.lightning(), *machine.packages(), *machine.torchvision(), sep='\\n')\n"
+        "print(*machine.lightning(), *machine.packages(), machine.torchvision(), sep='\\n')\n"
     )
     done = run(["-c", script], tmp_path, PYTHONPATH=str(tmp_path))
     assert "fail  lightning: 2.6.3 is a malicious release" in done.stdout, done.stderr

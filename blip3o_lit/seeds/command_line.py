@@ -79,15 +79,6 @@ class Line:
         return int(value)
 
 
-@dataclass
-class Options:
-    """What stands before the `--`."""
-
-    images: str | None = None
-    shrink: bool = False
-    plan: bool = False
-
-
 def say(words: str) -> None:
     print(f"# {words}", flush=True)
 
@@ -149,7 +140,7 @@ def read_flags(script: str, words: list[str]) -> dict[str, str]:
     return {name: value for name, value in vars(values).items() if value is not None}
 
 
-def translate(words: list[str], options: Options) -> list[Step]:
+def translate(words: list[str]) -> list[Step]:
     """Return the steps that do here what a command line of the seeds did there."""
     if not words:
         raise UserError("write a command line of the seeds after --")
@@ -162,15 +153,12 @@ def translate(words: list[str], options: Options) -> list[Step]:
     if words[1:2] == ["-c"] and len(words) == 3:
         return translate_snippet(words[2])
     line = take_apart(words)
-    command = SCRIPTS[line.script].command
-    ours, convert = {}, {}
-    for key, value in overrides_of(line, options).items():
-        if key.startswith("convert."):
-            convert[key.removeprefix("convert.")] = value
-        else:
-            ours[key] = value
-    step = Step(command, ours)
-    if command == "extract" or not line.source():
+    convert: dict[str, str] = {}
+    overrides = overrides_of(line)
+    for key in [key for key in overrides if key.startswith("convert.")]:
+        convert[key.removeprefix("convert.")] = overrides.pop(key)
+    step = Step(SCRIPTS[line.script].command, overrides)
+    if step.command == "extract" or not line.source():
         return [step]
     return [*conversion(line.source(), convert), step]
 
@@ -204,7 +192,7 @@ def conversion(source: str, overrides: dict[str, str]) -> list[Step]:
     return []
 
 
-def overrides_of(line: Line, options: Options) -> dict[str, str]:
+def overrides_of(line: Line) -> dict[str, str]:
     """Return the overrides of a script's command, and with `convert.` those of the conversion."""
     script = SCRIPTS[line.script]
     words = words_of(line)
@@ -217,12 +205,8 @@ def overrides_of(line: Line, options: Options) -> dict[str, str]:
                 say(f"{flag.name}: {flag.note}")
     if script.command == "train":
         overrides |= for_training(line, overrides, words)
-        if options.plan:
-            overrides["dry_run"] = "true"
     elif script.command == "extract":
-        overrides |= for_extraction(line, overrides, options.images)
-    if options.shrink:
-        overrides |= filled(SHRINK[script.command].split(), {})
+        overrides["out"] = str(Path(overrides.get("out") or extracted(line)) / "tokens")
     # Groups come first: an experiment replaces what stands before it.
     groups = {key: overrides[key] for key in ("experiment", "data") if key in overrides}
     return groups | {key: value for key, value in overrides.items() if value}
@@ -304,18 +288,12 @@ def for_training(line: Line, overrides: dict[str, str], words: dict[str, str]) -
     return more
 
 
-def for_extraction(line: Line, overrides: dict[str, str], images: str | None) -> dict[str, str]:
-    """Return images, towers and the folder of the store."""
-    folder = "embeddings/blip3o_grid_embeddings"
-    if line.script == EXTRACT:
-        with_cls = "--include_cls" in line.flags
-        folder = "embeddings/" + ("cls_patch_257" if with_cls else "patch_only_256") + "_tokens"
-    more = {"out": str(Path(overrides.get("out", folder)) / "tokens")}
-    if images:
-        more["images"] = images
-    if images == "demo":
-        more["towers"] = "demo"
-    return more
+def extracted(line: Line) -> str:
+    """Return the folder that an extraction of the seeds wrote when none was named."""
+    if line.script != EXTRACT:
+        return "embeddings/blip3o_grid_embeddings"
+    tokens = "cls_patch_257" if "--include_cls" in line.flags else "patch_only_256"
+    return f"embeddings/{tokens}_tokens"
 
 
 def run_step(step: Step) -> int:
@@ -323,9 +301,19 @@ def run_step(step: Step) -> int:
     return subprocess.run([sys.executable, *words], check=False).returncode
 
 
-def translate_and_print(words: list[str], options: Options) -> list[Step]:
-    steps = translate(words, options)
+def prepare(options: argparse.Namespace) -> list[Step]:
+    """Translate the line, add the options that stood before it, and print the steps."""
+    words = options.line[1:] if options.line[:1] == ["--"] else options.line
+    steps = translate(words)
     for step in steps:
+        if step.command == "extract" and options.images:
+            step.overrides["images"] = options.images
+            if options.images == "demo":
+                step.overrides["towers"] = "demo"
+        if step.command == "train" and options.plan:
+            step.overrides["dry_run"] = "true"
+        if options.shrink:
+            step.overrides |= filled(SHRINK.get(step.command, "").split(), {})
         print(step, flush=True)
     return steps
 
@@ -344,21 +332,18 @@ def main(arguments: list[str], run: Callable[[Step], int] = run_step) -> int:
     parser.add_argument("--print", action="store_true", help="print, run nothing")
     parser.add_argument("--table", action="store_true", help="print the flag tables and exit")
     parser.add_argument("line", nargs=argparse.REMAINDER, help="-- and a line of the seeds")
-    parsed = parser.parse_args(arguments)
-    if parsed.table:
+    options = parser.parse_args(arguments)
+    if options.table:
         print(table(), end="")
         return 0
-    line = parsed.line[1:] if parsed.line[:1] == ["--"] else parsed.line
-    options = Options(parsed.images, parsed.shrink, parsed.plan)
     try:
-        steps = translate_and_print(line, options)
-        while steps and not parsed.print:
+        steps = prepare(options)
+        while steps and not options.print:
             code = run(steps[0])
             if code:
                 return code
             # A finished conversion decides the view, so the rest is translated again.
-            converted = steps[0].command == "convert"
-            steps = translate_and_print(line, options) if converted else steps[1:]
+            steps = prepare(options) if steps[0].command == "convert" else steps[1:]
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2

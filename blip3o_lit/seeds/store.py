@@ -87,19 +87,12 @@ class Conversion:
 
     def fit_scales(self) -> None:
         """Measure int8's scales on rows spread over all files; a repeat gives the same."""
-        chosen = np.linspace(0, sum(self.survey.samples) - 1, SCALE_ROWS).astype(int)
+        last = sum(self.survey.samples) - 1
         tokens: dict[str, list[np.ndarray]] = {name: [] for name in self.arrays}
-        start = 0
-        for path, samples in zip(self.survey.files, self.survey.samples):
-            rows = np.unique(chosen[(chosen >= start) & (chosen < start + samples)]) - start
-            start += samples
-            if rows.size:
-                legacy = LegacyFile(path, self.config.mode)
-                for row in rows.tolist():
-                    for name, tokens_1NC in self.read(legacy, row, row + 1).items():
-                        if np.isfinite(tokens_1NC).all():
-                            tokens[name].append(tokens_1NC)
-                del legacy
+        for sample in self.some(np.unique(np.linspace(0, last, SCALE_ROWS).astype(int))):
+            for name, tokens_1NC in sample.items():
+                if np.isfinite(tokens_1NC).all():
+                    tokens[name].append(tokens_1NC)
         arrays: dict[str, ArraySpec] = {}
         scales: dict[str, np.ndarray] = {}
         for name, spec in self.arrays.items():
@@ -110,6 +103,18 @@ class Conversion:
         save_scales(self.out, scales)
         self.arrays = with_token_scales(arrays)
         self.scales = load_scales(self.out, self.arrays)
+
+    def some(self, numbers: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the tokens `[1, N, C]` of samples by their numbers over all files."""
+        start = 0
+        for path, samples in zip(self.survey.files, self.survey.samples):
+            rows = numbers[(numbers >= start) & (numbers < start + samples)] - start
+            start += samples
+            if rows.size:
+                legacy = LegacyFile(path, self.config.mode)
+                for row in rows.tolist():
+                    yield self.read(legacy, row, row + 1)
+                del legacy  # before the next is opened
 
     def read(self, legacy: LegacyFile, first: int, last: int) -> dict[str, np.ndarray]:
         """Return the tokens `[S, N, C]` of rows as fp32, with CLS tokens as they are stored."""
@@ -124,7 +129,7 @@ class Conversion:
         total = sum(survey.samples)
         self.check_space(total - done)
         if self.split.by_content and total * self.config.validation_fraction < SMALL:
-            self.split.settle(list(self.shares()))
+            self.split.settle([self.split.share(s["eva"][0]) for s in self.some(np.arange(total))])
         with Work("converting", total, "samples") as work:
             work.skip(done)
             start = 0
@@ -141,14 +146,6 @@ class Conversion:
                 f"out={self.out} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB "
                 "free: choose another disk with out=DIR"
             )
-
-    def shares(self) -> Iterator[float]:
-        """Yield every sample's `Split.share`; for stores that are small enough to be read twice."""
-        for path, samples in zip(self.survey.files, self.survey.samples):
-            legacy = LegacyFile(path, self.config.mode)
-            for row in range(samples):
-                yield self.split.share(legacy.sides["eva"].rows(row, row + 1)[0])
-            del legacy
 
     def copy_file(self, number: int, start: int, first: int, work: Work) -> None:
         """Convert a file from row `first` on; `start` is its first sample's number among all."""

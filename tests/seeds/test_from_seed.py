@@ -32,7 +32,7 @@ from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.seeds import command_line, flags
-from blip3o_lit.seeds.command_line import Options, Step, translate
+from blip3o_lit.seeds.command_line import Step, translate
 
 SCHEMAS = {
     "train": TrainConfig,
@@ -168,7 +168,7 @@ def config_of(step: Step) -> Any:
 
 
 def steps_of(line: str) -> list[Step]:
-    return translate(words(line), Options())
+    return translate(words(line))
 
 
 def run_here(step: Step) -> int:
@@ -318,7 +318,7 @@ def test_every_flag_of_the_table_composes(script: str) -> None:
         line = ["python", script, *required, *given]
         if launched:
             line = [*script.split(), *given, main, *required]
-        steps = translate(line, Options())
+        steps = translate(line)
         assert all(isinstance(config_of(step), SCHEMAS[step.command]) for step in steps)
         keys = {*steps[-1].overrides, *(f"convert.{key}" for key in steps[0].overrides)}
         for flag, value in pairs:

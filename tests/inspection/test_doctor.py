@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import save_file
 
 from blip3o_lit.config.doctor import DoctorConfig
@@ -417,7 +418,7 @@ def test_stolen_releases_and_a_foreign_torchvision_are_found_unharmed(tmp_path: 
         "from blip3o_lit.inspection import machine\n"
         "print(*machine.lightning(), *machine.packages(), machine.torchvision(), sep='\\n')\n"
     )
-    done = run(["-c", script], tmp_path, PYTHONPATH=str(tmp_path))
+    done = run(["-c", script], tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert "fail  lightning: 2.6.3 is a malicious release" in done.stdout, done.stderr
     assert "fail  torchvision: 0.1 does not work with torch" in done.stdout
     assert "operator torchvision::nms does not exist" in done.stdout

@@ -34,7 +34,7 @@ class Repaired:
     index: TokenIndex
     lost: list[str]
     """One line per shard that is not in the new index."""
-    found: list[str]
+    unlisted: list[str]
     """Shards that the old index did not list."""
 
 

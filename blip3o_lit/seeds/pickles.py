@@ -195,9 +195,8 @@ def _load_from_bytes(outer: Source, data: Any) -> Storage:
     """Return the storage that `torch.save` wrote before 1.6: five pickles, then raw numbers."""
     take((data,), memoryview)
     source, storages = Source(data, outer.where), {}
-    magic, protocol, system, result, keys = (
-        SeedUnpickler(source, storages).load() for _ in range(5)
-    )
+    pickles = [SeedUnpickler(source, storages).load() for _ in range(5)]
+    magic, protocol, system, result, keys = pickles
     if magic != TORCH_MAGIC or protocol != TORCH_PROTOCOL or type(system) is not dict:
         raise source.fail("a tensor's bytes are not torch's: refused")
     if system.get("little_endian") is not True:

@@ -33,11 +33,11 @@ from blip3o_lit.tokens.store.storage import fit_int8, load_scales, save_scales, 
 
 PART_SHARDS = 16
 BATCH_BYTES = 1 << 26
-"""Bytes of fp32 tokens in memory at a time: 12 samples of the mission's pair."""
+"""Bytes of fp32 tokens in memory at a time."""
 SAMPLE_OVERHEAD = 4096
 """Bytes of tar headers, padding and JSON beside a sample's numbers."""
 SCALE_ROWS = 64
-"""Rows whose tokens fix the scales of `storage=int8`; EVA's take 270 MB in fp32."""
+"""Rows whose tokens fix the scales of `storage=int8`; in memory together, in fp32."""
 SMALL = 20
 """Expected validation samples below which the split is made sure to hold one."""
 

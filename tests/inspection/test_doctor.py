@@ -295,7 +295,7 @@ def test_repair_keeps_the_sound_shards_and_names_the_lost(tmp_path: Path) -> Non
         "train-000001.tar: 4 samples",
         "validation-000000.tar: 4 samples",
     ]
-    assert result.found == ["train-000007.tar"]
+    assert result.unlisted == ["train-000007.tar"]
     assert TokenIndex.load(folder).splits == {"train": 8, "validation": 1}
     assert TokenIndex.load(folder).split_rule == "by hand"
     after = reads_all(folder)

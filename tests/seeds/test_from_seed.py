@@ -497,6 +497,7 @@ def test_a_converted_store_is_not_converted_again_and_keeps_its_split(
 ) -> None:
     if not (here / PKL).with_suffix("").is_dir():
         assert go(DATASET) == 0
+    capsys.readouterr()
     assert go(FULL, "--print") == 0
     said = capsys.readouterr().out
     assert "blip3o_lit.convert" not in said

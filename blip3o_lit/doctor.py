@@ -40,7 +40,7 @@ def _store(tokens: str, repair: bool) -> list[Finding]:
         result = write_again(folder)
         kept = f"{result.index.samples:,} samples in {len(result.index.shards)} sound shards"
         done = [Finding("ok", "index.json", f"written again: {kept}")]
-        done += [Finding("ok", "found", f"{name} is in the index now") for name in result.found]
+        done += [Finding("ok", "found", f"{name} is in the index now") for name in result.unlisted]
         done += [Finding("warn", "lost", line) for line in result.lost]
         show(done, "repair")
     inspection = inspect(folder)

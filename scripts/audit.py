@@ -2,8 +2,9 @@
 
 make audit, or: .venv/bin/python scripts/audit.py [licences]
 
-Licences need no network. Known vulnerabilities are looked up by pip-audit in the OSV database; if
-that can not be reached, it is said in one line and the exit status is 1.
+Licences need no network; pip-audit looks known vulnerabilities up in the OSV database. pip-licenses
+would give the texts of the metadata as they are: `Apache 2.0` and `MIT OR GPL-3.0-only` would still
+have to be understood, which is what most of this file does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
@@ -43,9 +43,11 @@ UNSAID = {"cuda-toolkit": "NVIDIA-Proprietary"}
 """Packages whose metadata says nothing; this one only names NVIDIA's others."""
 
 
-def locked(lock: Path) -> list[str]:
-    """Return the names of the packages that a lock file lists."""
-    return re.findall(r"^([A-Za-z0-9._-]+)==", lock.read_text("utf-8"), re.MULTILINE)
+def locked() -> set[str]:
+    """Return the names of the packages that the lock files list."""
+    texts = [(ROOT / lock).read_text("utf-8") for lock in LOCKS]
+    names = re.findall(r"^([A-Za-z0-9._-]+)==", "".join(texts), re.MULTILINE)
+    return {canonicalize_name(name) for name in names}
 
 
 def licence(package: Distribution) -> str:
@@ -60,31 +62,37 @@ def licence(package: Distribution) -> str:
         for name in about.get_all("Classifier") or []
         if name.startswith("License ::") and "DFSG" not in name
     ]
-    for found in (about.get("License-Expression"), about.get("License")):
-        said = _identifiers(found or "")
-        if said:
-            return said
-    named = [_identifiers(name) for name in classifiers]
-    if named and all(named):
-        return " AND ".join(dict.fromkeys(named))
+    for text in (about.get("License-Expression"), about.get("License")):
+        expression = _expression(text or "")
+        if expression:
+            return expression
+    names = [_expression(name) for name in classifiers]
+    if names and all(names):
+        return " AND ".join(dict.fromkeys(names))
     return UNSAID.get(canonicalize_name(about["Name"]), UNKNOWN)
 
 
-def _identifiers(text: str) -> str:
-    """Return an SPDX expression of known identifiers, or an empty text."""
-    parts = re.split(r"( AND | OR )", text.strip().replace("(", "").replace(")", ""))
-    if len(parts) == 1:
-        parts = [text.strip()]
-    for place, part in enumerate(parts):
-        if part in (" AND ", " OR "):
-            continue
-        name = part.partition(" WITH ")[0].strip()
-        spoken = (id for words, id in SPOKEN.items() if re.fullmatch(words, name, re.IGNORECASE))
-        known = name if name in PERMISSIVE or re.fullmatch(r"(A|L)?GPL-.+|MPL-.+", name) else ""
-        parts[place] = known or next(spoken, "")
-        if not parts[place]:
-            return ""
+def _expression(text: str) -> str:
+    """Return an SPDX expression of known identifiers without parentheses, or an empty text."""
+    parts = re.split(r"( AND | OR )", text.strip())
+    if len(parts) > 1:
+        parts = [part.replace("(", "").replace(")", "") for part in parts]
+    known = [_identifier(part) for part in parts[::2]]
+    if not all(known):
+        return ""
+    parts[::2] = known
     return "".join(parts)
+
+
+def _identifier(name: str) -> str:
+    """Return the SPDX identifier of one licence, or an empty text."""
+    name = name.partition(" WITH ")[0].strip()
+    if name in PERMISSIVE or re.fullmatch(r"((A|L)?GPL|MPL)-\S+", name):
+        return name
+    for words, identifier in SPOKEN.items():
+        if re.fullmatch(words, name, re.IGNORECASE):
+            return identifier
+    return ""
 
 
 def permissive(expression: str) -> bool:
@@ -97,31 +105,27 @@ def permissive(expression: str) -> bool:
 def installed() -> dict[str, Distribution]:
     """Return the packages of this environment and, where it is there, of the documentation's."""
     docs = [str(path) for path in (ROOT / ".venv" / "docs").glob("lib/python*/site-packages")]
-    found = [*distributions(path=docs), *distributions()] if docs else list(distributions())
-    return {canonicalize_name(package.metadata["Name"]): package for package in found}
+    packages = [*(distributions(path=docs) if docs else ()), *distributions()]
+    return {canonicalize_name(package.metadata["Name"]): package for package in packages}
 
 
-def licences() -> Iterator[tuple[str, str]]:
-    """Yield each locked package that is installed, with its licence."""
+def licences() -> dict[str, str]:
+    """Return the licence of each locked package that is installed."""
     here = installed()
-    names = {canonicalize_name(name) for lock in LOCKS for name in locked(ROOT / lock)}
-    for name in sorted(names & set(here)):
-        yield name, licence(here[name])
+    return {name: licence(here[name]) for name in sorted(locked() & set(here))}
 
 
 def show_licences() -> bool:
     """Print how many packages have which licence and who asks for more; False: one is unknown."""
-    found = dict(licences())
-    names = {canonicalize_name(name) for lock in LOCKS for name in locked(ROOT / lock)}
-    free = [name for name, said in found.items() if permissive(said)]
-    print(f"{len(names)} locked packages, {len(found)} of them installed here")
+    names, by_name = locked(), licences()
+    free = {name for name, text in by_name.items() if permissive(text)}
+    print(f"{len(names)} locked packages, {len(by_name)} of them installed here")
     print(f"permissive: {len(free)}")
-    for kind in sorted({found[name] for name in found} - {found[name] for name in free}):
-        which = [name for name, said in found.items() if said == kind]
-        print(f"{kind}: {', '.join(which)}")
-    absent = sorted(names - set(found))
+    for kind in sorted({text for name, text in by_name.items() if name not in free}):
+        print(f"{kind}: {', '.join(name for name, text in by_name.items() if text == kind)}")
+    absent = sorted(names - set(by_name))
     print(f"not installed here (other systems or Pythons): {', '.join(absent) or 'none'}")
-    return UNKNOWN not in found.values()
+    return UNKNOWN not in by_name.values()
 
 
 def show_vulnerabilities() -> bool:
@@ -139,9 +143,9 @@ def show_vulnerabilities() -> bool:
     try:
         packages = json.loads(done.stdout)["dependencies"]
     except (json.JSONDecodeError, KeyError):
-        said = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1].strip()
-        host = re.search(r"host='([^']+)'", said)
-        why = f"{host[1]} can't be reached" if host else f"pip-audit failed: {said[:200]}"
+        reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1].strip()
+        host = re.search(r"host='([^']+)'", reason)
+        why = f"{host[1]} can't be reached" if host else f"pip-audit failed: {reason[:200]}"
         print(f"error: no vulnerability was looked up: {why}", file=sys.stderr)
         return False
     holes = [(package, hole) for package in packages for hole in package.get("vulns", [])]

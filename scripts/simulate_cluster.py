@@ -25,7 +25,9 @@ from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.store.index import ShardEntry
 
 SAVED_BYTES = 16
-"""fp32 weights 4, EMA 4, Adam's moments 8, a parameter."""
+"""Per parameter, in fp32: weights 4, EMA 4, Adam's moments 8."""
+RUNS, STEPS = 200, 50
+"""Simulated runs and steps that are averaged."""
 MODELS = {
     "base": ModelConfig(width=768, depth=12, heads=12, kv_heads=4, mlp_width=2048),
     "large": ModelConfig(width=1024, depth=20, heads=16, kv_heads=8, mlp_width=4096),
@@ -57,7 +59,7 @@ class Assumptions:
     """Shards that are shuffled together."""
     batch: float = 8192
     peak: float = 989e12
-    """bf16 arithmetic a second of one GPU (H100 SXM, dense)."""
+    """bf16 operations per second of one GPU (H100 SXM, dense)."""
     mfu: float = 0.4
     gpu_hours_per_failure: float = 50_700
     """Llama 3 405B: 419 unexpected interruptions in 54 days of 16,384 GPUs (arXiv 2407.21783)."""
@@ -70,12 +72,11 @@ class Assumptions:
 
 
 def token_bytes(shape: PairShape) -> int:
-    """Return the fp16 bytes of one image's tokens."""
+    """Return the bytes of one image's tokens in fp16."""
     return 2 * sum(side.tokens * side.width for side in (shape.condition, shape.target))
 
 
 def shards(facts: Assumptions) -> list[list[str]]:
-    """Return shards, bytes and the size of index.json for each store."""
     count = math.ceil(facts.images / facts.shard_samples)
     entry = ShardEntry("train-0000000.tar", "train-0000000.idx", "train", 256, 10**9, "0" * 64)
     index = count * (len(json.dumps(asdict(entry))) + 2)
@@ -95,46 +96,46 @@ def order(facts: Assumptions) -> list[list[str]]:
     """Build the order of the whole store and time what a start, a step and a resume take."""
     count = math.ceil(facts.images / facts.shard_samples)
     sizes = np.full(count, int(facts.shard_samples), np.int64)
-    batch = int(facts.batch)
+    batch, window = int(facts.batch), int(facts.window)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
-    plan = SampleOrder(0, sizes, int(facts.window))
+    plan = SampleOrder(0, sizes, window)
     plan.at(0, batch)
-    first = time.perf_counter() - began
-    began = time.perf_counter()
-    positions = [batch * step for step in range(1, 51)]
-    for position in positions:
-        plan.at(position, batch)
-    step = (time.perf_counter() - began) / len(positions)
-    began = time.perf_counter()
-    SampleOrder(0, sizes, int(facts.window)).at(int(3.7 * facts.images), batch)
-    resume = time.perf_counter() - began
+    started = time.perf_counter()
+    for step in range(1, STEPS + 1):
+        plan.at(batch * step, batch)
+    stepped = time.perf_counter()
+    SampleOrder(0, sizes, window).at(int(3.7 * facts.images), batch)
+    resumed = time.perf_counter()
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     return [
-        ["start: epoch and first global batch", f"{first:.2f} s"],
-        [f"each further global batch of {batch:,}", f"{1e3 * step:.1f} ms"],
-        ["resume in the middle of epoch 4", f"{resume:.2f} s"],
+        ["start: epoch and first global batch", f"{started - began:.2f} s"],
+        [f"each further global batch of {batch:,}", f"{1e3 * (stepped - started) / STEPS:.1f} ms"],
+        ["resume in the middle of epoch 4", f"{resumed - stepped:.2f} s"],
         ["memory, each rank", f"{memory:.0f} MB"],
         ["state in a checkpoint", "two integers"],
     ]
 
 
 def traffic(facts: Assumptions) -> list[list[str]]:
-    """Return, for each model, images and tokens a second and what a checkpoint is."""
+    """Return what each model reads per second, and what its checkpoints are."""
     rows = []
     for name, model in MODELS.items():
         parameters = units(model, STORES["full"]).total
-        flops = units(model, STORES["full"]).forward_flops
-        images = facts.gpus * facts.peak * facts.mfu / (3 * flops)
+        arithmetic = facts.gpus * facts.peak * facts.mfu
+        # Forward and backward are three times the forward pass.
+        images = {
+            store: arithmetic / (3 * units(model, shape).forward_flops) for store, shape in STORES.items()
+        }
+        reads = {store: images[store] * token_bytes(shape) / 1e9 for store, shape in STORES.items()}
         saved = SAVED_BYTES * parameters
         rows.append(
             [
                 name,
                 f"{parameters / 1e6:,.0f} M",
-                f"{images:,.0f}",
-                f"{images * token_bytes(STORES['full']) / 1e9:,.0f} GB/s",
-                f"{images * token_bytes(STORES['grid_64']) * flops_ratio(model, flops) / 1e9:,.0f}"
-                " GB/s",
+                f"{images['full']:,.0f}",
+                f"{reads['full']:,.0f} GB/s",
+                f"{reads['grid_64']:,.0f} GB/s",
                 f"{saved / 1e9:.1f} GB",
                 f"{saved / facts.gpus / 1e6:,.0f} MB",
                 f"{saved / 1e9 / facts.write_gbps:.1f} s",
@@ -143,36 +144,21 @@ def traffic(facts: Assumptions) -> list[list[str]]:
     return rows
 
 
-def flops_ratio(model: ModelConfig, full: int) -> float:
-    """Return how many times more grid_64 images than full ones the same arithmetic takes in."""
-    return full / units(model, STORES["grid_64"]).forward_flops
+def simulate(work: float, interval: float, save: float, restart: float, mtbf: float) -> float:
+    """Return wall time over useful time, failures drawn from an exponential law; all in seconds.
 
-
-def simulate(
-    work: float, interval: float, save: float, restart: float, mtbf: float, runs: int = 200
-) -> float:
-    """Return wall time over useful time, failures drawn from an exponential law.
-
-    A failure loses the work since the last checkpoint, takes a restart, and may come during a save
-    or a restart too.
-
-    Args:
-        work: Seconds of useful work.
-        interval: Seconds of work between checkpoints.
-        save: Seconds that training stands while one is written.
-        restart: Seconds from a failure to the next useful second.
-        mtbf: Mean seconds between failures of the whole job.
-        runs: How many runs are averaged.
+    A failure, after `mtbf` in the mean, loses the work since the last checkpoint, takes a restart,
+    and may come during a save or a restart too.
     """
     draw = np.random.default_rng(0)
     segments = math.ceil(work / interval)
-    left = np.full(runs, segments)
-    wall = np.zeros(runs)
-    restarting = np.zeros(runs, bool)
+    left = np.full(RUNS, segments)
+    wall = np.zeros(RUNS)
+    restarting = np.zeros(RUNS, bool)
     while left.any():
         active = left > 0
         needed = interval + save + restart * restarting
-        failure = draw.exponential(mtbf, runs)
+        failure = draw.exponential(mtbf, RUNS)
         good = failure >= needed
         wall[active] += np.minimum(failure, needed)[active]
         left[active & good] -= 1
@@ -187,7 +173,6 @@ def daly(interval: float, save: float, restart: float, mtbf: float) -> float:
 
 
 def failures(facts: Assumptions, save: float) -> list[list[str]]:
-    """Return lost time by checkpoint interval, simulated and by Daly's form."""
     mtbf = 3600 * facts.gpu_hours_per_failure / facts.gpus
     restart, work = 60 * facts.restart_minutes, 86_400 * facts.days
     best = math.sqrt(2 * save * mtbf)
@@ -218,11 +203,12 @@ def show(title: str, heads: list[str], rows: list[list[str]]) -> None:
 
 def main() -> None:
     known = {item.name for item in fields(Assumptions)}
-    given = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
-    wrong = [word for word in sys.argv[1:] if word.partition("=")[0] not in known]
-    if wrong:
-        sys.exit(f"error: {wrong[0]} is not KEY=VALUE of: {', '.join(sorted(known))}")
-    facts = Assumptions(**{key: float(value) for key, value in given.items()})
+    facts = Assumptions()
+    for word in sys.argv[1:]:
+        key, equals, value = word.partition("=")
+        if key not in known or not equals:
+            sys.exit(f"error: {word} is not KEY=VALUE of: {', '.join(sorted(known))}")
+        setattr(facts, key, float(value))
     for item in fields(Assumptions):
         print(f"{item.name} = {getattr(facts, item.name):g}")
     show("Stores", ["store", "shards", "a shard", "tokens", "index.json"], shards(facts))

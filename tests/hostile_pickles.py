@@ -37,6 +37,7 @@ SEEDS = [pickle.dumps(embeddings(2, 64), protocol=p) for p in (0, 2, 4, 5)] + [
 
 def check_only_user_errors(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    with contextlib.suppress(UserError), LegacyFile(path) as file:
+    with contextlib.suppress(UserError):
+        file = LegacyFile(path)
         for side in file.sides.values():
             assert side.rows(0, len(side)).shape[0] == file.samples

@@ -44,7 +44,7 @@ class ArrayNumbers:
         self.norms = self.norms.merge(norms) if self.norms else norms
 
     def row(self, name: str) -> list[str]:
-        """Return the figures of the table with `HEADER`."""
+        """Return the cells of a table row under `HEADER`."""
         head = [name, "x".join(str(side) for side in self.spec.shape), self.spec.dtype]
         if self.moments is None or self.norms is None:
             return head + ["-"] * (len(HEADER) - len(head))

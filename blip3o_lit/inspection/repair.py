@@ -24,6 +24,7 @@ from blip3o_lit.tokens.store.storage import SCALES_FILE, scale_array, scale_hash
 from blip3o_lit.tokens.views import GRID_64
 
 SHARD = re.compile(r"([A-Za-z0-9_-]+)-(\d{6})\.tar")
+STORAGES = {npy_type: name for name, npy_type in STORED.items()}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Repaired:
     index: TokenIndex
     lost: list[str]
     """One line per shard that is not in the new index."""
-    found: list[str]
+    unlisted: list[str]
     """Shards that the old index did not list."""
 
 
@@ -46,44 +47,80 @@ def repair(folder: Path) -> Repaired:
     Raises:
         UserError: If no shard is sound, or the folder can't be written.
     """
+    if not folder.is_dir():
+        raise UserError(f"tokens={folder} is no folder")
     try:
         data = _old_index(folder)
-        arrays = _arrays(folder, data)
-        listed = data.get("shards")
-        entries = {
-            entry.file: entry
-            for entry in map(_entry, listed if isinstance(listed, list) else [])
-            if entry is not None
-        }
-        names = sorted(set(entries) | {path.name for path in folder.glob("*.tar")})
-        lost: list[str] = []
-        sound: list[ShardEntry] = []
-        with Work("checking", len(names), "shards") as work:
-            for name in names:
-                entry = entries.get(name)
-                try:
-                    sound.append(_sound(folder, name, entry, arrays))
-                except UserError as error:
-                    samples = f"{entry.samples} samples" if entry else "its samples"
-                    lost.append(f"{name}: {samples} lost ({error})")
-                work.advance(1)
+        arrays = _arrays(data) or _arrays_of_shards(folder)
+        entries = _entries(data)
+        sound, lost = _sort_out(folder, entries, arrays)
         if not sound:
             raise UserError(f"{folder} has no sound shard: extract or convert again")
-        if "reduced" in data:
-            reduced = data["reduced"]
-        else:
-            grids = {spec.grid for spec in arrays.values() if spec.kind == "tokens"}
-            reduced = "grid_64" if grids == {GRID_64} else None
-        rejects = data.get("rejects", 0)
-        rule = str(data.get("split_rule", ""))
-        index = TokenIndex(arrays, sound, reduced, rule, rejects if type(rejects) is int else 0)
-        old = folder / "index.json"
-        if old.exists():
-            write_synced(folder / "index.json.before-repair", old.read_bytes())
+        rejects = data.get("rejects")
+        index = TokenIndex(
+            arrays,
+            sound,
+            data["reduced"] if "reduced" in data else _reduced(arrays),
+            str(data.get("split_rule", "")),
+            rejects if type(rejects) is int else 0,
+        )
+        if (folder / "index.json").exists():
+            old = (folder / "index.json").read_bytes()
+            write_synced(folder / "index.json.before-repair", old)
         index.write(folder)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror}: mend it first") from error
     return Repaired(index, lost, [shard.file for shard in sound if shard.file not in entries])
+
+
+def _old_index(folder: Path) -> dict[str, Any]:
+    """Return what can be read of index.json; empty when nothing can."""
+    try:
+        data = json.loads((folder / "index.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _arrays(data: dict[str, Any]) -> dict[str, ArraySpec]:
+    try:
+        return {name: ArraySpec.from_dict(name, entry) for name, entry in data["arrays"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def _entries(data: dict[str, Any]) -> dict[str, ShardEntry]:
+    """Return the entries of the old index that make sense, by file."""
+    entries: dict[str, ShardEntry] = {}
+    listed = data.get("shards")
+    for item in listed if isinstance(listed, list) else []:
+        try:
+            entry = ShardEntry(**item)
+            named = SHARD.fullmatch(entry.file) and len(entry.sha256) > 1
+        except TypeError:
+            continue
+        if named and type(entry.samples) is int and type(entry.bytes) is int:
+            entries[entry.file] = entry
+    return entries
+
+
+def _sort_out(
+    folder: Path, entries: dict[str, ShardEntry], arrays: dict[str, ArraySpec]
+) -> tuple[list[ShardEntry], list[str]]:
+    """Return the entries of sound shards, and a line per shard that is lost."""
+    sound: list[ShardEntry] = []
+    lost: list[str] = []
+    names = sorted(set(entries) | {path.name for path in folder.glob("*.tar")})
+    with Work("checking", len(names), "shards") as work:
+        for name in names:
+            entry = entries.get(name)
+            try:
+                sound.append(_sound(folder, name, entry, arrays))
+            except UserError as error:
+                samples = f"{entry.samples} samples" if entry else "its samples"
+                lost.append(f"{name}: {samples} lost ({error})")
+            work.advance(1)
+    return sound, lost
 
 
 def _sound(
@@ -99,42 +136,19 @@ def _sound(
     path = folder / name
     offsets = scan(map_tar(path), arrays, name, entry.samples if entry else None)
     if entry is None:
-        offsets_name = f"{name.removesuffix('.tar')}.idx"
-        size = path.stat().st_size
-        entry = ShardEntry(name, offsets_name, parts[1], len(offsets), size, file_hash(path))
+        idx_name, size = path.with_suffix(".idx").name, path.stat().st_size
+        entry = ShardEntry(name, idx_name, parts[1], len(offsets), size, file_hash(path))
     write_synced(folder / entry.offsets, pack_offsets(offsets, entry.sha256))
     return entry
 
 
-def _old_index(folder: Path) -> dict[str, Any]:
-    """Return what can be read of index.json; empty when nothing can."""
-    if not folder.is_dir():
-        raise UserError(f"tokens={folder} is no folder")
-    try:
-        data = json.loads((folder / "index.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
+def _reduced(arrays: dict[str, ArraySpec]) -> str | None:
+    grids = {spec.grid for spec in arrays.values() if spec.kind == "tokens"}
+    return "grid_64" if grids == {GRID_64} else None
 
 
-def _entry(data: Any) -> ShardEntry | None:
-    """Return a shard's entry of the old index, or None when it makes no sense."""
-    try:
-        entry = ShardEntry(**data)
-        whole = type(entry.samples) is int and type(entry.bytes) is int
-        return entry if whole and SHARD.fullmatch(entry.file) and len(entry.sha256) > 1 else None
-    except TypeError:
-        return None
-
-
-def _arrays(folder: Path, data: dict[str, Any]) -> dict[str, ArraySpec]:
-    """Return the arrays of the old index, else what the first readable shard's headers show."""
-    try:
-        listed = {str(k): ArraySpec.from_dict(k, v) for k, v in data["arrays"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        listed = {}
-    if listed:
-        return listed
+def _arrays_of_shards(folder: Path) -> dict[str, ArraySpec]:
+    """Return the arrays that the first readable shard's headers show."""
     for path in sorted(folder.glob("*.tar")):
         try:
             arrays = _first_sample(path)
@@ -146,12 +160,7 @@ def _arrays(folder: Path, data: dict[str, Any]) -> dict[str, ArraySpec]:
 
 
 def _first_sample(path: Path) -> dict[str, ArraySpec]:
-    """Return the arrays of a tar's first sample; grids are taken to be square, scales left open.
-
-    Raises:
-        UserError: If a header is broken, or an array is none that a store can hold.
-    """
-    types = {stored: name for name, stored in STORED.items()}
+    """Return the arrays of a tar's first sample; grids are taken to be square, scales left open."""
     arrays: dict[str, ArraySpec] = {}
     with memoryview(map_tar(path)) as view:
         for member in tar.members(view, path.name):
@@ -160,28 +169,24 @@ def _first_sample(path: Path) -> dict[str, ArraySpec]:
             name = member.suffix.removesuffix(".npy")
             start = bytes(view[member.offset : member.offset + tar.NPY_HEADER_LIMIT])
             dtype, shape, _ = tar.read_npy_header(start, f"{path.name}: {member.name}")
-            stored = types.get(dtype, "")
-            if len(shape) == 1:
-                spec = ArraySpec("text", stored, shape)
-            else:
-                side = math.isqrt(shape[0]) if shape else 0
-                cls = len(shape) > 0 and side * side == shape[0] - 1
-                spec = ArraySpec("tokens", stored, shape, cls=cls, grid=(side, side))
-            arrays[name] = spec if stored == "int8" else ArraySpec.from_dict(name, spec.to_dict())
+            spec = ArraySpec("text", STORAGES.get(dtype, ""), shape)
+            if len(shape) == 2:
+                side = math.isqrt(shape[0])
+                cls = side * side == shape[0] - 1
+                spec = replace(spec, kind="tokens", cls=cls, grid=(side, side))
+            if spec.dtype != "int8":
+                ArraySpec.from_dict(name, spec.to_dict())
+            arrays[name] = spec
     return {}
 
 
 def _with_scales(folder: Path, arrays: dict[str, ArraySpec]) -> dict[str, ArraySpec]:
-    """Give int8 arrays their scales: by token where such an array lies beside them.
-
-    Raises:
-        UserError: If scales.safetensors is lost: without it int8 says nothing.
-    """
+    """Give int8 arrays their scales: by token where such an array lies beside them."""
     try:
         scales = load_file(folder / SCALES_FILE)
     except (OSError, SafetensorError):
         scales = {}
-    out = dict(arrays)
+    complete = dict(arrays)
     for name, spec in arrays.items():
         if spec.dtype != "int8":
             continue
@@ -190,12 +195,12 @@ def _with_scales(folder: Path, arrays: dict[str, ArraySpec]) -> dict[str, ArrayS
                 f"{folder / SCALES_FILE} is missing or damaged, and {name} is int8: restore it, or "
                 "extract or convert again"
             )
-        beside = arrays.get(scale_array(name))
-        if beside is not None:
-            out[scale_array(name)] = replace(beside, kind="scale")
-        scale = "channel" if beside is None else "token"
-        out[name] = replace(spec, scale=scale, scale_hash=scale_hash(scales[name]))
-    return out
+        scale, by_token = "channel", scale_array(name)
+        if by_token in arrays:
+            complete[by_token] = replace(arrays[by_token], kind="scale")
+            scale = "token"
+        complete[name] = replace(spec, scale=scale, scale_hash=scale_hash(scales[name]))
+    return complete
 
 
 def _described(folder: Path, arrays: dict[str, ArraySpec]) -> dict[str, ArraySpec]:
@@ -204,11 +209,13 @@ def _described(folder: Path, arrays: dict[str, ArraySpec]) -> dict[str, ArraySpe
         recipe = json.loads((folder / "extraction.json").read_bytes())
         entries = {**recipe["towers"], "text": recipe["captions"]}
         known = {name: ArraySpec.from_dict(name, entry) for name, entry in entries.items() if entry}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return arrays
-    out = dict(arrays)
+    described = dict(arrays)
     for name, spec in arrays.items():
         if name in known and known[name].shape == spec.shape:
-            parts = ("dtype", "scale", "scale_hash", "cosine")
-            out[name] = replace(known[name], **{part: getattr(spec, part) for part in parts})
-    return out
+            measured = {
+                key: getattr(spec, key) for key in ("dtype", "scale", "scale_hash", "cosine")
+            }
+            described[name] = replace(known[name], **measured)
+    return described

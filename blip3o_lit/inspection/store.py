@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import stat
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -37,55 +37,45 @@ NAMED = 5
 """Problems of one kind that are named one by one; the rest are counted."""
 
 
-@dataclass
 class Inspection:
-    """Everything that one pass over a store collects."""
+    """Everything that one pass over a store collects: findings, and figures per array."""
 
-    folder: Path
-    index: TokenIndex
-    condition: str = ""
-    findings: list[Finding] = field(default_factory=list)
-    numbers: dict[str, ArrayNumbers] = field(default_factory=dict)
-    samples: int = 0
-    captions: int = 0
-    _keys: dict[bytes, str] = field(default_factory=dict)
-    _contents: dict[bytes, tuple[str, str]] = field(default_factory=dict)
-    _named: dict[str, int] = field(default_factory=dict)
-    _scales: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.index = folder, TokenIndex.load(folder)
+        self.findings: list[Finding] = []
+        specs = self.index.arrays
+        self.numbers = {n: ArrayNumbers(spec) for n, spec in specs.items() if spec.kind != "scale"}
+        tokens = [name for name, spec in specs.items() if spec.kind == "tokens"]
+        self.condition = "eva" if "eva" in tokens else next(iter(tokens), "")
+        self.samples = self.captions = 0
+        self._problems: Counter[str] = Counter()
+        self._keys: dict[bytes, str] = {}
+        self._contents: dict[bytes, tuple[str, str]] = {}
+        self._scales: dict[str, np.ndarray] = {}
 
     def note(self, level: str, what: str, says: str, fix: str = "") -> None:
-        """Keep a finding; of one kind only the first few are named, all are counted."""
-        self._named[what] = self._named.get(what, 0) + 1
-        if self._named[what] <= NAMED or level == "ok":
+        """Keep a problem; of one kind only the first few are named, all are counted."""
+        self._problems[what] += 1
+        if self._problems[what] <= NAMED:
             self.findings.append(Finding(level, what, says, fix))
 
     def run(self) -> None:
-        tokens = [name for name, spec in self.index.arrays.items() if spec.kind == "tokens"]
-        self.condition = "eva" if "eva" in tokens else tokens[0] if tokens else ""
-        self.numbers = {
-            name: ArrayNumbers(spec)
-            for name, spec in self.index.arrays.items()
-            if spec.kind != "scale"
-        }
         try:
-            scales = load_scales(self.folder, self.index.arrays)
+            self._scales = load_scales(self.folder, self.index.arrays)
         except UserError as error:
             self.note("fail", "scales", str(error))
-            scales = {}
-        self._scales = {name: torch.from_numpy(scale_NC) for name, scale_NC in scales.items()}
-        repair = f"restore it, or {repair_command(self.folder)}"
         with Work("reading", self.index.samples, "samples") as work:
             for entry in self.index.shards:
                 problem = shard_problem(self.folder, entry)
-                if problem:
-                    self.note("fail", "shard", problem, repair)
                 try:
                     shard = Shard.by_headers(self.folder, entry, self.index.arrays)
                     self.offsets(shard)
                     self.read(shard)
                 except UserError as error:
-                    if not problem:
-                        self.note("fail", "shard", str(error), repair)
+                    problem = problem or str(error)
+                if problem:
+                    repair = f"restore it, or {repair_command(self.folder)}"
+                    self.note("fail", "shard", problem, repair)
                 work.advance(entry.samples)
         self.conclude()
 
@@ -107,15 +97,16 @@ class Inspection:
         for first in range(0, shard.entry.samples, READ_SAMPLES):
             batch = range(first, min(first + READ_SAMPLES, shard.entry.samples))
             sound = [sample for sample in batch if self.sample(shard, sample)]
-            if sound:
-                stored = {
-                    name: np.stack([shard.stored(name, spec, sample) for sample in sound])
-                    for name, spec in self.index.arrays.items()
-                }
-                for name, numbers in self.numbers.items():
-                    values = self.values(name, stored)
-                    if values is not None:
-                        numbers.add(values)
+            if not sound:
+                continue
+            stored = {
+                name: np.stack([shard.stored(name, spec, sample) for sample in sound])
+                for name, spec in self.index.arrays.items()
+            }
+            for name, numbers in self.numbers.items():
+                values = self.values(name, stored)
+                if values is not None:
+                    numbers.add(values)
 
     def values(self, name: str, stored: dict[str, np.ndarray]) -> Tensor | None:
         """Return an array's numbers as fp32; None where its int8 scales are lost."""
@@ -127,7 +118,7 @@ class Inspection:
             return None
         by_token = stored.get(scale_array(name))
         token_BN = None if by_token is None else torch.from_numpy(by_token)
-        return dequantise(tensor, self._scales[name], token_BN).float()
+        return dequantise(tensor, torch.from_numpy(self._scales[name]), token_BN).float()
 
     def sample(self, shard: Shard, sample: int) -> bool:
         """Check one sample's key, caption and content; False when a number is not finite."""
@@ -152,29 +143,29 @@ class Inspection:
         return sound
 
     def content(self, patches: np.ndarray, key: str, file: str, split: str) -> None:
+        here = f"{key} in {file}"
         mark = digest(np.ascontiguousarray(patches).data)
-        other_split, place = self._contents.setdefault(mark, (split, f"{key} in {file}"))
-        if place == f"{key} in {file}":
+        other_split, place = self._contents.setdefault(mark, (split, here))
+        if place == here:
             return
         if other_split != split:
-            says = f"{place} ({other_split}) and {key} in {file} ({split}) hold the same tokens"
+            says = f"{place} ({other_split}) and {here} ({split}) hold the same tokens"
             self.note("fail", "split leakage", says, "extract or convert again: splits by content")
         else:
-            says = f"{place} and {key} in {file} hold the same tokens"
+            says = f"{place} and {here} hold the same tokens"
             self.note("warn", "duplicate content", says, "drop one of them")
 
     def conclude(self) -> None:
         """Add the findings that need all samples."""
-        for what, count in self._named.items():
+        for what, count in self._problems.items():
             if count > NAMED:
                 self.findings.append(Finding("warn", what, f"{count - NAMED} more like these"))
         index = self.index
-        known = {name for shard in index.shards for name in (shard.file, shard.offsets)}
+        known = {shard.file for shard in index.shards}
         for path in sorted(self.folder.glob("*.tar")):
             if path.name not in known:
-                self.findings.append(
-                    Finding("warn", "shard", f"{path.name} is not in index.json", "repair=true")
-                )
+                says = f"{path.name} is not in index.json"
+                self.findings.append(Finding("warn", "shard", says, "repair=true"))
         if self.samples != index.samples:
             says = f"{self.samples:,} can be read, index.json promises {index.samples:,}"
             self.note("fail", "samples", says, "repair=true drops what is lost")
@@ -244,22 +235,16 @@ def shard_problem(folder: Path, entry: ShardEntry) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(content: bytes | memoryview) -> bytes:
-    """Return 16 bytes that stand for content."""
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def inspect(folder: Path) -> Inspection:
-    """Read a whole store.
-
-    Raises:
-        UserError: If its index can't be read.
-    """
-    inspection = Inspection(folder, TokenIndex.load(folder))
+    """Read a whole store."""
+    inspection = Inspection(folder)
     inspection.run()
     return inspection

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 """Marks the one type here that NumPy has no name for."""
@@ -19,9 +20,9 @@ BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 
 def take(arguments: Any, *types: type) -> Any:
     """Return `arguments` if they are a tuple of exactly these types, else raise TypeError."""
-    given = tuple(type(item) for item in arguments)
-    if type(arguments) is not tuple or given != types:
-        raise TypeError(f"{[kind.__name__ for kind in given][:9]} where other types are due")
+    actual = tuple(type(item) for item in arguments)
+    if type(arguments) is not tuple or actual != types:
+        raise TypeError(f"{[kind.__name__ for kind in actual][:9]} where other types are due")
     return arguments
 
 
@@ -46,13 +47,11 @@ class DtypeState:
     """A NumPy dtype in the making: plain numbers only."""
 
     def __init__(self, code: Any) -> None:
-        """Take the first argument of `numpy.dtype`, such as f4."""
         if type(code) is not str or not re.fullmatch(r"[biuf][1248]", code):
             raise TypeError(f"arrays of type {str(code)[:20]}")
         self.dtype = np.dtype(code)
 
     def set(self, state: Any) -> None:
-        """Take the byte order from the pickled state."""
         order = state[1]
         if order not in ("<", ">", "|") or any(part is not None for part in state[2:5]):
             raise TypeError("an array of records")
@@ -65,7 +64,6 @@ class ArrayState:
     array: np.ndarray | None = None
 
     def set(self, state: Any) -> None:
-        """Take (version, shape, dtype, Fortran order, bytes)."""
         _, shape, dtype, fortran, data = take(state, int, tuple, DtypeState, bool, memoryview)
         self.array = view(data, dtype, shape, "F" if fortran else "C")
 
@@ -92,23 +90,24 @@ def tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> np.
     return np.ndarray(size, storage.dtype, storage.data, offset * bytes_each, steps)
 
 
-def is_array(value: Any) -> bool:
-    """Whether a value is an array or torch tensor."""
-    return isinstance(value, np.ndarray) or hasattr(value, "untyped_storage")
+def as_array(value: Any) -> np.ndarray | None:
+    """Return an array or torch tensor as an array on the same bytes; None for anything else."""
+    if isinstance(value, ArrayState):
+        return value.array
+    if isinstance(value, torch.Tensor):
+        plain = value.detach()
+        try:
+            if plain.dtype == torch.bfloat16:
+                return plain.view(torch.int16).numpy().view(BFLOAT16)
+            return plain.numpy()
+        except (TypeError, RuntimeError):  # sparse, quantised or without numbers
+            return None
+    return value if isinstance(value, np.ndarray) else None
 
 
-def is_float(array: Any) -> bool:
-    """Whether an array or torch tensor holds floating-point numbers."""
-    if isinstance(array, np.ndarray):
-        return array.dtype == BFLOAT16 or array.dtype.kind == "f"
-    return array.is_floating_point()
-
-
-def float_rows(array: Any, first: int, last: int) -> np.ndarray:
-    """Return rows `first` to `last` (excluded) of an array or torch tensor as float32."""
+def float_rows(array: np.ndarray, first: int, last: int) -> np.ndarray:
+    """Return rows `first` to `last` (excluded) as float32."""
     block = array[first:last]
-    if not isinstance(block, np.ndarray):
-        return block.detach().float().numpy()
     if block.dtype == BFLOAT16:
         # Its 16 bits are the upper half of a float32.
         return (block["bfloat16"].astype("<u4") << np.uint32(16)).view("<f4")

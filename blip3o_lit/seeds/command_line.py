@@ -3,13 +3,12 @@
     python scripts/from_seed.py -- python train_blip3o_dit.py --embeddings_path x.pkl --output_dir y
 
 Pickles are converted first, once, into a token store beside them; an output directory becomes the
-run directory. Nothing of the seeds is imported or unpickled. `flags.py` holds the table.
+run directory. Nothing of the seeds is imported or unpickled. `flags.py` holds the tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import subprocess
@@ -21,8 +20,6 @@ from pathlib import Path
 from blip3o_lit.config.errors import UserError, nearest
 from blip3o_lit.seeds.flags import (
     EXTRACT,
-    EXTRACT_PRODUCTION,
-    FLAGS,
     LAUNCH,
     SCRIPTS,
     TORCHRUN,
@@ -43,6 +40,7 @@ SHRINK = {
 """Overrides of --shrink: a network that trains on a CPU in seconds, towers that ship with us."""
 SET_UP = ("pip", "conda", "git", "cd", "mamba", "uv")
 PLAIN = re.compile(r"[\w./~:@%+-]+|\[[\w,.-]*\]")
+PICKLES = ("--embeddings_path", "--chunked_embeddings_dir")
 
 
 @dataclass
@@ -50,288 +48,45 @@ class Step:
     """One command here."""
 
     command: str
-    overrides: list[str] = field(default_factory=list)
+    overrides: dict[str, str] = field(default_factory=dict)
 
-    @property
     def words(self) -> list[str]:
-        """Return the command line after `python`."""
-        return ["-m", f"blip3o_lit.{self.command}", *self.overrides]
+        return [f"{key}={quoted(value)}" for key, value in self.overrides.items()]
 
     def __str__(self) -> str:
-        """Return the line to type."""
-        return "make setup" if self.command == "setup" else shlex.join(["python", *self.words])
+        return shlex.join(["python", "-m", f"blip3o_lit.{self.command}", *self.words()])
 
 
 @dataclass
-class Given:
-    """A command line of the seeds, taken apart."""
+class Line:
+    """A command line of the seeds, taken apart; `launcher` may be empty."""
 
     script: str
+    launcher: str
     flags: dict[str, str]
-    launcher: str = ""
-    launcher_flags: dict[str, str] = field(default_factory=dict)
+
+    def source(self) -> str:
+        return next((self.flags[name] for name in PICKLES if name in self.flags), "")
+
+    def rows(self) -> list[Flag]:
+        launcher = SCRIPTS[self.launcher].flags if self.launcher else []
+        return [*SCRIPTS[self.script].flags, *launcher]
+
+    def number(self, name: str, default: int) -> int:
+        value = self.flags.get(name, str(default))
+        if not value.isdigit() or int(value) < 1:
+            raise UserError(f"{name} {value}: write a whole number above 0")
+        return int(value)
 
 
-@dataclass
-class Options:
-    """What stands before the `--`."""
-
-    images: str | None = None
-    shrink: bool = False
-    plan: bool = False
-
-
-def take_apart(words: list[str]) -> Given:
-    """Split a command line into launcher, script and flags.
-
-    Raises:
-        UserError: Naming the nearest script or flag.
-    """
-    rest = list(words)
-    launcher, launcher_flags = "", {}
-    if rest[:2] == ["accelerate", "launch"] or rest[:1] == ["torchrun"]:
-        launcher = LAUNCH if rest[0] == "accelerate" else TORCHRUN
-        rest = rest[2 if launcher == LAUNCH else 1 :]
-        end = next((i for i, word in enumerate(rest) if word.endswith(".py")), len(rest))
-        launcher_flags = read_flags(launcher, rest[:end])
-        rest = rest[end:]
-    elif rest and Path(rest[0]).name.startswith("python"):
-        rest = rest[1:]
-    if not rest:
-        raise UserError(f"{shlex.join(words)}: no script is named")
-    script = Path(rest[0]).name
-    if script not in SCRIPTS or not script.endswith(".py"):
-        known = [name for name in SCRIPTS if name.endswith(".py")]
-        guess = nearest(script, known)
-        hint = f"did you mean {guess}?" if guess else f"known are {', '.join(known)}"
-        raise UserError(f"{script} is no script of the seeds: {hint}")
-    return Given(script, read_flags(script, rest[1:]), launcher, launcher_flags)
-
-
-def read_flags(script: str, words: list[str]) -> dict[str, str]:
-    """Return the flags of a script with their values; a switch has the value `true`."""
-    known = {flag.name: flag for flag in FLAGS if flag.script == script}
-    found: dict[str, str] = {}
-    rest = list(words)
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if name not in known:
-            guess = nearest(name, known)
-            hint = f"did you mean {guess}?" if guess else "see docs/migrating.md"
-            raise UserError(f"{name} is no flag of {script}: {hint}")
-        if not known[name].takes:
-            found[name] = "true"
-            continue
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UserError(f"{name} of {script} needs a value")
-            value = rest.pop(0)
-        found[name] = value
-    return found
-
-
-def store_of(path: str) -> str:
-    """Return the token store of a path that the seeds' flags name: itself, or the one beside it."""
-    given = Path(path).expanduser()
-    if (given / "index.json").is_file():
-        return path
-    return str((given.with_suffix("") if given.suffix == ".pkl" else given) / "tokens")
+def say(words: str) -> None:
+    print(f"# {words}", flush=True)
 
 
 def gpus() -> int:
-    """Return how many GPUs this machine has."""
     import torch
 
     return torch.cuda.device_count()
-
-
-class Translation:
-    """The steps that do here what a command line of the seeds did there, and what to say of them.
-
-    Args:
-        words: The command line.
-        options: What stood before the `--`.
-    """
-
-    def __init__(self, words: list[str], options: Options) -> None:
-        self.options, self.said = options, []
-        self.steps = self._steps(words)
-
-    def _steps(self, words: list[str]) -> list[Step]:
-        if not words:
-            raise UserError("write a command line of the seeds after --")
-        if words[0] in SET_UP or words[1:4] == ["-m", "pip", "install"]:
-            return [Step("setup")]
-        if words[:2] == ["accelerate", "config"]:
-            self._say("nothing to configure: strategy= and trainer.devices= are overrides")
-            return [Step("doctor")]
-        if words[1:2] == ["-c"] and len(words) == 3:
-            return self._snippet(words[2])
-        given = take_apart(words)
-        overrides, convert = self._translate(given)
-        command = SCRIPTS[given.script].command
-        steps = [Step(command, [f"{key}={quoted(value)}" for key, value in overrides.items()])]
-        source = given.flags.get("--embeddings_path") or given.flags.get("--chunked_embeddings_dir")
-        if source and command != "extract":
-            steps = [*self._conversion(source, convert), *steps]
-        return steps
-
-    def _say(self, words: str) -> None:
-        if words not in self.said:
-            self.said.append(words)
-
-    def _snippet(self, code: str) -> list[Step]:
-        """Return the steps of one of the documented `python -c` checks."""
-        data = re.search(r"test_blip3o_dataset\(\s*['\"](.+?)['\"]", code)
-        if data:
-            store = store_of(data[1])
-            return [*self._conversion(data[1], {}), Step("doctor", [f"tokens={quoted(store)}"])]
-        if "src.modules" in code:
-            return [Step("doctor")]
-        raise UserError("python -c: only the documented checks are known")
-
-    def _conversion(self, source: str, overrides: dict[str, str]) -> list[Step]:
-        """Return the step that converts pickles, or none where their store is there."""
-        store = store_of(source)
-        if (Path(store).expanduser() / "index.json").is_file():
-            if overrides and store != source:
-                self._say(f"{store} is there already: its split stays as it was converted")
-            return []
-        words = {"source": source, "out": store, **overrides}
-        return [Step("convert", [f"{key}={quoted(value)}" for key, value in words.items()])]
-
-    def _translate(self, given: Given) -> tuple[dict[str, str], dict[str, str]]:
-        """Return the overrides of the command, and those of the conversion before it."""
-        script = SCRIPTS[given.script]
-        needed = [f.name for f in FLAGS if f.script == script.name and f.default == "required"]
-        for name in needed:
-            if name not in given.flags:
-                raise UserError(f"{script.name} needs {name}")
-        words = self._words(given)
-        overrides, convert = assignments(script.overrides, words), {}
-        both = [(given.script, given.flags), (given.launcher, given.launcher_flags)]
-        for name, values in both:
-            for flag in (f for f in FLAGS if f.script == name and f.name in values):
-                value = values[flag.name]
-                overrides |= assignments(chosen(flag, value), {**words, "value": value})
-                convert |= assignments(flag.convert, {"value": value})
-                if not (flag.override or flag.values or flag.convert):
-                    self._say(f"{flag.name}: {flag.note}")
-        if script.command == "train":
-            overrides = self._for_training(given, overrides, words)
-        elif script.command == "extract":
-            overrides = self._for_extraction(given, overrides)
-        if self.options.shrink:
-            overrides |= assignments(SHRINK.get(script.command, ""), {})
-        # Groups come first: an experiment replaces what stands before it.
-        first = {key: overrides[key] for key in ("experiment", "data") if key in overrides}
-        return first | {key: value for key, value in overrides.items() if value}, convert
-
-    def _words(self, given: Given) -> dict[str, str]:
-        """Work out what the words in braces stand for."""
-        flags, launcher = given.flags, given.launcher_flags
-        source = flags.get("--embeddings_path") or flags.get("--chunked_embeddings_dir") or ""
-        half = "fp16"
-        on_cpu = flags.get("--device") == "cpu" or "--cpu" in launcher
-        asked = "--fp16" in flags or launcher.get("--mixed_precision") == "fp16"
-        if asked and (on_cpu or not gpus()):
-            half = "bf16"
-            self._say("no GPU here: fp16 becomes precision=bf16")
-        batch = number(flags, "--batch_size", 32)
-        usual = 2 if given.script == TRAIN_PATCH else 1
-        accumulated = number(flags, "--gradient_accumulation_steps", usual)
-        processes = 1
-        if given.launcher:
-            name = "--num_processes" if given.launcher == LAUNCH else "--nproc_per_node"
-            processes = number(launcher, name, max(1, gpus()) if given.launcher == LAUNCH else 1)
-            processes *= number(launcher, "--num_machines", number(launcher, "--nnodes", 1))
-            if processes == 1:
-                self._say("one process: this machine has one device, or none is asked for")
-        shards = number(flags, "--max_shards", HUB_TARS)
-        return {
-            "tokens": store_of(source) if source else "",
-            "global_batch": str(batch * accumulated * processes),
-            "micro_batch": str(batch),
-            "half": half,
-            "resume": self._resume(flags),
-            "tars": f"{HUB}/{{00000..{shards - 1:05d}}}.tar",
-        }
-
-    def _resume(self, flags: dict[str, str]) -> str:
-        """Return the checkpoint or run directory that a checkpoint folder there stands for."""
-        given = Path(flags.get("--resume_from_checkpoint", ""))
-        step = re.fullmatch(r"checkpoint-(\d+)", given.name)
-        if not step:
-            return str(given)
-        own = given.parent / "checkpoints" / f"step-{int(step[1]):08d}.ckpt"
-        if not own.is_file() and "--resume_from_checkpoint" in flags:
-            self._say(f"{own} is not kept: going on from the newest checkpoint of {given.parent}")
-        return str(own if own.is_file() else given.parent)
-
-    def _for_training(
-        self, given: Given, overrides: dict[str, str], words: dict[str, str]
-    ) -> dict[str, str]:
-        """Add what the seeds left to defaults that a preset can't hold."""
-        if given.launcher and "batch_size" not in overrides:
-            overrides |= assignments(
-                "batch_size={global_batch} micro_batch_size={micro_batch}", words
-            )
-        if given.launcher == LAUNCH and "trainer.devices" not in overrides and gpus() > 1:
-            overrides |= {"strategy": "ddp", "trainer.devices": str(gpus())}
-        index = Path(words["tokens"]).expanduser() / "index.json"
-        if given.script == TRAIN_64 and index.is_file():
-            arrays = json.loads(index.read_text("utf-8"))["arrays"].values()
-            stored = [array["projected"] for array in arrays if array["kind"] == "tokens"]
-            overrides["mode.projected"] = str(all(stored)).lower()
-        if self.options.plan:
-            overrides["dry_run"] = "true"
-        return overrides
-
-    def _for_extraction(self, given: Given, overrides: dict[str, str]) -> dict[str, str]:
-        """Choose images, towers and the folder of the store."""
-        if self.options.images:
-            overrides["images"] = self.options.images
-            if self.options.images == "demo":
-                overrides["towers"] = "demo"
-        if "out" not in overrides:
-            folder = "embeddings/blip3o_grid_embeddings"
-            if given.script == EXTRACT:
-                cls = "--include_cls" in given.flags
-                folder = "embeddings/" + ("cls_patch_257" if cls else "patch_only_256") + "_tokens"
-            overrides["out"] = f"{folder}/tokens"
-        elif given.script in (EXTRACT, EXTRACT_PRODUCTION):
-            overrides["out"] = str(Path(overrides["out"]) / "tokens")
-        return overrides
-
-
-def number(flags: dict[str, str], name: str, default: int) -> int:
-    """Return a flag's whole number above 0, or its default."""
-    value = flags.get(name, str(default))
-    if not value.isdigit() or int(value) < 1:
-        raise UserError(f"{name} {value}: write a whole number above 0")
-    return int(value)
-
-
-def chosen(flag: Flag, value: str) -> str:
-    """Return the override template of a flag's value.
-
-    Raises:
-        UserError: If the flag has no such value.
-    """
-    if value in flag.values:
-        return flag.values[value]
-    if flag.values and not flag.override:
-        guess = nearest(value, flag.values)
-        hint = f"did you mean {guess}? " if guess else ""
-        choices = ", ".join(flag.values)
-        raise UserError(f"{flag.name} {value}: {hint}choose from {choices}")
-    return flag.override
-
-
-def assignments(template: str, words: dict[str, str]) -> dict[str, str]:
-    """Return the overrides of a template, by key."""
-    pairs = (word.split("=", 1) for word in template.split())
-    return {key: value.format(**words) if "{" in value else value for key, value in pairs}
 
 
 def quoted(value: str) -> str:
@@ -341,11 +96,226 @@ def quoted(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
+def take_apart(words: list[str]) -> Line:
+    launcher, flags, rest = "", {}, words
+    if words[:2] == ["accelerate", "launch"] or words[:1] == ["torchrun"]:
+        launcher = LAUNCH if words[0] == "accelerate" else TORCHRUN
+        rest = words[len(launcher.split()) :]
+        end = next((i for i, word in enumerate(rest) if word.endswith(".py")), len(rest))
+        flags = read_flags(launcher, rest[:end])
+        rest = rest[end:]
+    elif Path(words[0]).name.startswith("python"):
+        rest = words[1:]
+    if not rest:
+        raise UserError(f"{shlex.join(words)}: no script is named")
+    script = Path(rest[0]).name
+    known = [name for name in SCRIPTS if name.endswith(".py")]
+    if script not in known:
+        guess = nearest(script, known)
+        hint = f"did you mean {guess}?" if guess else f"known are {', '.join(known)}"
+        raise UserError(f"{script} is no script of the seeds: {hint}")
+    flags |= read_flags(script, rest[1:])
+    for flag in SCRIPTS[script].flags:
+        if flag.default == "required" and flag.name not in flags:
+            raise UserError(f"{script} needs {flag.name}")
+    return Line(script, launcher, flags)
+
+
+def read_flags(script: str, words: list[str]) -> dict[str, str]:
+    """Return the flags of a script with their values; a switch has the value `true`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in SCRIPTS[script].flags:
+        if flag.is_switch:
+            parser.add_argument(flag.name, dest=flag.name, action="store_const", const="true")
+        else:
+            parser.add_argument(flag.name, dest=flag.name)
+    try:
+        values, unknown = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name} of {script}: {error.message}") from error
+    if unknown:
+        guess = nearest(unknown[0].partition("=")[0], vars(values))
+        hint = f"did you mean {guess}?" if guess else "see docs/migrating.md"
+        raise UserError(f"{unknown[0]} is no flag of {script}: {hint}")
+    return {name: value for name, value in vars(values).items() if value is not None}
+
+
+def translate(words: list[str]) -> list[Step]:
+    """Return the steps that do here what a command line of the seeds did there."""
+    if not words:
+        raise UserError("write a command line of the seeds after --")
+    if words[0] in SET_UP or words[1:4] == ["-m", "pip", "install"]:
+        print("make setup")
+        return []
+    if words[:2] == ["accelerate", "config"]:
+        say("nothing to configure: strategy= and trainer.devices= are overrides")
+        return [Step("doctor")]
+    if words[1:2] == ["-c"] and len(words) == 3:
+        return translate_snippet(words[2])
+    line = take_apart(words)
+    convert: dict[str, str] = {}
+    overrides = overrides_of(line)
+    for key in [key for key in overrides if key.startswith("convert.")]:
+        convert[key.removeprefix("convert.")] = overrides.pop(key)
+    step = Step(SCRIPTS[line.script].command, overrides)
+    if step.command == "extract" or not line.source():
+        return [step]
+    return [*conversion(line.source(), convert), step]
+
+
+def translate_snippet(code: str) -> list[Step]:
+    """Return the steps of one of the documented `python -c` checks."""
+    data = re.search(r"test_blip3o_dataset\(\s*['\"](.+?)['\"]", code)
+    if data:
+        return [*conversion(data[1], {}), Step("doctor", {"tokens": str(store_of(data[1]))})]
+    if "src.modules" in code:
+        return [Step("doctor")]
+    raise UserError("python -c: only the documented checks are known")
+
+
+def store_of(path: str) -> Path:
+    """Return the token store of a path that the seeds' flags name: itself, or the one beside it."""
+    source = Path(path)
+    if (source.expanduser() / "index.json").is_file():
+        return source
+    folder = source.with_suffix("") if source.suffix == ".pkl" else source
+    return folder.expanduser() / "tokens"
+
+
+def conversion(source: str, overrides: dict[str, str]) -> list[Step]:
+    """Return the step that converts pickles, or none where their store is there."""
+    store = store_of(source)
+    if not (store.expanduser() / "index.json").is_file():
+        return [Step("convert", {"source": source, "out": str(store), **overrides})]
+    if overrides and store != Path(source):
+        say(f"{store} is there already: its split stays as it was converted")
+    return []
+
+
+def overrides_of(line: Line) -> dict[str, str]:
+    """Return the overrides of a script's command, and with `convert.` those of the conversion."""
+    script = SCRIPTS[line.script]
+    words = words_of(line)
+    overrides = filled(script.overrides.split(), words)
+    for flag in line.rows():
+        if flag.name in line.flags:
+            value = line.flags[flag.name]
+            overrides |= filled(flag.overrides(value), {**words, "value": value})
+            if not flag.here:
+                say(f"{flag.name}: {flag.note}")
+    if script.command == "train":
+        overrides |= for_training(line, overrides, words)
+    elif script.command == "extract":
+        overrides["out"] = str(Path(overrides.get("out") or extracted(line)) / "tokens")
+    # Groups come first: an experiment replaces what stands before it.
+    groups = {key: overrides[key] for key in ("experiment", "data") if key in overrides}
+    return groups | {key: value for key, value in overrides.items() if value}
+
+
+def filled(templates: list[str], words: dict[str, str]) -> dict[str, str]:
+    """Return overrides by key, with values for the words in braces."""
+    overrides = {}
+    for template in templates:
+        key, _, value = template.partition("=")
+        overrides[key] = value.format(**words) if "{" in value else value
+    return overrides
+
+
+def words_of(line: Line) -> dict[str, str]:
+    """Work out what the words in braces stand for."""
+    flags, source = line.flags, line.source()
+    half = "fp16"
+    wants_half = "--fp16" in flags or flags.get("--mixed_precision") == "fp16"
+    on_cpu = flags.get("--device") == "cpu" or "--cpu" in flags
+    if wants_half and (on_cpu or not gpus()):
+        half = "bf16"
+        say("no GPU here: fp16 becomes precision=bf16")
+    micro_batch = line.number("--batch_size", 32)
+    accumulated = 2 if line.script == TRAIN_PATCH else 1
+    accumulated = line.number("--gradient_accumulation_steps", accumulated)
+    last_tar = line.number("--max_shards", HUB_TARS) - 1
+    return {
+        "tokens": str(store_of(source)) if source else "",
+        "global_batch": str(micro_batch * accumulated * processes(line)),
+        "micro_batch": str(micro_batch),
+        "half": half,
+        "resume": run_of(flags.get("--resume_from_checkpoint", "")),
+        "tars": f"{HUB}/{{00000..{last_tar:05d}}}.tar",
+    }
+
+
+def processes(line: Line) -> int:
+    if not line.launcher:
+        return 1
+    if line.launcher == LAUNCH:
+        per_machine = line.number("--num_processes", max(1, gpus()))
+        count = per_machine * line.number("--num_machines", 1)
+    else:
+        count = line.number("--nproc_per_node", 1) * line.number("--nnodes", 1)
+    if count == 1:
+        say("one process: this machine has one device, or none is asked for")
+    return count
+
+
+def run_of(checkpoint: str) -> str:
+    """Return our checkpoint of the step that a folder of the seeds names, else its run."""
+    path = Path(checkpoint)
+    step = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    if not step:
+        return str(path)
+    own = path.parent / "checkpoints" / f"step-{int(step[1]):08d}.ckpt"
+    if own.is_file():
+        return str(own)
+    say(f"{own} is not kept: going on from the newest checkpoint of {path.parent}")
+    return str(path.parent)
+
+
+def for_training(line: Line, overrides: dict[str, str], words: dict[str, str]) -> dict[str, str]:
+    """Return what the seeds left to defaults that a preset can't hold."""
+    more = {}
+    if line.launcher and "batch_size" not in overrides:
+        more["batch_size"] = words["global_batch"]
+        more["micro_batch_size"] = words["micro_batch"]
+    if line.launcher == LAUNCH and "trainer.devices" not in overrides and gpus() > 1:
+        more |= {"strategy": "ddp", "trainer.devices": str(gpus())}
+    store = Path(words["tokens"]).expanduser()
+    if line.script == TRAIN_64 and (store / "index.json").is_file():
+        from blip3o_lit.tokens.store.index import TokenIndex
+
+        arrays = TokenIndex.load(store).arrays.values()
+        projected = all(array.projected for array in arrays if array.kind == "tokens")
+        more["mode.projected"] = str(projected).lower()
+    return more
+
+
+def extracted(line: Line) -> str:
+    """Return the folder that an extraction of the seeds wrote when none was named."""
+    if line.script != EXTRACT:
+        return "embeddings/blip3o_grid_embeddings"
+    tokens = "cls_patch_257" if "--include_cls" in line.flags else "patch_only_256"
+    return f"embeddings/{tokens}_tokens"
+
+
 def run_step(step: Step) -> int:
-    """Run a command of ours and return its exit code."""
-    if step.command == "setup":
-        return 0
-    return subprocess.run([sys.executable, *step.words], check=False).returncode
+    words = ["-m", f"blip3o_lit.{step.command}", *step.words()]
+    return subprocess.run([sys.executable, *words], check=False).returncode
+
+
+def prepare(options: argparse.Namespace) -> list[Step]:
+    """Translate the line, add the options that stood before it, and print the steps."""
+    words = options.line[1:] if options.line[:1] == ["--"] else options.line
+    steps = translate(words)
+    for step in steps:
+        if step.command == "extract" and options.images:
+            step.overrides["images"] = options.images
+            if options.images == "demo":
+                step.overrides["towers"] = "demo"
+        if step.command == "train" and options.plan:
+            step.overrides["dry_run"] = "true"
+        if options.shrink:
+            step.overrides |= filled(SHRINK.get(step.command, "").split(), {})
+        print(step, flush=True)
+    return steps
 
 
 def main(arguments: list[str], run: Callable[[Step], int] = run_step) -> int:
@@ -362,32 +332,19 @@ def main(arguments: list[str], run: Callable[[Step], int] = run_step) -> int:
     parser.add_argument("--print", action="store_true", help="print, run nothing")
     parser.add_argument("--table", action="store_true", help="print the flag tables and exit")
     parser.add_argument("line", nargs=argparse.REMAINDER, help="-- and a line of the seeds")
-    given = parser.parse_args(arguments)
-    if given.table:
+    options = parser.parse_args(arguments)
+    if options.table:
         print(table(), end="")
         return 0
-    line = given.line[1:] if given.line[:1] == ["--"] else given.line
-    options = Options(given.images, given.shrink, given.plan)
     try:
-        steps = translate_and_say(line, options)
-        while steps and not given.print:
+        steps = prepare(options)
+        while steps and not options.print:
             code = run(steps[0])
             if code:
                 return code
             # A finished conversion decides the view, so the rest is translated again.
-            converted = steps[0].command == "convert"
-            steps = translate_and_say(line, options) if converted else steps[1:]
+            steps = prepare(options) if steps[0].command == "convert" else steps[1:]
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
-
-
-def translate_and_say(line: list[str], options: Options) -> list[Step]:
-    """Return the steps of a line, printed."""
-    translation = Translation(line, options)
-    for words in translation.said:
-        print(f"# {words}", flush=True)
-    for step in translation.steps:
-        print(step, flush=True)
-    return translation.steps

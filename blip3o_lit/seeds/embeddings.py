@@ -1,6 +1,6 @@
 """The seeds' embedding files as pairs of token arrays, whatever variant they are.
 
-Shape suffixes: b rows, N tokens (CLS first where there is one), C width.
+Shapes: n samples, C channels; CLS is the first of 257 tokens.
 
 | variant | arrays of a side |
 |---|---|
@@ -14,170 +14,154 @@ Shape suffixes: b rows, N tokens (CLS first where there is one), C width.
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 
 from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.seeds.arrays import ArrayState, float_rows, is_array, is_float
+from blip3o_lit.seeds.arrays import BFLOAT16, as_array, float_rows
 from blip3o_lit.seeds.pickles import read_pickle
 
 SIDES = ("eva", "clip")
 FULL_KEYS = ("{}_grid_embeddings", "{}_grid_embeddings_list")
 TOKEN_KEYS = ("{}_blip3o_embeddings", "{}_blip3o_embeddings_list", "{}_embeddings")
-GRIDS = {64: (8, 8), 256: (16, 16), 257: (16, 16)}
-REDUCED_TOKENS = 64
+REDUCED = (8, 8)
+GRIDS = {64: REDUCED, 256: (16, 16), 257: (16, 16)}
 PROJECTED_WIDTHS = {"eva": 1280, "clip": 768}
 """Widths of EVA-CLIP-8B and CLIP ViT-L/14 after their projections (4096 and 1024 before)."""
 
 
 class Side:
-    """One tower's tokens of one file: one or several arrays, read as `[b, N, C]`."""
+    """One tower's tokens of one file: one or several arrays, joined along their first side."""
 
-    def __init__(self, name: str, parts: list[Any], shape: TokenShape) -> None:
-        """Join `parts`, arrays or torch tensors, along their first side."""
-        self.name, self.parts, self.shape = name, parts, shape
-        self.ends = np.cumsum([part.shape[0] for part in parts])
+    def __init__(self, parts: list[np.ndarray], shape: TokenShape) -> None:
+        self.parts, self.shape = parts, shape
+        self.ends = np.cumsum([len(part) for part in parts])
 
     def __len__(self) -> int:
-        """Samples."""
         return int(self.ends[-1])
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """Read samples `first` to `last` (excluded) as float32 `[b, N, C]`."""
+        """Read samples `first` to `last` (excluded) as float32 `[n, N, C]`."""
         blocks = []
         while first < last:
             number = int(np.searchsorted(self.ends, first, "right"))
             part, end = self.parts[number], int(self.ends[number])
-            start = end - part.shape[0]
-            stop = min(last, end)
+            start, stop = end - len(part), min(last, end)
             blocks.append(float_rows(part, first - start, stop - start))
             first = stop
         joined = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         return joined.reshape(len(joined), -1, self.shape.width)
 
 
-class LegacyFile(AbstractContextManager["LegacyFile"]):
+class LegacyFile:
     """One embedding file, opened without reading its numbers."""
 
     def __init__(self, path: Path, mode: str = "auto") -> None:
-        """Open and check a file.
+        """Open and check a pickle, or what `torch.save` wrote.
 
-        Args:
-            path: A pickle, or what `torch.save` wrote.
-            mode: auto takes the fullest tokens, grid_64 the averaged ones; patch_only and cls_patch
-                take full grids.
-
-        Raises:
-            UserError: If it is unsafe, damaged, or no embedding file.
+        `mode` auto takes the fullest tokens, grid_64 the averaged ones; patch_only and cls_patch
+        take full grids.
         """
-        self.path = path
-        try:
-            with open(path, "rb") as file:
-                zipped = file.read(4) == b"PK\x03\x04"
-            of_torch = zipped or path.suffix in (".pt", ".pth")
-            data = _torch_load(path, zipped) if of_torch else read_pickle(path)
-        except OSError as error:
-            raise UserError(f"{path} can't be read: {error.strerror}") from error
+        data = _load(path)
         if not isinstance(data, dict):
             raise UserError(f"{path} holds no dict of embeddings")
-        self.sides = {side: _side(data, side, mode, self.path) for side in SIDES}
-        counts = {name: len(side) for name, side in self.sides.items()}
-        if len(set(counts.values())) > 1:
-            raise UserError(f"{self.path} holds {counts['eva']} eva and {counts['clip']} clip rows")
-        patches = {side.shape.patches for side in self.sides.values()}
+        self.path = path
+        self.sides = {name: _side(data, name, mode, path) for name in SIDES}
+        eva, clip = self.sides.values()
+        if len(eva) != len(clip):
+            raise UserError(f"{path} holds {len(eva)} eva and {len(clip)} clip rows")
+        patches = {eva.shape.patches, clip.shape.patches}
         if len(patches) > 1:
-            raise UserError(f"{self.path} pairs grids of {sorted(patches)} patches: not one task")
-        self.samples = counts["eva"]
-        self.captions = _texts(data, "captions", self.samples, self.path)
-        self.keys = _texts(data, "keys", self.samples, self.path)
+            raise UserError(f"{path} pairs grids of {sorted(patches)} patches: not one task")
+        self.samples = len(eva)
+        self.captions = _texts(data, "captions", self.samples, path)
+        self.keys = _texts(data, "keys", self.samples, path)
         config = data.get("config")
         self.config: dict[Any, Any] = config if isinstance(config, dict) else {}
         if self.config.get("cls_first") is False:
-            raise UserError(f"{self.path} says cls_first=false: CLS is expected before the patches")
-        self.source = str(data.get("source_tar", ""))[:1000]
+            raise UserError(f"{path} says cls_first=false: CLS is expected before the patches")
 
     @property
     def reduced(self) -> bool:
-        """Whether its tokens are the 64 averages of 2x2 patches."""
-        return self.sides["eva"].shape.grid == GRIDS[REDUCED_TOKENS]
+        return self.sides["eva"].shape.grid == REDUCED
 
     def tower(self, side: str) -> str:
-        """Return the encoder's name as the file gives it."""
         name = self.config.get(f"{side}_model", "")
         return name[:200] if isinstance(name, str) else ""
 
     def projected(self, side: str) -> bool:
-        """Whether the width shows that the tower's projection is in the tokens."""
         return self.reduced and self.sides[side].shape.width == PROJECTED_WIDTHS[side]
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Let go of the arrays, and of the file that they map."""
-        self.sides.clear()
 
-
-def _torch_load(path: Path, zipped: bool) -> Any:
-    """Load what `torch.save` wrote, mapped where it is a zip, with torch's own safe loader."""
-    import torch
-
+def _load(path: Path) -> Any:
     try:
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"
+        if not zipped and path.suffix not in (".pt", ".pth"):
+            return read_pickle(path)
+        # With torch's own safe loader, mapped where it is a zip.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
+    except UserError:
+        raise
     except Exception as error:  # a stranger's file may break torch's parser in any way
-        found = re.search(r"(?:GLOBAL|class|call to|type) ([\w.]+\.[\w.]+)", str(error))
-        if found:
-            raise UserError(f"{path} asks for {found[1]}: refused, nothing was run") from error
+        name = re.search(r"(?:GLOBAL|class|call to|type) ([\w.]+\.[\w.]+)", str(error))
+        if name:
+            raise UserError(f"{path} asks for {name[1]}: refused, nothing was run") from error
         raise UserError(f"{path} is no file of tensors that torch can load safely") from error
 
 
 def _side(data: dict[Any, Any], side: str, mode: str, path: Path) -> Side:
-    """Find and check the arrays of one side."""
-    groups = {"auto": FULL_KEYS + TOKEN_KEYS, "grid_64": TOKEN_KEYS}
-    names = [key.format(side) for key in groups.get(mode, FULL_KEYS + TOKEN_KEYS)]
-    present = [name for name in names if name in data and data[name] is not None]
-    if not present:
+    """Return the arrays of one side, checked."""
+    keys = TOKEN_KEYS if mode == "grid_64" else FULL_KEYS + TOKEN_KEYS
+    names = [key.format(side) for key in keys]
+    name = next((name for name in names if data.get(name) is not None), None)
+    if name is None:
         held = ", ".join(str(key)[:40] for key in list(data)[:12])
         raise UserError(f"{path} has none of {', '.join(names)}; it holds {held}")
-    name = present[0]
-    value = data[name]
-    items = value if isinstance(value, list) else [value]
-    parts: list[Any] = [item.array if isinstance(item, ArrayState) else item for item in items]
-    sides = 4 if "grid" in name else 3
     where = f"{path}: {name}"
-    others = [type(part).__name__ for part in parts if not is_array(part)]
-    if others or not parts:
-        raise UserError(f"{where} is a {others[0] if others else 'empty list'}, no array")
-    if isinstance(value, list) and len(parts[0].shape) == sides - 1:
+    parts = _parts(data[name], where)
+    full = "grid" in name
+    due = "[n, rows, columns, C] is due" if full else "[n, 64, 256 or 257, C] is due"
+    sides = 4 if full else 3
+    if isinstance(data[name], list) and parts[0].ndim == sides - 1:
         parts = [part[None] for part in parts]
-    for part in parts:
-        if len(part.shape) != sides or 0 in part.shape or part.shape[1:] != parts[0].shape[1:]:
-            raise UserError(f"{where} has the shape {list(part.shape)}: {_due(sides)}")
-        if not is_float(part):
-            raise UserError(f"{where} holds {part.dtype} numbers: floats are due")
     shape = parts[0].shape[1:]
-    if sides == 4:
-        return Side(side, parts, TokenShape((shape[0], shape[1]), False, shape[2]))
-    if shape[0] not in GRIDS:
-        raise UserError(f"{where} has {shape[0]} tokens a sample: {_due(3)}")
-    cls = shape[0] == 257
-    if mode == "grid_64" and shape[0] != REDUCED_TOKENS:
+    for part in parts:
+        if part.ndim != sides or 0 in part.shape or part.shape[1:] != shape:
+            raise UserError(f"{where} has the shape {list(part.shape)}: {due}")
+        if part.dtype != BFLOAT16 and part.dtype.kind != "f":
+            raise UserError(f"{where} holds {part.dtype} numbers: floats are due")
+    if full:
+        return Side(parts, TokenShape(shape[:2], False, shape[2]))
+    tokens, width = shape
+    if tokens not in GRIDS:
+        raise UserError(f"{where} has {tokens} tokens per sample: {due}")
+    grid = GRIDS[tokens]
+    if mode == "grid_64" and grid != REDUCED:
         raise UserError(
-            f"{where} has {shape[0]} tokens: convert with mode=auto, "
+            f"{where} has {tokens} tokens: convert with mode=auto, "
             "training with mode=grid_64 averages them itself"
         )
-    return Side(side, parts, TokenShape(GRIDS[shape[0]], cls, shape[1]))
+    return Side(parts, TokenShape(grid, tokens == 257, width))
 
 
-def _due(sides: int) -> str:
-    return "[n, rows, columns, C] is due" if sides == 4 else "[n, 64, 256 or 257, C] is due"
+def _parts(value: Any, where: str) -> list[np.ndarray]:
+    """Return the arrays of a side: the value itself, or the items of a list."""
+    parts = []
+    for item in value if isinstance(value, list) else [value]:
+        array = as_array(item)
+        if array is None:
+            raise UserError(f"{where} is a {type(item).__name__}, no array")
+        parts.append(array)
+    if not parts:
+        raise UserError(f"{where} is an empty list, no array")
+    return parts
 
 
 def _texts(data: dict[Any, Any], name: str, samples: int, path: Path) -> list[str | None]:

@@ -17,48 +17,36 @@ PATTERNS = {
 
 
 def legacy_files(source: Path, mode: str) -> list[Path]:
-    """Return the embedding files of a folder in the seeds' order, or the one file named.
+    """Return the embedding files of a folder in the order of their numbers, or the one file named.
 
-    The order is that of the first number in each name; unfinished checkpoints count only where
-    there is nothing else.
-
-    Raises:
-        UserError: If there are none, or shards of both modes and no mode is asked for.
+    Unfinished checkpoints count only where there is nothing else.
     """
     if source.is_file():
         return [source]
     if not source.is_dir():
         raise UserError(f"source={source} does not exist: name the seeds' .pkl file or its folder")
-    for pattern in dict.fromkeys((*PATTERNS.get(mode, ()), *PATTERNS["auto"])):
-        found = [path for path in source.glob(pattern) if path.is_file()]
-        finished = [path for path in found if path.name not in UNFINISHED]
-        if found:
-            return _in_order(finished or found[:1], source, mode)
-    raise UserError(f"source={source} holds no .pkl file of the seeds")
-
-
-def _in_order(files: list[Path], source: Path, mode: str) -> list[Path]:
+    for pattern in (*PATTERNS.get(mode, ()), *PATTERNS["auto"]):
+        files = [path for path in source.glob(pattern) if path.is_file()]
+        if files:
+            break
+    else:
+        raise UserError(f"source={source} holds no .pkl file of the seeds")
+    files = [path for path in files if path.name not in UNFINISHED] or files[:1]
     kinds = {re.sub(r"\d+", "", path.stem) for path in files}
     if len(kinds) > 1:
         both = all(any(kind.endswith(end) for kind in kinds) for end in ("cls_patch", "patch_only"))
         fix = "mode=patch_only or mode=cls_patch" if both else "source=FILE"
         raise UserError(f"source={source} holds several kinds of files: choose with {fix}")
+    return sorted(files, key=_number)
 
-    def number(path: Path) -> tuple[int, str]:
-        digits = re.search(r"\d+", path.stem)
-        return (int(digits[0]) if digits else 0, path.name)
 
-    return sorted(files, key=number)
+def _number(path: Path) -> tuple[int, str]:
+    digits = re.search(r"\d+", path.stem)
+    return (int(digits[0]) if digits else 0, path.name)
 
 
 def manifest_problems(source: Path, files: list[Path], samples: list[int]) -> list[str]:
-    """Compare a folder with its `embeddings_manifest.json` and name what is not there.
-
-    Args:
-        source: The folder.
-        files: The shards found.
-        samples: Samples of each.
-    """
+    """Compare a folder's files, of so many samples each, with its `embeddings_manifest.json`."""
     path = source / "embeddings_manifest.json"
     if not path.is_file():
         return []
@@ -70,11 +58,11 @@ def manifest_problems(source: Path, files: list[Path], samples: list[int]) -> li
         raise UserError(
             f"{path} is no manifest of the seeds: remove it or copy it again"
         ) from error
-    found = {file.name: count for file, count in zip(files, samples)}
+    counts = {file.name: count for file, count in zip(files, samples)}
     problems = [
-        f"{name} is in the manifest, not in the folder" for name in promised if name not in found
+        f"{name} is in the manifest, not in the folder" for name in promised if name not in counts
     ]
-    for name, count in found.items():
+    for name, count in counts.items():
         due = promised.get(name, {}).get("total_samples", count)
         if due != count:
             problems.append(f"{name} holds {count} samples, the manifest says {due}")

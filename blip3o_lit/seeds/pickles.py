@@ -1,10 +1,7 @@
 """Reads the seeds' pickles with Python's unpickler, after all that calls anything was taken out.
 
-`pickle.Unpickler`, in C, copies the bytes of every array, makes a table of whatever size a few
-bytes ask for and hashes any key. The same in Python is used here with a list of opcodes, and three
-things are left to us: globals stay names (`find_class`), bytes are views of the mapped file, and a
-dict has plain keys. A tensor's own global, `torch.storage._load_from_bytes`, holds more pickles in
-its bytes; they are read by the same rules, so nothing hides there either.
+Globals stay names (`find_class`), bytes are views of the mapped file, and a dict has plain keys. A
+tensor's bytes hold more pickles, read by the same rules. Why not the C unpickler: docs/tried.md.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ from blip3o_lit.seeds.arrays import BFLOAT16, ArrayState, DtypeState, Storage, t
 UNPICKLER: Any = pickle._Unpickler  # pyright: ignore[reportAttributeAccessIssue]
 """The unpickler that is written in Python; without a type, as its parts have none."""
 MOST_READS = 200_000_000
-"""Reads of one file, two per opcode; 91,333 samples of the seeds need a million."""
+"""Reads of one file, two per opcode: hundreds of times what the seeds' files need."""
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 TORCH_PROTOCOL = 1001
 STORAGES = {
@@ -55,41 +52,35 @@ class Source:
     """The bytes of a file or of a part of it, as the unpickler reads them."""
 
     def __init__(self, content: memoryview, where: str, most_reads: int = MOST_READS) -> None:
-        """Stand at the start; `where` names the file in messages."""
         self.content, self.where, self.reads_left = content, where, most_reads
         self.position = 0
 
     def fail(self, reason: str) -> UserError:
-        """Return the error for the current position."""
         return UserError(f"{self.where}: {reason} (byte {self.position})")
 
     def take(self, count: int) -> memoryview:
         """Return the next `count` bytes without a copy."""
-        part = self.content[self.position : self.position + count]
         self.reads_left -= 1
-        if len(part) != count or self.reads_left < 0:
-            reason = f"cut off: {count} more bytes are promised than the file has"
-            raise self.fail(reason if self.reads_left >= 0 else "more opcodes than embeddings need")
+        if self.reads_left < 0:
+            raise self.fail("more opcodes than embeddings need")
+        part = self.content[self.position : self.position + count]
+        if len(part) != count:
+            raise self.fail(f"cut off: {count} more bytes are promised than the file has")
         self.position += count
         return part
 
     def read(self, count: int) -> bytes:
-        """Return the next `count` bytes."""
         return bytes(self.take(count))
 
     def readline(self) -> bytes:
-        """Return the next line with its end."""
         size = 64
-        while True:
-            line, end, _ = bytes(self.content[self.position :][:size]).partition(b"\n")
-            if end:
-                return self.read(len(line) + 1)
-            if len(line) < size:
+        while b"\n" not in (start := bytes(self.content[self.position :][:size])):
+            if len(start) < size:
                 raise self.fail("cut off inside a line")
             size *= 2
+        return self.read(start.index(b"\n") + 1)
 
     def number(self, layout: str) -> int:
-        """Return a binary number."""
         return struct.unpack(layout, self.read(struct.calcsize(layout)))[0]
 
 
@@ -109,11 +100,6 @@ class SeedUnpickler(UNPICKLER):
         self.source, self.storages = source, storages
 
     def load(self) -> Any:
-        """Return the pickle's value.
-
-        Raises:
-            UserError: If it is damaged, or holds anything but plain data, arrays and tensors.
-        """
         try:
             return super().load()
         except UserError:
@@ -125,12 +111,10 @@ class SeedUnpickler(UNPICKLER):
             raise self.source.fail(f"damaged pickle ({shown(error)}): copy it again") from error
 
     def refused(self, reason: str) -> UserError:
-        """Return the error for what no embedding file needs."""
         advice = "refused, nothing was run; open it with no other tool"
         return self.source.fail(f"{shown(reason)}: {advice}")
 
     def find_class(self, module: str, name: str) -> Global:
-        """Return the name of an allowed global; nothing is imported."""
         full = f"{module}.{name}"
         inside = self.storages is not None
         allowed = {*STORAGES, ORDERED_DICT} if inside else {*REBUILDERS, "numpy.ndarray"}
@@ -139,7 +123,6 @@ class SeedUnpickler(UNPICKLER):
         return Global(full)
 
     def persistent_load(self, pid: Any) -> Storage:
-        """Return a storage whose bytes follow the pickles of a tensor's bytes."""
         if self.storages is None:
             raise self.refused("opcode BINPERSID is no part of an embedding file")
         word, kind, key, _, count, _ = take(pid, str, Global, str, str, int, type(None))
@@ -173,35 +156,28 @@ class SeedUnpickler(UNPICKLER):
         target.update(zip(items[::2], items[1::2], strict=True))
 
     def load_dict(self) -> None:
-        """Push a dict of all above the mark."""
         items = self.pop_mark()
         self.append({})
         self.fill(self.stack[-1], items)
 
     def load_setitem(self) -> None:
-        """Set one key of the dict below."""
         value, key = self.stack.pop(), self.stack.pop()
         self.fill(self.stack[-1], [key, value])
 
     def load_setitems(self) -> None:
-        """Set all keys above the mark."""
         items = self.pop_mark()
         self.fill(self.stack[-1], items)
 
     def load_frame(self) -> None:
-        """Skip a length that only tells readers of streams how much to fetch."""
-        size = self.source.number("<Q")
-        self.source.take(size)
-        self.source.position -= size
+        """Check a length that only tells readers of streams how much to fetch."""
+        frame = self.source.take(self.source.number("<Q"))
+        self.source.position -= len(frame)
 
     def load_view(self, layout: str) -> None:
-        """Push bytes without a copy."""
         self.append(self.source.take(self.source.number(layout)))
 
     dispatch = {
-        **{
-            code: method for code, method in UNPICKLER.dispatch.items() if OPCODES[code] in HARMLESS
-        },
+        **{code: load for code, load in UNPICKLER.dispatch.items() if OPCODES[code] in HARMLESS},
         pickle.REDUCE[0]: load_reduce,
         pickle.BUILD[0]: load_build,
         pickle.DICT[0]: load_dict,
@@ -219,9 +195,8 @@ def _load_from_bytes(outer: Source, data: Any) -> Storage:
     """Return the storage that `torch.save` wrote before 1.6: five pickles, then raw numbers."""
     take((data,), memoryview)
     source, storages = Source(data, outer.where), {}
-    magic, protocol, system, result, keys = (
-        SeedUnpickler(source, storages).load() for _ in range(5)
-    )
+    pickles = [SeedUnpickler(source, storages).load() for _ in range(5)]
+    magic, protocol, system, result, keys = pickles
     if magic != TORCH_MAGIC or protocol != TORCH_PROTOCOL or type(system) is not dict:
         raise source.fail("a tensor's bytes are not torch's: refused")
     if system.get("little_endian") is not True:
@@ -264,15 +239,7 @@ def shown(words: object) -> str:
 
 
 def read_pickle(path: Path, most_reads: int = MOST_READS) -> Any:
-    """Return the value of a pickle, its arrays as views of the mapped file.
-
-    Args:
-        path: The file.
-        most_reads: Reads, about two per opcode, after which it is refused.
-
-    Raises:
-        UserError: If it is damaged, or asks for anything but plain data, arrays and tensors.
-    """
+    """Return the value of a pickle, its arrays as views of the mapped file."""
     with open(path, "rb") as file:
         if not path.stat().st_size:
             raise UserError(f"{path} is empty, cut off at its start: copy it again")

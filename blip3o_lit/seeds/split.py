@@ -7,63 +7,56 @@ import math
 import random
 
 import numpy as np
+import torch
 
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.errors import UserError
 
 
 class Split:
-    """A function from (file, row, condition tokens) to `train` or `validation`."""
+    """A function from (file, row, condition tokens) to `train` or `validation`.
+
+    The seeds split a single file by rows and a folder by shards; the last part of the shuffled
+    ones was held out.
+    """
 
     def __init__(self, samples: list[int], patches: int, config: ConvertConfig) -> None:
-        """Prepare the rule for files of so many samples, of so many patches each.
-
-        The seeds split a single file by rows (torch.randperm) and a folder by shards
-        (random.Random.shuffle); the last part of either was held out.
-        """
+        """Prepare the rule for files of so many samples, of so many patches each."""
         fraction, seed = config.validation_fraction, config.seed
-        self.fraction, self.seed, self.rule = fraction, seed, config.split_rule
-        self.patches = patches
-        self.held_rows: set[int] = set()
-        self.held_files: set[int] = set()
+        self.by_content = config.split_rule == "hash"
+        self.by_rows = len(samples) == 1
+        self.threshold, self.seed, self.patches = fraction, seed, patches
         share = f"seed {seed}, {fraction:.4g} of all"
-        self.threshold = fraction
-        self.words = f"sha256 of the condition's patch tokens, {share}, at least one image"
-        if self.rule == "hash":
+        if self.by_content:
+            self.words = f"sha256 of the condition's patch tokens, {share}, at least one image"
             return
-        if len(samples) == 1:
-            import torch
-
+        if self.by_rows:
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(samples[0], generator=generator).tolist()
-            self.held_rows = set(order[samples[0] - int(samples[0] * fraction) :])
+            count = int(len(order) * fraction)
             self.words = f"rows, last of torch.randperm, {share}"
-        elif fraction:
-            numbers = list(range(len(samples)))
-            random.Random(seed).shuffle(numbers)
-            self.held_files = set(numbers[len(samples) - max(1, int(len(samples) * fraction)) :])
+        else:
+            order = list(range(len(samples)))
+            random.Random(seed).shuffle(order)
+            count = max(1, int(len(order) * fraction)) if fraction else 0
             self.words = f"shards, last of random.shuffle, {share}"
-        if sum(samples) and not self.held_rows | self.held_files and fraction:
+        if fraction and not count:
             raise UserError(
                 f"split_rule=seed holds out int({samples[0]} * {fraction}) = 0 rows: "
                 "raise validation_fraction or use split_rule=hash"
             )
+        self.held_out = set(order[len(order) - count :])
 
     def settle(self, shares: list[float]) -> None:
-        """Move the threshold of a small store so that neither split is empty.
-
-        Args:
-            shares: `share` of every sample.
-        """
-        if len(set(shares)) > 1 and self.fraction:
-            low, high = min(shares), max(shares)
+        """Move the threshold so that neither split is empty, given the `share` of every sample."""
+        low, high = min(shares), max(shares)
+        if low < high and self.threshold:
             self.threshold = min(max(self.threshold, math.nextafter(low, 1)), high)
 
     def share(self, condition_NC: np.ndarray) -> float:
         """Return a number in [0, 1) that equal patch tokens share, whatever else differs.
 
-        Args:
-            condition_NC: Condition tokens; a CLS token does not count, nor does more than fp16.
+        A CLS token does not count, nor does more than fp16.
         """
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(condition_NC[-self.patches :], np.float16)
@@ -72,9 +65,8 @@ class Split:
         return int.from_bytes(digest.digest()[:6], "big") / 2**48
 
     def __call__(self, file: int, row: int, condition_NC: np.ndarray) -> str:
-        """Return the split of one sample."""
-        if self.rule == "hash":
-            held = self.share(condition_NC) < self.threshold
+        if self.by_content:
+            held_out = self.share(condition_NC) < self.threshold
         else:
-            held = row in self.held_rows if self.held_rows else file in self.held_files
-        return "validation" if held else "train"
+            held_out = (row if self.by_rows else file) in self.held_out
+        return "validation" if held_out else "train"

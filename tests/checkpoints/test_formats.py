@@ -129,6 +129,6 @@ def test_a_conversion_begun_by_another_version_is_not_gone_on_with(tmp_path: Pat
     source = pickled(tmp_path / "x.pkl")
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".convert.jsonl").write_text('{"schema": 99, "files": []}\n')
+    (out / ".convert.json").write_text('{"fingerprint": {"schema": 99, "files": []}}')
     with pytest.raises(UserError, match="the beginning of another conversion"):
         convert(ConvertConfig(str(source), str(out)))

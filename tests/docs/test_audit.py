@@ -37,7 +37,7 @@ def runtime() -> set[str]:
 
 
 def test_every_runtime_dependency_has_a_known_licence() -> None:
-    names, said = runtime(), dict(audit.licences())
+    names, said = runtime(), audit.licences()
     assert len(names) > 60
     assert {"torch", "lightning", "wandb", "certifi"} <= names
     assert sorted(names - set(said)) == [], "in requirements.lock"
@@ -55,7 +55,7 @@ def test_every_locked_package_has_hashes() -> None:
 def test_the_page_names_every_package_that_is_not_permissive() -> None:
     page = (ROOT / "docs" / "reliability.md").read_text("utf-8")
     part = page[page.index("## Dependencies") :]
-    for name, said in audit.licences():
+    for name, said in audit.licences().items():
         if not audit.permissive(said):
             family = "nvidia-" if name.startswith("nvidia-") else name
             assert f"`{family}" in part, f"{name}: {said}"

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import save_file
 
 from blip3o_lit.config.commands import DoctorConfig
@@ -294,7 +295,7 @@ def test_repair_keeps_the_sound_shards_and_names_the_lost(tmp_path: Path) -> Non
         "train-000001.tar: 4 samples",
         "validation-000000.tar: 4 samples",
     ]
-    assert result.found == ["train-000007.tar"]
+    assert result.unlisted == ["train-000007.tar"]
     assert TokenIndex.load(folder).splits == {"train": 8, "validation": 1}
     assert TokenIndex.load(folder).split_rule == "by hand"
     after = reads_all(folder)
@@ -415,9 +416,9 @@ def test_stolen_releases_and_a_foreign_torchvision_are_found_unharmed(tmp_path: 
     (tmp_path / "torchvision" / "__init__.py").write_text(broken)
     script = (
         "from blip3o_lit.inspection import machine\n"
-        "print(*machine.lightning(), *machine.packages(), *machine.torchvision(), sep='\\n')\n"
+        "print(*machine.lightning(), *machine.packages(), machine.torchvision(), sep='\\n')\n"
     )
-    done = run(["-c", script], tmp_path, PYTHONPATH=str(tmp_path))
+    done = run(["-c", script], tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert "fail  lightning: 2.6.3 is a malicious release" in done.stdout, done.stderr
     assert "fail  torchvision: 0.1 does not work with torch" in done.stdout
     assert "operator torchvision::nms does not exist" in done.stdout

@@ -32,7 +32,7 @@ from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.seeds import command_line, flags
-from blip3o_lit.seeds.command_line import Options, Step, Translation
+from blip3o_lit.seeds.command_line import Step, translate
 
 SCHEMAS = {
     "train": TrainConfig,
@@ -164,18 +164,18 @@ def words(line: str) -> list[str]:
 
 def config_of(step: Step) -> Any:
     with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-        return typed(compose(step.command, overrides=step.overrides), SCHEMAS[step.command])
+        return typed(compose(step.command, overrides=step.words()), SCHEMAS[step.command])
 
 
-def steps_of(line: str, **options: Any) -> list[Step]:
-    return Translation(words(line), Options(**options)).steps
+def steps_of(line: str) -> list[Step]:
+    return translate(words(line))
 
 
 def run_here(step: Step) -> int:
     """Run a step in this process, as its own command line would."""
     GlobalHydra.instance().clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [step.command, *step.overrides])
+        patch.setattr(sys, "argv", [step.command, *step.words()])
         try:
             importlib.import_module(f"blip3o_lit.{step.command}").main()
         except SystemExit as stop:
@@ -219,14 +219,16 @@ def here(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: " ".join(words(line)[:4])[:60])
 def test_every_documented_line_composes(
-    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     steps = steps_of(line)
-    assert steps
+    assert steps or capsys.readouterr().out == "make setup\n"
     for step in steps:
-        if step.command != "setup":
-            assert isinstance(config_of(step), SCHEMAS[step.command])
+        assert isinstance(config_of(step), SCHEMAS[step.command])
 
 
 def test_the_full_line_says_here_what_it_said_there(
@@ -268,6 +270,23 @@ def test_processes_make_the_global_batch() -> None:
     assert (train.strategy.name, train.trainer.devices) == ("ddp", "2")
 
 
+EXAMPLES = {
+    "--num_kv_heads": "28",
+    "--ffn_dim_multiplier": "1.5",
+    "--resume_from_checkpoint": "out/checkpoint-5000",
+}
+"""Values of flags that can't be 1, where the default is none."""
+
+
+def values_of(flag: flags.Flag) -> list[str]:
+    if flag.is_switch:
+        return ["true"]
+    if isinstance(flag.here, dict):
+        return [value.replace("{value}", "4") for value in flag.here]
+    number = re.fullmatch(r"[\d.]+(e-\d+)?", flag.default)
+    return [flag.default if number else EXAMPLES.get(flag.name, "1")]
+
+
 def lines_of(script: str) -> list[list[tuple[flags.Flag, str]]]:
     """Return few lines that give each flag of a script each of its values.
 
@@ -275,12 +294,10 @@ def lines_of(script: str) -> list[list[tuple[flags.Flag, str]]]:
     """
     lines: list[list[tuple[flags.Flag, str]]] = []
     taken: list[set[str]] = []
-    for flag in (flag for flag in flags.FLAGS if flag.script == script):
-        number = re.fullmatch(r"[\d.]+(e-\d+)?", flag.default)
-        values = list(flag.values) or [flag.default if number else flag.example]
-        for value in values if flag.takes else ["true"]:
-            words = (word.split("=")[0] for word in command_line.chosen(flag, value).split())
-            wants = {flag.name, *words}
+    for flag in flags.SCRIPTS[script].flags:
+        for value in values_of(flag):
+            keys = (word.split("=")[0] for word in flag.overrides(value))
+            wants = {flag.name, *keys}
             place = next((i for i, used in enumerate(taken) if not used & wants), len(lines))
             if place == len(lines):
                 lines.append([])
@@ -294,18 +311,18 @@ def lines_of(script: str) -> list[list[tuple[flags.Flag, str]]]:
 def test_every_flag_of_the_table_composes(script: str) -> None:
     launched = script in (flags.LAUNCH, flags.TORCHRUN)
     main = flags.TRAIN_64 if launched else script
-    needed = [f.name for f in flags.FLAGS if f.script == main and f.default == "required"]
+    needed = [f.name for f in flags.SCRIPTS[main].flags if f.default == "required"]
     for pairs in lines_of(script):
-        given = [w for flag, value in pairs for w in (flag.name, value)[: 1 + flag.takes]]
+        given = [w for flag, value in pairs for w in (flag.name, value)[: 2 - flag.is_switch]]
         required = [w for name in needed if name not in given for w in (name, "somewhere")]
         line = ["python", script, *required, *given]
         if launched:
             line = [*script.split(), *given, main, *required]
-        step = Translation(line, Options()).steps[-1]
-        assert isinstance(config_of(step), SCHEMAS[step.command])
-        keys = {override.split("=")[0] for override in step.overrides}
+        steps = translate(line)
+        assert all(isinstance(config_of(step), SCHEMAS[step.command]) for step in steps)
+        keys = {*steps[-1].overrides, *(f"convert.{key}" for key in steps[0].overrides)}
         for flag, value in pairs:
-            for override in command_line.chosen(flag, value).split():
+            for override in flag.overrides(value):
                 assert override.split("=")[0] in keys, f"{flag.name} lost {override}"
 
 
@@ -320,7 +337,10 @@ def test_the_page_holds_the_table() -> None:
         ("python train_blip3o_dit.py --embedings_path x", "did you mean --embeddings_path"),
         ("python train_blip3o_dt.py", "did you mean train_blip3o_dit.py"),
         ("python train_blip3o_dit.py --output_dir x", "needs --embeddings_path"),
-        ("python train_blip3o_dit.py --batch_size", "needs a value"),
+        (
+            "python train_blip3o_dit.py --batch_size",
+            "--batch_size of train_blip3o_dit.py: expected one argument",
+        ),
         (QUICK + " --prediction_type epsilom", "did you mean epsilon"),
         (QUICK + " --batch_size 0", "above 0"),
         ("python -c 'print(1)'", "documented checks"),
@@ -477,6 +497,7 @@ def test_a_converted_store_is_not_converted_again_and_keeps_its_split(
 ) -> None:
     if not (here / PKL).with_suffix("").is_dir():
         assert go(DATASET) == 0
+    capsys.readouterr()
     assert go(FULL, "--print") == 0
     said = capsys.readouterr().out
     assert "blip3o_lit.convert" not in said
@@ -505,4 +526,7 @@ def test_the_python_blocks_of_the_page_run(here: Path) -> None:
     said = "\n".join(printed)
     assert "Generated CLIP embeddings: torch.Size([4, 64, 768])" in said
     training = next(line for line in printed if line.startswith("python -m blip3o_lit.train"))
-    assert isinstance(config_of(Step("train", training.split()[3:])), TrainConfig)
+    assert isinstance(
+        config_of(Step("train", dict(word.split("=", 1) for word in training.split()[3:]))),
+        TrainConfig,
+    )

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.seeds.arrays import ArrayState, float_rows
+from blip3o_lit.seeds.arrays import as_array, float_rows
 from blip3o_lit.seeds.embeddings import LegacyFile
 from blip3o_lit.seeds.folder import legacy_files, manifest_problems
 from blip3o_lit.seeds.pickles import read_pickle
@@ -34,12 +34,12 @@ def saved(path: Path, data: Any, protocol: int = pickle.HIGHEST_PROTOCOL) -> Pat
 
 
 def opened(path: Path, mode: str = "auto") -> tuple[np.ndarray, np.ndarray]:
-    with LegacyFile(path, mode) as file:
-        sides = [file.sides[name] for name in ("eva", "clip")]
-        eva, clip = (
-            np.concatenate([side.rows(i, i + 1) for i in range(file.samples)]) for side in sides
-        )
-        assert np.array_equal(sides[0].rows(0, file.samples), eva)
+    file = LegacyFile(path, mode)
+    sides = [file.sides[name] for name in ("eva", "clip")]
+    eva, clip = (
+        np.concatenate([side.rows(i, i + 1) for i in range(file.samples)]) for side in sides
+    )
+    assert np.array_equal(sides[0].rows(0, file.samples), eva)
     return eva, clip
 
 
@@ -76,7 +76,7 @@ def test_arrays_and_values_read_as_pickle_reads_them(tmp_path: Path, protocol: i
     read = read_pickle(path)
     for name, array in ARRAYS.items():
         expected = array.detach().float().numpy() if torch.is_tensor(array) else array
-        found = read[name].array if isinstance(read[name], ArrayState) else read[name]
+        found = as_array(read[name])
         rows = [float_rows(found, i, i + 1) for i in range(found.shape[0])]
         assert np.array_equal(np.concatenate(rows), expected.astype("f4")), name
         assert np.array_equal(float_rows(found, 1, 3), expected[1:3].astype("f4")), name
@@ -93,11 +93,11 @@ def test_single_file_takes_full_grids_unless_the_averages_are_asked_for(tmp_path
     assert np.array_equal(clip, data["clip_grid_embeddings"].reshape(4, 256, 3))
     eva, clip = opened(path, "grid_64")
     assert np.array_equal(eva, data["eva_blip3o_embeddings"])
-    with LegacyFile(path, "grid_64") as file:
-        assert file.reduced
-        assert file.sides["eva"].shape.grid == (8, 8)
-    with LegacyFile(path) as file:
-        assert not file.reduced
+    file = LegacyFile(path, "grid_64")
+    assert file.reduced
+    assert file.sides["eva"].shape.grid == (8, 8)
+    file = LegacyFile(path)
+    assert not file.reduced
 
 
 @pytest.mark.parametrize("tokens", [64, 256, 257])
@@ -122,16 +122,16 @@ def test_variants_hold_the_same_tokens(tmp_path: Path, kind: str, tokens: int) -
     found_eva, found_clip = opened(path)
     assert np.array_equal(found_eva, eva)
     assert np.array_equal(found_clip, clip)
-    with LegacyFile(path) as file:
-        assert file.sides["eva"].shape.cls is (tokens == 257)
-        assert file.captions == data["captions"] or file.captions == [None] * 6
+    file = LegacyFile(path)
+    assert file.sides["eva"].shape.cls is (tokens == 257)
+    assert file.captions == data["captions"] or file.captions == [None] * 6
 
 
 def test_missing_captions_and_keys_are_none_and_wrong_counts_are_refused(tmp_path: Path) -> None:
     data = embeddings(3)
     del data["captions"], data["keys"]
-    with LegacyFile(saved(tmp_path / "a.pkl", data)) as file:
-        assert file.captions == file.keys == [None] * 3
+    file = LegacyFile(saved(tmp_path / "a.pkl", data))
+    assert file.captions == file.keys == [None] * 3
     with pytest.raises(UserError, match="captions: 2"):
         LegacyFile(saved(tmp_path / "b.pkl", embeddings(3, captions=["a", "b"])))
     with pytest.raises(UserError, match="keys holds a int"):
@@ -171,10 +171,10 @@ def test_memory_is_bounded_by_a_batch(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.pkl", data)
     assert path.stat().st_size > 60e6
     tracemalloc.start()
-    with LegacyFile(path) as file:
-        for row in range(0, 64, 2):
-            for side in file.sides.values():
-                side.rows(row, row + 2)
+    file = LegacyFile(path)
+    for row in range(0, 64, 2):
+        for side in file.sides.values():
+            side.rows(row, row + 2)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4e6

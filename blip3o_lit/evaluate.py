@@ -65,7 +65,7 @@ def check_held_out(
     loaded: Loaded, held: TokenReader, train: TokenReader | None, config: EvaluateConfig
 ) -> None:
     """Refuse to score as held out what the run was trained on, in another store of its pictures."""
-    from blip3o_lit.evaluation.leaks import trained_images
+    from blip3o_lit.evaluation.readers import trained_images
 
     same = train is not None and train.content_hash == loaded.facts["tokens"]["hash"]
     if same or config.same_data or config.split == "train" or not config.data.tokens:

@@ -125,7 +125,8 @@ def traffic(facts: Assumptions) -> list[list[str]]:
         arithmetic = facts.gpus * facts.peak * facts.mfu
         # Forward and backward are three times the forward pass.
         images = {
-            store: arithmetic / (3 * units(model, shape).forward_flops) for store, shape in STORES.items()
+            store: arithmetic / (3 * units(model, shape).forward_flops)
+            for store, shape in STORES.items()
         }
         reads = {store: images[store] * token_bytes(shape) / 1e9 for store, shape in STORES.items()}
         saved = SAVED_BYTES * parameters

@@ -1,8 +1,7 @@
 """Baselines fitted on a training split, and kept by what they were fitted on.
 
 A fit is a function of the split's content, the view, the token scales and the fit's settings; their
-hash names a safetensors file under home()/baselines, so a second evaluation fits nothing.
-
+hash names a safetensors file, so a second evaluation fits nothing.
 Shape suffixes: B images, M condition tokens, C condition width, N target tokens, D target width.
 """
 
@@ -10,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from blip3o_lit.base.files import replacing
 from blip3o_lit.base.progress import Report
@@ -26,169 +25,128 @@ from blip3o_lit.base.shape import PairShape
 from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.config.optimizer import OptimizerConfig
+from blip3o_lit.evaluation.estimators import Estimator
 from blip3o_lit.models.baselines import MeanToken, Ridge
 from blip3o_lit.models.precision import PRECISIONS
 from blip3o_lit.models.regression import PatchMLP, Regression
 from blip3o_lit.tokens.reading.reader import TokenReader
-from blip3o_lit.translation.translator import Translator
 
 FORMAT = 2
-CLOSED_FORM = ("mean_token", "ridge")
 _BATCH = 64
 
-"""Called with (what is being done, units done, units in all)."""
-
-
-class Baseline(Protocol):
-    """What every baseline can do, in standardised space."""
-
-    def predict(self, condition_BMC: Tensor) -> Tensor:
-        """Predict the target tokens `[B, N, D]`."""
-        ...
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """What a fit depends on beside its data."""
-
-    model: ModelConfig
-    """Network of the noise-free transformer: the run's own."""
-    steps: int
-    """Training steps of MLP and transformer."""
-    batch_size: int
-    """Images a training step."""
-    optimizer: OptimizerConfig
-    """Optimizer of the transformer, with the peak learning rate: the run's own."""
-    bf16: bool
-    """Whether training runs under bf16 autocast, as the run did."""
-    cosine_weight: float
-    """Weight of the cosine term of the transformer's loss: the run's own."""
-    images: int
-    """Training images of the closed-form fits, at most."""
-    seed: int = 0
-    """Seed of weights and data order."""
-
-    def of(self, name: str) -> dict[str, Any]:
-        """Return those that matter to one baseline."""
-        if name in CLOSED_FORM:
-            return {"images": self.images}
-        shared = asdict(self)
-        del shared["images"]
-        if name == "mlp":
-            del shared["model"], shared["optimizer"], shared["cosine_weight"]
-        return shared
-
-
-def fit_settings(loaded: Loaded, config: EvaluateConfig) -> FitSettings:
-    """Return how trained baselines are fitted: as the run was, for at most `baseline_steps`."""
-    run = loaded.config
-    return FitSettings(
-        model=run.model,
-        steps=min(loaded.facts["step"] or run.trainer.max_steps, config.baseline_steps),
-        batch_size=run.batch_size,
-        optimizer=run.optimizer,
-        bf16=PRECISIONS[run.precision.name].products == torch.bfloat16,
-        cosine_weight=run.flow.cosine_weight,
-        images=config.baseline_images,
-        seed=run.seed,
-    )
+Baseline = MeanToken | Ridge | PatchMLP | Regression
+Pairs = Iterator[tuple[Tensor, Tensor]]
+"""Batches of standardised condition and target tokens."""
 
 
 class BaselineFits:
-    """Fits baselines on a training split, or finds them fitted.
+    """Fits baselines on the training split `train`, or finds them fitted in `folder`.
 
-    Args:
-        train: The training split in the view of the run.
-        translator: Gives the token scales and the device.
-        settings: What a fit depends on beside its data.
-        folder: Where fitted baselines are kept.
-        report: Told of the progress.
+    They are trained as the run was, for at most `baseline_steps`.
     """
 
     def __init__(
         self,
         train: TokenReader,
-        translator: Translator,
-        settings: FitSettings,
+        loaded: Loaded,
+        config: EvaluateConfig,
         folder: Path,
         report: Report,
     ) -> None:
-        self.train, self.settings, self.folder, self.report = train, settings, folder, report
-        self.condition = translator.condition_standardizer
-        self.target = translator.target_standardizer
-        self.device = next(translator.network.parameters()).device
+        self.train, self.folder, self.report = train, folder, report
+        self.run, self.config = loaded.config, config
+        self.steps = min(loaded.facts["step"] or self.run.trainer.max_steps, config.baseline_steps)
+        self.bf16 = PRECISIONS[self.run.precision.name].products == torch.bfloat16
+        self.condition = loaded.translator.condition_standardizer
+        self.target = loaded.translator.target_standardizer
+        self.device = next(loaded.translator.network.parameters()).device
         digest = hashlib.sha256(train.content_hash.encode())
         for tensor in (*self.condition.buffers(), *self.target.buffers()):
             digest.update(tensor.float().cpu().numpy().tobytes())
         self.data_hash = digest.hexdigest()
 
+    def estimator(self, name: str) -> Estimator:
+        baseline = self.get(name)
+
+        def predict(condition_BMC: Tensor, sample_B: Tensor) -> tuple[Tensor, int]:
+            standard_BND = baseline.predict(self.condition.standardise(condition_BMC))
+            return self.target.restore(standard_BND), 0
+
+        return predict
+
+    def mean_token(self) -> Tensor:
+        """Return the raw mean token per position `[N, D]`."""
+        mean_BND = self.get("mean_token").predict(torch.empty(1, 0, device=self.device))
+        return self.target.restore(mean_BND)[0]
+
     def get(self, name: str) -> Baseline:
-        """Return a fitted baseline by its name in `evaluation.json`."""
-        settings = self.settings
-        key = json.dumps([FORMAT, name, self.data_hash, settings.of(name)], sort_keys=True)
+        """Return a fitted baseline, which works in standardised space."""
+        key = json.dumps([FORMAT, name, self.data_hash, self.settings(name)], sort_keys=True)
         file = self.folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-        torch.manual_seed(settings.seed)
-        baseline = _make(name, settings.model, self.train.shape).to(self.device)
+        torch.manual_seed(self.run.seed)
+        baseline = _unfitted(name, self.run.model, self.train.shape).to(self.device)
         if file.is_file():
             baseline.load_state_dict(load_file(file, device=str(self.device)))
-            return baseline.eval()  # type: ignore[return-value]
-        if isinstance(baseline, MeanToken | Ridge):
-            baseline.fit(lambda: self._in_order(name))
-        else:
-            assert isinstance(baseline, PatchMLP | Regression)
-            own: dict[str, Any] = {}
-            if name == "regression":
-                own = {"config": settings.optimizer, "cosine_weight": settings.cosine_weight}
-                own["restore"] = self.target.restore
-            steps = settings.steps
-
-            def progress(step: int, loss: Tensor) -> None:
-                self.report(name, step, steps)
-
-            passes = _Shuffled(self)
-            baseline.fit(passes, steps, bf16=settings.bf16, progress=progress, **own)
+            return baseline.eval()
+        self._fit(name, baseline)
         state = {key: value.contiguous().cpu() for key, value in baseline.state_dict().items()}
         with replacing(file) as temporary:
             save_file(state, temporary)
-        return baseline.eval()  # type: ignore[return-value]
+        return baseline.eval()
 
-    def batch(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Read standardised condition and target tokens."""
+    def settings(self, name: str) -> dict[str, Any]:
+        """Return what a fit depends on beside its data."""
+        if name in ("mean_token", "ridge"):
+            return {"images": self.config.baseline_images}
+        run = self.run
+        settings: dict[str, Any] = {"steps": self.steps, "batch_size": run.batch_size}
+        settings |= {"bf16": self.bf16, "seed": run.seed}
+        if name == "regression":
+            settings |= {"model": asdict(run.model), "optimizer": asdict(run.optimizer)}
+            settings["cosine_weight"] = run.flow.cosine_weight
+        return settings
+
+    def _fit(self, name: str, baseline: Baseline) -> None:
+        if isinstance(baseline, MeanToken | Ridge):
+            baseline.fit(lambda: self._in_order(name))
+            return
+        draws = np.random.default_rng(self.run.seed)
+
+        def progress(step: int, loss: Tensor) -> None:
+            self.report(name, step, self.steps)
+
+        def shuffled() -> Pairs:
+            return self._shuffled(draws)
+
+        if isinstance(baseline, PatchMLP):
+            baseline.fit(shuffled, self.steps, bf16=self.bf16, progress=progress)
+            return
+        weight, restore = self.run.flow.cosine_weight, self.target.restore
+        optimizer = self.run.optimizer
+        baseline.fit(shuffled, self.steps, optimizer, self.bf16, progress, weight, restore)
+
+    def _batch(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
         batch = self.train.read(ids)
         condition = self.condition.standardise(batch["condition"].to(self.device))
         return condition, self.target.standardise(batch["target"].to(self.device))
 
-    def _in_order(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield one pass over `settings.images` images, evenly spaced over the split."""
-        count = min(self.settings.images, len(self.train))
+    def _in_order(self, name: str) -> Pairs:
+        """Yield one pass over `baseline_images` images, evenly spaced over the split."""
+        count = min(self.config.baseline_images, len(self.train))
         ids = np.linspace(0, len(self.train) - 1, count).round().astype(np.int64)
         for start in range(0, count, _BATCH):
-            yield self.batch(ids[start : start + _BATCH])
+            yield self._batch(ids[start : start + _BATCH])
             self.report(name, min(start + _BATCH, count), count)
 
-
-class _Shuffled:
-    """Each call is a pass over the split in another, seeded order."""
-
-    def __init__(self, fits: BaselineFits) -> None:
-        self.fits = fits
-        self.draws = np.random.default_rng(fits.settings.seed)
-
-    def __call__(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """Yield batches; the last one of a pass is dropped unless it is the only one."""
-        size = min(self.fits.settings.batch_size, len(self.fits.train))
-        order = self.draws.permutation(len(self.fits.train))
+    def _shuffled(self, draws: np.random.Generator) -> Pairs:
+        """Yield one pass in random order; a smaller last batch is dropped."""
+        size = min(self.run.batch_size, len(self.train))
+        order = draws.permutation(len(self.train))
         for start in range(0, len(order) - size + 1, size):
-            yield self.fits.batch(order[start : start + size])
+            yield self._batch(order[start : start + size])
 
 
-def _make(name: str, model: ModelConfig, shape: PairShape) -> nn.Module:
-    """Return an unfitted baseline."""
-    if name == "mean_token":
-        return MeanToken(shape)
-    if name == "ridge":
-        return Ridge(shape)
-    if name == "mlp":
-        return PatchMLP(shape)
-    return Regression(model, shape)
+def _unfitted(name: str, model: ModelConfig, shape: PairShape) -> Baseline:
+    if name == "regression":
+        return Regression(model, shape)
+    return {"mean_token": MeanToken, "ridge": Ridge, "mlp": PatchMLP}[name](shape)

@@ -27,6 +27,7 @@ EXAMPLES = 4
 SIDE = 128
 """Longest side of a picture in the report, in pixels."""
 _SCENE = "scene:"
+_CHUNK = 1024
 
 
 def worst(held: TokenReader, cosine_B: np.ndarray) -> list[dict[str, Any]]:
@@ -43,79 +44,74 @@ def examples(
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the best, median and worst images, with pictures and retrieved captions.
 
-    Args:
-        held: The images that were scored, in this order.
-        cosine_B: Cosine of each.
-        recall: Image and caption embeddings of the `generated` and the `true` tokens; may be empty.
-        pictures: Folder that the sources of the images are below; None where only demo scenes,
-            which are drawn anew, have pictures.
-
-    Raises:
-        UserError: If `pictures` is no folder.
+    `recall` has the embeddings of the `generated` and the `true` tokens, or nothing. `pictures` is
+    the folder that sources of images are below; demo scenes are drawn anew.
     """
     if pictures is not None and not Path(pictures).expanduser().is_dir():
         raise UserError(f"pictures={pictures} is no folder: name the one that images= named")
     order = np.argsort(cosine_B, kind="stable")
     count = min(EXAMPLES, len(order))
     middle = (len(order) - count) // 2
-    chosen = {
+    ranks = {
         "best": order[::-1][:count],
         "median": order[middle : middle + count],
         "worst": order[:count],
     }
-    texts = {name: _nearest_captions(found) for name, found in recall.items() if found.captioned}
-    made = {}
-    for name, ids in chosen.items():
-        made[name] = _rows(held, cosine_B, ids)
-        for row, number in zip(made[name], ids.tolist()):
-            for source, nearest_B in texts.items():
+    nearest = {
+        source: _nearest_captions(embeddings)
+        for source, embeddings in recall.items()
+        if embeddings.captioned
+    }
+    groups = {}
+    for name, ids in ranks.items():
+        groups[name] = _rows(held, cosine_B, ids)
+        for row, number in zip(groups[name], ids.tolist()):
+            for source, nearest_B in nearest.items():
                 row[f"caption_{source}"] = held.captions(nearest_B[[number]])[0]
             picture = _picture(row["source"], pictures)
-            if picture:
-                row["picture"] = picture
-    return made
+            if picture is not None:
+                row["picture"] = _data_url(picture)
+    return groups
 
 
 def _rows(held: TokenReader, cosine_B: np.ndarray, ids: np.ndarray) -> list[dict[str, Any]]:
-    return [
-        {
-            "key": key,
-            "cosine": value,
-            "caption": str(item.get("caption", "")),
-            "source": str(item.get("source", "")),
-        }
-        for key, item, value in zip(held.keys(ids), held.metadata(ids), cosine_B[ids].tolist())
-    ]
+    rows = []
+    for key, item, cosine in zip(held.keys(ids), held.metadata(ids), cosine_B[ids].tolist()):
+        texts = {name: str(item.get(name, "")) for name in ("caption", "source")}
+        rows.append({"key": key, "cosine": cosine, **texts})
+    return rows
 
 
-def _nearest_captions(found: Retrieval) -> np.ndarray:
+def _nearest_captions(recall: Retrieval) -> np.ndarray:
     """Return, for each image, the number of the image whose caption is nearest `[B]`."""
-    image_BP, text_BP = dim_zero_cat(found.image), dim_zero_cat(found.text)
-    blank_B = dim_zero_cat(found.caption) == NO_CAPTION
+    image_BP, text_BP = dim_zero_cat(recall.image), dim_zero_cat(recall.text)
+    blank_B = dim_zero_cat(recall.caption) == NO_CAPTION
     nearest = [
         (part @ text_BP.T).masked_fill(blank_B, -torch.inf).argmax(1)
-        for part in image_BP.split(1024)
+        for part in image_BP.split(_CHUNK)
     ]
     return torch.cat(nearest).cpu().numpy()
 
 
-def _picture(source: str, folder: str | None) -> str | None:
-    """Return a small picture as a data URL, or None where there is none to be had."""
+def _picture(source: str, folder: str | None) -> Image.Image | None:
     if source.startswith(_SCENE):
         image = scene_of(source.removeprefix(_SCENE)).image
-        image = image.resize((SIDE, SIDE), Image.Resampling.NEAREST)
-    elif folder is None or not source:
+        return image.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    if folder is None or not source:
         return None
-    else:
-        root = Path(folder).expanduser().resolve()
-        path = (root / source).resolve()
-        if not path.is_relative_to(root) or not path.is_file():
-            return None
-        try:
-            image = decode(file_bytes(path))
-        except Reject:  # the picture changed since its tokens were made; its numbers still stand
-            return None
-        image.thumbnail((SIDE, SIDE))
+    root = Path(folder).expanduser().resolve()
+    path = (root / source).resolve()
+    if not path.is_relative_to(root) or not path.is_file():
+        return None
+    try:
+        image = decode(file_bytes(path))
+    except Reject:  # the picture changed since its tokens were made; its numbers still stand
+        return None
+    image.thumbnail((SIDE, SIDE))
+    return image
+
+
+def _data_url(picture: Image.Image) -> str:
     out = io.BytesIO()
-    image.save(out, "PNG", optimize=True)
+    picture.save(out, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

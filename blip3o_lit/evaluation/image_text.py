@@ -1,13 +1,13 @@
 """Do generated tokens still mean what the picture means? Caption recall and zero-shot labels.
 
-Every figure stands beside that of the true tokens, of a constant token and of chance.
+Every number stands beside that of the true tokens, of a constant token and of chance.
 Shape suffixes: B images, N target tokens, D target width, P embedding width, K classes.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,7 @@ ReadOut = Callable[[Tensor], Tensor]
 FIT_IMAGES = 8192
 """Training images of the fitted read-out and of the class embeddings, at most."""
 _BATCH = 64
-_PAIR = 2
 _UNLABELLED = -1
-
-
-@dataclass
-class Answers:
-    """What one source of tokens answers: recall through each read-out, and guessed classes."""
-
-    recall: dict[str, Retrieval] = field(default_factory=dict)
-    guesses: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 class ImageText:
@@ -47,20 +38,16 @@ class ImageText:
 
     Classes are the store's class prompts where it has them, else means of training captions.
     A sample's label is a class's name, or its number from 0; where names are numbers, its name.
-    Images without a caption take no part in recall.
-
-    Args:
-        held: The images that are scored.
-        train: The training split, for the fitted read-out and the class embeddings.
-        device: Where tokens are.
     """
 
     def __init__(self, held: TokenReader, train: TokenReader | None, device: torch.device) -> None:
-        self.held, self.device = held, device
+        self.held = held
         self.read_outs: dict[str, ReadOut] = {}
         self.classes: tuple[list[str], Tensor] | None = None
         self.classes_from = "training captions"
-        self.answers: dict[str, Answers] = {}
+        # By read-out, then by source of the tokens.
+        self.recall: dict[str, dict[str, Retrieval]] = defaultdict(lambda: defaultdict(Retrieval))
+        self.guesses: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         self.labels: list[Tensor] = []
         self.strange: list[str] = []
         """Labels that name no class."""
@@ -68,13 +55,12 @@ class ImageText:
         if tower is None:
             return
         self.read_outs["tower"] = tower
-        if train is not None:
-            fitted = fitted_read_out(train, device)
-            if fitted is not None:
-                self.read_outs["fitted"] = fitted
-        stored = Classes.load(held.store.path)
-        if stored is not None and stored.tower == held.store.index.arrays[held.target].tower:
-            self.classes = stored.names, stored.text_KP.double().to(device)
+        fitted = None if train is None else fitted_read_out(train, device)
+        if fitted is not None:
+            self.read_outs["fitted"] = fitted
+        prompts = Classes.load(held.store.path)
+        if prompts is not None and prompts.tower == held.store.index.arrays[held.target].tower:
+            self.classes = prompts.names, prompts.text_KP.double().to(device)
             self.classes_from = "class prompts"
         elif train is not None:
             self.classes = class_embeddings(train, device)
@@ -88,48 +74,38 @@ class ImageText:
         if self.classes is not None:
             self._add_labels(self.held.metadata(ids), self.classes[0])
         for source, tokens_BND in tokens.items():
-            answers = self.answers.setdefault(source, Answers())
             for name, read in self.read_outs.items():
                 image_BP = F.normalize(read(tokens_BND).double(), dim=-1)
-                recall = answers.recall.setdefault(name, Retrieval())
-                recall.update(image_BP.cpu(), text_BP, caption_B)
+                self.recall[name][source].update(image_BP.cpu(), text_BP, caption_B)
                 if self.classes is not None:
                     guess_B = (image_BP @ self.classes[1].T).argmax(1).cpu()
-                    answers.guesses.setdefault(name, []).append(guess_B)
-        chance = self.answers.setdefault("chance", Answers())
-        constant = chance.recall.setdefault("tower", Retrieval())
-        constant.update(torch.zeros_like(text_BP), text_BP, caption_B)
+                    self.guesses[name][source].append(guess_B)
+        self.recall["tower"]["chance"].update(torch.zeros_like(text_BP), text_BP, caption_B)
 
     def _add_labels(self, metadata: list[dict[str, Any]], names: list[str]) -> None:
-        place = {label_of(name): number for number, name in enumerate(names)}
-        if not any(name.isdecimal() for name in place):
-            place |= {str(number): number for number in range(len(names))}
-        place.pop("", None)
+        number_of = {label_of(name): number for number, name in enumerate(names)}
+        if not any(name.isdecimal() for name in number_of):
+            number_of |= {str(number): number for number in range(len(names))}
+        number_of.pop("", None)
         labels = [label_of(item.get("label")) for item in metadata]
-        self.labels.append(torch.tensor([place.get(label, _UNLABELLED) for label in labels]))
-        self.strange += [label for label in labels if label and label not in place]
+        numbers = [number_of.get(label, _UNLABELLED) for label in labels]
+        self.labels.append(torch.tensor(numbers))
+        self.strange += [label for label in labels if label and label not in number_of]
 
     def retrieval(self) -> dict[str, Any]:
         """Return recall by source and direction; those of the fitted read-out in `fitted`.
 
         `images` have a caption and are counted. Empty where none has one.
         """
-        if not self.answers or not self.answers["chance"].recall["tower"].captioned:
+        if not self.recall or not self.recall["tower"]["chance"].captioned:
             return {}
         tables = {
-            name: {
-                source: answers.recall[name].compute()
-                for source, answers in self.answers.items()
-                if name in answers.recall
-            }
-            for name in self.read_outs
+            name: {source: recall.compute() for source, recall in sources.items()}
+            for name, sources in self.recall.items()
         }
-        table: dict[str, Any] = {
-            "read_out": read_out_name(self.held),
-            "images": self.answers["chance"].recall["tower"].captioned,
-            **tables.pop("tower"),
-        }
-        return table | tables
+        read_out = "cls" if self.held.shape.target.cls else "patch_mean"
+        images = self.recall["tower"]["chance"].captioned
+        return {"read_out": read_out, "images": images, **tables.pop("tower"), **tables}
 
     def zero_shot(self) -> dict[str, Any]:
         """Return top-1 accuracy by source, and how often a source agrees with the true tokens.
@@ -139,39 +115,30 @@ class ImageText:
         if not self.labels or self.classes is None:
             return {}
         label_B = torch.cat(self.labels)
-        known = label_B != _UNLABELLED
-        if not known.any() and not self.strange:
+        known_B = label_B != _UNLABELLED
+        if not known_B.any() and not self.strange:
             return {}
-        names = self.classes[0]
+        classes = len(self.classes[0])
         result: dict[str, Any] = {
-            "classes": len(names),
+            "classes": classes,
             "classes_from": self.classes_from,
-            "images": int(known.sum()),
-            "chance": 1 / len(names),
+            "images": int(known_B.sum()),
+            "chance": 1 / classes,
         }
         if self.strange:
             result |= {"strange": len(self.strange), "strange_label": self.strange[0]}
-        if not known.any():
+        if not known_B.any():
             return result
-        for name in self.read_outs:
-            rows = {
-                source: torch.cat(answers.guesses[name])
-                for source, answers in self.answers.items()
-                if name in answers.guesses
-            }
+        for name, sources in self.guesses.items():
+            guesses = {source: torch.cat(parts) for source, parts in sources.items()}
             result[name] = {
                 source: {
-                    "top1": float((guess_B == label_B)[known].double().mean()),
-                    "agreement": float((guess_B == rows["true"]).double().mean()),
+                    "top1": float((guess_B == label_B)[known_B].double().mean()),
+                    "agreement": float((guess_B == guesses["true"]).double().mean()),
                 }
-                for source, guess_B in rows.items()
+                for source, guess_B in guesses.items()
             }
         return result
-
-
-def read_out_name(reader: TokenReader) -> str:
-    """Return how the tower's own read-out works on a view: `cls` or `patch_mean`."""
-    return "cls" if reader.shape.target.cls else "patch_mean"
 
 
 def tower_read_out(reader: TokenReader, device: torch.device) -> ReadOut | None:
@@ -196,54 +163,57 @@ def tower_read_out(reader: TokenReader, device: torch.device) -> ReadOut | None:
 def fitted_read_out(train: TokenReader, device: torch.device) -> ReadOut | None:
     """Fit a ridge from the mean true patch token to the tower's own image embedding.
 
-    Where the store keeps no CLS token, the embedding of the caption, where there is one, takes the
-    image's place. The fit sees true training tokens alone; on generated tokens it is used as it
-    is. None where fewer than two images can be fitted.
+    Where the store keeps no CLS token, the embedding of the caption takes the image's place. None
+    where fewer than two images can be fitted.
     """
-    store, name = train.store, train.target
-    spec = store.index.arrays[name]
-    width = next(s for s in store.index.arrays.values() if s.kind == "text").shape[0]
-    whole = None
-    if spec.cls and store.index.reduced is None:
-        mode = ModeConfig("cls_patch", spec.projected)
-        whole = TokenReader(store, train.split, name, name, mode)
-    head = store.head(name).to(device) if whole is not None and not spec.projected else None
-    first = int(train.shape.target.cls)
+    spec = train.store.index.arrays[train.target]
     ids = np.linspace(0, len(train) - 1, min(FIT_IMAGES, len(train))).round().astype(np.int64)
-    if whole is None:
-        ids = ids[captioned(train, ids)]
-    if len(ids) < _PAIR:
+    if spec.cls and train.store.index.reduced is None:
+        embed = _tower_embedding(train, device)
+    else:
+        embed, ids = train.text, ids[captioned(train, ids)]
+    if len(ids) < 2:
         return None
+    first = int(train.shape.target.cls)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(ids), _BATCH):
             part = ids[start : start + _BATCH]
-            pooled = train.read(part)["target"][:, first:].to(device).float().mean(1, keepdim=True)
-            if whole is None:
-                embedding = train.text(part)
-                assert embedding is not None
-                embedding = embedding[:, None].to(device)
-            else:
-                embedding = whole.read(part)["target"][:, :1].to(device)
-                embedding = embedding.float() if head is None else head(embedding)
-            yield pooled, F.normalize(embedding, dim=-1)
+            patches_BND = train.read(part)["target"][:, first:].to(device).float()
+            embedding_BP = embed(part)
+            assert embedding_BP is not None
+            embedding_B1P = F.normalize(embedding_BP.to(device), dim=-1)[:, None]
+            yield patches_BND.mean(1, keepdim=True), embedding_B1P
 
-    shapes = (TokenShape((1, 1), False, size) for size in (train.shape.target.width, width))
-    ridge = Ridge(PairShape(*shapes)).to(device)
+    width = next(s for s in train.store.index.arrays.values() if s.kind == "text").shape[0]
+    pooled = TokenShape((1, 1), False, train.shape.target.width)
+    ridge = Ridge(PairShape(pooled, TokenShape((1, 1), False, width))).to(device)
     ridge.fit(batches)
     return lambda tokens_BND: ridge.predict(tokens_BND[:, first:].mean(1, keepdim=True))[:, 0]
 
 
+def _tower_embedding(train: TokenReader, device: torch.device) -> Callable[[np.ndarray], Tensor]:
+    """Return what gives the tower's own image embeddings `[B, P]` of ids, by its CLS token."""
+    store, name = train.store, train.target
+    projected = store.index.arrays[name].projected
+    whole = TokenReader(store, train.split, name, name, ModeConfig("cls_patch", projected))
+    head = None if projected else store.head(name).to(device)
+
+    def embed(ids: np.ndarray) -> Tensor:
+        cls_B1D = whole.read(ids)["target"][:, :1].to(device)
+        return (cls_B1D.float() if head is None else head(cls_B1D))[:, 0]
+
+    return embed
+
+
 def captioned(reader: TokenReader, ids: np.ndarray) -> np.ndarray:
-    """Return whether each image has a caption `[B]`."""
     return np.array([bool(caption.strip()) for caption in reader.captions(ids)], dtype=bool)
 
 
 def class_embeddings(train: TokenReader, device: torch.device) -> tuple[list[str], Tensor] | None:
     """Return class names and the mean caption embedding `[K, P]` of each label, fp64 unit norm.
 
-    No picture takes part: a class is what the training captions of its label say. None where
-    fewer than two labels occur.
+    None where fewer than two labels occur.
     """
     sums: dict[str, Tensor] = {}
     for start in range(0, min(FIT_IMAGES, len(train)), _BATCH):

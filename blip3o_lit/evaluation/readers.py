@@ -1,9 +1,15 @@
-"""Which images an evaluation scores on, and which ones its baselines are fitted on."""
+"""Which images an evaluation scores on, which its baselines are fitted on, and what of them leaked.
+
+An image leaks where it is scored as held out although the run was trained on it: another store of
+the same pictures may have drawn its split anew.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.data import DataConfig
@@ -14,6 +20,9 @@ from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.remote_store import RemoteStore, is_url
+
+COMPARED = 256
+"""Images of equal keys whose tokens are compared: keys alone may be mere numbers."""
 
 
 def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, TokenReader | None]:
@@ -27,19 +36,15 @@ def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, T
     path = token_store(data)
     store = _remote(path, config, data) if is_url(path) else TokenStore.open(path, data.verify)
     sides = (data.condition, data.target, run.mode)
-
-    def reader(split: str, shards: int | None, limit: int | None) -> TokenReader:
-        return TokenReader(store, split, *sides, max_shards=shards, limit=limit)
-
     train = None
     if "train" in store.index.splits:
-        train = reader("train", data.max_shards, data.subset)
-    if config.same_data:
-        if train is None:
-            raise UserError(f"same_data=true: {store.path} has no train split")
+        train = TokenReader(store, "train", *sides, max_shards=data.max_shards, limit=data.subset)
+    if not config.same_data:
+        held = TokenReader(store, config.split, *sides, limit=data.validation_subset)
+    elif train is not None:
         held = train
     else:
-        held = reader(config.split, None, data.validation_subset)
+        raise UserError(f"same_data=true: {store.path} has no train split")
     if held.shape != loaded.shape:
         raise UserError(
             f"{store.path} has tokens {held.shape.to_dict()}, but {loaded.file} was trained on "
@@ -48,12 +53,32 @@ def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, T
     return held, train
 
 
-def _remote(url: str, config: EvaluateConfig, data: DataConfig) -> TokenStore:
-    """Download the split that is scored on, and what captions and classes need.
+def trained_images(loaded: Loaded, held: TokenReader) -> int | None:
+    """Return how many images of `held` have the tokens of a training image of the run's own store.
 
-    Raises:
-        UserError: If baselines are asked for, which are fitted on training tokens in any order.
+    At least this many leaked; None where the run's own store is not at hand.
     """
+    run, path = loaded.config, Path(str(loaded.facts["tokens"]["path"]))
+    if not (path / "index.json").is_file():
+        return None
+    store = TokenStore.open(path)
+    if "train" not in store.index.splits:
+        return None
+    own = TokenReader(store, "train", run.data.condition, run.data.target, run.mode)
+    if own.shape != held.shape:
+        return 0
+    own_keys, held_keys = own.keys(np.arange(len(own))), held.keys(np.arange(len(held)))
+    _, trained, scored = np.intersect1d(own_keys, held_keys, return_indices=True)
+    equal = 0
+    for number in range(min(COMPARED, len(scored))):
+        ours = held.read(scored[[number]])["condition"].float()
+        theirs = own.read(trained[[number]])["condition"].float()
+        equal += bool((ours - theirs).norm() <= 1e-2 * theirs.norm())
+    return equal
+
+
+def _remote(url: str, config: EvaluateConfig, data: DataConfig) -> TokenStore:
+    """Download the split that is scored on, and what captions and classes need."""
     if BASELINE_SETS[config.baselines] or config.same_data or config.split == "train":
         raise UserError(
             f"data.tokens={url} has no random access, which training tokens need here: add "
@@ -67,11 +92,12 @@ def _remote(url: str, config: EvaluateConfig, data: DataConfig) -> TokenStore:
 
 
 def _trained_on(loaded: Loaded) -> str | None:
-    """Return the store of the run's config; its full path where the given one is another folder's.
+    """Return the run's own store.
 
-    A run may have been started with a path relative to a working directory that is not today's.
+    Its config may name it relative to a working directory that is not today's; then the full path
+    counts.
     """
-    given, noted = loaded.config.data.tokens, loaded.facts["tokens"]["path"]
-    if given and not (Path(given) / "index.json").is_file() and Path(noted).is_dir():
-        return noted
-    return given
+    configured, full = loaded.config.data.tokens, loaded.facts["tokens"]["path"]
+    if configured and not (Path(configured) / "index.json").is_file() and Path(full).is_dir():
+        return full
+    return configured

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.base.shape import TokenShape
-from blip3o_lit.evaluation.estimators import Estimator
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.evaluation.estimators import Batch, Estimator
+from blip3o_lit.evaluation.verdict import REMEDY
 from blip3o_lit.metrics.breadth import Breadth
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.metrics.frechet import Moments, frechet_distance
@@ -22,15 +24,7 @@ _HALVES = 2
 
 
 class Tally:
-    """Running scores of one estimator or baseline.
-
-    Args:
-        predict: The estimator.
-        mean_ND: Mean training token of each position.
-        shape: Shape of the target tokens.
-        device: Where tokens are.
-        breadth: Whether geometry, token realism and outlier tokens are scored too.
-    """
+    """Running scores of one estimator or baseline; with `breadth`, more than the cosine's."""
 
     def __init__(
         self,
@@ -45,66 +39,92 @@ class Tally:
         self.moments = Moments(shape.width).to(device)
         self.breadth = Breadth(shape, device) if breadth else None
         self.nfe, self.seconds, self.images = 0, 0.0, 0
+        self.maps: dict[str, Any] = {}
 
-    def add(self, condition: Tensor, true_BND: Tensor, sample_B: Tensor) -> Tensor:
+    def add(self, batch: Batch) -> Tensor:
         """Predict a batch, time it, score it; returns the prediction `[B, N, D]`."""
+        condition, true_BND, sample_B = batch
         _wait_for(condition.device)
         start = time.perf_counter()
-        made_BND, self.nfe = self.predict(condition, sample_B)
+        generated_BND, self.nfe = self.predict(condition, sample_B)
         _wait_for(condition.device)
         self.seconds += time.perf_counter() - start
         self.images += len(sample_B)
-        self.scores.update(made_BND, true_BND)
-        self.moments.update(made_BND[:, int(self.scores.shape.cls) :].double().mean(1))
+        self.scores.update(generated_BND, true_BND)
+        self.moments.update(generated_BND[:, int(self.scores.shape.cls) :].double().mean(1))
         if self.breadth is not None:
-            self.breadth.update(made_BND, true_BND)
-        return made_BND
+            self.breadth.update(generated_BND, true_BND)
+        return generated_BND
 
     def image_cosine(self) -> np.ndarray:
-        """Return the cosine of each image so far, in the order they were added."""
         return torch.cat(self.scores.image_cosine).cpu().numpy()
 
     def result(self, reference: Reference) -> dict[str, Any]:
-        """Return the scores with Frechet distance to the true tokens, and the speed."""
+        """Return the scores, and keep the maps over positions apart, in `maps`."""
         scores = self.scores.compute()
+        self.maps = {name: scores.pop(name) for name in ("position_cosine", "position_std")}
         if self.images >= _HALVES:
-            scores["frechet"] = frechet_distance(self.moments.compute(), reference.images.compute())
+            truth = reference.whole.images.compute()
+            scores["frechet"] = frechet_distance(self.moments.compute(), truth)
         if self.breadth is not None:
-            scores |= self.breadth.compute(reference.tokens)
+            scores |= self.breadth.compute(reference.whole.tokens)
         scores["seconds_per_image"] = self.seconds / self.images
         return scores
 
 
+class PatchMoments:
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.images, self.tokens = Moments(width).to(device), Moments(width).to(device)
+
+    def update(self, patches_BND: Tensor) -> None:
+        self.images.update(patches_BND.mean(1))
+        self.tokens.update(patches_BND.flatten(0, 1))
+
+
 class Reference:
-    """Moments of the true patch tokens, singly and averaged over an image, and of two halves."""
+    """The true tokens, whole and in two halves by sample id."""
 
     def __init__(self, shape: TokenShape, device: torch.device) -> None:
-        self.first, self.device = int(shape.cls), device
-        kinds = [Moments(shape.width).to(device) for _ in range(2 * (1 + _HALVES))]
-        self.images, self.tokens = kinds[:2]
-        self.halves = [(kinds[2], kinds[3]), (kinds[4], kinds[5])]
+        self.first = int(shape.cls)
+        self.whole = PatchMoments(shape.width, device)
+        self.halves = [PatchMoments(shape.width, device) for _ in range(_HALVES)]
 
     def add(self, true_BND: Tensor, sample_B: Tensor) -> None:
-        """Add a batch; halves go by sample id."""
-        patches = true_BND[:, self.first :].double()
-        whole = torch.ones(len(patches), dtype=torch.bool, device=patches.device)
-        chosen = [((self.images, self.tokens), whole)]
-        for half, pair in enumerate(self.halves):
-            chosen.append((pair, (sample_B % _HALVES == half).to(patches.device)))
-        for (images, tokens), rows_B in chosen:
-            images.update(patches[rows_B].mean(1))
-            tokens.update(patches[rows_B].flatten(0, 1))
+        patches_BND = true_BND[:, self.first :].double()
+        self.whole.update(patches_BND)
+        half_B = sample_B.to(patches_BND.device) % _HALVES
+        for number, half in enumerate(self.halves):
+            half.update(patches_BND[half_B == number])
 
     def floor(self) -> dict[str, Any]:
-        """Return the Frechet distances between two halves of the true images."""
-        images = int(self.halves[1][0].count)
+        """Return the Frechet distances between the halves: what no estimator need beat."""
+        even, odd = self.halves
+        images = int(odd.images.count)
         if images < _HALVES:
             return {}
-        pairs = zip(("frechet", "frechet_token"), zip(*self.halves))
-        distances = {
-            name: frechet_distance(*(half.compute() for half in both)) for name, both in pairs
+        return {
+            "frechet": frechet_distance(even.images.compute(), odd.images.compute()),
+            "frechet_token": frechet_distance(even.tokens.compute(), odd.tokens.compute()),
+            "images_a_half": images,
         }
-        return {**distances, "images_a_half": images}
+
+
+def feed(tallies: dict[str, Tally], reference: Reference, batch: Batch) -> dict[str, Tensor]:
+    """Add a batch to every tally; returns their predictions.
+
+    Raises:
+        UserError: If one is not finite.
+    """
+    condition, true_BND, sample_B = batch
+    if not reference.whole.images.count:
+        # The first call pays for caches and kernels: it is kept out of the times.
+        next(iter(tallies.values())).predict(condition[:1], sample_B[:1])
+    reference.add(true_BND, sample_B)
+    tokens = {name: tally.add(batch) for name, tally in tallies.items()}
+    for name, tokens_BND in tokens.items():
+        if not torch.isfinite(tokens_BND).all():
+            raise UserError(f"{name} generates tokens that are not finite: {REMEDY}")
+    return tokens
 
 
 def _wait_for(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Beyond the cosine: geometry, realism of single tokens, and outlier tokens, in one place.
+"""Beyond the cosine: geometry, realism of single tokens and outlier tokens, of patches alone.
 
 Shape suffixes: B images, N tokens (CLS first where there is one), D token width.
 """
@@ -17,10 +17,9 @@ from blip3o_lit.metrics.structure import LinearCka, MutualNeighbours
 
 
 class Breadth:
-    """What one estimator gets beside its scores; patches alone are compared."""
+    """What one estimator gets beside its scores."""
 
     def __init__(self, shape: TokenShape, device: torch.device) -> None:
-        """Make the metrics on a device."""
         self.first = int(shape.cls)
         self.tokens = Moments(shape.width).to(device)
         self.cka_image, self.cka_token = LinearCka().to(device), LinearCka().to(device)
@@ -28,17 +27,15 @@ class Breadth:
         self.by_norm = CosineByNorm().to(device)
 
     def update(self, generated_BND: Tensor, true_BND: Tensor) -> None:
-        """Add a batch of raw tokens."""
         generated, true = generated_BND[:, self.first :], true_BND[:, self.first :]
-        pooled = generated.double().mean(1), true.double().mean(1)
+        generated_BD, true_BD = generated.double().mean(1), true.double().mean(1)
         self.tokens.update(generated.flatten(0, 1))
-        self.cka_image.update(pooled[0][None], pooled[1][None])
+        self.cka_image.update(generated_BD[None], true_BD[None])
         self.cka_token.update(generated, true)
-        self.neighbours.update(*pooled)
+        self.neighbours.update(generated_BD, true_BD)
         self.by_norm.update(generated, true)
 
     def compute(self, true_tokens: Moments) -> dict[str, Any]:
-        """Return the figures; `true_tokens` are the moments of the true patch tokens."""
         return {
             "cka_image": self.cka_image.compute(),
             "cka_token": self.cka_token.compute(),

@@ -1,4 +1,4 @@
-"""Whether K samples of one condition spread as the truth does around what is known.
+"""Whether K samples per condition spread as the truth does around what is known.
 
 If samples and truth are drawn from the same posterior, independently, then
   MSE(sample) = 2 MSE(posterior mean),
@@ -10,6 +10,7 @@ Shape suffixes: K samples, B images, N tokens, D token width.
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -20,58 +21,50 @@ from blip3o_lit.metrics.cosine import cosine
 
 
 class Calibration(Metric):
-    """Diversity and calibration of K samples a condition."""
+    """Diversity and calibration of K samples per condition, beside the estimated posterior mean."""
 
     full_state_update = False
+    images: Tensor
     sums: Tensor
 
     def __init__(self, samples: int) -> None:
         super().__init__()
         if samples < 2:
-            raise ValueError("diversity needs two samples a condition or more")
+            raise ValueError("diversity needs two samples per condition or more")
         self.samples = samples
-        self.add_state("sums", torch.zeros(8, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(7, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, samples_KBND: Tensor, mean_BND: Tensor, true_BND: Tensor) -> None:
-        """Add images.
-
-        Args:
-            samples_KBND: K samples of each condition.
-            mean_BND: The estimate of the posterior mean.
-            true_BND: The true tokens.
-        """
         samples, mean, true = samples_KBND.double(), mean_BND.double(), true_BND.double()
         average = samples.mean(0)
-        pairs = [
-            cosine(samples[i], samples[j]).sum() for i in range(len(samples)) for j in range(i)
-        ]
+        pairs = torch.stack([cosine(a, b).mean() for a, b in combinations(samples, 2)])
         inside = (samples.amin(0) <= true) & (true <= samples.amax(0))
-        self.sums += torch.stack(
-            [
-                torch.tensor(true.numel(), dtype=torch.float64, device=true.device),
-                (samples - true).square().sum() / len(samples),
-                (mean - true).square().sum(),
-                (average - true).square().sum(),
-                samples.var(0).sum(),
-                inside.sum().double(),
-                torch.stack(pairs).sum() / len(pairs) * true.shape[-1],
-                cosine(average, true).sum() * true.shape[-1],
-            ]
-        )
+        means = [
+            (samples - true).square().mean(),
+            (mean - true).square().mean(),
+            (average - true).square().mean(),
+            samples.var(0).mean(),
+            inside.double().mean(),
+            pairs.mean(),
+            cosine(average, true).mean(),
+        ]
+        self.images += len(true)
+        self.sums += len(true) * torch.stack(means)
 
     def compute(self) -> dict[str, Any]:
-        """Return the figures, those expected of a calibrated sampler beside them."""
-        values, sample, mean, average, spread, inside, pairs, cosine_average = self.sums.tolist()
+        means = (self.sums / self.images).tolist()
+        sample, mean, average, variance, inside, pairs, cosine_average = means
         k = self.samples
         return {
             "samples": k,
-            "pairwise_cosine": pairs / values,
-            "mean_of_samples_cosine": cosine_average / values,
+            "pairwise_cosine": pairs,
+            "mean_of_samples_cosine": cosine_average,
             "mse_ratio": sample / mean if mean else None,
             "mse_ratio_expected": 2.0,
             "mean_of_samples_mse_ratio": average / mean if mean else None,
             "mean_of_samples_mse_ratio_expected": 1 + 1 / k,
-            "coverage": inside / values,
+            "coverage": inside,
             "coverage_expected": (k - 1) / (k + 1),
-            "spread_skill": ((1 + 1 / k) * spread / average) ** 0.5 if average else None,
+            "spread_skill": ((1 + 1 / k) * variance / average) ** 0.5 if average else None,
         }

@@ -1,10 +1,9 @@
 """Frechet distance between two sets of vectors, each taken as a Gaussian.
 
 d^2 = |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))  (Dowson and Landau 1982, FID).
-Shape suffixes: B vectors, D channels.
-
 The estimate is biased upwards when vectors are few (n of the order of D or less), so a distance is
 only read beside the floor: the distance between two halves of the true set.
+Shape suffixes: B vectors, D channels.
 """
 
 from __future__ import annotations
@@ -15,11 +14,7 @@ from torchmetrics import Metric
 
 
 class Moments(Metric):
-    """Mean and covariance of vectors from float64 sums; `merged` ones are exact.
-
-    Args:
-        width: Channels of a vector.
-    """
+    """Mean `[D]` and unbiased covariance `[D, D]` of vectors, from float64 sums."""
 
     full_state_update = False
     count: Tensor
@@ -28,24 +23,16 @@ class Moments(Metric):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("sum_D", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
-        outer = torch.zeros(width, width, dtype=torch.float64)
-        self.add_state("outer_DD", outer, dist_reduce_fx="sum")
+        for name, size in (("count", ()), ("sum_D", (width,)), ("outer_DD", (width, width))):
+            self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, vectors_BD: Tensor) -> None:
-        """Add vectors."""
         vectors = vectors_BD.double()
         self.count += len(vectors)
         self.sum_D += vectors.sum(0)
         self.outer_DD += vectors.T @ vectors
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Return the mean `[D]` and the unbiased covariance `[D, D]`.
-
-        Raises:
-            ValueError: With fewer than two vectors.
-        """
         if self.count < 2:
             raise ValueError("a covariance needs two vectors or more")
         mean = self.sum_D / self.count

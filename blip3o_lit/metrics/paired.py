@@ -13,20 +13,13 @@ _CHUNK = 4_000_000
 
 
 def compare(first: np.ndarray, second: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """Compare two models by their scores on the same images, in the same order.
+    """Compare two models by their scores `[images]` on the same images, in the same order.
 
-    Args:
-        first: Scores `[images]` of the model in question.
-        second: Scores of the one it is compared with.
-        seed: Seed of the resampling.
-
-    Returns:
-        Mean difference (positive: the first is better), its bootstrap interval over images, the
-        two-sided p value of a sign-flip test (the difference of each image is as likely to have
-        the other sign), and the share of images on which the first is better.
+    The p value is that of a two-sided sign-flip test: under equal models each image's difference
+    is as likely to have the other sign. The interval is a bootstrap over images. A positive
+    difference and `wins`, a share of images, speak for the first model.
     """
     difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
-    low, high = interval(difference, seed)
     observed = abs(difference.mean())
     draws = np.random.default_rng(seed)
     step = max(1, _CHUNK // difference.size)
@@ -38,7 +31,7 @@ def compare(first: np.ndarray, second: np.ndarray, seed: int = 0) -> dict[str, A
     return {
         "images": int(difference.size),
         "difference": float(difference.mean()),
-        "ci95": [low, high],
+        "ci95": interval(difference, seed),
         "p_value": (as_large + 1) / (FLIPS + 1),
         "wins": float((difference > 0).mean()),
     }

@@ -1,10 +1,9 @@
 """Recall at k between image embeddings and caption embeddings.
 
+Equal captions are one entry of the gallery, and every image that carries it is a hit for it. An
+empty caption is none: its image neither asks nor is found. Ties count as a random order does, so
+that a constant image embedding scores what chance scores.
 Shape suffixes: B images, P embedding width, Q queries, G gallery, U distinct captions.
-Equal captions are one caption: it is one entry of the gallery, and every image that carries it is a
-hit for it. An empty caption is none: its image neither asks nor is found. Ties are resolved by
-expectation over random order, so that a constant image embedding scores what chance scores and not
-what the sort happens to do.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,10 +24,7 @@ _CHUNK = 1024
 
 
 def caption_ids(captions: Sequence[str]) -> Tensor:
-    """Return a 63-bit fingerprint of each caption `[B]`, NO_CAPTION where it is blank.
-
-    Equal captions get equal ids.
-    """
+    """Return a 63-bit fingerprint per caption `[B]`, NO_CAPTION where it is blank."""
     return torch.tensor([_caption_id(caption) for caption in captions], dtype=torch.long)
 
 
@@ -76,32 +73,26 @@ class Retrieval(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, image_BP: Tensor, text_BP: Tensor, caption_B: Tensor) -> None:
-        """Add images, the embeddings of their captions, and the captions' ids."""
         self.image.append(F.normalize(image_BP.double(), dim=-1))
         self.text.append(F.normalize(text_BP.double(), dim=-1))
         self.caption.append(caption_B)
 
     @property
     def captioned(self) -> int:
-        """Return how many of the images have a caption."""
         return int((dim_zero_cat(self.caption) != NO_CAPTION).sum())
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """Return `{"image_to_text": {"R@1": ...}, "text_to_image": {...}}`.
-
-        Empty where no image has a caption.
-        """
+        """Return recall by direction and depth; empty where no image has a caption."""
         caption_B = dim_zero_cat(self.caption)
         known_B = caption_B != NO_CAPTION
         if not known_B.any():
             return {}
         image_BP, text_BP = dim_zero_cat(self.image)[known_B], dim_zero_cat(self.text)[known_B]
         caption_B = caption_B[known_B]
-        distinct_U, member_B = torch.unique(caption_B, return_inverse=True)
-        first_U = torch.full_like(distinct_U, len(caption_B))
-        order = torch.arange(len(caption_B), device=caption_B.device)
-        first_U = first_U.scatter_reduce(0, member_B, order, "amin")
-        entry_U = torch.arange(len(distinct_U), device=caption_B.device)
+        # NumPy alone says where each distinct caption stands first.
+        unique = np.unique(caption_B.cpu(), return_index=True, return_inverse=True)
+        first_U, member_B = (torch.from_numpy(part).to(caption_B.device) for part in unique[1:])
+        entry_U = torch.arange(len(first_U), device=caption_B.device)
         text_UP = text_BP[first_U]
         return {
             "image_to_text": _recalls(image_BP, text_UP, member_B, entry_U),
@@ -110,12 +101,12 @@ class Retrieval(Metric):
 
 
 def _recalls(query_QP: Tensor, entry_GP: Tensor, query_Q: Tensor, entry_G: Tensor) -> dict:
-    """Rank the gallery for each query, some queries at a time; equal ids are relevant."""
+    """Return recall by depth; a gallery entry with the query's id is relevant."""
     totals = [0.0] * len(DEPTHS)
     for start in range(0, len(query_Q), _CHUNK):
         rows = slice(start, start + _CHUNK)
         # Equal embeddings may differ in the last bits of a blocked product: round them level.
         scores = (query_QP[rows] @ entry_GP.T).round(decimals=9)
-        found = recall(scores, query_Q[rows, None] == entry_G)
-        totals = [total + share * len(scores) for total, share in zip(totals, found)]
+        shares = recall(scores, query_Q[rows, None] == entry_G)
+        totals = [total + share * len(scores) for total, share in zip(totals, shares)]
     return {f"R@{k}": total / len(query_Q) for k, total in zip(DEPTHS, totals)}

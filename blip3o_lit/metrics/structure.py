@@ -35,7 +35,8 @@ class LinearCka(Metric):
     """Linear centred kernel alignment by groups: 1 for equal geometry, about 0 for unrelated.
 
     Sums of the unbiased HSIC over groups (Nguyen, Raghu and Kornblith 2021), so any number of
-    vectors streams through. A group is a batch of image vectors, or the tokens of one image.
+    vectors streams through. A group is a batch of image vectors, or the tokens of one image. None
+    where one side does not vary.
     """
 
     full_state_update = False
@@ -59,7 +60,6 @@ class LinearCka(Metric):
         self.yy += unbiased_hsic(m, m).sum()
 
     def compute(self) -> float | None:
-        """Return the alignment, or None where one side does not vary."""
         if self.xx <= 0 or self.yy <= 0:
             return None
         return float(self.xy / (self.xx * self.yy).sqrt())
@@ -68,7 +68,7 @@ class LinearCka(Metric):
 class MutualNeighbours(Metric):
     """Share of the K nearest neighbours (by cosine) that an image has in both sets.
 
-    Huh et al. 2024. Random neighbours share K / (images - 1).
+    Huh et al. 2024. Random neighbours share K / (images - 1). None for K images or fewer.
     """
 
     full_state_update = False
@@ -82,12 +82,11 @@ class MutualNeighbours(Metric):
         self.add_state("y", [], dist_reduce_fx="cat")
 
     def update(self, x_BD: Tensor, y_BE: Tensor) -> None:
-        """Add one vector an image and side."""
+        """Add a pair of vectors per image."""
         self.x.append(F.normalize(x_BD.float(), dim=-1))
         self.y.append(F.normalize(y_BE.float(), dim=-1))
 
     def compute(self) -> float | None:
-        """Return the share, or None with too few images for that many neighbours."""
         x_BD, y_BE = dim_zero_cat(self.x), dim_zero_cat(self.y)
         if len(x_BD) <= self.neighbours + 1:
             return None
@@ -98,7 +97,7 @@ class MutualNeighbours(Metric):
         return shared / (len(x_BD) * self.neighbours)
 
     def _nearest(self, vectors_BD: Tensor, start: int) -> Tensor:
-        """Return the neighbours `[b, K]` of the images from `start` on."""
+        """Return the neighbours `[b, K]` of a chunk of images."""
         rows = torch.arange(start, min(start + _CHUNK, len(vectors_BD)), device=vectors_BD.device)
         scores = vectors_BD[rows] @ vectors_BD.T
         scores[torch.arange(len(rows)), rows] = -torch.inf

@@ -14,7 +14,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import (
+    Tensor,
+    _foreach_add_,  # pyright: ignore[reportPrivateImportUsage]
+    _foreach_lerp,  # pyright: ignore[reportPrivateImportUsage]
+    _foreach_lerp_,  # pyright: ignore[reportPrivateImportUsage]
+    _foreach_mul_,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from blip3o_lit.models.initialisation import is_sharded
 
@@ -70,13 +76,13 @@ def muon_step(group: dict[str, Any], state: dict[Any, Any], found_inf: Tensor | 
             # The momentum as its own gradient: the average of the two is the momentum.
             skipped = found_inf.bool()
             gradients = [torch.where(skipped, b, g) for b, g in zip(buffers, gradients)]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        steps = torch._foreach_lerp(gradients, buffers, momentum)
+        _foreach_lerp_(buffers, gradients, 1 - momentum)
+        steps = _foreach_lerp(gradients, buffers, momentum)
         del gradients  # A stack is large: each is let go as soon as the next is made of it.
         whole = steps[0] if len(stack) == 1 else torch.stack(steps)
         del steps
         updates = orthogonalised(whole).float()
         del whole
         updates.mul_(-0.2 * math.sqrt(max(stack[0].shape)) * rate * moves)
-        torch._foreach_mul_(stack, 1 - rate * group["weight_decay"] * moves)
-        torch._foreach_add_(stack, [updates] if len(stack) == 1 else list(updates.unbind()))
+        _foreach_mul_(stack, 1 - rate * group["weight_decay"] * moves)
+        _foreach_add_(stack, [updates] if len(stack) == 1 else list(updates.unbind()))

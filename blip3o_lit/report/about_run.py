@@ -7,8 +7,8 @@ from dataclasses import asdict
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.report import charts
 from blip3o_lit.report.record import RunRecord
-from blip3o_lit.report.section import Section
 from blip3o_lit.report.tables import facts, flatten, table
+from blip3o_lit.report.templating import Section
 
 CURVES = {
     "loss": ("Loss", "loss", {"training": "train/loss", "validation": "val/loss"}),
@@ -23,7 +23,6 @@ LARGE = ("loss", "cosine")
 
 
 def training(record: RunRecord) -> Section:
-    """Return loss, cosine and machine curves."""
     drawn, figures = {}, []
     for name, (title, unit, columns) in CURVES.items():
         lines = {label: record.curve(column) for label, column in columns.items()}
@@ -31,17 +30,16 @@ def training(record: RunRecord) -> Section:
         if lines:
             height = 220 if name in LARGE else 130
             drawn[f"curve-{name}"] = charts.curves(lines, unit, height, decay=name == "loss")
-            ends = [
-                f"{label} {points[-1][1]:,.4g} at step {points[-1][0]:,.0f}"
-                for label, points in lines.items()
-            ]
-            item = {"name": f"curve-{name}", "title": title, "ends": "; ".join(ends)}
-            figures.append({**item, "large": name in LARGE})
+            ends = []
+            for label, points in lines.items():
+                step, value = points[-1]
+                ends.append(f"{label} {value:,.4g} at step {step:,.0f}")
+            figure = {"name": f"curve-{name}", "title": title, "ends": "; ".join(ends)}
+            figures.append({**figure, "large": name in LARGE})
     return Section("training", "Training", {"figures": figures}, drawn)
 
 
 def configuration(record: RunRecord) -> Section:
-    """Return the overrides and the whole configuration."""
     changed = differences(record)
     data = {
         "overrides": record.overrides,
@@ -54,8 +52,7 @@ def configuration(record: RunRecord) -> Section:
 def differences(record: RunRecord) -> list[list[str]]:
     """Return key, default, value and origin of everything that is not the schema's default.
 
-    The command line changes what the presets (group options such as model=base) chose, so the two
-    are told apart.
+    The command line changes what the presets (group options such as model=base) chose.
     """
     typed = {override.lstrip("+~").partition("=")[0] for override in record.overrides}
     defaults = flatten(asdict(TrainConfig()))
@@ -68,13 +65,11 @@ def differences(record: RunRecord) -> list[list[str]]:
 
 
 def environment(record: RunRecord) -> Section:
-    """Return how the run ended, and what it ran on."""
     data = {"result": facts(record.result), "environment": facts(record.environment)}
     return Section("environment", "Environment", data)
 
 
 def repeat(record: RunRecord) -> Section:
-    """Return the commands that train and evaluate this run again."""
     commit = flatten(record.environment).get("commit") or record.environment.get("git")
     data = {
         "train": record.train_command,

@@ -5,12 +5,12 @@ Ranges, ticks, labels and their overlap are Altair's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
 
-from blip3o_lit.report.scores import KINDS, Row, finite
+from blip3o_lit.report.record import Curve, finite
+from blip3o_lit.report.scores import KINDS, Row
 
 HEIGHT = 240
 """Height of a wide chart in pixels."""
@@ -22,24 +22,37 @@ Points = list[dict[str, Any]]
 
 
 def base(values: Points) -> alt.Chart:
-    """Return a chart of plain values."""
     return alt.Chart(alt.Data(values=values))
 
 
 def specification(chart: Any, description: str, height: int | None = None) -> Spec:
     """Return a chart as a dict with its text for screen readers, without the schema's address.
 
-    Args:
-        chart: The chart.
-        description: What it shows; its numbers stand in a table or a caption.
-        height: In pixels, of a chart that fills its place from left to right.
+    With a height in pixels it fills its place from left to right.
     """
     if height is not None:
         fit = alt.AutoSizeParams(type="fit-x", contains="padding")
         chart = chart.properties(width="container", height=height, autosize=fit)
     spec = chart.to_dict()
-    kept = {key: value for key, value in spec.items() if key not in ("$schema", "config")}
-    return {**kept, "description": description}
+    own = {key: value for key, value in spec.items() if key not in ("$schema", "config")}
+    return {**own, "description": description}
+
+
+def axis(
+    channel: Any, levels: list[float], title: str, decay: bool = True, padding: int = 0
+) -> Any:
+    """Return an `alt.X` or `alt.Y` with an axis for the numbers `levels`.
+
+    It is logarithmic where they span a decade, unless `decay` is False.
+    """
+    if decay and min(levels) > 0 and max(levels) / min(levels) >= 10:
+        scale = alt.Scale(nice=False, padding=padding, type="log")
+        ticks = alt.Axis(tickCount=5, format="~g", grid=False)
+        return channel.scale(scale).axis(ticks).title(f"{title} (log)")
+    scale = alt.Scale(nice=not padding, padding=padding, zero=False)
+    words = "format(datum.value, abs(datum.value) < 10000 ? '~g' : '.4~s')"
+    ticks = alt.Axis(tickCount=5, labelOverlap=True, labelExpr=words)
+    return channel.scale(scale).axis(ticks).title(title)
 
 
 def ladder(rows: list[Row]) -> Spec:
@@ -52,7 +65,8 @@ def ladder(rows: list[Row]) -> Spec:
             numbers = {"cosine": cosine, "low": low, "high": high, "text": f"{cosine:.4f}"}
             values.append({"name": row.label, "kind": row.kind, **numbers})
     values.sort(key=lambda item: -item["cosine"])
-    legend = alt.Legend(values=[kind for kind in KINDS if kind in {v["kind"] for v in values}])
+    kinds = {item["kind"] for item in values}
+    legend = alt.Legend(values=[kind for kind in KINDS if kind in kinds])
     colour = alt.Color("kind:N").scale(domain=KINDS).legend(legend)
     shape = alt.Shape("kind:N").scale(domain=KINDS, range=SHAPES).legend(legend)
     low = axis(alt.X("low:Q"), [item["low"] for item in values], "cosine, held out", False, 12)
@@ -72,32 +86,27 @@ def position_map(
     grid: list[list[float]],
     title: str,
     cls: float | None = None,
-    fixed: bool = True,
-    control: bool = True,
+    shared: bool = True,
     size: int = 288,
 ) -> Spec:
-    """Draw one value per grid position, CLS apart above it.
+    """Draw one value per grid position, top row first, and the value of CLS apart above it.
 
-    Args:
-        grid: Rows of values, top row first.
-        title: What the values are, in a few words.
-        cls: The value of the CLS token, where there is one.
-        fixed: One colour range, 0 to 1, for all runs; else the map's own range.
-        control: Whether a reader may stretch a fixed range to the map's own.
-        size: Pixels of the longer side.
+    All maps that are `shared` have one colour range, 0 to 1, which a reader may stretch to the
+    map's own. `size` is in pixels, of the longer side.
     """
     values = [
         {"row": row, "column": column, "value": value}
         for row, line in enumerate(grid)
         for column, value in enumerate(line)
     ]
-    levels = [item["value"] for item in values] + ([] if cls is None or fixed else [cls])
+    levels = [item["value"] for item in values]
+    if cls is not None and not shared:
+        levels.append(cls)
     low, high = min(levels), max(levels)
-    control = control and fixed
-    scale = alt.Scale(scheme="viridis", clamp=True, domain=[0, 1] if fixed else [low, high])
-    if control:
+    ends: list[Any] = [low, high]
+    if shared:
         ends = [alt.ExprRef(f"stretch ? {low} : 0"), alt.ExprRef(f"stretch ? {high} : 1")]
-        scale = alt.Scale(scheme="viridis", clamp=True, domainMin=ends[0], domainMax=ends[1])
+    scale = alt.Scale(scheme="viridis", clamp=True, domainMin=ends[0], domainMax=ends[1])
     colour = alt.Color("value:Q", title=title, scale=scale).legend(
         orient="bottom", gradientLength=size * 5 / 6, gradientThickness=10, format=".4~g"
     )
@@ -106,32 +115,20 @@ def position_map(
     x, y = alt.X("column:O", axis=ticks), alt.Y("row:O", axis=ticks)
     chart: Any = base(values).mark_rect().encode(x, y, colour)
     chart = chart.properties(width=alt.Step(step), height=alt.Step(step))
+    text = f"Map of {len(grid)} rows: {title}, lowest {low:.4f}, highest {high:.4f}"
     if cls is not None:
         above = alt.Y("name:N", title=None).axis(grid=False)
         single = base([{"name": "CLS", "value": cls}]).mark_rect().encode(above, colour)
         chart = alt.vconcat(single.properties(width=step, height=step), chart, spacing=10)
-    if control:
+        text += f", CLS {cls:.4f}"
+    if shared:
         box = alt.binding_checkbox(name="Stretch colours to this map's own range ")
         chart = chart.add_params(alt.param(name="stretch", value=False, bind=box))
-    cls_text = "" if cls is None else f", CLS {cls:.4f}"
-    text = f"Map of {len(grid)} rows: {title}, lowest {low:.4f}, highest {high:.4f}{cls_text}."
-    return specification(chart, text)
+    return specification(chart, f"{text}.")
 
 
-def curves(
-    series: dict[str, list[tuple[float, float]]],
-    title: str,
-    height: int = 200,
-    decay: bool = False,
-) -> Spec:
-    """Draw training curves by step.
-
-    Args:
-        series: Label -> [(step, value), ...].
-        title: Title of the vertical axis.
-        height: In pixels.
-        decay: Whether a logarithmic axis helps where the values span more than a decade.
-    """
+def curves(series: dict[str, Curve], title: str, height: int = 200, decay: bool = False) -> Spec:
+    """Draw training curves by step; with `decay`, on a logarithmic axis where that helps."""
     values = [
         {"series": name, "step": step, "value": value}
         for name, points in series.items()
@@ -143,34 +140,11 @@ def curves(
     colour = alt.Color("series:N", sort=None, legend=legend)
     few = max(map(len, series.values())) <= 40
     line = base(values).mark_line(point={"size": 36} if few else False, strokeWidth=1.75)
-    chart = line.encode(x, y, colour)
     text = f"{title} over {max(item['step'] for item in values):,.0f} steps: {', '.join(series)}."
-    return specification(chart, text, height)
+    return specification(line.encode(x, y, colour), text, height)
 
 
-def axis(
-    channel: Any, levels: list[float], title: str, decay: bool = True, padding: int = 0
-) -> Any:
-    """Return a channel with an axis of numbers, logarithmic where they span more than a decade.
-
-    Args:
-        channel: `alt.X(...)` or `alt.Y(...)`.
-        levels: The numbers.
-        title: Of the axis.
-        decay: Whether the axis may be logarithmic.
-        padding: Pixels between the axis's ends and its numbers.
-    """
-    log = decay and min(levels) > 0 and max(levels) / min(levels) >= 10
-    scale = alt.Scale(nice=not padding, padding=padding, zero=False)
-    words = "format(datum.value, abs(datum.value) < 10000 ? '~g' : '.4~s')"
-    ticks = alt.Axis(tickCount=5, labelOverlap=True, labelExpr=words)
-    if log:
-        scale = alt.Scale(nice=False, padding=padding, type="log")
-        ticks = alt.Axis(tickCount=5, format="~g", grid=False)
-    return channel.scale(scale).axis(ticks).title(f"{title} (log)" if log else title)
-
-
-def bars(points: Sequence[Sequence[float]]) -> Spec:
+def bars(points: list[list[float]]) -> Spec:
     """Draw a loss over intervals of t: `points` are (from, to, loss)."""
     values = [{"low": low, "high": high, "loss": loss} for low, high, loss in points]
     x = alt.X("low:Q", title="t (0 is noise)").bin("binned").scale(nice=False).axis(tickCount=10)
@@ -181,14 +155,14 @@ def bars(points: Sequence[Sequence[float]]) -> Spec:
 def effect(setting: str, points: list[tuple[str, Any, float]]) -> Spec:
     """Draw the cosine of each run by a setting: `points` are (run, value, cosine).
 
-    Numbers have an axis of their size, logarithmic where they span a decade; words stand evenly.
+    Numbers have an axis of their size; words stand evenly.
     """
-    numbers = [number for _, value, _ in points if (number := finite(value)) is not None]
-    if len(numbers) == len(points):
-        x = axis(alt.X("value:Q"), numbers, setting, padding=12)
-    else:
+    numbers = [finite(value) for _, value, _ in points]
+    if None in numbers:
         x = alt.X("value:N", title=setting).axis(labelAngle=0)
         points = [(run, str(value), cosine) for run, value, cosine in points]
+    else:
+        x = axis(alt.X("value:Q"), numbers, setting, padding=12)  # type: ignore[arg-type]
     values = [{"run": run, "value": value, "cosine": cosine} for run, value, cosine in points]
     y = alt.Y("cosine:Q").scale(zero=False, padding=8)
     chart = base(values).mark_point(opacity=0.7).encode(x, y, detail="run:N")

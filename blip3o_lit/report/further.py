@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from blip3o_lit.report import charts
-from blip3o_lit.report.record import RunRecord
-from blip3o_lit.report.scores import estimator, finite, mapping, mappings
-from blip3o_lit.report.section import Section
+from blip3o_lit.report.record import RunRecord, finite, mapping, mappings
+from blip3o_lit.report.scores import ends, estimator
 from blip3o_lit.report.tables import facts, table
+from blip3o_lit.report.templating import Section
 
 SHOWN = {
     *("format", "split", "images", "mode", "tokens", "checkpoint", "headline", "verdict"),
@@ -42,7 +42,6 @@ def against(record: RunRecord) -> Section | None:
 
 
 def samples(record: RunRecord) -> Section | None:
-    """Return how several samples per condition differ, beside what a calibrated sampler has."""
     block = mapping(record.evaluation.get("samples"))
     solver = estimator(str(block.pop("solver", "sample")))
     images = finite(block.pop("images", None))
@@ -62,12 +61,9 @@ def times(record: RunRecord) -> Section | None:
     """Return the loss by time bin: `time_bins` is a list of `{"t": [low, high], "loss": x}`."""
     points = []
     for item in mappings(record.evaluation.get("time_bins")):
-        ends = item.get("t")
-        point = [
-            finite(value) for value in (*(ends if isinstance(ends, list) else []), item.get("loss"))
-        ]
-        if len(point) == 3 and None not in point:
-            points.append(point)
+        times, loss = ends(item.get("t")), finite(item.get("loss"))
+        if times is not None and loss is not None:
+            points.append([*times, loss])
     if not points:
         return None
     numbers = table(["From t", "To t", "Loss"], points)
@@ -75,7 +71,6 @@ def times(record: RunRecord) -> Section | None:
 
 
 def paired(record: RunRecord) -> Section | None:
-    """Return the image-by-image comparison with another run."""
     block = mapping(record.evaluation.get("paired"))
     lines = [
         [estimator(name), *_difference(numbers)]
@@ -89,7 +84,6 @@ def paired(record: RunRecord) -> Section | None:
 
 
 def rest(record: RunRecord) -> Section | None:
-    """Return every number of the evaluation that no other section shows."""
     left = {name: value for name, value in record.evaluation.items() if name not in SHOWN}
     return Section("rest", "Other facts", {"facts": facts(left)}) if left else None
 
@@ -97,7 +91,6 @@ def rest(record: RunRecord) -> Section | None:
 def _difference(numbers: object) -> list[Any]:
     """Return the cells of a paired comparison, in the order of `DIFFERENCE`."""
     block = mapping(numbers)
-    interval = block.get("ci95")
-    ends = interval if isinstance(interval, list) and len(interval) == 2 else [None, None]
+    low, high = ends(block.get("ci95")) or (None, None)
     others = [block.get(key) for key in ("p_value", "wins", "images")]
-    return [block.get("difference"), *ends, *others]
+    return [block.get("difference"), low, high, *others]

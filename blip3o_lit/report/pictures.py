@@ -11,8 +11,8 @@ from PIL import Image
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.report import charts, tradeoffs
 from blip3o_lit.report.charts import Spec
-from blip3o_lit.report.record import RunRecord
-from blip3o_lit.report.scores import headline, mappings, rows, source
+from blip3o_lit.report.record import RunRecord, mappings
+from blip3o_lit.report.scores import headline, rows, source
 from blip3o_lit.report.templating import theme
 
 WIDTH = 380
@@ -21,18 +21,6 @@ APART = {"scale": dict.fromkeys(("color", "shape", "strokeDash"), "independent")
 
 
 def draw_picture(run_dir: Path, target: Path) -> Path:
-    """Draw cosine map, cosine against NFE, and the ladder of baselines side by side.
-
-    Args:
-        run_dir: An evaluated run directory.
-        target: The PNG to write.
-
-    Returns:
-        `target`.
-
-    Raises:
-        UserError: If the run was never evaluated.
-    """
     record = RunRecord.load(Path(run_dir))
     if not record.evaluation:
         raise UserError(f"{run_dir} has no evaluation.json to draw: {record.evaluate_command}")
@@ -44,20 +32,15 @@ def draw_picture(run_dir: Path, target: Path) -> Path:
 
 
 def png(spec: Spec, title: str = "", width: int = WIDTH, scale: float = 2.0) -> bytes:
-    """Return one chart of the report as a PNG, for a notebook or a slide.
+    """Return a chart from `charts` or `tradeoffs` as a PNG, for a notebook or a slide.
 
-    Args:
-        spec: A chart from `charts` or `tradeoffs`.
-        title: Stands above it.
-        width: Width in pixels of a chart that fills its place on the page.
-        scale: Pixels per unit.
+    `width` is in pixels, of a chart that fills its place on the page; `scale` in pixels per unit.
     """
     config = {**theme(), "padding": 16}
     return vl_convert.vegalite_to_png(_titled(spec, title, width), scale=scale, config=config)
 
 
 def picture(record: RunRecord) -> Spec:
-    """Return the picture as one Vega-Lite specification."""
     scored, evaluation = rows(record), record.evaluation
     row = headline(scored)
     parts: list[Spec] = []
@@ -65,21 +48,21 @@ def picture(record: RunRecord) -> Spec:
         cls = row.number("cosine_cls") if row else None
         # One run alone: its own range shows more than the range that all runs share.
         grid, name = evaluation["position_cosine"], "cosine, colours over its own range"
-        drawn = charts.position_map(grid, name, cls, fixed=False, size=440)
+        drawn = charts.position_map(grid, name, cls, shared=False, size=440)
         parts.append(_titled(drawn, "Cosine by position"))
     right = [_titled(charts.ladder(scored), "Held-out cosine, with baselines")]
     curve = tradeoffs.against_nfe(mappings(evaluation.get("nfe_curve")), scored, "cosine", "cosine")
     if curve is not None:
         right.append(_titled(curve, "Cosine against network evaluations"))
     parts.append({"vconcat": right, "spacing": 28, "resolve": APART})
-    muted = theme()["axis"]["labelColor"]
-    place = {"anchor": "middle", "orient": "bottom", "offset": 14}
     title = {
         "text": source(record),
-        **place,
+        "anchor": "middle",
+        "orient": "bottom",
+        "offset": 14,
         "fontSize": 11,
         "fontWeight": "normal",
-        "color": muted,
+        "color": theme()["axis"]["labelColor"],
     }
     return {"title": title, "hconcat": parts, "spacing": 48, "resolve": APART}
 

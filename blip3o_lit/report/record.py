@@ -24,7 +24,7 @@ from blip3o_lit.config.errors import UserError
 FORMAT = 1
 """Format of `evaluation.json`; without a number it is the first."""
 ROWS = 600
-"""Points kept of a training curve; more can't be told apart on a screen."""
+"""Points of a training curve, at most; more can't be told apart on a screen."""
 
 Curve = list[tuple[float, float]]
 """Steps and values."""
@@ -49,31 +49,23 @@ class RunRecord:
 
     @classmethod
     def load(cls, path: Path) -> RunRecord:
-        """Read a run directory.
-
-        Raises:
-            UserError: If `path` is no directory, or one of its files can't be parsed.
-        """
         if not path.is_dir():
             raise UserError(f"{path} is not a run directory: name one, such as outputs/<run>")
         names = ("evaluation", "result", "environment", "job")
         files = {name: _json(path / f"{name}.json") for name in names}
         check_format(path / "evaluation.json", files["evaluation"].get("format", FORMAT), FORMAT)
         config = path / "config.yaml"
-        text = config.read_text("utf-8") if config.is_file() else ""
-        overrides, metrics = _lines(path / "overrides.txt"), _columns(path / "metrics.csv")
         return cls(
             path,
             **files,
             config=_yaml(config),
-            config_text=text,
-            overrides=overrides,
-            metrics=metrics,
+            config_text=_text(config),
+            overrides=_overrides(path / "overrides.txt"),
+            metrics=_columns(path / "metrics.csv"),
         )
 
     @property
     def name(self) -> str:
-        """The run directory's own name."""
         return self.path.resolve().name
 
     @property
@@ -93,8 +85,7 @@ class RunRecord:
     def curve(self, name: str) -> Curve:
         """Return a training curve by its short name, thinned to `ROWS` points by local means.
 
-        Args:
-            name: `lr` finds the column `lr` and, failing that, `train/lr`.
+        `lr` finds the column `lr` and, failing that, `train/lr`.
         """
         for column in (name, f"train/{name}", f"train_{name}"):
             if column in self.metrics:
@@ -102,11 +93,33 @@ class RunRecord:
         return []
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def finite(value: object) -> float | None:
+    """Return a finite float, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
     try:
-        content = json.loads(path.read_text("utf-8"))
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number beyond what a float holds
+        return None
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """Return a dict with string keys, empty for anything else."""
+    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
+
+
+def mappings(value: object) -> list[dict[str, Any]]:
+    """Return the dicts of a list, none for anything else."""
+    return [mapping(item) for item in value if mapping(item)] if isinstance(value, list) else []
+
+
+def _text(path: Path) -> str:
+    return path.read_text("utf-8") if path.is_file() else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_text(path)) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): write it again") from error
     if not isinstance(content, dict):
@@ -115,43 +128,36 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        config = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
+        return mapping(OmegaConf.to_container(config, resolve=False))
     except (YAMLError, ValueError, OSError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{path} is not valid YAML ({first}): write it again") from error
-    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
-def _lines(path: Path) -> list[str]:
-    """Return the overrides of a file: one a line, Hydra's own `- key=value` lists too."""
-    text = path.read_text("utf-8") if path.is_file() else ""
-    lines = (line.strip().removeprefix("- ") for line in text.splitlines())
+def _overrides(path: Path) -> list[str]:
+    """Return the overrides of a file: one per line, Hydra's own `- key=value` lists too."""
+    lines = (line.strip().removeprefix("- ") for line in _text(path).splitlines())
     return [line for line in lines if line and line != "[]"]
 
 
 def _columns(path: Path) -> dict[str, Curve]:
     columns: dict[str, Curve] = {}
-    if path.is_file():
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                step = _number(row.pop("step", None))
-                for name, text in row.items():
-                    value = _number(text)
-                    if name and step is not None and value is not None:
-                        columns.setdefault(name, []).append((step, value))
+    for row in csv.DictReader(_text(path).splitlines()):
+        step = _number(row.pop("step", None))
+        for name, text in row.items():
+            value = _number(text)
+            if name and step is not None and value is not None:
+                columns.setdefault(name, []).append((step, value))
     return columns
 
 
 def _number(text: object) -> float | None:
-    """Return a finite float, or None for an empty cell, a word, NaN and infinity."""
     try:
-        value = float(str(text))
+        return finite(float(str(text)))
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
 
 
 def _thin(points: Curve) -> Curve:

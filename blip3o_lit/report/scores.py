@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from blip3o_lit.report.record import RunRecord
+from blip3o_lit.report.record import RunRecord, finite, mapping
 
 MISSING = "–"
 FRECHET = "Fréchet distance"
@@ -29,22 +29,16 @@ class Row:
     scores: dict[str, Any]
 
     def number(self, name: str) -> float | None:
-        """Return a finite score, or None."""
         return finite(self.scores.get(name))
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Return the 95 % interval of the cosine over images."""
-        ends = self.scores.get("cosine_ci95")
-        if not isinstance(ends, list) or len(ends) != 2:
-            return None
-        low, high = finite(ends[0]), finite(ends[1])
-        return None if low is None or high is None else (low, high)
+        """The 95 % interval of the cosine over images."""
+        return ends(self.scores.get("cosine_ci95"))
 
     def text(self, name: str) -> str:
-        """Return a score as the tables print it."""
         if name == "cosine_ci95":
-            return f"{self.interval[0]:.4f}–{self.interval[1]:.4f}" if self.interval else MISSING
+            return "{:.4f}–{:.4f}".format(*self.interval) if self.interval else MISSING
         value = self.number(name)
         if value is None:
             return "not finite" if isinstance(self.scores.get(name), float) else MISSING
@@ -57,32 +51,34 @@ class Row:
     def sort_key(self, name: str) -> str:
         """Return what a column sorts by, empty where there is no number."""
         value = self.number(name)
-        if name == "cosine_ci95":
-            value = self.interval and self.interval[0]
+        if name == "cosine_ci95" and self.interval:
+            value = self.interval[0]
         return "" if value is None else repr(value)
 
 
 def rows(record: RunRecord) -> list[Row]:
     """Return all rows: the headline, other estimators, baselines from simple to strong, optima."""
-    labels = {"estimator": estimator, "baseline": baseline, "optimum": "Closed form, {}".format}
-    blocks = {"estimator": "estimators", "baseline": "baselines", "optimum": "optimum"}
-    first, known = str(record.evaluation.get("headline", "mean")), list(BASELINES)
-    unsorted = [
-        Row(key, kind, labels[kind](key), mapping(scores))
-        for kind in KINDS
-        for key, scores in mapping(record.evaluation.get(blocks[kind])).items()
+    blocks = [
+        mapping(record.evaluation.get(name)) for name in ("estimators", "baselines", "optimum")
     ]
-
-    def place(row: Row) -> tuple[int, bool, int]:
-        strength = known.index(row.key) if row.key in known else len(known)
-        return KINDS.index(row.kind), row.key != first, strength
-
-    return sorted(unsorted, key=place)
+    estimators, baselines, optima = blocks
+    first, known = str(record.evaluation.get("headline", "mean")), list(BASELINES)
+    by_headline = sorted(estimators, key=lambda key: key != first)
+    by_strength = sorted(baselines, key=lambda k: known.index(k) if k in known else len(known))
+    return [
+        *(Row(key, "estimator", estimator(key), mapping(estimators[key])) for key in by_headline),
+        *(Row(key, "baseline", baseline(key), mapping(baselines[key])) for key in by_strength),
+        *(Row(key, "optimum", f"Closed form, {key}", mapping(optima[key])) for key in optima),
+    ]
 
 
 def headline(rows: list[Row]) -> Row | None:
     """Return the estimator that the tiles speak of; `rows` puts it first."""
     return next((row for row in rows if row.kind == "estimator"), None)
+
+
+def with_score(name: str, rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row.number(name) is not None]
 
 
 def source(record: RunRecord, row: Row | None = None) -> str:
@@ -91,13 +87,14 @@ def source(record: RunRecord, row: Row | None = None) -> str:
     parts: list[str] = []
     if row is not None:
         parts.append(row.label)
-        parts += [f"{row.text('nfe')} NFE"] * (row.number("nfe") is not None)
+        if row.number("nfe") is not None:
+            parts.append(f"{row.text('nfe')} NFE")
     images = finite(about.get("images"))
     if images is not None:
         parts.append(f"{images:,.0f} images of {about.get('split', 'an unnamed split')}")
-    for key in ("mode", "checkpoint", "tokens"):
-        if about.get(key):
-            parts.append(str(about[key]) if key == "mode" else f"{key} {str(about[key])[:12]}")
+    if about.get("mode"):
+        parts.append(str(about["mode"]))
+    parts += [f"{key} {str(about[key])[:12]}" for key in ("checkpoint", "tokens") if about.get(key)]
     return ", ".join(parts)
 
 
@@ -105,10 +102,11 @@ def estimator(key: str) -> str:
     """Return the label of an estimator: `heun-10@1.5` -> `Heun, 10 steps, guidance 1.5`."""
     plain, _, guidance = key.partition("@")
     name, _, steps = plain.partition("-")
-    known = {"mean": "Posterior mean", "rk4": "RK4", "ab2": "Adams-Bashforth"}
-    parts = [known.get(name, name.capitalize())]
-    parts += [f"{steps} steps"] * bool(steps) + [f"guidance {guidance}"] * bool(guidance)
-    return ", ".join(parts)
+    names = {"mean": "Posterior mean", "rk4": "RK4", "ab2": "Adams-Bashforth"}
+    label = names.get(name, name.capitalize())
+    if steps:
+        label += f", {steps} steps"
+    return f"{label}, guidance {guidance}" if guidance else label
 
 
 def baseline(key: str) -> str:
@@ -121,14 +119,12 @@ def inline(label: str) -> str:
     return label if label[1:2].isupper() else label[:1].lower() + label[1:]
 
 
-def finite(value: object) -> float | None:
-    """Return a finite float, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def ends(value: object) -> tuple[float, float] | None:
+    """Return both ends of an interval, or None for anything else."""
+    if not isinstance(value, list) or len(value) != 2:
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # a whole number beyond what a float holds
-        return None
+    low, high = finite(value[0]), finite(value[1])
+    return None if low is None or high is None else (low, high)
 
 
 def significant(value: float) -> str:
@@ -141,13 +137,3 @@ def significant(value: float) -> str:
     if size < 1e-4:
         return f"{value:.2e}"
     return f"{value:.{max(0, 3 - math.floor(math.log10(size)))}f}"
-
-
-def mapping(value: object) -> dict[str, Any]:
-    """Return a dict with string keys, empty for anything else."""
-    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
-
-
-def mappings(value: object) -> list[dict[str, Any]]:
-    """Return the dicts of a list, none for anything else."""
-    return [mapping(item) for item in value if mapping(item)] if isinstance(value, list) else []

@@ -10,37 +10,31 @@ from typing import Any
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.report import charts
-from blip3o_lit.report.page import write_page
-from blip3o_lit.report.record import RunRecord
-from blip3o_lit.report.scores import finite, headline, mapping, rows, source
-from blip3o_lit.report.section import Section
+from blip3o_lit.report.record import RunRecord, finite, mapping
+from blip3o_lit.report.scores import headline, rows, source
 from blip3o_lit.report.tables import flatten, table
+from blip3o_lit.report.templating import Section, write_page
 
-NAME = "sweep.html"
 CURVES = 6
 """Learning curves drawn, those of the best runs: as many as the theme has colours."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep."""
-
     record: RunRecord
     settings: dict[str, Any]
     """The keys that differ between the runs, with this run's values."""
     score: float | None
-    """Held-out cosine, or None for a run that has none yet."""
+    """Held-out cosine."""
     about: str
     """What the score belongs to."""
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
         return self.record.name
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Return what the table shows beside settings and score."""
         result = self.record.result
         ended = ("finished" if result.get("finished") else "stopped") if result else "no result"
         if self.record.job.get("state") == "failed":
@@ -56,17 +50,7 @@ class Trial:
 
 
 def write_sweep(sweep_dir: Path) -> Path:
-    """Write `sweep.html` and `sweep.csv` into a sweep's directory.
-
-    Args:
-        sweep_dir: A directory whose sub-directories are runs.
-
-    Returns:
-        The page's path.
-
-    Raises:
-        UserError: If it holds no run, or a file of a run can't be parsed.
-    """
+    """Write `sweep.html` and `sweep.csv` into a directory of runs; returns the page's path."""
     folder = Path(sweep_dir)
     trials = read_trials(folder)
     write_table(folder / "sweep.csv", trials)
@@ -80,7 +64,7 @@ def write_sweep(sweep_dir: Path) -> Path:
     commands = {"train": top.record.train_command, "evaluate": top.record.evaluate_command}
     sections = [Section("best", "The best run", commands), runs(trials)]
     sections += [part for part in (effects(trials), learning(trials)) if part.charts]
-    return write_page("sweep.html.j2", folder / NAME, sections, opening)
+    return write_page("sweep.html.j2", folder / "sweep.html", sections, opening)
 
 
 def is_sweep(folder: Path) -> bool:
@@ -105,7 +89,6 @@ def read_trials(folder: Path) -> list[Trial]:
 
 
 def write_table(path: Path, trials: list[Trial]) -> None:
-    """Write every run's settings and numbers as CSV."""
     first = trials[0]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -116,7 +99,6 @@ def write_table(path: Path, trials: list[Trial]) -> None:
 
 
 def runs(trials: list[Trial]) -> Section:
-    """Return the sortable table of all runs."""
     lines = []
     for trial in trials:
         score = None if trial.score is None else f"{trial.score:.4f}"
@@ -128,7 +110,6 @@ def runs(trials: list[Trial]) -> Section:
 
 
 def effects(trials: list[Trial]) -> Section:
-    """Return a chart per setting: the cosine of each run by its value."""
     scored = [trial for trial in trials if trial.score is not None]
     drawn, figures = {}, []
     for number, key in enumerate(trials[0].settings if len(scored) > 1 else ()):
@@ -139,7 +120,6 @@ def effects(trials: list[Trial]) -> Section:
 
 
 def learning(trials: list[Trial]) -> Section:
-    """Return the learning curves of the best runs."""
     drawn, figures = {}, []
     for column, title in (("train/loss", "Training loss"), ("val/cosine", "Validation cosine")):
         name = column.partition("/")[2]

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from blip3o_lit.report.scores import MISSING, finite, significant
+from blip3o_lit.report.record import finite
+from blip3o_lit.report.scores import MISSING, significant
 
 
 class Cell(NamedTuple):
@@ -31,12 +32,10 @@ class Table:
 
 
 def table(heads: Sequence[str], lines: Iterable[Sequence[object]]) -> Table:
-    """Return a table of plain values."""
     return Table(list(heads), [[cell(value) for value in line] for line in lines])
 
 
 def facts(values: dict[str, Any]) -> Table:
-    """Return the table of names and values of a nested dict, keys joined with dots."""
     return table(["Name", "Value"], [(key, _fact(value)) for key, value in flatten(values).items()])
 
 
@@ -52,7 +51,6 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def cell(value: object) -> Cell:
-    """Return a value, or a number that is text already, as a cell."""
     number = finite(value)
     if number is not None:
         shown = f"{value:,}" if isinstance(value, int) else significant(number)

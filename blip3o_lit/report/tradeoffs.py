@@ -7,7 +7,8 @@ from typing import Any
 import altair as alt
 
 from blip3o_lit.report.charts import HEIGHT, SHAPES, Points, Spec, axis, base, specification
-from blip3o_lit.report.scores import FRECHET, KINDS, Row, estimator, finite, significant
+from blip3o_lit.report.record import finite
+from blip3o_lit.report.scores import FRECHET, KINDS, Row, estimator, significant, with_score
 
 COLUMNS = alt.ExprRef("max(1, floor(width / 210))")
 """Of a legend with long labels: side by side on a desk, one below another on a phone."""
@@ -17,52 +18,63 @@ DASHES = [[4, 4], [1, 3], [10, 3], [8, 3, 2, 3]]
 def against_nfe(points: Points, rows: list[Row], score: str, title: str) -> Spec | None:
     """Draw a score against the network evaluations of each solver, baselines as dashed rules.
 
-    The vertical range belongs to the curve. A baseline further from it than 1.5 of its spans would
-    flatten it: it has no rule, but its value and an arrow in the legend.
-
-    Returns:
-        None when no point of the curve has this score.
+    None when no point of the curve has this score.
     """
+    curve = _curve(points, score)
+    if not curve:
+        return None
+    beside = [row for row in with_score(score, rows) if comparable(points, row, score)]
+    if estimator("mean") not in {item["solver"] for item in curve}:
+        curve += [
+            {"solver": row.label, "nfe": row.number("nfe") or 1, "value": row.number(score)}
+            for row in beside
+            if row.key == "mean" and row.kind == "estimator"
+        ]
+    levels = [item["value"] for item in curve]
+    x = alt.X("nfe:Q", title="network evaluations per image (log)").axis(format="d", grid=False)
+    x = x.scale(type="log", base=2, nice=False, padding=12)
+    y = axis(alt.Y("value:Q"), levels, title, decay=False, padding=12)
+    lines = base(curve).encode(x, y, alt.Color("solver:N", sort=None).legend(columns=3))
+    layers: list[Any] = [lines.mark_line(), lines.mark_point(opacity=1)]
+    baselines = [row for row in beside if row.kind == "baseline"]
+    if baselines:
+        layers.insert(0, _rules(baselines, score, levels, y))
+    text = f"{title} of each solver against network evaluations, from {curve[0]['nfe']:g} on."
+    return specification(alt.layer(*layers), text, HEIGHT)
+
+
+def _curve(points: Points, score: str) -> Points:
     curve: Points = []
     for point in points:
         nfe, value = finite(point.get("nfe")), finite(point.get(score))
         if nfe is not None and value is not None and nfe > 0:
             solver = estimator(str(point.get("solver")))
             curve.append({"solver": solver, "nfe": nfe, "value": value})
-    if not curve:
-        return None
-    beside = [
-        (row, value)
-        for row in rows
-        if (value := row.number(score)) is not None and comparable(points, row, score)
-    ]
-    if estimator("mean") not in {item["solver"] for item in curve}:
-        curve += [
-            {"solver": row.label, "nfe": row.number("nfe") or 1, "value": value}
-            for row, value in beside
-            if row.key == "mean" and row.kind == "estimator"
-        ]
-    levels = [item["value"] for item in curve]
-    reach = 1.5 * max(max(levels) - min(levels), 0.02 * abs(max(levels)), 1e-6)
-    rules: Points = []
-    names = []
-    for row, value in beside:
-        if row.kind == "baseline":
-            arrow = "↓ " * (value < min(levels) - reach) + "↑ " * (value > max(levels) + reach)
-            names.append(f"{arrow}{row.label} {significant(value)}")
-            rules += [] if arrow else [{"name": names[-1], "value": value}]
-    x = alt.X("nfe:Q", title="network evaluations per image (log)").axis(format="d", grid=False)
-    x = x.scale(type="log", base=2, nice=False, padding=12)
-    y = axis(alt.Y("value:Q"), levels, title, decay=False, padding=12)
-    lines = base(curve).encode(x, y, alt.Color("solver:N", sort=None).legend(columns=3))
-    layers: list[Any] = [lines.mark_line(), lines.mark_point(opacity=1)]
-    if names:
-        legend = alt.Legend(orient="bottom", symbolType="stroke", symbolSize=300, columns=COLUMNS)
-        dash = alt.StrokeDash("name:N").scale(domain=names, range=DASHES).legend(legend)
-        rule = base(rules).mark_rule(strokeWidth=1.5)
-        layers.insert(0, rule.encode(y, dash))
-    text = f"{title} of each solver against network evaluations, from {curve[0]['nfe']:g} on."
-    return specification(alt.layer(*layers), text, HEIGHT)
+    return curve
+
+
+def _rules(baselines: list[Row], score: str, levels: list[float], y: Any) -> Any:
+    """Return a rule per baseline, named with its value in the legend.
+
+    The vertical range belongs to the curve. A baseline further from it than 1.5 of its spans would
+    flatten it: it has no rule, but an arrow in the legend.
+    """
+    low, high = min(levels), max(levels)
+    reach = 1.5 * max(high - low, 0.02 * abs(high), 1e-6)
+    names, rules = [], []
+    for row in baselines:
+        value = row.number(score) or 0.0
+        name = f"{row.label} {significant(value)}"
+        if value < low - reach:
+            names.append(f"↓ {name}")
+        elif value > high + reach:
+            names.append(f"↑ {name}")
+        else:
+            names.append(name)
+            rules.append({"name": name, "value": value})
+    legend = alt.Legend(orient="bottom", symbolType="stroke", symbolSize=300, columns=COLUMNS)
+    dash = alt.StrokeDash("name:N").scale(domain=names, range=DASHES).legend(legend)
+    return base(rules).mark_rule(strokeWidth=1.5).encode(y, dash)
 
 
 def comparable(points: Points, row: Row, score: str) -> bool:
@@ -77,8 +89,7 @@ def comparable(points: Points, row: Row, score: str) -> bool:
 def plane(rows: list[Row]) -> Spec | None:
     """Draw fidelity (cosine) against realism (Frechet distance); the best corner is top left.
 
-    Returns:
-        None when fewer than two rows have both scores.
+    None when fewer than two rows have both scores.
     """
     values: Points = []
     shapes = []

@@ -132,7 +132,8 @@ class DemoClip(DemoTower):
         return self.model.visual
 
     def tokens(self, images_B3SS: Tensor) -> Tensor:
-        return open_clip_tokens(self._visual, images_B3SS, VISION.layers - 1)
+        last = len(self._visual.transformer.resblocks) - 1
+        return open_clip_tokens(self._visual, images_B3SS, last)
 
     def project(self, tokens_BC: Tensor) -> Tensor:
         """Put tokens through the final norm and the projection; returns `[B, P]`."""

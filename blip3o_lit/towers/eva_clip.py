@@ -10,12 +10,12 @@ target's captions come from its own.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers.norm import RmsNorm
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from blip3o_lit.config.errors import one_of
 from blip3o_lit.config.towers import TowerConfig
@@ -60,7 +60,7 @@ def load_eva_clip(config: TowerConfig, pretrained: bool, device: str) -> TimmTow
     elif device != "meta":
         _randomise(trunk.to_empty(device=device))
     label = str(config.pretrained).rstrip("/").split("/")[-1] if pretrained else "random"
-    head = TowerHead(trunk.norm, trunk.head.weight.T, logit_scale)
+    head = TowerHead(trunk.norm, cast(Tensor, trunk.head.weight).T, logit_scale)
     pixels = clip_pixels(sizes["img_size"], sizes["img_size"])
     return TimmTower(trunk, config, f"eva_clip:{model}/{label}", head, pixels)
 

@@ -99,7 +99,8 @@ def _pixels(visual: Any, name: str) -> Pixels:
         "std": list(config.std),
         "fill": config.fill_color,
     }
-    return Pixels(size, image_transform_v2(config, is_train=False), facts)
+    transform: Any = image_transform_v2(config, is_train=False)
+    return Pixels(size, transform, facts)
 
 
 def load_open_clip(config: TowerConfig, pretrained: bool, device: str) -> OpenClipTower:

@@ -49,7 +49,7 @@ def load_timm(config: TowerConfig, pretrained: bool, device: str) -> TimmTower:
         raise unknown_weights(weights, model, tags)
     full_name = f"{model}.{tag}" if tag else model
     load = pretrained and device != "meta"
-    size = {"img_size": config.image_size} if config.image_size else {}
+    size: dict[str, Any] = {"img_size": config.image_size} if config.image_size else {}
     try:
         with torch.device(device if device == "meta" else "cpu"):
             trunk = timm.create_model(
@@ -73,7 +73,8 @@ def _pixels(trunk: Any, name: str) -> Pixels:
     data["input_size"] = (3, size, size)
     facts = {key: data[key] for key in PIXEL_KEYS}
     facts |= {"mean": list(data["mean"]), "std": list(data["std"]), "size": size}
-    return Pixels(size, create_transform(**data, is_training=False), facts)
+    transform: Any = create_transform(**data, is_training=False)
+    return Pixels(size, transform, facts)
 
 
 def _load_file(trunk: Any, file: Path, model: str) -> None:

@@ -13,8 +13,7 @@ from blip3o_lit.checkpoints.load import load
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig, EvaluateDataConfig
 from blip3o_lit.evaluate import evaluate
-from blip3o_lit.evaluation.leaks import trained_images
-from blip3o_lit.evaluation.readers import open_readers
+from blip3o_lit.evaluation.readers import open_readers, trained_images
 
 
 def swapped_splits(store: Path, copy: Path) -> Path:

@@ -15,10 +15,10 @@ from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.evaluation.estimators import exact_estimators, known_problem
+from blip3o_lit.evaluation.probes import swapped
 from blip3o_lit.evaluation.readers import open_readers
 from blip3o_lit.evaluation.score import Scorer
-from blip3o_lit.evaluation.swapped import swapped
-from blip3o_lit.evaluation.verdict import check_finite, standing, verdict, verdict_note, word
+from blip3o_lit.evaluation.verdict import check_finite, standing, verdict, verdict_note
 from blip3o_lit.tokens.classes import Classes
 from blip3o_lit.tokens.store.shards import ArraySpec, TokenWriter
 
@@ -137,13 +137,11 @@ def test_swapped_conditions_cost_what_the_condition_gave(result):
 def test_the_exact_posterior_mean_with_swapped_conditions_is_a_random_pair(run, home):
     config = EvaluateConfig(ckpt=str(run), device="cpu", baselines="none", solvers=[], curve=[])
     held, _ = open_readers(load(run), config)
-    exact = exact_estimators(known_problem(held))
-
-    def read(ids):
-        batch = held.read(ids)
-        return batch["condition"], batch["target"], torch.from_numpy(ids)
-
-    found = swapped(exact, read, [np.arange(48)])
+    problem = known_problem(held)
+    assert problem is not None
+    batch = held.read(np.arange(48))
+    whole = batch["condition"], batch["target"], torch.arange(48)
+    found = swapped(exact_estimators(problem), [whole])
     assert found["mean"] == pytest.approx(found["random_pairs"], abs=0.05)
     assert found["sample"] == pytest.approx(found["random_pairs"], abs=0.05)
 
@@ -364,7 +362,7 @@ def test_without_a_train_split_only_baselines_none_works(run, home, tmp_path):
     ],
 )
 def test_verdicts_stand_beside_the_baselines(mean, ridge, place):
-    words = [word(cosine) for cosine in (0.29, 0.3, 0.6, 0.8)]
+    words = [verdict(cosine) for cosine in (0.29, 0.3, 0.6, 0.8)]
     assert words == ["failing", "works", "good", "excellent"]
     report = {
         "headline": "mean",
@@ -374,7 +372,6 @@ def test_verdicts_stand_beside_the_baselines(mean, ridge, place):
         "baselines": {"mean_token": {"cosine": 0.9}, "ridge": {"cosine": 0.8}},
         "against": {"mean": {"mean_token": {"ci95": mean}, "ridge": {"ci95": ridge}}},
     }
-    assert verdict(report) == "excellent"
     assert standing(report) == f"excellent by the seeds' thresholds, {place}"
     assert verdict_note(report).endswith("against mean token 0.9000, ridge 0.8000")
     report |= {"baselines": {}, "against": {"mean": {}}}
@@ -383,7 +380,7 @@ def test_verdicts_stand_beside_the_baselines(mean, ridge, place):
 
 def test_numbers_that_are_not_finite_name_their_place():
     with pytest.raises(UserError, match=r"estimators\.heun-10\.mse is nan"):
-        check_finite({"estimators": {"heun-10": {"mse": float("nan")}}}, "")
+        check_finite({"estimators": {"heun-10": {"mse": float("nan")}}})
 
 
 def test_guided_estimators_are_scored_and_need_dropout(home, run, tmp_path):

@@ -10,7 +10,7 @@ from browser import CHROMIUM, QUIET
 from made_report import HOSTILE, Page, evaluation
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.report import charts, page, tradeoffs
+from blip3o_lit.report import charts, templating, tradeoffs
 from blip3o_lit.report.__main__ import main
 from blip3o_lit.report.about_run import differences
 from blip3o_lit.report.page import write_report
@@ -70,7 +70,7 @@ def test_policy_allows_exactly_the_scripts_of_the_page(run: Path) -> None:
     text = (run / "report.html").read_text("utf-8")
     scripts = re.findall(r"<script>(.*?)</script>", text, re.S)
     assert len(scripts) == 2
-    assert all(page._hash(script) in text for script in scripts)
+    assert all(templating._hash(script) in text for script in scripts)
 
 
 def test_every_number_of_the_evaluation_stands_on_the_page(run: Path) -> None:
@@ -146,16 +146,17 @@ def test_every_chart_has_a_place_a_description_and_both_themes(run: Path) -> Non
 
 
 def test_map_has_one_colour_range_for_all_runs() -> None:
-    drawn = charts.position_map([[0.5, 0.6], [0.7, 0.8]], "cosine", 0.4, control=False)
+    drawn = charts.position_map([[0.5, 0.6], [0.7, 0.8]], "cosine", 0.4)
     patches = drawn["vconcat"][1]
-    assert patches["encoding"]["color"]["scale"]["domain"] == [0, 1]
-    values = (
-        list(drawn["datasets"].values()) if "datasets" in drawn else [patches["data"]["values"]]
-    )
-    assert {"row": 1, "column": 0, "value": 0.7} in values[-1]
-    control = charts.position_map([[0.5, 0.6], [0.7, 0.8]], "cosine")
-    assert control["params"][0]["value"] is False
-    assert control["encoding"]["color"]["scale"]["domainMin"] == {"expr": "stretch ? 0.5 : 0"}
+    scale = patches["encoding"]["color"]["scale"]
+    assert scale["domainMin"] == {"expr": "stretch ? 0.5 : 0"}
+    assert scale["domainMax"] == {"expr": "stretch ? 0.8 : 1"}
+    assert drawn["params"][0]["value"] is False
+    assert {"row": 1, "column": 0, "value": 0.7} in patches["data"]["values"]
+    own = charts.position_map([[0.5, 0.6], [0.7, 0.8]], "cosine", 0.4, shared=False)
+    scale = own["vconcat"][1]["encoding"]["color"]["scale"]
+    assert (scale["domainMin"], scale["domainMax"]) == (0.4, 0.8)
+    assert "params" not in own
 
 
 def test_strings_of_a_run_are_escaped(tmp_path: Path) -> None:

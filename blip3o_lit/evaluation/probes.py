@@ -1,0 +1,88 @@
+"""What one cosine does not tell: swapped conditions, the loss by time, how samples differ.
+
+Shape suffixes: K samples, B images, N target tokens, D target width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from blip3o_lit.evaluation.estimators import Batch, Estimator
+from blip3o_lit.flow import draws
+from blip3o_lit.flow.draws import Stream
+from blip3o_lit.metrics.calibration import Calibration
+from blip3o_lit.metrics.cosine import cosine
+from blip3o_lit.translation.translator import Translator
+
+BINS = 8
+_EDGE = 1e-3
+"""Times stay this far from both ends, where not every output has a value."""
+
+
+def swapped(estimators: dict[str, Estimator], batches: Iterable[Batch]) -> dict[str, Any]:
+    """Score tokens that were generated from the condition of the next image in the batch.
+
+    A translator that follows its condition then scores what two different true images score
+    (`random_pairs`); one that ignores it scores as before. A posterior mean may lie a little above:
+    it is smoother than a true image. A batch of a single image is left out.
+    """
+    sums = dict.fromkeys(["random_pairs", *estimators], 0.0)
+    images = 0
+    for condition, true_BND, sample_B in batches:
+        if len(sample_B) < 2:
+            continue
+        other = torch.roll(condition, -1, 0)
+        tokens = {name: estimate(other, sample_B)[0] for name, estimate in estimators.items()}
+        tokens["random_pairs"] = torch.roll(true_BND, -1, 0)
+        for name, tokens_BND in tokens.items():
+            sums[name] += float(cosine(tokens_BND.double(), true_BND.double()).mean(1).sum())
+        images += len(sample_B)
+    return {"images": images, **{name: total / images for name, total in sums.items()}}
+
+
+@torch.no_grad()
+def time_bins(translator: Translator, batches: Iterable[Batch], seed: int) -> list[dict[str, Any]]:
+    """Return the squared error of the network's output in equal bins of t, from noise to data.
+
+    Each image is put at the middle of every bin with its own noise, so bins differ in nothing but
+    the time. The error is in the units of the unscaled output, as `val_loss` is. Beside it: cosine
+    of implied and true velocity of a whole image, and the mean length of the output over that of
+    its target.
+    """
+    edges = np.linspace(0, 1, BINS + 1).tolist()
+    bins = list(zip(edges[:-1], edges[1:]))
+    sums = np.zeros((BINS, 3))
+    images = 0
+    for condition, true_BND, sample_B in batches:
+        condition = translator.condition_standardizer.standardise(condition)
+        x1_BND = translator.target_standardizer.standardise(true_BND)
+        device, shape = x1_BND.device, tuple(x1_BND.shape[1:])
+        epoch_B = torch.zeros_like(sample_B)
+        z_BND = draws.noise(seed, Stream.EVALUATION_NOISE, sample_B, epoch_B, shape, device)
+        for number, (low, high) in enumerate(bins):
+            time = min(max((low + high) / 2, _EDGE), 1 - _EDGE)
+            t_B = torch.full((len(sample_B),), time, device=device)
+            with translator.precision(device.type):
+                terms = translator.objective.loss(translator.network, condition, x1_BND, z_BND, t_B)
+            means = terms.mse_B.mean(), terms.velocity_cosine, terms.norm_ratio
+            sums[number] += len(sample_B) * np.array([float(mean) for mean in means])
+        images += len(sample_B)
+    return [
+        {"t": [low, high], "loss": loss, "velocity_cosine": velocity, "norm_ratio": ratio}
+        for (low, high), (loss, velocity, ratio) in zip(bins, (sums / images).tolist())
+    ]
+
+
+def samples(
+    draw: list[Estimator], mean: Estimator, batches: Iterable[Batch], device: torch.device
+) -> dict[str, Any]:
+    """Return diversity and calibration of several samples per condition, by as many estimators."""
+    metric = Calibration(len(draw)).to(device)
+    for condition, true_BND, sample_B in batches:
+        samples_KBND = torch.stack([estimate(condition, sample_B)[0] for estimate in draw])
+        metric.update(samples_KBND, mean(condition, sample_B)[0], true_BND)
+    return metric.compute()

@@ -26,7 +26,7 @@ from blip3o_lit.models.baselines import Ridge
 from blip3o_lit.tokens.statistics import ChannelMoments
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Each call starts one pass: raw target tokens [B, N, C] and their pictures [B, 3, H, W] in 0..1."""
+"""Each call starts one pass: raw tokens [B, N, C] and their pictures [B, 3, H, W] in 0..1."""
 WIDEST = 128
 """Width from which on tokens are reduced; nine times it is the width of the regression."""
 VERSION = 1

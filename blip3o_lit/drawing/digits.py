@@ -25,18 +25,17 @@ from blip3o_lit.towers import scenes
 
 NOTHING, SPECKS = 10, 11
 """Classes beside the digits 0 to 9."""
-WINDOW = 28
-"""Side of what is looked at around a place, in pixels of a scene: the largest digit, astray."""
-PATCH = 4
-"""Side of the patches that specks are made of."""
-SCENES, EPOCHS, BATCH = 3000, 4, 128
+SIDE, WINDOW = 32, 14
+"""Sides of a scene and of a place's window, in pixels of the ink map: the largest digit, astray."""
+PATCH = 2
+"""Side of the patches that specks are made of: one token of the demo's."""
+SCENES, EPOCHS, BATCH = 3000, 6, 128
 RATE = 4e-3
 """Peak learning rate."""
-SHIFT, NOISE = 1, 0.02
-"""In training: windows stray by a pixel more, and pixels by as much as a read-out's do."""
+NOISE = 0.02
+"""On pixels in training: about a read-out's own error."""
 VERSION = 1
 """Raised when the same scenes would give another network."""
-_EDGE = 4
 
 
 HIDDEN = ("top right", "right", "bottom right")
@@ -49,7 +48,6 @@ class DigitReader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.AvgPool2d(2),
             nn.Conv2d(1, 16, 3, padding=1),
             nn.BatchNorm2d(16),
             nn.ReLU(),
@@ -71,13 +69,12 @@ class DigitReader(nn.Module):
             pictures_B3HW: Pictures of whole scenes in 0..1, of any size; places come in the order
                 of `scenes.PLACES`.
         """
-        windows = _windows(pictures_B3HW.float())
+        windows = _windows(pictures_B3HW)
         parts = [self(part.flatten(0, 1)).argmax(1) for part in windows.split(64)]
         return torch.cat(parts).view(len(pictures_B3HW), len(scenes.PLACES))
 
-    def forward(self, windows_B3SS: Tensor) -> Tensor:
-        # Colour says nothing of the shape: any ink is bright in one channel, no ground is in any.
-        return self.layers(windows_B3SS.amax(1, keepdim=True))
+    def forward(self, windows_B1SS: Tensor) -> Tensor:
+        return self.layers(windows_B1SS)
 
     def fit(self, seed: int = 0) -> None:
         """Train on scenes of the training split alone."""
@@ -97,10 +94,8 @@ class DigitReader(nn.Module):
             classes = torch.cat([named, named.new_tensor([NOTHING, SPECKS]).repeat_interleave(few)])
             order = torch.randperm(len(inputs), generator=rng)
             for ids in order.split(BATCH)[: steps // EPOCHS]:
-                down, right = torch.randint(-SHIFT, SHIFT + 1, (2,), generator=rng).tolist()
-                windows_B3SS = inputs[ids].roll((down, right), (2, 3))
-                noise = NOISE * torch.randn(windows_B3SS.shape, generator=rng)
-                loss = F.cross_entropy(self(windows_B3SS + noise), classes[ids])
+                noise = NOISE * torch.randn(inputs[ids].shape, generator=rng)
+                loss = F.cross_entropy(self(inputs[ids] + noise), classes[ids])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -150,19 +145,20 @@ def places_of(caption: str) -> Tensor:
 
 
 def _windows(pictures_B3HW: Tensor) -> Tensor:
-    """Return what is around each place, `[B, P, 3, S, S]`."""
-    size = (scenes.SIZE, scenes.SIZE)
-    if pictures_B3HW.shape[-2:] != size:
-        pictures_B3HW = F.interpolate(pictures_B3HW, size, mode="bilinear", antialias=True)
-    wide = F.pad(pictures_B3HW, (_EDGE,) * 4, mode="replicate")
-    corners = [
-        (x + _EDGE - WINDOW // 2, y + _EDGE - WINDOW // 2) for x, y in scenes.PLACES.values()
-    ]
+    """Return the ink around each place, `[B, P, 1, S, S]`.
+
+    Ink is the brightest channel: every digit is bright in one, and no ground is in any.
+    """
+    ink = F.adaptive_avg_pool2d(pictures_B3HW.float().amax(1, keepdim=True), SIDE)
+    edge = WINDOW // 2
+    wide = F.pad(ink, (edge,) * 4, mode="replicate")
+    scale = SIDE / scenes.SIZE
+    corners = [(int(x * scale), int(y * scale)) for x, y in scenes.PLACES.values()]
     return torch.stack([wide[:, :, y : y + WINDOW, x : x + WINDOW] for x, y in corners], 1)
 
 
-def specks_of(digits_B3SS: Tensor, empty_B3SS: Tensor, count: int, rng: torch.Generator) -> Tensor:
-    """Return windows `[B, 3, S, S]` of ink that is no digit, a quarter of each kind."""
+def specks_of(digits_B1SS: Tensor, empty_B1SS: Tensor, count: int, rng: torch.Generator) -> Tensor:
+    """Return windows `[B, 1, S, S]` of ink that is no digit, a quarter of each kind."""
 
     def some(windows: Tensor) -> Tensor:
         return windows[torch.randint(len(windows), (quarter,), generator=rng)]
@@ -173,11 +169,11 @@ def specks_of(digits_B3SS: Tensor, empty_B3SS: Tensor, count: int, rng: torch.Ge
         return drawn.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
 
     quarter = -(-count // 4)
-    patches = F.unfold(some(digits_B3SS), PATCH, stride=PATCH)
+    patches = F.unfold(some(digits_B1SS), PATCH, stride=PATCH)
     shuffled = patches[..., torch.randperm(patches.shape[-1], generator=rng)]
-    dropped = torch.where(cells(0.6), some(empty_B3SS), some(digits_B3SS))
-    mixed = torch.where(cells(0.5), some(digits_B3SS), some(digits_B3SS))
-    smeared = torch.stack([some(digits_B3SS) for _ in range(4)]).mean(0)
+    dropped = torch.where(cells(0.6), some(empty_B1SS), some(digits_B1SS))
+    mixed = torch.where(cells(0.5), some(digits_B1SS), some(digits_B1SS))
+    smeared = torch.stack([some(digits_B1SS) for _ in range(4)]).mean(0)
     kinds = (F.fold(shuffled, WINDOW, PATCH, stride=PATCH), dropped, mixed, smeared)
     return torch.cat(kinds)[:count]
 

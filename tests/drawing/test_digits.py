@@ -18,7 +18,7 @@ from blip3o_lit.towers import scenes
 def reader(tmp_path_factory: pytest.TempPathFactory) -> DigitReader:
     """A reader of fewer scenes than the real one, for time's sake."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "SCENES", 500)
+        patch.setattr(digits, "SCENES", 400)
         patch.setattr(digits, "BATCH", 64)
         return digit_reader(tmp_path_factory.mktemp("readers"))
 

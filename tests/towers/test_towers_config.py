@@ -31,7 +31,7 @@ def towers(*overrides: str) -> TowersConfig:
 
 def test_every_option_is_there() -> None:
     named = ["demo", "eva02l_clipl14", "eva02l_dinov2b", "eva8b_clipl14", "siglip2_clipl14"]
-    assert GROUPS == named
+    assert named == GROUPS
 
 
 @pytest.mark.parametrize(

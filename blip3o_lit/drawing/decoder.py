@@ -24,6 +24,8 @@ from blip3o_lit.towers.weight_files import assign, find, first_line, read
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
+SCALES = ("encoder_mean", "encoder_std")
+"""What turns the network's output into pixels in 0..1."""
 EPSILON = {"dinov2": 1e-6, "siglip2": 1e-6, "mae": 1e-12}
 """Of each encoder's final norm, as transformers has it; it has no weights in these autoencoders."""
 NAMES = {"dinov2": ("dinov2", "reg"), "siglip2": ("siglip2",), "mae": ("mae",)}
@@ -76,7 +78,8 @@ def load_decoder(source: str, spec: ArraySpec, shape: TokenShape) -> TokenDecode
     config = _config(source)
     _check(source, config, spec, shape)
     try:
-        from diffusers.models.autoencoders import autoencoder_rae
+        from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
+        from diffusers.models.embeddings import get_2d_sincos_pos_embed
     except ImportError as error:
         raise UserError(
             f"decoder={source} needs a package: pip install 'blip3o-lit[decoder]'"
@@ -84,7 +87,7 @@ def load_decoder(source: str, spec: ArraySpec, shape: TokenShape) -> TokenDecode
     width, hidden = config["encoder_hidden_size"], config["decoder_hidden_size"]
     grid = shape.grid[0]
     with torch.device("meta"):
-        network = autoencoder_rae.RAEDecoder(
+        network = RAEDecoder(
             hidden_size=width,
             decoder_hidden_size=hidden,
             decoder_num_hidden_layers=config["decoder_num_hidden_layers"],
@@ -95,20 +98,18 @@ def load_decoder(source: str, spec: ArraySpec, shape: TokenShape) -> TokenDecode
             image_size=grid * config["patch_size"],
         )
     tensors = _tensors(source)
-    means = [tensors.pop(name, None) for name in ("encoder_mean", "encoder_std")]
-    if None in means:
-        raise UserError(f"decoder={source}: its weights lack encoder_mean or encoder_std")
+    scales = [tensors.pop(name) for name in SCALES if name in tensors]
+    if len(scales) < len(SCALES):
+        raise UserError(f"decoder={source}: its weights lack {' or '.join(SCALES)}")
     weights = {name.removeprefix("decoder."): tensor for name, tensor in tensors.items()}
     assign(network, weights, f"decoder={source}", f"its own {CONFIG}")
     # Computed, not stored: on the meta device it has no numbers.
     network.decoder_pos_embed = (
-        autoencoder_rae.get_2d_sincos_pos_embed(
-            hidden, grid, cls_token=True, extra_tokens=1, output_type="pt"
-        )
+        get_2d_sincos_pos_embed(hidden, grid, cls_token=True, extra_tokens=1, output_type="pt")
         .unsqueeze(0)
         .float()
     )
-    decoder = TokenDecoder(network, shape.cls, EPSILON[config["encoder_type"]], *means)
+    decoder = TokenDecoder(network, shape.cls, EPSILON[config["encoder_type"]], *scales)
     return decoder.float().eval().requires_grad_(False)
 
 
@@ -172,7 +173,7 @@ def _check(source: str, config: dict[str, Any], spec: ArraySpec, shape: TokenSha
 
 def _wanted(name: str) -> bool:
     own = name.startswith("decoder.") and name != "decoder.decoder_pos_embed"
-    return own or name in ("encoder_mean", "encoder_std")
+    return own or name in SCALES
 
 
 def _tensors(source: str) -> dict[str, Tensor]:
@@ -190,7 +191,10 @@ def _files(source: str) -> list[Path]:
             f"decoder={source} holds no {WEIGHTS}: pickled weights are not read; save it anew "
             "with AutoencoderRAE.save_pretrained"
         )
-    places = json.loads(index.read_text("utf-8"))["weight_map"]
+    try:
+        places = json.loads(index.read_text("utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index} is damaged: {first_line(error)}") from error
     names = sorted({file for name, file in places.items() if _wanted(name)})
     if any(Path(name).name != name for name in names):
         raise UserError(f"{index}: names files outside its folder; not read")

@@ -30,7 +30,8 @@ def towers(*overrides: str) -> TowersConfig:
 
 
 def test_every_option_is_there() -> None:
-    assert GROUPS == ["demo", "eva02l_clipl14", "eva8b_clipl14", "siglip2_clipl14"]
+    named = ["demo", "eva02l_clipl14", "eva02l_dinov2b", "eva8b_clipl14", "siglip2_clipl14"]
+    assert named == GROUPS
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,7 @@ def test_every_option_is_there() -> None:
         ("demo", (True, 192), (True, 128)),
         ("eva8b_clipl14", (True, 4096), (True, 1024)),
         ("eva02l_clipl14", (True, 1024), (True, 1024)),
+        ("eva02l_dinov2b", (True, 1024), (True, 768)),
         ("siglip2_clipl14", (False, 1024), (True, 1024)),
     ],
 )

@@ -38,6 +38,7 @@ from blip3o_lit.training.environment import quiet_libraries
 from blip3o_lit.training.loggers import loggers
 from blip3o_lit.training.module import TranslationModule
 from blip3o_lit.training.overfit import FAILED_CODE, Overfit, check_overfit, training_images
+from blip3o_lit.training.pace import step_seconds
 from blip3o_lit.training.trainer import Callbacks, build_trainer, flight_records, machine_of
 
 # EX_TEMPFAIL of sysexits.h: the run was preempted and goes on when it is started again.
@@ -103,10 +104,13 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
         run_files.console.print("dry run: everything was built, no step was taken")
         return None
     module = TranslationModule(plan, data)
+    start = int(checkpointing.facts(resumed)["global_step"]) if resumed else 0
+    if place.device == "cpu" and place.world == 1 and isinstance(data.train, TokenReader):
+        with memory_limit(lambda: advice(plan)):
+            run_files.show_time(steps - start, step_seconds(plan, module, data))
     if config.model.compile:
         module.network.compile_blocks()
     callbacks = Callbacks(plan, data, run_dir)
-    start = int(checkpointing.facts(resumed)["global_step"]) if resumed else 0
     places = loggers(config, run_dir, resumed, start) if launch().first else []
     trainer = build_trainer(plan, cluster, callbacks.in_order, places, run_dir)
     return fit(plan, trainer, callbacks, module, data, resumed, run_dir)

@@ -161,11 +161,11 @@ class Scorer:
             end = min(start + self.config.batch_size, images)
             if first is not None and start < first:
                 end = min(end, first)
-            yield self._read(np.arange(start, end))
+            yield self.read(np.arange(start, end))
             self.report(what, end, images)
             start = end
 
-    def _read(self, ids: np.ndarray) -> Batch:
+    def read(self, ids: np.ndarray) -> Batch:
         batch = self.held.read(ids)
         condition, target = batch["condition"].to(self.device), batch["target"].to(self.device)
         return condition, target, torch.from_numpy(ids)
@@ -280,7 +280,7 @@ class Scorer:
         return swapped(estimators, self._batches(self.curve_images, "swapped conditions"))
 
     def _coverage(self, tallies: Tallies, optima: Tallies) -> dict[str, Any]:
-        condition, _, sample_B = self._read(np.arange(min(COVERAGE_IMAGES, len(self.held))))
+        condition, _, sample_B = self.read(np.arange(min(COVERAGE_IMAGES, len(self.held))))
         tallies = tallies | {f"optimum {name}": tally for name, tally in optima.items()}
         shares = {}
         for name, tally in tallies.items():

@@ -20,7 +20,6 @@ from blip3o_lit import __version__
 from blip3o_lit.base.secrets import masked
 from blip3o_lit.budget.plan import Plan
 from blip3o_lit.checkpoints.files import FORMAT
-from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.objective import FlowObjective
@@ -33,24 +32,10 @@ from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.batches import align_checkpoint
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.training.ema import ramped_decay, update_average
+from blip3o_lit.training.schedule import learning_rate_factor
 from blip3o_lit.translation.translator import Translator
 
 LOGGED_SCORES = ("cosine", "cosine_centred", "mse", "r2", "norm_ratio")
-
-
-def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Return the learning rate of a step as a fraction of the peak: warm-up, then decay."""
-    warmup = min(config.warmup_steps, max(1, steps // 10))
-    if step < warmup:
-        return (step + 1) / warmup
-    if config.schedule == "constant":
-        return 1.0
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    if config.schedule == "linear":
-        remaining = 1.0 - progress
-    else:
-        remaining = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.final_lr_fraction + (1.0 - config.final_lr_fraction) * remaining
 
 
 class TranslationModule(LightningModule):
@@ -129,21 +114,21 @@ class TranslationModule(LightningModule):
         if flow.condition_dropout > 0:
             drop_B = (uniforms_B3[:, 2] < flow.condition_dropout).to(device)
         restore = self.target_standardizer.restore
-        terms = self.objective.loss(self.network, condition, x1_BND, z_BND, t_B, restore, drop_B)
+        loss = self.objective.loss(self.network, condition, x1_BND, z_BND, t_B, restore, drop_B)
         for buffer in self.objective.buffers():  # Scales that it adapts to its batches.
             if self.trainer.world_size > 1:
                 buffer.copy_(self.trainer.strategy.reduce(buffer, reduce_op="mean"))  # type: ignore[arg-type]
-        self._add_to_mean("train/loss", terms.total)
+        self._add_to_mean("train/loss", loss.total)
         if (self.global_step + 1) % self.config.trainer.log_every == 0:
-            estimate, true = restore(terms.x1_hat_BND), batch["target"].float()
+            estimate, true = restore(loss.x1_hat_BND), batch["target"].float()
             self._add_to_mean("train/cosine", F.cosine_similarity(estimate, true, dim=-1).mean())
-            self._add_to_mean("train/velocity_cosine", terms.velocity_cosine)
-            self._add_to_mean("train/norm_ratio", terms.norm_ratio)
-            for name, term in terms.extra.items():
+            self._add_to_mean("train/velocity_cosine", loss.velocity_cosine)
+            self._add_to_mean("train/norm_ratio", loss.norm_ratio)
+            for name, term in loss.extra.items():
                 self._add_to_mean(f"train/{name}_loss", term)
             for name, scale in self.objective.named_buffers():
                 self._add_to_mean(f"train/{name}_scale", scale.clone())
-        return terms.total
+        return loss.total
 
     def _add_to_mean(self, name: str, value: Tensor) -> None:
         """Add a value to the means of the next logged row, without a device sync.

@@ -149,7 +149,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the facts and the translator's state dict; the weight average is its network."""
     from blip3o_lit.checkpoints import files as checkpointing
 
-    checkpoint = checkpointing.load(file, weights_only=True)
+    checkpoint = checkpointing.load(file, without_optimizer=True)
     saved, state = checkpoint.get("state_dict"), {}
     if not isinstance(saved, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in saved.items()

@@ -100,8 +100,10 @@ def damaged(path: Path) -> UserError:
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
-    reason = f"the checkpoint can't be read ({error.strerror})"
-    return UserError(f"{path}: {reason}: mend that, or use another checkpoint from the same folder")
+    return UserError(
+        f"{path}: the checkpoint can't be read ({error.strerror}): mend that, or use another "
+        "checkpoint from the same folder"
+    )
 
 
 def load(path: Path, without_optimizer: bool = False) -> dict[str, Any]:

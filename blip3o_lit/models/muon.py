@@ -46,14 +46,14 @@ def orthogonalised(x: Tensor) -> Tensor:
     return y.mT if tall else y
 
 
-def stacks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield parameters of one shape together, STACK_ELEMENTS at most; a sharded one alone."""
+def stacks(parameters: list[Tensor], elements: int = STACK_ELEMENTS) -> Iterator[list[Tensor]]:
+    """Yield parameters of one shape together, so many elements at most; a sharded one alone."""
     by_shape: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         key = id(parameter) if is_sharded(parameter) else parameter.shape
         by_shape.setdefault(key, []).append(parameter)
     for group in by_shape.values():
-        most = max(1, STACK_ELEMENTS // group[0].numel())
+        most = max(1, elements // group[0].numel())
         yield from (group[i : i + most] for i in range(0, len(group), most))
 
 

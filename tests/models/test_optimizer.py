@@ -67,10 +67,11 @@ def test_it_steps_as_torchs_two_optimizers_apart(network: Network) -> None:
         joined.step()
         reference.step()
         adamw.step()
-    # A stack of matrices is multiplied in another order than one at a time; products are in bf16.
+    # A stack of matrices is multiplied in another order than one at a time; products are in bf16
+    # in torch, and here where the device is fast in it.
     for (name, mine), theirs in zip(network.named_parameters(), other.parameters(), strict=True):
         if id(theirs) in own:
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-4, msg=name)  # steps are 2e-3
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=4e-4)  # steps are 2e-3
         else:
             assert torch.equal(mine, theirs), name
     assert not any(torch.equal(x, y) for x, y in zip(network.parameters(), before.parameters()))

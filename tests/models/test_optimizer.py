@@ -19,6 +19,7 @@ from blip3o_lit.models.muon import orthogonalised
 from blip3o_lit.models.network import Network
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.optimizer import make_optimizer
+from blip3o_lit.models.precision import bf16_is_faster
 
 SHAPE = PairShape(TokenShape((2, 2), False, 6), TokenShape((2, 2), False, 4))
 CONFIG = OptimizerConfig("muon", lr=1e-2, weight_decay=0.1)
@@ -90,7 +91,7 @@ def test_a_stack_is_orthogonalised_as_its_matrices_alone() -> None:
             assert (rotated - rotated.diagonal().diag()).abs().max() < 0.05
 
 
-def test_a_stack_takes_ten_bytes_a_number_for_a_while() -> None:
+def test_a_stack_takes_ten_bytes_per_number_or_sixteen_in_fp32() -> None:
     parameters = [nn.Parameter(torch.randn(256, 512)) for _ in range(8)]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
@@ -99,7 +100,7 @@ def test_a_stack_takes_ten_bytes_a_number_for_a_while() -> None:
     step = partial(muon.muon_step, group, state, torch.zeros(()))
     step()  # makes the momentum
     numbers = sum(parameter.numel() for parameter in parameters)
-    assert allocator_peak(step) <= 10.5 * numbers
+    assert allocator_peak(step) <= (10.5 if bf16_is_faster("cpu") else 16.5) * numbers
 
 
 def test_stacks_hold_one_shape_each_and_few_numbers() -> None:

@@ -204,7 +204,7 @@ def test_weights_that_are_not_finite_name_their_estimator(run, home):
 
 
 def test_fits_are_found_again_and_differ_by_settings(run, home, result):
-    few = {"solvers": [], "curve": [], "images": 8}
+    few = {"solvers": [], "curve": []}
     again, told = scored(run, home / "fits", baselines="all", **few)
     assert set(told) == {"scoring", "loss by time", "swapped conditions"}
     files = len(list((home / "fits").glob("*.safetensors")))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from blip3o_lit.drawing.sheet import Drawing, Row, data_url, image_of, png_bytes, report_row, sheet
-from blip3o_lit.report.images import PICTURE
+from blip3o_lit.report.captions import PICTURE
 
 COLOURS = {"input": (1.0, 0.0, 0.0), "true tokens": (0.0, 1.0, 0.0), "mean": (0.0, 0.0, 1.0)}
 

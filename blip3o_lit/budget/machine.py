@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.models.precision import Precision
+from blip3o_lit.models.precision import Precision, bf16_is_faster
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Machine:
     bf16: bool = True
     """Whether the device computes products of this format."""
     tf32: bool = True
+    precision: str = "bf16"
+    """The word that `precision=auto` stands for here."""
 
 
 def this_machine(accelerator: str) -> Machine:
@@ -69,11 +71,13 @@ def this_machine(accelerator: str) -> Machine:
             memory=torch.cuda.get_device_properties(0).total_memory,
             bf16=torch.cuda.is_bf16_supported(False),
             tf32=torch.cuda.get_device_capability(0) >= (8, 0),
+            precision="bf16" if bf16_is_faster("cuda") else "fp32",
         )
     apple = accelerator != "cpu" and torch.backends.mps.is_available()
     device = "mps" if apple else "cpu"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Machine(device, device, 1, memory)
+    word = "bf16" if bf16_is_faster(device) else "fp32"
+    return Machine(device, device, 1, memory, precision=word)
 
 
 def imagined_machine(gpu: str, processes: int) -> Machine:

@@ -6,7 +6,7 @@ machine that is not there and a run on one that is share one path.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.budget.activations import activations
@@ -14,7 +14,8 @@ from blip3o_lit.budget.machine import Machine
 from blip3o_lit.budget.states import rank_bytes, units
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.models.precision import PRECISIONS, Precision
+from blip3o_lit.config.trainer import PrecisionConfig
+from blip3o_lit.models.precision import AUTO, PRECISIONS, Precision
 from blip3o_lit.tokens.reading.batches import batch_plan
 
 USABLE = {"cpu": 0.4, "cuda": 0.8, "mps": 0.5}
@@ -52,6 +53,7 @@ def resolve(config: TrainConfig, shape: PairShape, machine: Machine) -> Placemen
         UserError: Naming the override that the machine or the other overrides rule out.
     """
     precision = _precision(config, machine)
+    config = replace(config, precision=PrecisionConfig(precision.name))
     devices, nodes = _processes(config, machine)
     world = devices * nodes
     strategy = _strategy(config, machine, world)
@@ -70,8 +72,14 @@ def resolve(config: TrainConfig, shape: PairShape, machine: Machine) -> Placemen
     )
 
 
+def format_word(config: TrainConfig, machine: Machine) -> str:
+    """Return the word of the number format, which `precision=auto` leaves to the machine."""
+    word = config.precision.name
+    return machine.precision if word == AUTO else word
+
+
 def _precision(config: TrainConfig, machine: Machine) -> Precision:
-    precision = PRECISIONS[config.precision.name]
+    precision = PRECISIONS[format_word(config, machine)]
     word = f"precision={precision.name}"
     if precision.cuda_only and machine.device != "cuda":
         raise UserError(f"{word} needs a CUDA GPU, this run is on {machine.device}: use bf16")

@@ -58,6 +58,8 @@ class EvaluateConfig:
     """Samples per condition, by the first of `solvers`, for diversity and calibration; 0: none."""
     sample_images: int = above_zero(16)
     """Images of that."""
+    solver_images: int | None = above_zero(None)
+    """Of the scored images, those that the solvers draw samples of; null: all of them."""
     images: int | None = above_zero(None)
     """Images to score; null: the whole split."""
     pictures: str | None = None

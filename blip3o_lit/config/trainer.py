@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from blip3o_lit.config.checks import above_zero, check_fields, choice
 from blip3o_lit.config.errors import UserError
 
-PRECISIONS = ("fp32", "tf32", "bf16", "bf16_true", "fp16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "bf16_true", "fp16")
 
 
 @dataclass
@@ -37,8 +37,11 @@ class TrainerConfig:
 class PrecisionConfig:
     """Number format of the forward and backward pass."""
 
-    name: str = choice("bf16", PRECISIONS)
-    """fp32, tf32 (GPU), bf16 (mixed, fp32 weights), bf16_true (bf16 weights) or fp16 (GPU)."""
+    name: str = choice("auto", PRECISIONS)
+    """fp32, tf32 (GPU), bf16 (mixed, fp32 weights), bf16_true (bf16 weights), fp16 (GPU) or auto.
+
+    auto is bf16 where the device computes it faster, else fp32.
+    """
 
     def __post_init__(self) -> None:
         check_fields(self, "precision.")

@@ -63,6 +63,7 @@ class Scorer:
         self.config, self.report = config, report
         self.shape = loaded.shape.target
         self.images = min(config.images or len(held), len(held))
+        self.solver_images = min(config.solver_images or self.images, self.images)
         self.curve_images = min(config.curve_images, len(held))
         self.device = next(loaded.translator.network.parameters()).device
         if train is None and BASELINE_SETS[config.baselines]:
@@ -83,13 +84,13 @@ class Scorer:
         problem = known_problem(self.held)
         optima = self._tallies(exact_estimators(problem) if problem else {})
         rivals = self._estimators(self.rival) if self.rival else {}
-        reference = self._main_pass(estimators, baselines, optima, rivals)
         headline = next(iter(estimators))
+        reference, few = self._main_pass(headline, estimators, baselines, optima, rivals)
         cosine_B = estimators[headline].image_cosine()
         report: dict[str, Any] = {
             **self._facts(),
             "headline": headline,
-            "estimators": self._scores(estimators, reference),
+            "estimators": self._scores(estimators, reference, few),
             "baselines": self._scores(baselines, reference),
             "frechet_floor": reference.floor(),
             "retrieval": self.image_text.retrieval(),
@@ -107,7 +108,7 @@ class Scorer:
             **estimators[headline].maps,
         }
         for name, tally in estimators.items():
-            report["estimators"][name]["nfe"] = tally.nfe
+            report["estimators"][name] |= {"nfe": tally.nfe, "images": tally.images}
         if problem is not None:
             report["optimum"] = self._scores(optima, reference)
             report["optimum"]["mean"]["expected_mse"] = problem.token_error()
@@ -149,14 +150,20 @@ class Scorer:
             for name, estimate in estimators.items()
         }
 
-    def _batches(self, images: int, what: str) -> Iterator[Batch]:
-        """Yield the first `images` images, and report when each batch is done."""
+    def _batches(self, images: int, what: str, first: int | None = None) -> Iterator[Batch]:
+        """Yield the first `images` images, and report when each batch is done.
+
+        A batch ends where the `first` images do.
+        """
         self.report(what, 0, images)
-        size = self.config.batch_size
-        for start in range(0, images, size):
-            end = min(start + size, images)
+        start = 0
+        while start < images:
+            end = min(start + self.config.batch_size, images)
+            if first is not None and start < first:
+                end = min(end, first)
             yield self._read(np.arange(start, end))
             self.report(what, end, images)
+            start = end
 
     def _read(self, ids: np.ndarray) -> Batch:
         batch = self.held.read(ids)
@@ -164,23 +171,35 @@ class Scorer:
         return condition, target, torch.from_numpy(ids)
 
     def _main_pass(
-        self, estimators: Tallies, baselines: Tallies, optima: Tallies, rivals: Tallies
-    ) -> Reference:
-        """Feed the images to every tally, and to the checks of what tokens mean."""
-        tallies = {**estimators, **baselines}
-        tallies |= {f"optimum {name}": tally for name, tally in optima.items()}
-        tallies |= {f"vs {name}": tally for name, tally in rivals.items()}
-        headline = next(iter(estimators))
-        reference = Reference(self.shape, self.device)
-        for batch in self._batches(self.images, "scoring"):
-            predictions = feed(tallies, reference, batch)
+        self,
+        headline: str,
+        estimators: Tallies,
+        baselines: Tallies,
+        optima: Tallies,
+        rivals: Tallies,
+    ) -> tuple[Reference, Reference]:
+        """Feed the images to every tally, and to the checks of what tokens mean.
+
+        Solvers take `solver_images` of them, all others each one. Returns the true tokens of all
+        images, and of those of the solvers.
+        """
+        every, solvers = {}, {}
+        for prefix, tallies in (("", estimators), ("vs ", rivals)):
+            for name, tally in tallies.items():
+                (every if name == headline else solvers)[prefix + name] = tally
+        every |= baselines | {f"optimum {name}": tally for name, tally in optima.items()}
+        reference, few = (Reference(self.shape, self.device) for _ in range(2))
+        for batch in self._batches(self.images, "scoring", self.solver_images):
             _, true_BND, sample_B = batch
+            predictions = feed(every, reference, batch)
+            if solvers and int(sample_B[0]) < self.solver_images:
+                feed(solvers, few, batch)
             tokens = {OWN: predictions[headline]}
             tokens |= {name: predictions[name] for name in baselines}
             tokens["true"] = true_BND
             tokens["mean_token"] = self.mean_ND.expand(len(sample_B), -1, -1)
             self.image_text.add(tokens, sample_B.numpy())
-        return reference
+        return reference, few
 
     def _facts(self) -> dict[str, Any]:
         mode, facts = self.held.mode, self.loaded.facts
@@ -199,11 +218,19 @@ class Scorer:
             "seed": self.config.seed,
         }
 
-    def _scores(self, tallies: Tallies, reference: Reference) -> dict[str, dict[str, Any]]:
-        return {
-            name: {"split": self.held.split, **tally.result(reference)}
-            for name, tally in tallies.items()
-        }
+    def _scores(
+        self, tallies: Tallies, reference: Reference, few: Reference | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Return the scores of each; those of fewer images beside the floor of these images."""
+        scores: dict[str, dict[str, Any]] = {}
+        for name, tally in tallies.items():
+            scores[name] = {"split": self.held.split}
+            if few is None or tally.images == self.images:
+                scores[name] |= tally.result(reference)
+            else:
+                scores[name] |= tally.result(few)
+                scores[name] |= {f"floor_{key}": value for key, value in few.floor().items()}
+        return scores
 
     def _examples(self, cosine_B: np.ndarray) -> dict[str, Any]:
         # Without CLS the tower's own read-out is a mean of patches, which it was not trained for.
@@ -264,4 +291,6 @@ class Scorer:
 
 
 def _difference(first: Tally, second: Tally) -> dict[str, Any]:
-    return compare(first.image_cosine(), second.image_cosine())
+    """Compare two on the images that both have."""
+    images = min(first.images, second.images)
+    return compare(first.image_cosine()[:images], second.image_cosine()[:images])

@@ -5,7 +5,9 @@ Nothing else in the package interprets the words; all of it asks these fields.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -45,10 +47,11 @@ class Precision:
         return self.products.itemsize
 
     def inference(self, device: torch.device | str) -> torch.dtype | None:
-        """Return autocast's format for the fp32 average: the run's own where the device has it."""
-        if not self.low:
+        """Return autocast's format for the fp32 average: the run's own where it is fast."""
+        kind = torch.device(device).type
+        if not self.low or kind != "cuda" and not bf16_is_faster(kind):
             return None
-        return self.products if torch.device(device).type == "cuda" else torch.bfloat16
+        return self.products if kind == "cuda" else torch.bfloat16
 
 
 PRECISIONS = {
@@ -63,7 +66,36 @@ PRECISIONS = {
         ),
     )
 }
-"""By word; the words are `config.trainer.PRECISIONS`."""
+"""By word; the words are those of `config.trainer.PRECISIONS` but `auto`."""
+AUTO = "auto"
+GAIN = 1.5
+"""How much faster bf16 products must be to be worth their rounding; so large that two starts on
+one machine, and two ranks, decide alike."""
+
+
+@cache
+def bf16_is_faster(device: str) -> bool:
+    """Whether a device computes bf16 products faster than fp32 ones, measured for 0.1 s.
+
+    CPUs without instructions for bf16 compute such products several times slower.
+    """
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return GAIN * _product_seconds(device, torch.bfloat16) < _product_seconds(device, torch.float32)
+
+
+def _product_seconds(device: str, dtype: torch.dtype) -> float:
+    """Return the best time of a matrix product of a network's shape, after one to warm up."""
+    a, b = (torch.randn(rows, 256, device=device).to(dtype) for rows in (1024, 512))
+    best, end = float("inf"), time.perf_counter() + 0.05
+    torch.mm(a, b.T)
+    while True:
+        started = time.perf_counter()
+        torch.mm(a, b.T).sum().item()  # the number is waited for
+        now = time.perf_counter()
+        best = min(best, now - started)
+        if now > end:
+            return best
 
 
 def cast_weights(network: nn.Module, dtype: torch.dtype) -> None:

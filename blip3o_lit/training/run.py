@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from lightning import Trainer
@@ -15,6 +16,7 @@ from blip3o_lit.base.files import claimed
 from blip3o_lit.base.launcher import launch
 from blip3o_lit.budget.forecast import forecast
 from blip3o_lit.budget.out_of_memory import advice, memory_limit
+from blip3o_lit.budget.placement import format_word
 from blip3o_lit.budget.plan import Plan, make_plan
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.resume import (
@@ -26,6 +28,7 @@ from blip3o_lit.checkpoints.resume import (
 )
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.config.trainer import PrecisionConfig
 from blip3o_lit.testbeds.token_source import token_store
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.reader import TokenReader
@@ -70,6 +73,10 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
     if config.evaluation.overfit_at_least is not None:
         training_images(data)  # refuses a stream
     resumed = resolve_resume(config, run_dir)
+    if resumed:  # `precision=auto` keeps to the format that the run began in
+        then = checkpointing.facts(resumed)["blip3o"]["config"]["precision"]["name"]
+        machine = replace(machine, precision=then)
+    config = replace(config, precision=PrecisionConfig(format_word(config, machine)))
     if resumed:
         if isinstance(data.train, TokenReader):  # a stream goes on in another store too
             check_tokens(resumed, data.train.content_hash)

@@ -17,13 +17,13 @@ from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import (
     PRECISIONS,
-    STRATEGIES,
     PrecisionConfig,
     StrategyConfig,
     TrainerConfig,
 )
 from blip3o_lit.models.precision import PRECISIONS as FORMATS
 
+STRATEGIES = ("auto", "single", "ddp", "fsdp2")
 SHAPE = PairShape(TokenShape((8, 8), False, 96), TokenShape((8, 8), False, 64))
 SMALL = ModelConfig(width=96, depth=2, heads=4, kv_heads=2, mlp_width=256)
 
@@ -66,7 +66,7 @@ def test_every_layout_divides_or_names_a_key_that_was_given(gpus: int, launcher:
         assert place.strategy in ("single", "ddp", "fsdp2")
         assert place.world * place.micro_batch * place.accumulation == batch
         assert (place.strategy == "single") <= (place.world == 1)
-        assert place.precision is FORMATS[precision]
+        assert place.precision is FORMATS["bf16" if precision == "auto" else precision]
         assert place.world == 1 or place.strategy != "single"
         if devices != "auto":
             assert place.devices == int(devices)
@@ -76,7 +76,7 @@ def test_every_layout_divides_or_names_a_key_that_was_given(gpus: int, launcher:
             "trainer.devices=": devices != "auto",
             "trainer.num_nodes=": nodes != 1,
             "strategy=": strategy != "auto",
-            "precision=": precision != "bf16",
+            "precision=": precision not in ("auto", "bf16"),
         }
         assert any(word in line and there for word, there in given.items()), line
 
@@ -86,6 +86,14 @@ def test_the_default_uses_every_gpu_of_a_node() -> None:
     place = resolve(config, SHAPE, machine(8, "plain", "auto", 1))
     assert (place.device, place.devices, place.nodes, place.strategy) == ("cuda", 8, 1, "ddp")
     assert config == TrainConfig(model=SMALL)  # nothing in it was changed
+
+
+def test_the_number_format_is_the_machines_unless_a_word_was_given() -> None:
+    slow = replace(machine(0, "plain", "auto", 1), precision="fp32")
+    for word, expected in (("auto", "fp32"), ("bf16", "bf16"), ("fp32", "fp32")):
+        assert resolve(run("auto", 1, 32, "auto", word), SHAPE, slow).precision.name == expected
+    fast = machine(1, "plain", "auto", 1)
+    assert resolve(run("auto", 1, 32, "auto", "auto"), SHAPE, fast).precision.name == "bf16"
 
 
 def test_a_micro_batch_fills_the_device_and_not_more() -> None:

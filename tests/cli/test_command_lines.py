@@ -180,6 +180,7 @@ def test_a_guess_is_near_or_not_made(key: str, guess: str) -> None:
 
 TWICE = """
 import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 saved = []
 def twice(event, arguments):
     if event == "os.rename" and str(arguments[1]).endswith(".ckpt"):
@@ -211,6 +212,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_says_how_it_goes_on(tmp_path: Pa
 
 INTERRUPTED = """
 import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 class Finder:
     armed = True
     def find_spec(self, name, path=None, target=None):

@@ -74,6 +74,21 @@ def test_one_euler_step_is_the_mean_for_the_same_images(result):
         assert euler[name] == pytest.approx(mean[name], rel=1e-4)
 
 
+def test_solvers_may_take_fewer_images_than_the_mean(run, home, result):
+    settings = {"solvers": ["heun-3"], "curve": [], "samples": 0, "batch_size": 7}
+    few = scored(run, home / "fits", images=20, **settings)[0]
+    both = scored(run, home / "fits", solver_images=20, **settings)[0]
+    assert (both["images"], both["estimators"]["mean"]["images"]) == (48, 48)
+    heun, alone = (scores["estimators"]["heun-3"] for scores in (both, few))
+    assert heun["images"] == 20
+    for name in ("cosine", "mse", "frechet", "norm_ratio"):
+        assert heun[name] == pytest.approx(alone[name], rel=1e-5)
+        mean = result["estimators"]["mean"][name]
+        assert both["estimators"]["mean"][name] == pytest.approx(mean, rel=1e-5)
+    assert heun["floor_frechet"] == pytest.approx(few["frechet_floor"]["frechet"])
+    assert both["against"]["heun-3"]["ridge"] == few["against"]["heun-3"]["ridge"]
+
+
 def test_curve_counts_evaluations_and_images(result):
     points = [(point["solver"], point["nfe"], point["images"]) for point in result["nfe_curve"]]
     assert points == [("euler", 1, 20), ("euler", 2, 20), ("rk4", 1, 20)]

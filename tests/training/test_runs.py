@@ -183,6 +183,18 @@ def test_a_run_that_began_from_another_is_not_restarted_from_nothing(
     assert same_weights(tmp_path, runs / "seven")
 
 
+@pytest.mark.parametrize("word", ["fp32", "bf16"])
+def test_precision_auto_keeps_to_the_format_that_a_run_began_in(
+    word: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = f"hydra.run.dir={tmp_path}"
+    assert train(monkeypatch, run, f"precision={word}", "trainer.max_steps=2") == 0
+    assert train(monkeypatch, run, "precision=auto", "resume=auto") == 0
+    facts = checkpointing.facts(tmp_path / "checkpoints" / "last.ckpt")
+    assert facts["global_step"] == 4
+    assert facts["blip3o"]["config"]["precision"] == {"name": word}
+
+
 def test_damage_alone_is_no_reason_to_start_over(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

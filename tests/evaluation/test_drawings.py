@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from made_run import make_run, small_config
-from PIL import Image
+from picture_run import TRAIN, VALIDATION, picture_store, run_on
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
@@ -21,46 +18,6 @@ from blip3o_lit.drawing.readout import psnr
 from blip3o_lit.evaluate import evaluate
 from blip3o_lit.report.captions import PICTURE
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.store.index import ArraySpec
-from blip3o_lit.tokens.store.shards import TokenWriter
-
-EVA = ArraySpec("tokens", "float32", (16, 6), grid=(4, 4), tower="eva-test")
-CLIP = ArraySpec("tokens", "float32", (16, 12), grid=(4, 4), tower="clip-test")
-TRAIN, VALIDATION = 48, 16
-
-
-def picture_store(
-    folder: Path, seed: int = 0, thumbnails: bool = True, turned: bool = False
-) -> Path:
-    """Write a store whose target tokens are a linear function of smooth pictures.
-
-    With `turned` those of the validation split are another function of them.
-    """
-    rng = np.random.default_rng(0)
-    weight = rng.normal(size=(3, 12))
-    settings = {"shard_samples": 16, "thumbnails": thumbnails}
-    with TokenWriter(folder, {"eva": EVA, "clip": CLIP}, **settings) as writer:
-        for number in range(TRAIN + VALIDATION):
-            split = "train" if number < TRAIN else "validation"
-            draw = rng if split == "train" else np.random.default_rng([seed, number])
-            colours = draw.integers(30, 226, (4, 4, 3), np.uint8)
-            levels = np.kron(colours, np.ones((4, 4, 1), np.uint8))
-            out = io.BytesIO()
-            Image.fromarray(levels).save(out, "JPEG", quality=95, subsampling=0)
-            clip = colours.reshape(16, 3) / 128 @ weight
-            if turned and split == "validation":
-                clip = -clip
-            arrays = {"eva": draw.normal(size=(16, 6)), "clip": clip}
-            arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
-            picture = out.getvalue() if thumbnails else None
-            writer.add(split, f"{number:03d}", arrays, source=f"{number}.jpg", thumbnail=picture)
-    return folder
-
-
-def run_on(store: Path, folder: Path) -> Path:
-    config = small_config()
-    config.data = replace(config.data, name="tokens", tokens=str(store))
-    return make_run(folder, store, config)
 
 
 def scored(run: Path, **settings: Any) -> dict[str, Any]:

@@ -37,21 +37,26 @@ def drawer_of(loaded: Loaded, decoder: str | None, cache: Path) -> Drawer:
 
 
 def own_readout(loaded: Loaded, cache: Path) -> Readout | None:
-    """Return the read-out beside the weights, or that of the training split where it is at hand."""
-    kept = kept_readout(loaded.folder, loaded.shape.target)
-    if kept is not None:
-        return kept
-    path, run = Path(str(loaded.facts["tokens"]["path"])), loaded.config
+    """Return the read-out of the training split where that is at hand, or else the kept one."""
+    train = _training_split(loaded)
+    if train is None:
+        return kept_readout(loaded.folder, loaded.shape.target)
+    return split_readout(train, cache)
+
+
+def _training_split(loaded: Loaded) -> TokenReader | None:
+    """Return what the translator was trained on, where it is here and has thumbnails."""
+    tokens, data = loaded.facts["tokens"], loaded.config.data
+    path = Path(str(tokens["path"]))
     if not (path / "index.json").is_file():
         return None
     index = TokenIndex.load(path)
-    data = run.data
-    if not index.thumbnails or "train" not in index.splits or data.target not in index.arrays:
+    sides = (data.condition, data.target)
+    if not (index.thumbnails and "train" in index.splits and index.arrays.keys() >= set(sides)):
         return None
-    limits = {"max_shards": data.max_shards, "limit": data.subset}
-    store = TokenStore(path, index, data.verify)
-    train = TokenReader(store, "train", data.condition, data.target, run.mode, **limits)
-    return split_readout(train, cache) if train.shape == loaded.shape else None
+    store, limits = TokenStore(path, index, data.verify), (data.max_shards, data.subset)
+    train = TokenReader(store, "train", *sides, loaded.config.mode, *limits)
+    return train if train.content_hash == tokens["hash"] else None
 
 
 def _target(loaded: Loaded, decoder: str) -> ArraySpec:

@@ -122,7 +122,7 @@ class Drawings:
         if self.drawer is None:
             return {"why_not": self.why_not}
         facts: dict[str, Any] = {"images": len(self.ids), "split": self.held.split}
-        facts["by"] = self.config.decoder or "linear read-out of the training split"
+        facts["by"] = self.config.decoder or "a linear read-out of the training split"
         ceiling = self.scores(TRUE).get("psnr_thumbnail")
         if ceiling is not None:
             facts["ceiling"] = ceiling

@@ -47,7 +47,7 @@ def run() -> list[dict[str, Any]]:
     def draw(solver: SolverConfig, network: Network = aligned) -> None:
         sample(objective, network, condition, noise_BND, solver)
 
-    scales = [Standardizer.like(side) for side in (SHAPE.condition, SHAPE.target)]
+    scales = [Standardizer.identity(side) for side in (SHAPE.condition, SHAPE.target)]
     translator = Translator(aligned, objective, *scales)
     scores = TokenScores(scales[1].mean_NC, SHAPE.target)
     ids, true_BND = torch.arange(BATCH), torch.randn_like(noise_BND)

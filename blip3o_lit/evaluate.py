@@ -32,9 +32,11 @@ COLUMNS = {
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score one checkpoint; write evaluation.json and report.html; return the former's content."""
     from blip3o_lit.base.progress import phases
+    from blip3o_lit.base.units import human_time
     from blip3o_lit.budget.out_of_memory import batch_limit
     from blip3o_lit.checkpoints.load import best_device, find_weights, load
     from blip3o_lit.drawing.drawer import save_readout
+    from blip3o_lit.evaluation.forecast import phase_seconds
     from blip3o_lit.evaluation.readers import open_readers
     from blip3o_lit.evaluation.score import Scorer
     from blip3o_lit.report.page import write_report
@@ -52,6 +54,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise UserError(f"vs={config.vs} translates other token shapes than ckpt={config.ckpt}")
     with phases() as report, batch_limit("batch_size", config.batch_size):
         scorer = Scorer(loaded, held, train, config, home() / "baselines", report, rival)
+        seconds = phase_seconds(scorer)
+        parts = ", ".join(f"{name} {human_time(time)}" for name, time in seconds.items())
+        whole = human_time(sum(seconds.values()))
+        print(f"about {whole} on this machine, by a measured batch: {parts}")
         result = scorer.run()
     write_json(folder / "evaluation.json", result)
     readout = scorer.drawings.readout

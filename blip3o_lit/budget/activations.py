@@ -66,8 +66,10 @@ class Activations:
     image: int
     """For each image."""
 
-    def of(self, images: int) -> int:
-        return self.fixed + images * self.image
+    def of(self, images: int, strategy: str) -> int:
+        """Return the bytes of a micro-batch; FSDP2's weights in use are in autocast's format."""
+        copies = 0 if strategy == "fsdp2" else self.fixed
+        return copies + images * self.image
 
 
 @lru_cache(maxsize=64)

@@ -43,7 +43,7 @@ class Machine:
     devices: int
     """Devices of a node that `trainer.devices=auto` takes: all GPUs, one process on a CPU."""
     memory: int
-    """Bytes of one device."""
+    """Bytes of one device; of a CPU, all of the machine's."""
     launcher: str = "plain"
     """plain, torchrun, srun, or plan for an imagined machine."""
     processes: int | None = None
@@ -55,6 +55,14 @@ class Machine:
     tf32: bool = True
     precision: str = "bf16"
     """The word that `precision=auto` stands for here."""
+
+    @property
+    def imagined(self) -> bool:
+        return self.launcher == "plan"
+
+    def memory_of_process(self, processes: int) -> float:
+        """Return each one's bytes where a node has so many: those on a CPU share its memory."""
+        return self.memory / processes if self.device == "cpu" else self.memory
 
 
 def this_machine(accelerator: str) -> Machine:

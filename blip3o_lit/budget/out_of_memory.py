@@ -39,7 +39,7 @@ def batch_limit(key: str, size: int) -> AbstractContextManager[None]:
 def advice(plan: Plan) -> str:
     """Return one line: what ran out, and what to try, the largest saving first."""
     micro = plan.placement.micro_batch
-    line = f"out of memory on {plan.device} with micro_batch_size={micro}"
+    line = f"out of memory on {plan.device_name} with micro_batch_size={micro}"
     if micro > 1:
         smaller = max(n for n in range(1, micro) if micro % n == 0)
         line += f": try micro_batch_size={smaller}, which takes the same steps"
@@ -54,15 +54,16 @@ def advice(plan: Plan) -> str:
 def savings(plan: Plan) -> dict[str, float]:
     """Return what each option that is off would save, in bytes per process."""
     place, config = plan.placement, plan.config
-    now = plan.activations.of(place.micro_batch)
+    now = plan.activation_bytes()
     lean = replace(config.model, activation_checkpointing=True)
     recomputed = activations(lean, config.flow, plan.shape, place.precision)
     saved: dict[str, float] = {
-        "model.activation_checkpointing=true": now - recomputed.of(place.micro_batch)
+        "model.activation_checkpointing=true": now
+        - recomputed.of(place.micro_batch, place.strategy)
     }
     if not place.precision.low:
         bf16 = activations(config.model, config.flow, plan.shape, PRECISIONS["bf16"])
-        saved["precision=bf16"] = now - bf16.of(place.micro_batch)
+        saved["precision=bf16"] = now - bf16.of(place.micro_batch, place.strategy)
     if place.strategy == "ddp":
         saved["strategy=fsdp2"] = plan.state_bytes() * (1 - 1 / place.world)
     return saved

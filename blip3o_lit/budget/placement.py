@@ -58,17 +58,18 @@ def resolve(config: TrainConfig, shape: PairShape, machine: Machine) -> Placemen
     world = devices * nodes
     strategy = _strategy(config, machine, world)
     # Refuses batches that don't divide before anything is measured.
-    micro = batch_plan(config.batch_size, config.micro_batch_size, world).micro_batch_size
+    micro_batch = batch_plan(config.batch_size, config.micro_batch_size, world).micro_batch_size
     if config.micro_batch_size is None:
-        micro = _fitting_micro_batch(config, shape, machine, strategy, world, share=micro)
+        room = machine.memory_of_process(devices) * USABLE[machine.device]
+        micro_batch = _fitting_micro_batch(config, shape, strategy, world, room)
     return Placement(
         device=machine.device,
         devices=devices,
         nodes=nodes,
         strategy=strategy,
         precision=precision,
-        micro_batch=micro,
-        accumulation=config.batch_size // (world * micro),
+        micro_batch=micro_batch,
+        accumulation=config.batch_size // (world * micro_batch),
     )
 
 
@@ -95,7 +96,7 @@ def _processes(config: TrainConfig, machine: Machine) -> tuple[int, int]:
     wanted, nodes = config.trainer.devices, config.trainer.num_nodes
     if machine.processes is not None:  # a launcher has started them already
         there = machine.nodes or 1
-        if machine.launcher != "plan":
+        if not machine.imagined:
             if wanted not in ("auto", str(machine.processes)):
                 raise UserError(
                     f"trainer.devices={wanted}: {machine.launcher} started {machine.processes} "
@@ -133,18 +134,18 @@ def _strategy(config: TrainConfig, machine: Machine, world: int) -> str:
 
 
 def _fitting_micro_batch(
-    config: TrainConfig, shape: PairShape, machine: Machine, strategy: str, world: int, share: int
+    config: TrainConfig, shape: PairShape, strategy: str, world: int, room: float
 ) -> int:
-    """Return the largest divisor of a process's share whose bytes the device holds; at least 1."""
+    """Return the largest divisor of a process's images that fits into `room` bytes; at least 1."""
     precision = PRECISIONS[config.precision.name]
-    parts = units(config.model, shape)
-    needed = activations(config.model, config.flow, shape, precision)
-    room = machine.memory * USABLE[machine.device]
-    for micro in range(share, 1, -1):
-        if share % micro:
+    counts = units(config.model, shape)
+    kept = activations(config.model, config.flow, shape, precision)
+    per_process = config.batch_size // world
+    for micro_batch in range(per_process, 1, -1):
+        if per_process % micro_batch:
             continue
-        accumulated = micro < share
-        states = rank_bytes(strategy, parts, precision, config.optimizer.name, world, accumulated)
-        if states + needed.of(micro) <= room:
-            return micro
+        accumulated = micro_batch < per_process
+        states = rank_bytes(strategy, counts, precision, config.optimizer.name, world, accumulated)
+        if states + kept.of(micro_batch, strategy) <= room:
+            return micro_batch
     return 1

@@ -21,8 +21,7 @@ class Plan:
 
     config: TrainConfig
     placement: Placement
-    device: str
-    """The device's name."""
+    device_name: str
     shape: PairShape
     store: Path | str
     steps: int
@@ -51,11 +50,9 @@ class Plan:
         )
 
     def activation_bytes(self, strategy: str | None = None) -> int:
-        """Return a micro-batch's; FSDP2 gathers weights in use, so autocast copies none of them."""
-        micro = self.placement.micro_batch
-        if (strategy or self.placement.strategy) == "fsdp2":
-            return micro * self.activations.image
-        return self.activations.of(micro)
+        """Return what a micro-batch holds on one process, in bytes."""
+        place = self.placement
+        return self.activations.of(place.micro_batch, strategy or place.strategy)
 
     @property
     def step_flops(self) -> float:
@@ -67,7 +64,10 @@ class Plan:
         condition, target = self.shape.condition, self.shape.target
         place, batch, steps = self.placement, self.config.batch_size, self.steps
         return [
-            ("device", f"{self.device}, {place.precision.name}, {place.strategy} x{place.world}"),
+            (
+                "device",
+                f"{self.device_name}, {place.precision.name}, {place.strategy} x{place.world}",
+            ),
             ("tokens", f"{self.store} ({self.config.mode.name})"),
             ("images", f"{self.train_images} training, {self.validation_images} validation"),
             (
@@ -99,7 +99,7 @@ def make_plan(config: TrainConfig, data: TokenDataModule, steps: int, machine: M
     return Plan(
         config=config,
         placement=resolve(config, data.shape, machine),
-        device=machine.name,
+        device_name=machine.name,
         shape=data.shape,
         store=data.store_path,
         steps=steps,

@@ -61,29 +61,29 @@ class States:
         return self.saved + self.gradients
 
 
-def states(parts: Units, precision: Precision, optimizer: str) -> States:
+def states(counts: Units, precision: Precision, optimizer: str) -> States:
     """Return the bytes of a whole network's states.
 
     AdamW's two moments, and Muon's one, have the weights' format; the average is fp32.
     """
     size = precision.weights.itemsize
-    moments = 2 * parts.total - (parts.hidden if optimizer == "muon" else 0)
-    return States(size * parts.total, size * parts.total, size * moments, 4 * parts.total)
+    moments = 2 * counts.total - (counts.hidden if optimizer == "muon" else 0)
+    return States(size * counts.total, size * counts.total, size * moments, 4 * counts.total)
 
 
-def gathered_bytes(parts: Units, precision: Precision) -> int:
+def gathered_bytes(counts: Units, precision: Precision) -> int:
     """Return what FSDP2 holds beside its shards: weights in use, those on their way, gradients.
 
     The rest of the network stays gathered, with one part in use and the next one coming; the
     gradient of one part waits whole to be summed in fp32.
     """
     size = precision.products.itemsize
-    return size * (parts.rest + 2 * parts.largest) + (size + 4) * parts.largest
+    return size * (counts.rest + 2 * counts.largest) + (size + 4) * counts.largest
 
 
 def rank_bytes(
     strategy: str,
-    parts: Units,
+    counts: Units,
     precision: Precision,
     optimizer: str,
     world: int,
@@ -94,9 +94,9 @@ def rank_bytes(
     With several micro-batches per step (`accumulated`), DDP sums gradients beside the buckets that
     it sends.
     """
-    whole = states(parts, precision, optimizer)
+    whole = states(counts, precision, optimizer)
     if strategy == "fsdp2":
-        return whole.total // world + gathered_bytes(parts, precision)
+        return whole.total // world + gathered_bytes(counts, precision)
     if strategy == "ddp" and accumulated:
         return whole.total + whole.gradients
     return whole.total

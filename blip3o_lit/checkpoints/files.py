@@ -64,7 +64,7 @@ def is_sound(path: Path) -> bool:
             return _archive_is_sound(path)
         if not _archive_is_sound(path / sharded_checkpoint.PLAIN):
             return False
-        files = facts(path)["files"]
+        files = read_lazily(path)["files"]
         return all(sharded_checkpoint.measure(path / name) == files[name] for name in files)
     except FileNotFoundError:
         return False
@@ -84,7 +84,9 @@ def _archive_is_sound(file: Path) -> bool:
         with file.open("rb") as opened, zipfile.ZipFile(opened) as archive:
             return archive.testzip() is None
     except OSError as error:
-        if error.errno in (None, errno.EINVAL):  # a place that only a damaged archive names
+        # A damaged table of contents names offsets at which no file can be read: seeking to one is
+        # EINVAL. zipfile's own complaints are OSErrors without a number.
+        if error.errno in (None, errno.EINVAL):
             return False
         raise
     except Exception:  # zipfile raises a dozen classes on a damaged archive
@@ -92,46 +94,60 @@ def _archive_is_sound(file: Path) -> bool:
 
 
 def damaged(path: Path) -> UserError:
-    return UserError(f"{path}: the checkpoint is damaged: use another one of its folder")
+    return UserError(
+        f"{path}: the checkpoint is damaged: use another checkpoint from the same folder"
+    )
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
-    reason = f"the checkpoint can't be read ({error.strerror})"
-    return UserError(f"{path}: {reason}: mend that, or use another one of its folder")
+    return UserError(
+        f"{path}: the checkpoint can't be read ({error.strerror}): mend that, or use another "
+        "checkpoint from the same folder"
+    )
 
 
-def load(path: Path, weights_only: bool = False) -> dict[str, Any]:
-    """Load a checkpoint onto the CPU; `weights_only` leaves a folder's optimizer state unread."""
+def load(path: Path, without_optimizer: bool = False) -> dict[str, Any]:
+    """Load a checkpoint onto the CPU; `without_optimizer` leaves that state of a folder unread."""
     check_sound(path)
-    return _whole(path, "state_dict/" if weights_only else "")
+    return _whole(path, "state_dict/" if without_optimizer else "")
 
 
-def facts(path: Path, lazily: bool = True) -> dict[str, Any]:
-    """Return what a checkpoint, file or folder, says of itself.
+def about(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of itself: format, version, config, shape, tokens, step."""
+    return read_lazily(path)["blip3o"]
 
-    With `lazily` a file's tensors stay on the disk until touched: not for tensors that outlive it.
+
+def read_lazily(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's content without its bulk.
+
+    Of a folder that is `plain.ckpt`, which has no tensors. A file's tensors are mapped, and read
+    from the disk when they are touched: copy those that are needed once the file may change.
     """
+    return _read(path, mapped=True)
+
+
+def _read(path: Path, mapped: bool) -> dict[str, Any]:
     file = path / sharded_checkpoint.PLAIN if path.is_dir() else path
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=lazily)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         raise _unreadable(path, error) from error
     except Exception as error:
         raise UserError(
             f"{path}: not a checkpoint that holds tensors and plain data only"
         ) from error
-    about = checkpoint.get("blip3o") if isinstance(checkpoint, dict) else None
-    if not isinstance(about, dict) or not {"format", "config", "shape", "tokens"} <= set(about):
+    own = checkpoint.get("blip3o") if isinstance(checkpoint, dict) else None
+    if not isinstance(own, dict) or not {"format", "config", "shape", "tokens"} <= set(own):
         raise UserError(f"{path}: not a checkpoint of blip3o_lit")
-    check_format(path, about["format"], FORMAT)
-    if not all(isinstance(about[part], dict) for part in ("config", "shape", "tokens")):
+    check_format(path, own["format"], FORMAT)
+    if not all(isinstance(own[part], dict) for part in ("config", "shape", "tokens")):
         raise damaged(path)
     return checkpoint
 
 
 def _whole(path: Path, prefix: str = "") -> dict[str, Any]:
     """Return a checkpoint of either kind with its tensors."""
-    checkpoint = facts(path, lazily=False)
+    checkpoint = _read(path, mapped=False)
     return sharded_checkpoint.read(path, checkpoint, prefix) if path.is_dir() else checkpoint
 
 
@@ -154,8 +170,11 @@ def files_of(run_dir: Path) -> list[Path]:
         ) from error
 
 
-def newest_sound(run_dir: Path) -> tuple[Path | None, list[Path]]:
-    """Return the newest sound checkpoint of a run directory, and the damaged ones passed over."""
+def newest_to_resume(run_dir: Path) -> tuple[Path | None, list[Path]]:
+    """Return a run's newest sound checkpoint, and the damaged ones passed over.
+
+    Never best.ckpt: a run goes on from where it was, not from where it was best.
+    """
     files = [path for path in files_of(run_dir) if path.name != "best.ckpt"]
     passed_over = []
     for path in sorted(files, key=lambda file: (file.stat().st_mtime, step_of(file)), reverse=True):

@@ -143,7 +143,7 @@ def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool
 def _translator(config: TrainConfig, shape: PairShape, device: str | torch.device) -> Translator:
     """Return a translator of a config, its weights as the initialisation leaves them."""
     parts: list[nn.Module] = [build_network(config.model, shape), FlowObjective(config.flow)]
-    parts += [Standardizer.like(shape.condition), Standardizer.like(shape.target)]
+    parts += [Standardizer.identity(shape.condition), Standardizer.identity(shape.target)]
     autocast = PRECISIONS[config.precision.name].inference(device)
     return Translator(*parts, autocast=autocast)  # type: ignore[arg-type]
 
@@ -152,7 +152,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the facts and the translator's state dict; the weight average is its network."""
     from blip3o_lit.checkpoints import files as checkpointing
 
-    checkpoint = checkpointing.load(file, weights_only=True)
+    checkpoint = checkpointing.load(file, without_optimizer=True)
     saved, state = checkpoint.get("state_dict"), {}
     if not isinstance(saved, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in saved.items()

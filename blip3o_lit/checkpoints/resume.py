@@ -106,7 +106,7 @@ def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
         config.resume = origin
     path = _absolute(config.resume)
     if path.is_dir() and path.suffix != ".ckpt":
-        newest, _ = checkpointing.newest_sound(path)
+        newest, _ = checkpointing.newest_to_resume(path)
         if newest is None:
             raise UserError(f"resume={path}: no sound checkpoint in this run directory")
         path = newest
@@ -117,7 +117,7 @@ def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
 
 def _newest_of_own(run_dir: Path) -> Path | None:
     """Return the newest sound checkpoint; a folder that has only others is refused."""
-    path, damaged = checkpointing.newest_sound(run_dir)
+    path, damaged = checkpointing.newest_to_resume(run_dir)
     for other in damaged:
         print(f"resume=auto passes over a damaged checkpoint: {other}")
     names = ", ".join(file.name for file in checkpointing.files_of(run_dir))
@@ -150,7 +150,7 @@ def _check_network(config: TrainConfig, path: Path) -> None:
 
 def differences(config: TrainConfig, path: Path) -> list[tuple[str, Any, Any]]:
     """Return key, value there and value here of all that decides a run and differs."""
-    saved = checkpointing.facts(path)["blip3o"]["config"]
+    saved = checkpointing.about(path)["config"]
     now, then = (_flat(essential(part)) for part in (masked(asdict(config)), saved))
     keys = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
     return [(key, then.get(key), now.get(key)) for key in keys]
@@ -168,7 +168,7 @@ def say_resumed(config: TrainConfig, path: Path) -> None:
 
 def check_tokens(path: Path, content_hash: str) -> None:
     """Refuse a checkpoint that was trained on other tokens, before anything is written."""
-    if checkpointing.facts(path)["blip3o"]["tokens"].get("hash") != content_hash:
+    if checkpointing.about(path)["tokens"].get("hash") != content_hash:
         raise UserError(
             f"resume={path}: it was trained on other data (store, mode, condition, target or "
             "subset): resume with the same data and mode, or start a new run"
@@ -183,7 +183,7 @@ def finished_result(
     It would go on from `resumed`; `steps` are asked for. Where another run's checkpoint leaves
     nothing to do either, that is refused.
     """
-    step = int(checkpointing.facts(resumed)["global_step"])
+    step = int(checkpointing.read_lazily(resumed)["global_step"])
     if not _is_within(resumed, run_dir):
         if step >= steps:
             raise UserError(

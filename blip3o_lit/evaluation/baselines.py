@@ -79,10 +79,15 @@ class BaselineFits:
         mean_BND = self.get("mean_token").predict(torch.empty(1, 0, device=self.device))
         return self.target.restore(mean_BND)[0]
 
+    def file(self, name: str) -> Path:
+        """Return where a baseline is kept once it is fitted."""
+        key = json.dumps([FORMAT, name, self.data_hash, self.settings(name)], sort_keys=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+        return self.folder / f"{name}-{digest}.safetensors"
+
     def get(self, name: str) -> Baseline:
         """Return a fitted baseline, which works in standardised space."""
-        key = json.dumps([FORMAT, name, self.data_hash, self.settings(name)], sort_keys=True)
-        file = self.folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+        file = self.file(name)
         torch.manual_seed(self.run.seed)
         baseline = _unfitted(name, self.run.model, self.train.shape).to(self.device)
         if file.is_file():

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_lit.base.progress import Report
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.drawing.decoder import load_decoder
-from blip3o_lit.drawing.digits import digit_reader
+from blip3o_lit.drawing.digits import SCENES, digit_reader
+from blip3o_lit.drawing.drawer import IMAGES as FITTED_IMAGES
 from blip3o_lit.drawing.drawer import Drawer, split_readout, thumbnails
 from blip3o_lit.drawing.readout import Readout, psnr
 from blip3o_lit.drawing.sheet import Drawing, Row, report_row
@@ -39,6 +41,7 @@ class Drawings:
         config: `decoder`, `drawn_images`.
         images: Of `held`, the first that every estimator predicts.
         folder: Where fitted read-outs are kept.
+        report: Is told of fits.
         masked: Whether the condition tower saw the left half of demo scenes alone.
     """
 
@@ -49,6 +52,7 @@ class Drawings:
         config: EvaluateConfig,
         images: int,
         folder: Path,
+        report: Report,
         masked: bool = False,
     ) -> None:
         self.held, self.config = held, config
@@ -62,12 +66,17 @@ class Drawings:
             self.drawer = load_decoder(config.decoder, spec, held.shape.target)
         else:
             assert train is not None
+            fitted = min(FITTED_IMAGES, len(train))
+            report("read-out", 0, fitted)
             self.drawer = split_readout(train, folder)
+            report("read-out", fitted, fitted)
         count = min(config.drawn_images, images)
         self.ids = np.unique(np.linspace(0, images - 1, count).round().astype(np.int64))
         self._psnr: dict[str, dict[str, list[Tensor]]] = {}
         if masked:
+            report("digit reader", 0, SCENES)
             self.hidden = HiddenHalf(digit_reader(folder))
+            report("digit reader", SCENES, SCENES)
 
     def add(self, predictions: Mapping[str, Tensor], true_BND: Tensor, sample_B: Tensor) -> None:
         """Draw the chosen images of a batch."""

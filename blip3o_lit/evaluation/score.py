@@ -80,7 +80,8 @@ class Scorer:
         self.image_text = ImageText(held, train, self.device)
         # Its images are among those that the solvers draw samples of: all have the same ones.
         masked = loaded.config.data.name == "demo_masked" and shows_scenes(held)
-        self.drawings = Drawings(held, train, config, self.solver_images, folder, masked)
+        few = self.solver_images
+        self.drawings = Drawings(held, train, config, few, folder, report, masked)
 
     def run(self) -> dict[str, Any]:
         """Return the content of `evaluation.json`, which has finite numbers only."""
@@ -167,11 +168,11 @@ class Scorer:
             end = min(start + self.config.batch_size, images)
             if first is not None and start < first:
                 end = min(end, first)
-            yield self._read(np.arange(start, end))
+            yield self.read(np.arange(start, end))
             self.report(what, end, images)
             start = end
 
-    def _read(self, ids: np.ndarray) -> Batch:
+    def read(self, ids: np.ndarray) -> Batch:
         batch = self.held.read(ids)
         condition, target = batch["condition"].to(self.device), batch["target"].to(self.device)
         return condition, target, torch.from_numpy(ids)
@@ -267,7 +268,7 @@ class Scorer:
             for number in range(2):
                 estimate = generated(self.loaded, solver, config.seed + number)
                 columns[f"sample {number + 1}"] = estimate
-        return {"rows": self.drawings.rows(self._read(ids), titles, columns)}
+        return {"rows": self.drawings.rows(self.read(ids), titles, columns)}
 
     def _curve(self) -> list[dict[str, Any]]:
         solvers = [solver_from_label(label) for label in self.config.curve]
@@ -309,7 +310,7 @@ class Scorer:
         return swapped(estimators, self._batches(self.curve_images, "swapped conditions"))
 
     def _coverage(self, tallies: Tallies, optima: Tallies) -> dict[str, Any]:
-        condition, _, sample_B = self._read(np.arange(min(COVERAGE_IMAGES, len(self.held))))
+        condition, _, sample_B = self.read(np.arange(min(COVERAGE_IMAGES, len(self.held))))
         tallies = tallies | {f"optimum {name}": tally for name, tally in optima.items()}
         shares = {}
         for name, tally in tallies.items():

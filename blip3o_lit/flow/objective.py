@@ -1,11 +1,13 @@
 """The flow-matching objective: what the network is trained to put out, and how it is read back.
 
 Training and sampling share one class, so that every scale put on in the loss is taken off in the
-estimate by construction. Everything here is float32 and in the tokens that the caller gives:
-standardised ones, or raw ones where flow.normalise=l2.
+estimate by construction. Everything here is float32. There are three spaces:
 
-Tokens x1 become flow points y1 (`to_flow`: unit norm where asked for, times target_norm_scale), the
-path runs from noise to y1, and `to_tokens` goes back. With default options both are the identity.
+    raw  --standardise-->  x1  --to_flow-->    y1    where the path from noise ends
+    raw  <--restore------  x1  <--to_tokens--  y1
+
+The caller takes the first step; with data.scale=raw or flow.normalise=l2 its x1 are raw tokens.
+`to_flow` gives unit norm where asked for, times target_norm_scale: by default y1 = x1.
 
 Shapes: x_BND, z_BND, t_B; B batch, N tokens, D target width. A network is any callable
 (x_BND, t_B, condition) -> out_BND.
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_lit.config.flow import FlowConfig
-from blip3o_lit.flow.loss_terms import LossTerms, contrastive, token_cosine
+from blip3o_lit.flow.loss_record import LossRecord
 from blip3o_lit.flow.path import over, path_named
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]
@@ -33,6 +35,10 @@ LARGEST_WEIGHT = 400.0
 ADAPTIVE_DECAY, ADAPTIVE_LOW, ADAPTIVE_HIGH = 0.99, 0.1, 10.0
 # Shares of root mean square and std in the noise's scale, as there.
 NOISE_RMS, NOISE_STD = 0.3, 0.7
+# The contrastive temperature of seed 000.
+TEMPERATURE = 0.07
+# Least length in a cosine, as in torch: that of a zero vector is 0.
+TINY = 1e-8
 
 
 class FlowObjective(nn.Module):
@@ -47,6 +53,18 @@ class FlowObjective(nn.Module):
         if config.adaptive_noise:
             self.register_buffer("noise", torch.ones(()))
 
+    # The buffers' names stand in checkpoints and in metrics.csv, so they stay short.
+
+    @property
+    def adaptive_factor(self) -> Tensor:
+        """Running factor on the output, with flow.adaptive_scale."""
+        return self.get_buffer("adaptive")
+
+    @property
+    def noise_factor(self) -> Tensor:
+        """Running factor on the noise, with flow.adaptive_noise."""
+        return self.get_buffer("noise")
+
     def __getstate__(self) -> dict[str, Any]:
         # The path's functions can't be pickled, and the config says which it is.
         return {name: value for name, value in self.__dict__.items() if name != "path"}
@@ -58,7 +76,7 @@ class FlowObjective(nn.Module):
 
     def scaled_noise(self, z_BND: Tensor) -> Tensor:
         """Turn standard normal noise into the noise of this flow."""
-        return z_BND * self.get_buffer("noise") if self.config.adaptive_noise else z_BND
+        return z_BND * self.noise_factor if self.config.adaptive_noise else z_BND
 
     def to_flow(self, x1_BND: Tensor) -> Tensor:
         """Turn tokens into the points y1 at which the path ends."""
@@ -72,14 +90,32 @@ class FlowObjective(nn.Module):
             return F.normalize(y1_BND, dim=-1)
         return scaled(y1_BND, 1 / self.config.target_norm_scale)
 
-    def predict(self, network: Network, condition: Any, x_BND: Tensor, t_B: Tensor) -> Tensor:
+    def predict(
+        self,
+        network: Network,
+        condition: Any,
+        x_BND: Tensor,
+        t_B: Tensor,
+        adapt_to_BND: Tensor | None = None,
+    ) -> Tensor:
         """Return the output in units of its unscaled target, float32.
 
-        The only place where scales are applied: output_scale and the adaptive scale are part of
-        the model, velocity_scale was on the training target and is divided out.
+        The only place where scales are put on an output: output_scale and the adaptive factor are
+        part of the model, velocity_scale was on the training target and is divided out. In training
+        the adaptive factor moves first, by this output and its target `adapt_to_BND`.
         """
-        out_BND = self._unadapted(network, condition, x_BND, t_B)
-        return out_BND * self.get_buffer("adaptive") if self.config.adaptive_scale else out_BND
+        if self.config.prediction == "sample" and self.config.time_zero_input == "zero":
+            # x_0 is independent of x1 given the condition, so E[x1|x_0, c] = E[x1|c]: noise here
+            # would only be something to unlearn.
+            x_BND = x_BND.masked_fill(over(t_B == 0, x_BND), 0)
+        scale = self.config.output_scale / self.config.velocity_scale
+        out_BND = scaled(network(x_BND, t_B, condition).float(), scale)
+        if not self.config.adaptive_scale:
+            return out_BND
+        if self.training and adapt_to_BND is not None:
+            self._move_adaptive_factor(out_BND, adapt_to_BND)
+        # A copy: processes average the factor in place before the backward pass reads this one.
+        return out_BND * self.adaptive_factor.clone()
 
     def estimate(
         self, network: Network, condition: Any, x_BND: Tensor, t_B: Tensor, check: bool = True
@@ -110,7 +146,7 @@ class FlowObjective(nn.Module):
         t_B: Tensor,
         restore: Restore | None = None,
         drop_B: Tensor | None = None,
-    ) -> LossTerms:
+    ) -> LossRecord:
         """Return the training loss of a batch.
 
         The squared error is taken between the scaled output and velocity_scale times the target:
@@ -135,14 +171,12 @@ class FlowObjective(nn.Module):
         x1_BND, z_BND = x1_BND.float(), z_BND.float()
         y1_BND = self.to_flow(x1_BND)
         if config.adaptive_noise and self.training:
-            self._measure_noise(y1_BND)
+            self._move_noise_factor(y1_BND)
         z_BND = self.scaled_noise(z_BND)
         x_BND = path.interpolate(y1_BND, z_BND, t_B)
         target_BND = path.output(prediction, y1_BND, z_BND, t_B)
 
-        out_BND = self._unadapted(network, condition, x_BND, t_B)
-        if config.adaptive_scale:
-            out_BND = out_BND * self._adapted(out_BND, target_BND)
+        out_BND = self.predict(network, condition, x_BND, t_B, adapt_to_BND=target_BND)
         error_BN = F.mse_loss(out_BND, target_BND, reduction="none").mean(-1)
         total = config.velocity_scale**2 * (self._weight(t_B) * self._token_mean(error_BN)).mean()
 
@@ -153,12 +187,12 @@ class FlowObjective(nn.Module):
             extra["regularization"] = config.velocity_scale * out_BND.norm(dim=-1).mean()
         if config.semantic_weight > 0:
             error_B = (y1_hat_BND - y1_BND).square().flatten(1).mean(1)
-            extra["semantic"] = self._late(error_B, t_B)
+            extra["semantic"] = self._late_mean(error_B, t_B)
         extra |= self._raw_terms(x1_hat_BND, x1_BND, t_B, restore or nn.Identity())
         for name, term in extra.items():
             total = total + getattr(config, f"{name}_weight") * term
 
-        return LossTerms(
+        return LossRecord(
             total=total,
             mse_B=error_BN.mean(1).detach(),
             extra={name: term.detach() for name, term in extra.items()},
@@ -182,42 +216,28 @@ class FlowObjective(nn.Module):
             return terms
         raw_hat_BND, raw_BND = restore(x1_hat_BND), restore(x1_BND)
         if config.cosine_weight > 0:
-            far_B = 1 - token_cosine(raw_hat_BND, raw_BND).mean(1)
-            terms["cosine"] = self._late(far_B, t_B)
+            distance_B = 1 - token_cosine(raw_hat_BND, raw_BND).mean(1)
+            terms["cosine"] = self._late_mean(distance_B, t_B)
         if config.consistency_weight > 0:
-            far_B = 1 - F.cosine_similarity(raw_hat_BND.mean(1), raw_BND.mean(1), dim=-1)
-            terms["consistency"] = self._late(far_B, t_B)
+            distance_B = 1 - F.cosine_similarity(raw_hat_BND.mean(1), raw_BND.mean(1), dim=-1)
+            terms["consistency"] = self._late_mean(distance_B, t_B)
         if config.contrastive_weight > 0:
-            terms["contrastive"] = self._late(contrastive(raw_hat_BND, raw_BND), t_B)
+            terms["contrastive"] = self._late_mean(contrastive(raw_hat_BND, raw_BND), t_B)
         return terms
 
-    def _unadapted(self, network: Network, condition: Any, x_BND: Tensor, t_B: Tensor) -> Tensor:
-        """Return the output in units of its target, before the adaptive scale."""
-        scale = self.config.output_scale / self.config.velocity_scale
-        if self.config.prediction == "sample" and self.config.time_zero_input == "zero":
-            # x_0 is independent of x1 given the condition, so E[x1|x_0, c] = E[x1|c]: noise here
-            # would only be something to unlearn.
-            x_BND = x_BND.masked_fill(over(t_B == 0, x_BND), 0)
-        return scaled(network(x_BND, t_B, condition).float(), scale)
-
-    def _adapted(self, out_BND: Tensor, target_BND: Tensor) -> Tensor:
-        """Return the adaptive scale, moved by this batch when training.
-
-        s <- 0.99 s + 0.01 clamp(mean |target| / mean |output|, 0.1, 10). No gradient goes through.
-        """
-        adaptive = self.get_buffer("adaptive")
-        if self.training:
-            with torch.no_grad():
-                ratio = target_BND.norm(dim=-1).mean() / out_BND.norm(dim=-1).mean()
-                adaptive.lerp_(ratio.clamp(ADAPTIVE_LOW, ADAPTIVE_HIGH), 1 - ADAPTIVE_DECAY)
-        return adaptive.clone()
+    @torch.no_grad()
+    def _move_adaptive_factor(self, out_BND: Tensor, target_BND: Tensor) -> None:
+        """Set s <- 0.99 s + 0.01 clamp(mean |target| / mean |output|, 0.1, 10)."""
+        ratio = target_BND.norm(dim=-1).mean() / out_BND.norm(dim=-1).mean()
+        ratio = ratio.clamp(ADAPTIVE_LOW, ADAPTIVE_HIGH)
+        self.adaptive_factor.lerp_(ratio, 1 - ADAPTIVE_DECAY)
 
     @torch.no_grad()
-    def _measure_noise(self, y1_BND: Tensor) -> None:
-        """Move the noise's scale: s <- 0.99 s + 0.01 (0.3 mean |token| / sqrt(D) + 0.7 std)."""
+    def _move_noise_factor(self, y1_BND: Tensor) -> None:
+        """Set s <- 0.99 s + 0.01 (0.3 mean |token| / sqrt(D) + 0.7 std)."""
         rms = y1_BND.norm(dim=-1).mean() / y1_BND.shape[-1] ** 0.5
         scale = NOISE_RMS * rms + NOISE_STD * y1_BND.std()
-        self.get_buffer("noise").lerp_(scale, 1 - ADAPTIVE_DECAY)
+        self.noise_factor.lerp_(scale, 1 - ADAPTIVE_DECAY)
 
     def _weight(self, t_B: Tensor) -> Tensor:
         """Return the weight of each sample's squared error: the squared gain of `weighting`."""
@@ -234,7 +254,7 @@ class FlowObjective(nn.Module):
         weight_N[0] = self.config.cls_weight
         return (error_BN * weight_N).sum(1) / weight_N.sum()
 
-    def _late(self, term_B: Tensor, t_B: Tensor) -> Tensor:
+    def _late_mean(self, term_B: Tensor, t_B: Tensor) -> Tensor:
         """Average a term over the batch, counting zero before flow.auxiliary_from."""
         return torch.where(t_B >= self.config.auxiliary_from, term_B, 0.0).mean()
 
@@ -242,3 +262,25 @@ class FlowObjective(nn.Module):
 def scaled(x: Tensor, factor: float) -> Tensor:
     """Return x times a factor, x itself where that is 1: a pass over all tokens less."""
     return x if factor == 1 else x * factor
+
+
+def token_cosine(a_BND: Tensor, b_BND: Tensor) -> Tensor:
+    """Return the cosine of each pair of tokens [B, N].
+
+    In fewer passes over all tokens than `F.cosine_similarity`, which divides both by their norms.
+    """
+    norm = torch.linalg.vector_norm
+    lengths_BN = norm(a_BND, dim=-1).clamp_min(TINY) * norm(b_BND, dim=-1).clamp_min(TINY)
+    return (a_BND * b_BND).sum(-1) / lengths_BN
+
+
+def contrastive(estimate_BND: Tensor, true_BND: Tensor) -> Tensor:
+    """Return the InfoNCE loss [B]: each estimated token has to be nearest to its own true token.
+
+    Cosines of one image's tokens over the temperature, cross-entropy with the token itself as the
+    right answer, mean over the tokens (van den Oord et al. 2018, arXiv:1807.03748).
+    """
+    estimate_BND, true_BND = F.normalize(estimate_BND, dim=-1), F.normalize(true_BND, dim=-1)
+    logits_BNN = estimate_BND @ true_BND.mT / TEMPERATURE
+    own_BN = logits_BNN.diagonal(dim1=1, dim2=2)
+    return (logits_BNN.logsumexp(-1) - own_BN).mean(1)

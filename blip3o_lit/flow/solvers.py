@@ -32,11 +32,12 @@ class Sample:
     """What a solver returns."""
 
     x1_BND: Tensor
-    """Generated tokens, standardised."""
+    """Generated tokens x1, standardised as the network knows them; raw from Translator.generate."""
     nfe: int
     """Network evaluations per sample, counted."""
     intermediates: list[Tensor]
-    """The state after each step, the last one equal to `x1_BND`; empty unless asked for."""
+    """The state after each step in the same space, the last equal to `x1_BND`; empty unless asked
+    for."""
 
 
 def time_grid(config: SolverConfig) -> list[float]:

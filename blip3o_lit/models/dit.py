@@ -44,25 +44,34 @@ class DiT(Network):
             if config.adapter_depth
             else nn.Linear(source.width, width)
         )
+        # Projects the mean condition token. Its name stands in checkpoints.
         self.pool = nn.Linear(source.width, width)
-        lone_cls = self.aligned and target.cls and not source.cls
-        self.cls_condition = nn.Parameter(torch.empty(width)) if lone_cls else None
+        # A target's CLS token has no condition token at its place where the condition has no CLS
+        # of its own: a learned vector stands in.
+        self.cls_condition: nn.Parameter | None = None
+        if self.aligned and target.cls and not source.cls:
+            self.cls_condition = nn.Parameter(torch.empty(width))
         self.positions = self.positions_condition = None
         if config.positions == "learned":
             self.positions = nn.Parameter(torch.empty(target.tokens, width))
             if not self.aligned:
                 self.positions_condition = nn.Parameter(torch.empty(source.tokens, width))
-        self.time = TimeEmbedding(width)
-        adaln = config.time == "adaln"
-        # One matmul makes shift, scale and gate of all branches, then the output norm's two.
-        rows = config.depth * 3 * (2 if self.aligned else 3) + 2
-        self.modulation = nn.Linear(width, rows * width) if adaln else None
+        self.time = TimeEmbedding(width)  # model.time says where it enters
+        self.modulation: nn.Linear | None = None
+        self.output_norm: nn.Module | None = None
+        if config.time == "adaln":
+            # One matmul makes shift, scale and gate of every branch, then the output norm's shift
+            # and scale.
+            branches = 2 if self.aligned else 3  # attention and mlp; cross-attention between them
+            rows = config.depth * branches * 3 + 2
+            self.modulation = nn.Linear(width, rows * width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.output_norm = None if adaln else norm_layer(config.norm, width)
+        if config.time == "tokens":
+            self.output_norm = norm_layer(config.norm, width)
         self.output = nn.Linear(width, target.width)
         self.init_weights()
 
-    def start_rules(self) -> Rules:
+    def initial_rules(self) -> Rules:
         rules: Rules = dict.fromkeys(("time.first.weight", "time.second.weight"), narrow_normal)
         rules |= dict.fromkeys(("cls_condition", "positions", "positions_condition"), narrow_normal)
         rules["modulation.weight"] = 0.0

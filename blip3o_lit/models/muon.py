@@ -23,6 +23,7 @@ from torch import (
 )
 
 from blip3o_lit.models.initialisation import is_sharded
+from blip3o_lit.models.precision import bf16_is_faster
 
 # Of the quintic iteration, as Jordan chose them.
 COEFFICIENTS, ROUNDS = (3.4445, -4.7750, 2.0315), 5
@@ -32,10 +33,11 @@ STACK_ELEMENTS = 1 << 26
 
 
 def orthogonalised(x: Tensor) -> Tensor:
-    """Set the singular values of [I, J] or of a stack [S, I, J] to about 1, in bf16."""
+    """Set the singular values of [I, J] or of a stack [S, I, J] to about 1, in bf16 where fast."""
+    products = torch.bfloat16 if bf16_is_faster(x.device.type) else torch.float32
     tall = x.shape[-2] > x.shape[-1]
     a, b, c = COEFFICIENTS
-    y = (x.mT if tall else x).to(torch.bfloat16, copy=True)
+    y = (x.mT if tall else x).to(products, copy=True)
     if not is_sharded(y):
         y = y.contiguous()
     y = y.div_(y.norm(dim=(-2, -1), keepdim=True).clamp(min=LEAST_NORM))
@@ -46,14 +48,14 @@ def orthogonalised(x: Tensor) -> Tensor:
     return y.mT if tall else y
 
 
-def stacks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield parameters of one shape together, STACK_ELEMENTS at most; a sharded one alone."""
+def stacks(parameters: list[Tensor], elements: int = STACK_ELEMENTS) -> Iterator[list[Tensor]]:
+    """Yield parameters of one shape together, so many elements at most; a sharded one alone."""
     by_shape: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         key = id(parameter) if is_sharded(parameter) else parameter.shape
         by_shape.setdefault(key, []).append(parameter)
     for group in by_shape.values():
-        most = max(1, STACK_ELEMENTS // group[0].numel())
+        most = max(1, elements // group[0].numel())
         yield from (group[i : i + most] for i in range(0, len(group), most))
 
 

@@ -75,10 +75,10 @@ class Network(nn.Module):
         """
         if seed is None:
             seed = int(torch.randint(2**62, (), device="cpu"))
-        apply_rules(self, rules_of_layers(self) | self.start_rules(), seed)
+        apply_rules(self, rules_of_layers(self) | self.initial_rules(), seed)
         self.fill_buffers()
 
-    def start_rules(self) -> Rules:
+    def initial_rules(self) -> Rules:
         """Return the start values that differ from those of `rules_of_layers`."""
         raise NotImplementedError
 

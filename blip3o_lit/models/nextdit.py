@@ -108,7 +108,7 @@ class NextDiT(Network):
         self.output = nn.Linear(width, shape.target.width)
         self.init_weights()
 
-    def start_rules(self) -> Rules:
+    def initial_rules(self) -> Rules:
         rules: Rules = dict.fromkeys(("time.first.weight", "time.second.weight"), narrow_normal)
         rules |= {"modulation.weight": 0.0, "output.weight": 0.0}
         return rules | {f"blocks.{i}.cross_gate": 0.0 for i in range(len(self.blocks))}

@@ -102,8 +102,8 @@ class Standardizer(nn.Module):
         self.register_buffer("std_NC", std_NC.float().contiguous())
 
     @classmethod
-    def like(cls, shape: TokenShape) -> Standardizer:
-        """Return one that changes nothing, to load a state dict into."""
+    def identity(cls, shape: TokenShape) -> Standardizer:
+        """Return one that changes nothing; a state dict can be loaded into it."""
         size = (shape.tokens, shape.width)
         return cls(torch.zeros(size), torch.ones(size))
 

@@ -101,7 +101,7 @@ class Fsdp2Strategy(ModelParallelStrategy):
     ) -> dict[str, Any]:
         """Load this process's share of either kind; returns what is not a weight."""
         path = Path(self.broadcast(str(checkpoint_path)))
-        plain = checkpointing.facts(path)
+        plain = checkpointing.read_lazily(path)
         assert self.lightning_module is not None
         into = (self.lightning_module, self.optimizers)
         if path.is_dir():

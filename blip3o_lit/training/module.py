@@ -20,7 +20,6 @@ from blip3o_lit import __version__
 from blip3o_lit.base.secrets import masked
 from blip3o_lit.budget.plan import Plan
 from blip3o_lit.checkpoints.files import FORMAT
-from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.objective import FlowObjective
@@ -33,24 +32,10 @@ from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.batches import align_checkpoint
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.training.ema import ramped_decay, update_average
+from blip3o_lit.training.schedule import learning_rate_factor
 from blip3o_lit.translation.translator import Translator
 
 LOGGED_SCORES = ("cosine", "cosine_centred", "mse", "r2", "norm_ratio")
-
-
-def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Return the learning rate of a step as a fraction of the peak: warm-up, then decay."""
-    warmup = min(config.warmup_steps, max(1, steps // 10))
-    if step < warmup:
-        return (step + 1) / warmup
-    if config.schedule == "constant":
-        return 1.0
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    if config.schedule == "linear":
-        remaining = 1.0 - progress
-    else:
-        remaining = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.final_lr_fraction + (1.0 - config.final_lr_fraction) * remaining
 
 
 class TranslationModule(LightningModule):
@@ -60,24 +45,27 @@ class TranslationModule(LightningModule):
         """Build the network from the run's seed and take the scales of `data`, which is open."""
         super().__init__()
         self.config, self.shape, self.steps = plan.config, plan.shape, plan.steps
-        self.formats = plan.placement.precision
+        self.precision = plan.placement.precision
         self.sharded = plan.placement.strategy == "fsdp2"
-        self.tokens = {"path": masked(str(data.store_path)), "hash": data.train.content_hash}
+        self.store_facts = {"path": masked(str(data.store_path)), "hash": data.train.content_hash}
         with torch.device("meta"):
             self.network = build_network(self.config.model, self.shape)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
-        self.network.to(self.formats.weights)
+        self.network.to(self.precision.weights)
         if not self.sharded:
             self._start(torch.device("cpu"))
-        flow, raw = self.config.flow, self.config.data.scale == "raw"
-        self.objective = FlowObjective(flow)
-        self.condition_standardizer = data.condition_standardizer
-        self.target_standardizer = data.target_standardizer
-        self.scores = TokenScores(data.target_standardizer.mean_NC, self.shape.target)
+        self.objective = FlowObjective(self.config.flow)
+        # With data.scale=raw neither side is standardised, with flow.normalise=l2 the target isn't.
+        raw = self.config.data.scale == "raw"
         if raw:
-            self.condition_standardizer = Standardizer.like(self.shape.condition)
-        if raw or not flow.standardised_target:
-            self.target_standardizer = Standardizer.like(self.shape.target)
+            self.condition_standardizer = Standardizer.identity(self.shape.condition)
+        else:
+            self.condition_standardizer = data.condition_standardizer
+        if raw or not self.config.flow.standardised_target:
+            self.target_standardizer = Standardizer.identity(self.shape.target)
+        else:
+            self.target_standardizer = data.target_standardizer
+        self.scores = TokenScores(data.target_standardizer.mean_NC, self.shape.target)
         self.gradient_norm: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
 
@@ -98,7 +86,7 @@ class TranslationModule(LightningModule):
         from blip3o_lit.training.fsdp2 import shard
 
         assert self.device_mesh is not None
-        compute = self.formats.products if self.formats.low else None
+        compute = self.precision.products if self.precision.low else None
         for network in (self.network, self.ema):
             shard(network, self.device_mesh["data_parallel"], compute)
         self._start(self.trainer.strategy.root_device)
@@ -108,8 +96,8 @@ class TranslationModule(LightningModule):
         """The averaged network with its flow and scales."""
         scales = (self.condition_standardizer, self.target_standardizer)
         # Lightning's autocast covers mixed formats; bf16_true is all the module's own.
-        mixed = self.formats.autocast is not None
-        low = self.formats.products if self.formats.low and not mixed else None
+        mixed = self.precision.autocast is not None
+        low = self.precision.products if self.precision.low and not mixed else None
         return Translator(self.ema, self.objective, *scales, autocast=low)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -129,21 +117,21 @@ class TranslationModule(LightningModule):
         if flow.condition_dropout > 0:
             drop_B = (uniforms_B3[:, 2] < flow.condition_dropout).to(device)
         restore = self.target_standardizer.restore
-        terms = self.objective.loss(self.network, condition, x1_BND, z_BND, t_B, restore, drop_B)
+        loss = self.objective.loss(self.network, condition, x1_BND, z_BND, t_B, restore, drop_B)
         for buffer in self.objective.buffers():  # Scales that it adapts to its batches.
             if self.trainer.world_size > 1:
                 buffer.copy_(self.trainer.strategy.reduce(buffer, reduce_op="mean"))  # type: ignore[arg-type]
-        self._add_to_mean("train/loss", terms.total)
+        self._add_to_mean("train/loss", loss.total)
         if (self.global_step + 1) % self.config.trainer.log_every == 0:
-            estimate, true = restore(terms.x1_hat_BND), batch["target"].float()
+            estimate, true = restore(loss.x1_hat_BND), batch["target"].float()
             self._add_to_mean("train/cosine", F.cosine_similarity(estimate, true, dim=-1).mean())
-            self._add_to_mean("train/velocity_cosine", terms.velocity_cosine)
-            self._add_to_mean("train/norm_ratio", terms.norm_ratio)
-            for name, term in terms.extra.items():
+            self._add_to_mean("train/velocity_cosine", loss.velocity_cosine)
+            self._add_to_mean("train/norm_ratio", loss.norm_ratio)
+            for name, term in loss.extra.items():
                 self._add_to_mean(f"train/{name}_loss", term)
             for name, scale in self.objective.named_buffers():
                 self._add_to_mean(f"train/{name}_scale", scale.clone())
-        return terms.total
+        return loss.total
 
     def _add_to_mean(self, name: str, value: Tensor) -> None:
         """Add a value to the means of the next logged row, without a device sync.
@@ -198,13 +186,15 @@ class TranslationModule(LightningModule):
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
         self.gradient_norm = norm.full_tensor().detach() if is_sharded(norm) else norm.detach()  # type: ignore[attr-defined]
         finite = torch.isfinite(self.gradient_norm)
-        if self.formats.loss_scale:
+        if self.precision.loss_scale:
             return  # the loss scaler skips overflowing steps itself
         if not is_sharded(norm):
             # What a loss scaler would set: the fused kernel then leaves weights and moments alone,
             # and nothing waits for the device.
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         elif not finite:
+            # Shards can't be mixed with found_inf, a plain tensor. After this gradients are None,
+            # and optimizers pass over parameters that have none: weights and moments stay.
             optimizer.zero_grad()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -215,7 +205,7 @@ class TranslationModule(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         config = self.config.optimizer
         # Fused AdamW unscales fp16 gradients itself, after they were clipped: keep it apart.
-        optimizer = make_optimizer(self.network, config, not self.formats.loss_scale)
+        optimizer = make_optimizer(self.network, config, not self.precision.loss_scale)
         schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step, self.steps))
         return {
             "optimizer": optimizer,
@@ -233,6 +223,6 @@ class TranslationModule(LightningModule):
             "version": __version__,
             "config": masked(asdict(self.config)),
             "shape": self.shape.to_dict(),
-            "tokens": self.tokens,
+            "tokens": self.store_facts,
             "step": self.global_step,
         }

@@ -45,13 +45,12 @@ class Overfit:
         )
 
 
-def training_images(data: TokenDataModule) -> TokenReader:
+def refuse_stream(data: TokenDataModule) -> None:
     if not isinstance(data.train, TokenReader):
         raise UserError(
             "evaluation.overfit_at_least reads training images by number: copy the store to a "
             "folder, or leave it out"
         )
-    return data.train
 
 
 @torch.no_grad()
@@ -59,7 +58,8 @@ def check_overfit(
     config: TrainConfig, translator: Translator, data: TokenDataModule, at_least: float
 ) -> Overfit:
     """Generate the first evaluation.images training images and score them in the raw space."""
-    reader = training_images(data)
+    reader = data.train
+    assert isinstance(reader, TokenReader)  # `refuse_stream` was called before training
     device = next(translator.network.parameters()).device
     images = min(len(reader), config.evaluation.images)
     scores = TokenScores(data.target_standardizer.mean_NC, data.shape.target).to(device)

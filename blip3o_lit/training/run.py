@@ -37,7 +37,8 @@ from blip3o_lit.training.cluster import ranks
 from blip3o_lit.training.environment import quiet_libraries
 from blip3o_lit.training.loggers import loggers
 from blip3o_lit.training.module import TranslationModule
-from blip3o_lit.training.overfit import FAILED_CODE, Overfit, check_overfit, training_images
+from blip3o_lit.training.overfit import FAILED_CODE, Overfit, check_overfit, refuse_stream
+from blip3o_lit.training.pace import step_seconds
 from blip3o_lit.training.trainer import Callbacks, build_trainer, flight_records, machine_of
 
 # EX_TEMPFAIL of sysexits.h: the run was preempted and goes on when it is started again.
@@ -51,14 +52,16 @@ def run_training(config: TrainConfig, run_dir: Path, overrides: list[str]) -> fl
     """Train by `config` into `run_dir`; `overrides` are the command line's, for the record.
 
     Returns:
-        The best held-out cosine, or None when the store has no validation split or the run stopped.
+        The best held-out cosine; None from `plan` and `dry_run`, and without a validation split.
 
     Raises:
         UserError: For anything in the configuration, data or machine that the user can mend.
+        SystemExit: With 130 from a run stopped by Ctrl-C and 75 from one that was preempted, both
+            after saving; with 1 where the run ended below evaluation.overfit_at_least.
     """
     quiet_libraries()
     run_dir = run_dir.resolve()
-    if config.plan:
+    if config.plan:  # `plan=true` asks what the run would cost: no run directory, no GPU
         run_files.print_rows(forecast(config, *open_data(config)))
         return None
     with claimed(run_dir, "hydra.run.dir") if launch().first else nullcontext():
@@ -71,11 +74,11 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
     machine = machine_of(config)
     data, steps = open_data(config)
     if config.evaluation.overfit_at_least is not None:
-        training_images(data)  # refuses a stream
+        refuse_stream(data)
     resumed = resolve_resume(config, run_dir)
     if resumed:  # `precision=auto` keeps to the format that the run began in
-        then = checkpointing.facts(resumed)["blip3o"]["config"]["precision"]["name"]
-        machine = replace(machine, precision=then)
+        own_format = checkpointing.about(resumed)["config"]["precision"]["name"]
+        machine = replace(machine, precision=own_format)
     config = replace(config, precision=PrecisionConfig(format_word(config, machine)))
     if resumed:
         if isinstance(data.train, TokenReader):  # a stream goes on in another store too
@@ -103,12 +106,15 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
         run_files.console.print("dry run: everything was built, no step was taken")
         return None
     module = TranslationModule(plan, data)
+    start = int(checkpointing.read_lazily(resumed)["global_step"]) if resumed else 0
+    if place.device == "cpu" and place.world == 1 and isinstance(data.train, TokenReader):
+        with memory_limit(lambda: advice(plan)):
+            run_files.show_time(steps - start, step_seconds(plan, module, data))
     if config.model.compile:
         module.network.compile_blocks()
     callbacks = Callbacks(plan, data, run_dir)
-    start = int(checkpointing.facts(resumed)["global_step"]) if resumed else 0
-    places = loggers(config, run_dir, resumed, start) if launch().first else []
-    trainer = build_trainer(plan, cluster, callbacks.in_order, places, run_dir)
+    run_loggers = loggers(config, run_dir, resumed, start) if launch().first else []
+    trainer = build_trainer(plan, cluster, callbacks.in_order, run_loggers, run_dir)
     return fit(plan, trainer, callbacks, module, data, resumed, run_dir)
 
 
@@ -144,6 +150,7 @@ def fit(
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     seconds = time.perf_counter() - started
 
+    # No signal, and steps left: Lightning stopped it by evaluation.patience.
     early = stop.received is None and trainer.global_step < plan.steps
     finished = early or trainer.global_step >= plan.steps
     overfit: Overfit | None = None

@@ -51,6 +51,11 @@ def show_plan(plan: Plan, run_dir: Path, resumed: Path | None) -> None:
     print_rows(rows + ([("resumes from", str(resumed))] if resumed else []))
 
 
+def show_time(steps: int, seconds: float) -> None:
+    whole = f"about {human_time(steps * seconds)} on this machine"
+    print_rows([("time", f"{whole}: {steps} steps of {seconds:.2g} s, measured, and validation")])
+
+
 def write_run_files(
     config: TrainConfig, run_dir: Path, overrides: list[str], tokens_hash: str
 ) -> None:

@@ -56,7 +56,7 @@ class Callbacks:
         every = config.trainer.log_every
         cuda = place.device == "cuda"
         device = torch.device("cuda", launch().local) if cuda else torch.device(place.device)
-        peak = place.world * peak_flops(device, plan.device, place.precision)
+        peak = place.world * peak_flops(device, plan.device_name, place.precision)
         tokens = config.batch_size * data.shape.target.tokens
         self.log = RunLog(every, tokens, plan.step_flops, peak)
         self.stop = StopAtStep()

@@ -69,7 +69,7 @@ def test_planned_bytes_are_those_of_the_allocator(
 ) -> None:
     images, formats = 16, PRECISIONS[precision]
     planned = rank_bytes("single", units(model, SHAPE), formats, optimizer, 1)
-    planned += activations(model, FlowConfig(), SHAPE, formats).of(images)
+    planned += activations(model, FlowConfig(), SHAPE, formats).of(images, "single")
     measured = allocator_peak(lambda: train(model, images, formats, optimizer))
     assert planned == pytest.approx(measured, rel=0.15)
 

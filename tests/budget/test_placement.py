@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.budget.activations import activations
 from blip3o_lit.budget.machine import Machine
 from blip3o_lit.budget.placement import USABLE, resolve
+from blip3o_lit.budget.plan import Plan
 from blip3o_lit.budget.states import rank_bytes, units
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
@@ -98,14 +100,42 @@ def test_the_number_format_is_the_machines_unless_a_word_was_given() -> None:
 
 def test_a_micro_batch_fills_the_device_and_not_more() -> None:
     config = run("auto", 1, 4096, "auto", "fp32")
-    parts, formats = units(SMALL, SHAPE), FORMATS["fp32"]
-    needed = activations(SMALL, config.flow, SHAPE, formats)
+    counts, formats = units(SMALL, SHAPE), FORMATS["fp32"]
+    kept = activations(SMALL, config.flow, SHAPE, formats)
+    states = rank_bytes("single", counts, formats, config.optimizer.name, 1, True)
     for gb in (1, 2, 8):
         there = machine(1, "plain", "auto", 1, gb)
         place = resolve(config, SHAPE, there)
-        states = rank_bytes("single", parts, formats, "muon", 1, True)
-        assert states + needed.of(place.micro_batch) <= there.memory * USABLE["cuda"]
-        assert states + needed.of(2 * place.micro_batch) > there.memory * USABLE["cuda"]
+        room = there.memory * USABLE["cuda"]
+        assert states + kept.of(place.micro_batch, "single") <= room
+        assert states + kept.of(2 * place.micro_batch, "single") > room
+
+
+def test_processes_on_a_cpu_share_its_memory() -> None:
+    config = run("8", 1, 8 * 4096, "ddp", "fp32")
+    counts, formats = units(SMALL, SHAPE), FORMATS["fp32"]
+    kept = activations(SMALL, config.flow, SHAPE, formats)
+    states = rank_bytes("ddp", counts, formats, config.optimizer.name, 8, True)
+    there = machine(0, "plain", "auto", 1)
+    place = resolve(config, SHAPE, there)
+    room = there.memory * USABLE["cpu"] / 8
+    assert states + kept.of(place.micro_batch, "ddp") <= room
+    assert states + kept.of(2 * place.micro_batch, "ddp") > room
+
+
+def test_fsdp2_needs_no_room_for_autocasts_copies() -> None:
+    """Memory for 64 images to the byte: the chosen micro-batch and the plan count alike."""
+    config = run("auto", 1, 4096, "fsdp2", "bf16")
+    counts, formats = units(SMALL, SHAPE), FORMATS["bf16"]
+    kept = activations(SMALL, config.flow, SHAPE, formats)
+    assert kept.fixed > 0
+    needed = rank_bytes("fsdp2", counts, formats, config.optimizer.name, 8) + 64 * kept.image
+    exact = math.ceil(needed / USABLE["cuda"]) + 1
+    there = replace(machine(8, "plain", "auto", 1), memory=exact)
+    place = resolve(config, SHAPE, there)
+    assert place.micro_batch == 64
+    plan = Plan(config, place, there.name, SHAPE, "no-store", 1, 1, 1)
+    assert plan.state_bytes() + plan.activation_bytes() == needed
 
 
 def test_what_the_machine_lacks_is_refused_by_the_word_that_asks_for_it() -> None:

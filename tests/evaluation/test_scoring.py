@@ -15,6 +15,7 @@ from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.evaluation.estimators import exact_estimators, known_problem
+from blip3o_lit.evaluation.forecast import phase_seconds
 from blip3o_lit.evaluation.probes import swapped
 from blip3o_lit.evaluation.readers import open_readers
 from blip3o_lit.evaluation.score import Scorer
@@ -422,3 +423,17 @@ def test_guided_estimators_are_scored_and_need_dropout(home, run, tmp_path):
 def test_a_guidance_that_is_no_number_is_refused(label):
     with pytest.raises(UserError, match=r"as in heun-10@1\.5"):
         solver_from_label(label)
+
+
+def test_phases_are_forecast_from_what_they_evaluate(run, home):
+    settings = {"solvers": ["heun-3"], "curve": ["euler-1", "euler-2"], "curve_images": 20}
+    config = EvaluateConfig(ckpt=str(run), device="cpu", solver_images=10, **settings)
+    loaded = load(run)
+    readers = open_readers(loaded, config)
+    scorer = Scorer(loaded, *readers, config, home / "fits", lambda what, done, total: None)
+    seconds = phase_seconds(scorer)
+    image = seconds["scoring"] / (48 + 10 * 5)  # the last of three steps is one evaluation
+    assert image > 0
+    assert seconds["curve"] == pytest.approx(20 * 3 * image)
+    assert seconds["samples"] == pytest.approx(16 * 4 * 5 * image)
+    assert "noise-free transformer" not in seconds

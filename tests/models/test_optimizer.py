@@ -101,10 +101,9 @@ def test_a_stack_takes_ten_bytes_a_number_for_a_while() -> None:
     assert allocator_peak(step) <= 10.5 * numbers
 
 
-def test_stacks_hold_one_shape_each_and_few_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(muon, "STACK_ELEMENTS", 20)
+def test_stacks_hold_one_shape_each_and_few_numbers() -> None:
     parameters = [torch.zeros(2, 4) for _ in range(5)] + [torch.zeros(4, 2), torch.zeros(9, 9)]
-    found = list(muon.stacks(parameters))
+    found = list(muon.stacks(parameters, elements=20))
     assert [[tuple(p.shape) for p in stack] for stack in found] == [
         [(2, 4), (2, 4)],
         [(2, 4), (2, 4)],

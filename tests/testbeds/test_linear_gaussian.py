@@ -1,7 +1,5 @@
 """The linear-Gaussian testbed: stored tokens follow the stated law, and its optimum is right."""
 
-import time
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -111,10 +109,8 @@ def test_posterior_samples_have_the_posterior_moments():
     assert wrong_covariance.abs().max() < 0.05
 
 
-def test_a_store_is_built_once_in_seconds_and_equal_when_rebuilt(monkeypatch, tmp_path):
-    start = time.perf_counter()
+def test_a_store_is_built_once_and_equal_when_rebuilt(monkeypatch, tmp_path):
     store = linear_gaussian_store(SMALL)
-    assert time.perf_counter() - start < 10
     before = (store / "index.json").stat().st_mtime_ns
     assert linear_gaussian_store(SMALL) == store
     assert (store / "index.json").stat().st_mtime_ns == before

@@ -127,6 +127,6 @@ def test_spread_ids_take_whole_shards_over_the_split() -> None:
 
 def test_state_dict_restores_the_scale() -> None:
     standardizer = Standardizer(torch.randn(5, 3), torch.rand(5, 3) + 1)
-    other = Standardizer.like(TokenShape((2, 2), True, 3))
+    other = Standardizer.identity(TokenShape((2, 2), True, 3))
     other.load_state_dict(standardizer.state_dict())
     assert torch.equal(other.mean_NC, standardizer.mean_NC)

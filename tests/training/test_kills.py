@@ -155,7 +155,7 @@ def test_killed_run_ends_as_an_undisturbed_one(tmp_path: Path, kills: int) -> No
         planned = Disturbance("/checkpoints/", draw.randint(3, 25), delay=delay)
         ended = run(folder, wanted, planned=planned)
         assert ended in ([-signal.SIGKILL], [-signal.SIGPROF]), (folder / "said-0.txt").read_text()
-        found, damaged = checkpointing.newest_sound(folder)
+        found, damaged = checkpointing.newest_to_resume(folder)
         assert damaged == []
         assert found is not None or number == 0
     assert run(folder, wanted) == [0]
@@ -222,6 +222,6 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_one_line(
         r"step \d+ \(.+\); resume=auto goes on from the last checkpoint",
         line,
     ), line
-    found, damaged = checkpointing.newest_sound(tmp_path)
+    found, damaged = checkpointing.newest_to_resume(tmp_path)
     assert found is not None
     assert damaged == [], "nothing is lost"

@@ -60,7 +60,7 @@ def test_a_full_disk_stops_training_and_loses_nothing(straight: Path, tmp_path: 
             run_training(config(resume="auto"), tmp_path, [])
 
     in_child(work)
-    assert checkpointing.newest_sound(tmp_path) == (saved, [])
+    assert checkpointing.newest_to_resume(tmp_path) == (saved, [])
     assert not list((tmp_path / "checkpoints").glob(".*")), "no half file"
     run_training(config(resume="auto"), tmp_path, [])
     assert same_end(straight, tmp_path)

@@ -48,7 +48,7 @@ def content(folder: Path) -> dict[str, tuple[int, bytes]]:
 def seeds(folder: Path) -> set[int]:
     """Return the seeds of all checkpoints of a run directory."""
     files = checkpointing.files_of(folder)
-    return {checkpointing.facts(file)["blip3o"]["config"]["seed"] for file in files}
+    return {checkpointing.about(file)["config"]["seed"] for file in files}
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -190,9 +190,9 @@ def test_precision_auto_keeps_to_the_format_that_a_run_began_in(
     run = f"hydra.run.dir={tmp_path}"
     assert train(monkeypatch, run, f"precision={word}", "trainer.max_steps=2") == 0
     assert train(monkeypatch, run, "precision=auto", "resume=auto") == 0
-    facts = checkpointing.facts(tmp_path / "checkpoints" / "last.ckpt")
-    assert facts["global_step"] == 4
-    assert facts["blip3o"]["config"]["precision"] == {"name": word}
+    saved = checkpointing.read_lazily(tmp_path / "checkpoints" / "last.ckpt")
+    assert saved["global_step"] == 4
+    assert saved["blip3o"]["config"]["precision"] == {"name": word}
 
 
 def test_damage_alone_is_no_reason_to_start_over(

@@ -1,0 +1,30 @@
+"""The time of a run's steps is measured on passes that leave no trace."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from quick_run import config
+
+from blip3o_lit.budget.machine import this_machine
+from blip3o_lit.budget.plan import make_plan
+from blip3o_lit.config.flow import FlowConfig
+from blip3o_lit.training.module import TranslationModule
+from blip3o_lit.training.pace import step_seconds
+from blip3o_lit.training.run import open_data
+
+
+def test_a_measured_step_leaves_weights_random_numbers_and_scales_alone() -> None:
+    run = config()
+    run = replace(run, model=replace(run.model, dropout=0.1), flow=FlowConfig(adaptive_scale=True))
+    data, steps = open_data(run)
+    plan = make_plan(run, data, steps, this_machine("cpu"))
+    module = TranslationModule(plan, data)
+    before, numbers = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+    assert 0 < step_seconds(plan, module, data) < 60
+    after = module.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert all(weight.grad is None for weight in module.parameters())

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip3o_lit.base.files import claimed, write_json
+from blip3o_lit.base.home import home
 from blip3o_lit.cli.command import SHARDS_KEPT, run_command
 from blip3o_lit.config.commands import GenerateConfig
 from blip3o_lit.config.errors import UserError, one_of
@@ -107,7 +108,9 @@ def generate(config: GenerateConfig) -> Path:
     """Translate a store's condition tokens; return the folder of the generated store."""
     from blip3o_lit.base.progress import phases
     from blip3o_lit.budget.out_of_memory import batch_limit
+    from blip3o_lit.checkpoints.drawer import drawer_of
     from blip3o_lit.checkpoints.load import best_device, load
+    from blip3o_lit.drawing.store_drawings import DRAWINGS, draw_store
     from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
     from blip3o_lit.tokens.store.index import TokenIndex
 
@@ -127,6 +130,7 @@ def generate(config: GenerateConfig) -> Path:
             f"{config.tokens}: {data.condition} has {shape}, but {config.ckpt} was trained on "
             f"{loaded.shape.condition}: give a matching store"
         )
+    drawer = drawer_of(loaded, config.decoder, home() / "baselines") if config.draw else None
     settings = {  # what the generated tokens are a function of
         "checkpoint": loaded.hash,
         "step": loaded.facts["step"],
@@ -155,7 +159,11 @@ def generate(config: GenerateConfig) -> Path:
         reduced = mode.name if mode.name == "grid_64" else None
         index = TokenIndex({data.target: spec}, entries, reduced, store.index.split_rule)
         index.write(out)
+        if drawer is not None:
+            draw_store(TokenStore.open(out), data.target, drawer, config.batch_size, report)
     print(f"{index.samples} generated samples in {len(entries)} shards: {out}")
+    if drawer is not None:
+        print(f"drawings: {out / DRAWINGS}")
     return out
 
 

@@ -30,6 +30,7 @@ from blip3o_lit.training.environment import own_defaults
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from blip3o_lit.drawing.drawer import Drawer
     from blip3o_lit.towers.tower import Tower
 
 
@@ -54,6 +55,7 @@ class BLIP3oInference:
             self.loaded = load(path_or_hub_id, self.device)
         self.translator, self.config = self.loaded.translator, self.loaded.config
         self.shape, self.facts = self.loaded.shape, self.loaded.facts
+        self._drawers: dict[str | None, Drawer] = {}
 
     @own_defaults()
     def generate(
@@ -228,6 +230,31 @@ class BLIP3oInference:
             tower = load_tower(TowersConfig().condition, device=str(self.device))
         tokens = picture_tokens(tower, images, self.config.mode, pixels or PixelsConfig())
         return self.generate(tokens, **settings)
+
+    @own_defaults()
+    def draw(self, tokens: Tensor | np.ndarray, decoder: str | None = None) -> list[Image]:
+        """Draw target tokens, generated or true.
+
+        Args:
+            tokens: Target tokens `[B, N, D]`, or `[N, D]` of one image, in the tower's own scale.
+            decoder: Folder or hub id of a pretrained decoder of the target tower; by default the
+                linear read-out of the training images.
+
+        Returns:
+            PIL pictures, one per image.
+        """
+        from blip3o_lit.checkpoints.drawer import drawer_of
+        from blip3o_lit.drawing.sheet import image_of
+
+        tokens_BND = torch.as_tensor(tokens).float()
+        tokens_BND = tokens_BND[None] if tokens_BND.ndim == 2 else tokens_BND
+        want = self.shape.target
+        if tokens_BND.ndim != 3 or tokens_BND.shape[1:] != (want.tokens, want.width):
+            shape = list(torch.as_tensor(tokens).shape)
+            raise UserError(f"tokens are {shape}, expected [B, {want.tokens}, {want.width}]")
+        if decoder not in self._drawers:
+            self._drawers[decoder] = drawer_of(self.loaded, decoder, home() / "baselines")
+        return [image_of(picture) for picture in self._drawers[decoder].draw(tokens_BND)]
 
     def push_to_hub(self, repository: str, private: bool = True) -> str:
         """Upload the model and its card to the Hugging Face Hub; returns the address."""

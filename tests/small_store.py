@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from blip3o_lit.tokens.store.shards import ArraySpec, TokenIndex, TokenWriter
 from blip3o_lit.tokens.store.storage import fit_int8
@@ -24,6 +26,14 @@ def sample(number: int, arrays: dict[str, ArraySpec] = ARRAYS) -> dict[str, np.n
     }
 
 
+def jpeg(number: int) -> bytes:
+    """Return the thumbnail of a sample, a function of its number."""
+    levels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(levels).save(out, "JPEG")
+    return out.getvalue()
+
+
 def write_store(
     folder: Path,
     train: int = 22,
@@ -31,13 +41,17 @@ def write_store(
     shard_samples: int = 5,
     arrays: dict[str, ArraySpec] = ARRAYS,
     reduced: str | None = None,
+    thumbnails: bool = False,
 ) -> TokenIndex:
     """Write a store whose sample numbers run through train, then validation."""
-    with TokenWriter(folder, arrays, shard_samples, reduced, "by number") as writer:
+    settings = (shard_samples, reduced, "by number")
+    with TokenWriter(folder, arrays, *settings, thumbnails=thumbnails) as writer:
         for number in range(train + validation):
             split = "train" if number < train else "validation"
             key = f"{number:06d}"
-            writer.add(split, key, sample(number, arrays), f"caption {number}", f"image {number}")
+            picture = jpeg(number) if thumbnails else None
+            texts = (f"caption {number}", f"image {number}")
+            writer.add(split, key, sample(number, arrays), *texts, thumbnail=picture)
     return TokenIndex.load(folder)
 
 

@@ -1,4 +1,4 @@
-"""A translator as a folder to share: config.json, model.safetensors, heads and a model card."""
+"""A translator as a folder to share: config, weights, heads, read-out and a model card."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from typing import Any
 from safetensors.torch import save_file
 
 from blip3o_lit.base.files import replacing, write_json
+from blip3o_lit.base.home import home
+from blip3o_lit.checkpoints.drawer import own_readout
 from blip3o_lit.checkpoints.load import CONFIG_FILE, WEIGHTS_FILE, Loaded, load
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.drawing.drawer import save_readout
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.index import TokenIndex
 
@@ -25,7 +28,7 @@ def write_export(loaded: Loaded, out: Path) -> None:
 
     Weights, token scales and the flow's state go into model.safetensors; weights that were cast
     when they were loaded are read again. Where the token store is at hand, the towers' names and
-    its heads.safetensors come along.
+    its heads.safetensors come along, and readout.safetensors, which draws its tokens.
     """
     if loaded.file.parent.resolve() == out.resolve():
         raise UserError(f"out={out} is the folder of the checkpoint: choose another one")
@@ -41,6 +44,9 @@ def write_export(loaded: Loaded, out: Path) -> None:
         heads = loaded.file.with_name(HEADS_FILE)
     if heads.is_file():
         shutil.copyfile(heads, out / HEADS_FILE)
+    readout = own_readout(loaded, home() / "baselines")
+    if readout is not None:
+        save_readout(readout, out)
     write_json(out / CONFIG_FILE, facts)
     (out / CARD_FILE).write_text(model_card(loaded, facts), "utf-8")
 

@@ -26,6 +26,7 @@ from blip3o_lit.checkpoints.sharded import PLAIN
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.drawing.drawer import READOUT_FILE
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.precision import PRECISIONS, cast_weights
@@ -91,7 +92,9 @@ def _from_hub(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(repository, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
+        folder = snapshot_download(
+            repository, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, READOUT_FILE]
+        )
     except Exception as error:  # the hub client raises some twenty classes; all mean the same here
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -28,6 +28,10 @@ class GenerateConfig:
     """Encoders of pictures (condition) and captions (target)."""
     pixels: PixelsConfig = field(default_factory=PixelsConfig)
     """How pictures become pixels: as in the extraction of the training tokens."""
+    draw: bool = False
+    """Draw the generated tokens too: a PNG per sample in `drawings/` of `out`."""
+    decoder: str | None = None
+    """Folder or hub id of a decoder that draws; null: the read-out of the training images."""
     split: str | None = None
     """Split to translate; null: all of them."""
     solver: SolverConfig = field(default_factory=SolverConfig)
@@ -48,6 +52,10 @@ class GenerateConfig:
             raise UserError("tokens=DIR and out=DIR are missing (or images=PATH captions=FILE)")
         if self.images and (self.tokens or self.out):
             raise UserError("images= prints captions, tokens= out= writes a store: give one pair")
+        if self.draw and self.images:
+            raise UserError("draw=true draws a token store's samples: give tokens= and out=")
+        if self.decoder and not self.draw:
+            raise UserError(f"decoder={self.decoder} draws nothing without draw=true")
         check_fields(self)
 
 
@@ -58,7 +66,7 @@ class ExportConfig:
     ckpt: str = ""
     """A checkpoint file or a run directory."""
     out: str = ""
-    """Folder for config.json, model.safetensors, heads.safetensors and README.md."""
+    """Folder for config.json, model.safetensors, heads and readout.safetensors, README.md."""
     push_to_hub: str | None = None
     """Repository of the Hugging Face Hub to upload to, ORG/NAME."""
     private: bool = True

@@ -9,7 +9,7 @@ from blip3o_lit.config.extract import STORAGE
 
 @dataclass
 class ConvertConfig:
-    """The seeds' pickles -> token shards."""
+    """The seeds' pickles -> token shards; without thumbnails, for pickles hold no pictures."""
 
     source: str | None = None
     """blip3o_grid_embeddings.pkl, or the folder of embeddings_shard_*.pkl."""

@@ -62,6 +62,10 @@ class EvaluateConfig:
     """Of the scored images, those that the solvers draw samples of; null: all of them."""
     images: int | None = above_zero(None)
     """Images to score; null: the whole split."""
+    drawn_images: int = 64
+    """Images whose tokens are drawn, for PSNR, spread over those of the solvers; 0: none."""
+    decoder: str | None = None
+    """Folder or hub id of a decoder that draws tokens; null: a linear read-out is fitted."""
     pictures: str | None = None
     """Folder of the source images, to show the best and worst in the report; demo: not needed."""
     batch_size: int = above_zero(32)
@@ -75,3 +79,5 @@ class EvaluateConfig:
         if not self.ckpt:
             raise UserError("ckpt=PATH is missing: name a checkpoint or a run directory")
         check_fields(self)
+        if self.drawn_images < 0:
+            raise UserError(f"drawn_images={self.drawn_images} must be 0 or more")

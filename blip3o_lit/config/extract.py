@@ -67,6 +67,8 @@ class ExtractConfig:
     """float16, bfloat16 (towers with large outliers), float32, or int8 (with measured scales)."""
     store: str = choice("full", ("full", "grid_64"))
     """full: all tokens; grid_64: 8x8 averages of projected tokens, 5 to 10 times smaller."""
+    thumbnails: bool = True
+    """Keep a small JPEG per image, to draw tokens by; false: for stores that are passed on."""
     classes: str | None = None
     """Class names for zero-shot: a .txt, one per line, or a .json of names and their prompts."""
     max_reject_fraction: float = between(0.1, 0.0, 1.0)

@@ -56,8 +56,10 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def data_url(picture_3HW: Tensor) -> str:
-    """Return a picture for a page at its own size: the page enlarges it (`image-rendering`)."""
-    content = png_bytes(image_of(picture_3HW, side=1))
+    """Return a picture for a page, at most `SIDE` large: the page enlarges it."""
+    image = image_of(picture_3HW, side=1)
+    image.thumbnail((SIDE, SIDE))
+    content = png_bytes(image)
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 

@@ -5,11 +5,12 @@ Shape suffixes: K samples, B images, N target tokens, D target width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from blip3o_lit.evaluation.estimators import Batch, Estimator
 from blip3o_lit.flow import draws
@@ -78,11 +79,19 @@ def time_bins(translator: Translator, batches: Iterable[Batch], seed: int) -> li
 
 
 def samples(
-    draw: list[Estimator], mean: Estimator, batches: Iterable[Batch], device: torch.device
+    draw: list[Estimator],
+    mean: Estimator,
+    batches: Iterable[Batch],
+    device: torch.device,
+    watch: Callable[[Tensor], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Return diversity and calibration of several samples per condition, by as many estimators."""
+    """Return diversity and calibration of several samples per condition, by as many estimators.
+
+    `watch` is given the samples `[K, B, N, D]` of each batch.
+    """
     metric = Calibration(len(draw)).to(device)
     for condition, true_BND, sample_B in batches:
         samples_KBND = torch.stack([estimate(condition, sample_B)[0] for estimate in draw])
+        watch(samples_KBND)
         metric.update(samples_KBND, mean(condition, sample_B)[0], true_BND)
     return metric.compute()

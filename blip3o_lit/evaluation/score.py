@@ -18,6 +18,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.evaluation.baselines import BaselineFits
+from blip3o_lit.evaluation.drawings import Drawings, row_images
 from blip3o_lit.evaluation.estimators import (
     Batch,
     Estimator,
@@ -26,6 +27,7 @@ from blip3o_lit.evaluation.estimators import (
     known_problem,
 )
 from blip3o_lit.evaluation.examples import examples, worst
+from blip3o_lit.evaluation.hidden_half import shows_scenes
 from blip3o_lit.evaluation.image_text import ImageText
 from blip3o_lit.evaluation.probes import samples, swapped, time_bins
 from blip3o_lit.evaluation.tally import Reference, Tally, feed
@@ -76,6 +78,10 @@ class Scorer:
             self.fits = BaselineFits(train, loaded, config, folder, report)
             self.mean_ND = self.fits.mean_token()
         self.image_text = ImageText(held, train, self.device)
+        # Its images are among those that the solvers draw samples of: all have the same ones.
+        masked = loaded.config.data.name == "demo_masked" and shows_scenes(held)
+        few = self.solver_images
+        self.drawings = Drawings(held, train, config, few, folder, report, masked)
 
     def run(self) -> dict[str, Any]:
         """Return the content of `evaluation.json`, which has finite numbers only."""
@@ -100,6 +106,7 @@ class Scorer:
             "nfe_curve": self._curve(),
             "time_bins": self._time_bins(),
             "samples": self._samples(),
+            "drawings": {**self.drawings.facts(), **self._rows(estimators, cosine_B)},
             "swapped": self._swapped(estimators),
             "against": {
                 name: {key: _difference(tally, other) for key, other in baselines.items()}
@@ -192,8 +199,12 @@ class Scorer:
         for batch in self._batches(self.images, "scoring", self.solver_images):
             _, true_BND, sample_B = batch
             predictions = feed(every, reference, batch)
+            samples_of = {}
             if solvers and int(sample_B[0]) < self.solver_images:
-                feed(solvers, few, batch)
+                samples_of = feed(solvers, few, batch)
+            own = estimators.keys() | baselines.keys()
+            drawn = {name: x for name, x in (predictions | samples_of).items() if name in own}
+            self.drawings.add(drawn, true_BND, sample_B)
             tokens = {OWN: predictions[headline]}
             tokens |= {name: predictions[name] for name in baselines}
             tokens["true"] = true_BND
@@ -230,6 +241,7 @@ class Scorer:
             else:
                 scores[name] |= tally.result(few)
                 scores[name] |= {f"floor_{key}": value for key, value in few.floor().items()}
+            scores[name] |= self.drawings.scores(name)
         return scores
 
     def _examples(self, cosine_B: np.ndarray) -> dict[str, Any]:
@@ -240,6 +252,23 @@ class Scorer:
             name: recall[read_out][name] for name in (OWN, "true") if name in recall[read_out]
         }
         return examples(self.held, cosine_B, sources, self.config.pictures)
+
+    def _rows(self, tallies: Tallies, cosine_B: np.ndarray) -> dict[str, Any]:
+        """Return pictures of the best, median and worst images, with two samples of each."""
+        if self.drawings.drawer is None:
+            return {}
+        places = row_images(cosine_B)
+        ids = np.array([number for numbers in places.values() for number in numbers])
+        kinds = [kind for kind, numbers in places.items() for _ in numbers]
+        titles = [f"{kind}: {key}" for kind, key in zip(kinds, self.held.keys(ids))]
+        headline, config = next(iter(tallies)), self.config
+        columns = {headline: tallies[headline].predict}
+        for label in config.solvers[:1]:
+            solver = solver_from_label(label)
+            for number in range(2):
+                estimate = generated(self.loaded, solver, config.seed + number)
+                columns[f"sample {number + 1}"] = estimate
+        return {"rows": self.drawings.rows(self.read(ids), titles, columns)}
 
     def _curve(self) -> list[dict[str, Any]]:
         solvers = [solver_from_label(label) for label in self.config.curve]
@@ -270,7 +299,8 @@ class Scorer:
         images = min(config.sample_images, len(self.held))
         draws = [generated(self.loaded, solver, config.seed + number) for number in range(count)]
         mean = generated(self.loaded, SolverConfig(), config.seed)
-        scores = samples(draws, mean, self._batches(images, "samples"), self.device)
+        watch = self.drawings.add_draws
+        scores = samples(draws, mean, self._batches(images, "samples"), self.device, watch)
         return {"solver": solver.label, "images": images, **scores}
 
     def _swapped(self, tallies: Tallies) -> dict[str, Any]:

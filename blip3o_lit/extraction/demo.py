@@ -24,8 +24,8 @@ from blip3o_lit.towers import scenes
 TRAIN, VALIDATION = 2048, 512
 BATCH = 16
 """Small batches stay in the CPU's cache."""
-VERSION = 2
-"""Raised when the store holds more than before: 2 has the embeddings of class prompts."""
+VERSION = 3
+"""Raised when the store holds more than before: 3 has thumbnails."""
 WEIGHTS = Path(scenes.__file__).parent / "weights"
 
 

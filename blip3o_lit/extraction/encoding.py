@@ -15,6 +15,7 @@ from torch import Tensor
 
 from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.drawing import thumbnail
 from blip3o_lit.tokens.store.heads import Head
 from blip3o_lit.tokens.store.index import ArraySpec
 from blip3o_lit.tokens.store.storage import TORCH_TYPES
@@ -41,11 +42,12 @@ class TowerSet:
         device: str = "cpu",
         compile: bool = False,
         pixels: Mapping[str, Any] | None = None,
+        thumbnails: bool = False,
     ) -> None:
         self.towers = {name: tower.to(device) for name, tower in towers.items()}
         self.target = list(self.towers.values())[-1]
         self.device, self.storage = torch.device(device), storage
-        self.pixels = dict(pixels or {})
+        self.pixels, self.thumbnails = dict(pixels or {}), thumbnails
         self._tokens = {
             name: torch.compile(tower.tokens) if compile else tower.tokens
             for name, tower in self.towers.items()
@@ -102,11 +104,18 @@ class TowerSet:
     def sample_bytes(self) -> int:
         """Bytes of one sample in a shard, headers and padding included."""
         members = sum(spec.nbytes + 128 + 512 + 256 for spec in self.arrays.values())
-        return members + 1536
+        return members + 1536 + (thumbnail.BYTES + 512 if self.thumbnails else 0)
 
     def prepare(self, image: Image.Image) -> dict[str, Tensor]:
         """Resize and normalise a decoded picture for the towers; runs in threads."""
         return {name: self.towers[name].preprocess(image) for name in self._inputs.values()}
+
+    def thumbnail(self, inputs: dict[str, Tensor]) -> bytes | None:
+        """Return the JPEG of what the target tower sees of a picture; None where none is kept."""
+        if not self.thumbnails:
+            return None
+        target = list(self.towers)[-1]
+        return thumbnail.thumbnail(inputs[self._inputs[target]], self.target.info)
 
     @torch.inference_mode()
     def encode(self, inputs: list[dict[str, Tensor]], captions: list[str]) -> dict[str, Tensor]:

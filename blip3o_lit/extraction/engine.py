@@ -77,6 +77,7 @@ class Extraction:
             device_of(engine.device),
             engine.compile,
             config.pixels.changes(),
+            config.thumbnails,
         )
         self.classes = dict(source.classes)
         if config.classes:
@@ -102,6 +103,8 @@ class Extraction:
             "towers.pretrained": self.config.towers.pretrained,
             "storage": self.config.storage,
             "store": self.config.store,
+            # None, as in stores that are older than thumbnails.
+            "thumbnails": self.config.thumbnails or None,
             "split": asdict(self.config.split),
             "pixels": None if self.source.name == "demo" else asdict(self.config.pixels),
             "extract.shard_samples": self.config.extract.shard_samples,
@@ -183,7 +186,8 @@ class Extraction:
         order = {"train": "0", "validation": "1"}
         shards = sorted(work.shards, key=lambda s: (order.get(s.split, "2" + s.split), s.file))
         reduced = None if self.config.store == "full" else self.config.store
-        index = TokenIndex(arrays, shards, reduced, self.split_rule, work.rejects)
+        thumbnails = self.config.thumbnails
+        index = TokenIndex(arrays, shards, reduced, self.split_rule, work.rejects, thumbnails)
         index.write(self.out)
         self.ledger.clear()
         return index

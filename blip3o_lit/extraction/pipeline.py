@@ -37,6 +37,7 @@ class Ready:
     item: Item
     split: str
     inputs: dict[str, Tensor]
+    thumbnail: bytes | None
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Pipeline:
                 continue
             entries = part.entries(len(records) * size)
             upcoming = next(entries, None)
-            unit = Unit(self.ledger, number, len(records), self.arrays, self.scales)
+            unit = self._unit(number, len(records))
             while not unit.last:
                 needed = size * self.towers.sample_bytes
                 check_disk(self.ledger.out, needed, "the next shard takes up to", fix)
@@ -109,7 +110,11 @@ class Pipeline:
                 unit.last = upcoming is None
                 yield unit, None
                 if upcoming is not None:
-                    unit = Unit(self.ledger, number, unit.number + 1, self.arrays, self.scales)
+                    unit = self._unit(number, unit.number + 1)
+
+    def _unit(self, part_number: int, number: int) -> Unit:
+        thumbnails = self.towers.thumbnails
+        return Unit(self.ledger, part_number, number, self.arrays, self.scales, thumbnails)
 
     def _load(self, step: tuple[Unit, Item | Lost | None]) -> tuple[Unit, Ready | Lost | None]:
         """Read, decode, split and resize one image."""
@@ -121,7 +126,8 @@ class Pipeline:
         except Reject as error:
             return unit, Lost(entry.source, str(error))
         split = entry.split or self.splitter(image)
-        return unit, Ready(entry, split, self.towers.prepare(image))
+        inputs = self.towers.prepare(image)
+        return unit, Ready(entry, split, inputs, self.towers.thumbnail(inputs))
 
     def _batches(self, entries: Iterator[tuple[Unit, Ready | Lost | None]]) -> Iterator[Batch]:
         """Gather full batches; a unit's last one may be smaller, and closes the unit."""
@@ -155,7 +161,8 @@ class Pipeline:
             item = ready.item
             sample = {name: array[row] for name, array in arrays.items()}
             facts = {"caption": item.caption, "source": item.source, **item.extra}
-            batch.unit.shard(ready.split).add(item.sample_key, sample, facts)
+            shard = batch.unit.shard(ready.split)
+            shard.add(item.sample_key, sample, facts, ready.thumbnail)
         return batch.entries, batch.unit.close() if batch.closes else None
 
 

@@ -47,7 +47,9 @@ def price(config: ExtractConfig, images: int = IMAGES) -> list[tuple[str, str]]:
     dollars = flops / SPEEDS[PRICED] / 3600 * DOLLARS
     rows.append((f"cost on {PRICED}", f"{dollars:,.2f} $ at {DOLLARS:g} $ an hour"))
     int8 = config.storage == "int8"
-    plan = TowerSet(towers, True, "float16" if int8 else config.storage, config.store, "meta")
+    storage = "float16" if int8 else config.storage
+    thumbnails = config.thumbnails
+    plan = TowerSet(towers, True, storage, config.store, "meta", thumbnails=thumbnails)
     tokens = sum(spec.nbytes for spec in plan.arrays.values() if spec.kind == "tokens")
     sample = plan.sample_bytes - (tokens // 2 if int8 else 0)
     disk = f"{sample * images / 1e9:,.1f} GB, {sample / 1e3:,.0f} kB an image"

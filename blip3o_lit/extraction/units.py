@@ -172,9 +172,10 @@ class Unit:
         number: int,
         arrays: dict[str, ArraySpec],
         scales: dict[str, np.ndarray],
+        thumbnails: bool,
     ) -> None:
         self.ledger, self.number = ledger, number
-        self.arrays, self.scales = arrays, scales
+        self.arrays, self.scales, self.thumbnails = arrays, scales, thumbnails
         self.name = ledger.unit_name(part_number, number)
         self.path = ledger.record_path(part_number, number)
         self.seen = 0
@@ -189,7 +190,9 @@ class Unit:
             folder, name = self.ledger.out, f"{split}-{self.name}"
             for stale in folder.glob(f".{name}.*.tmp"):
                 stale.unlink(missing_ok=True)
-            self._shards[split] = ShardWriter(folder, name, split, self.arrays, self.scales)
+            self._shards[split] = ShardWriter(
+                folder, name, split, self.arrays, self.scales, self.thumbnails
+            )
         return self._shards[split]
 
     def close(self) -> UnitRecord:

@@ -51,9 +51,11 @@ def repair(folder: Path) -> Repaired:
         raise UserError(f"tokens={folder} is no folder")
     try:
         data = _old_index(folder)
-        arrays = _arrays(data) or _arrays_of_shards(folder)
+        arrays, thumbnails = _arrays(data), data.get("thumbnails") is True
+        if not arrays:
+            arrays, thumbnails = _arrays_of_shards(folder)
         entries = _entries(data)
-        sound, lost = _sort_out(folder, entries, arrays)
+        sound, lost = _sort_out(folder, entries, arrays, thumbnails)
         if not sound:
             raise UserError(f"{folder} has no sound shard: extract or convert again")
         rejects = data.get("rejects")
@@ -63,6 +65,7 @@ def repair(folder: Path) -> Repaired:
             data["reduced"] if "reduced" in data else _reduced(arrays),
             str(data.get("split_rule", "")),
             rejects if type(rejects) is int else 0,
+            thumbnails,
         )
         if (folder / "index.json").exists():
             old = (folder / "index.json").read_bytes()
@@ -105,7 +108,10 @@ def _entries(data: dict[str, Any]) -> dict[str, ShardEntry]:
 
 
 def _sort_out(
-    folder: Path, entries: dict[str, ShardEntry], arrays: dict[str, ArraySpec]
+    folder: Path,
+    entries: dict[str, ShardEntry],
+    arrays: dict[str, ArraySpec],
+    thumbnails: bool,
 ) -> tuple[list[ShardEntry], list[str]]:
     """Return the entries of sound shards, and a line per shard that is lost."""
     sound: list[ShardEntry] = []
@@ -115,7 +121,7 @@ def _sort_out(
         for name in names:
             entry = entries.get(name)
             try:
-                sound.append(_sound(folder, name, entry, arrays))
+                sound.append(_sound(folder, name, entry, arrays, thumbnails))
             except UserError as error:
                 samples = f"{entry.samples} samples" if entry else "its samples"
                 lost.append(f"{name}: {samples} lost ({error})")
@@ -124,7 +130,11 @@ def _sort_out(
 
 
 def _sound(
-    folder: Path, name: str, entry: ShardEntry | None, arrays: dict[str, ArraySpec]
+    folder: Path,
+    name: str,
+    entry: ShardEntry | None,
+    arrays: dict[str, ArraySpec],
+    thumbnails: bool,
 ) -> ShardEntry:
     """Check a shard, write its offsets, and return its entry."""
     problem = shard_problem(folder, entry) if entry else ""
@@ -134,7 +144,8 @@ def _sound(
     if parts is None:
         raise UserError(f"{name} is no name of a shard (<split>-NNNNNN.tar)")
     path = folder / name
-    offsets = scan(map_tar(path), arrays, name, entry.samples if entry else None)
+    promise = entry.samples if entry else None
+    offsets = scan(map_tar(path), arrays, thumbnails, name, promise)
     if entry is None:
         idx_name, size = path.with_suffix(".idx").name, path.stat().st_size
         entry = ShardEntry(name, idx_name, parts[1], len(offsets), size, file_hash(path))
@@ -147,25 +158,32 @@ def _reduced(arrays: dict[str, ArraySpec]) -> str | None:
     return "grid_64" if grids == {GRID_64} else None
 
 
-def _arrays_of_shards(folder: Path) -> dict[str, ArraySpec]:
-    """Return the arrays that the first readable shard's headers show."""
+def _arrays_of_shards(folder: Path) -> tuple[dict[str, ArraySpec], bool]:
+    """Return the arrays that the first readable shard's headers show, and whether it has JPEGs."""
     for path in sorted(folder.glob("*.tar")):
         try:
-            arrays = _first_sample(path)
+            arrays, thumbnails = _first_sample(path)
         except UserError:
             continue
         if arrays:
-            return _described(folder, _with_scales(folder, arrays))
+            return _described(folder, _with_scales(folder, arrays)), thumbnails
     raise UserError(f"{folder} has no index.json and no readable shard: extract or convert again")
 
 
-def _first_sample(path: Path) -> dict[str, ArraySpec]:
-    """Return the arrays of a tar's first sample; grids are taken to be square, scales left open."""
+def _first_sample(path: Path) -> tuple[dict[str, ArraySpec], bool]:
+    """Return the arrays of a tar's first sample, and whether it has a thumbnail.
+
+    Grids are taken to be square, scales left open.
+    """
     arrays: dict[str, ArraySpec] = {}
+    thumbnail = False
     with memoryview(map_tar(path)) as view:
         for member in tar.members(view, path.name):
             if member.suffix == "json":
-                return arrays
+                return arrays, thumbnail
+            if member.suffix == "jpg":
+                thumbnail = True
+                continue
             name = member.suffix.removesuffix(".npy")
             start = bytes(view[member.offset : member.offset + tar.NPY_HEADER_LIMIT])
             dtype, shape, _ = tar.read_npy_header(start, f"{path.name}: {member.name}")
@@ -177,7 +195,7 @@ def _first_sample(path: Path) -> dict[str, ArraySpec]:
             if spec.dtype != "int8":
                 ArraySpec.from_dict(name, spec.to_dict())
             arrays[name] = spec
-    return {}
+    return {}, False
 
 
 def _with_scales(folder: Path, arrays: dict[str, ArraySpec]) -> dict[str, ArraySpec]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.drawing.thumbnail import opened
 from blip3o_lit.inspection.finding import Finding
 from blip3o_lit.inspection.numbers import ArrayNumbers
 from blip3o_lit.tokens.classes import Classes
@@ -68,7 +69,7 @@ class Inspection:
             for entry in self.index.shards:
                 problem = shard_problem(self.folder, entry)
                 try:
-                    shard = Shard.by_headers(self.folder, entry, self.index.arrays)
+                    shard = Shard.by_headers(self.folder, entry, self.index)
                     self.offsets(shard)
                     self.read(shard)
                 except UserError as error:
@@ -86,8 +87,8 @@ class Inspection:
         if not path.is_file():
             self.note("warn", "offsets", f"{entry.offsets} is missing", "made when first used")
             return
-        columns = len(self.index.arrays) + 2
-        known = unpack_offsets(path.read_bytes(), entry.samples, columns, entry.sha256)
+        columns, content = self.index.columns, path.read_bytes()
+        known = unpack_offsets(content, entry.samples, columns, entry.sha256)
         if known is None:
             self.note("warn", "offsets", f"{entry.offsets} is damaged or of another tar", fix)
         elif not np.array_equal(known, shard.offsets):
@@ -131,6 +132,11 @@ class Inspection:
             self.captions += bool(shard.metadata(sample).get("caption"))
         except UserError as error:
             self.note("fail", "metadata", str(error))
+        if self.index.thumbnails:
+            try:
+                opened([shard.thumbnail(sample)], [key])
+            except UserError as error:
+                self.note("fail", "thumbnail", f"{error} (in {file})")
         sound = True
         for name, spec in self.index.arrays.items():
             stored = shard.stored(name, spec, sample)
@@ -210,6 +216,8 @@ class Inspection:
         yield Finding("ok", "size", f"{len(index.shards)} shards, {size}")
         share = self.captions / max(self.samples, 1)
         yield Finding("ok", "captions", f"{share:.1%} of the samples have one")
+        thumbnails = "one per sample" if index.thumbnails else "none: pictures can't be drawn"
+        yield Finding("ok", "thumbnails", thumbnails)
         yield Finding("ok", "split rule", index.split_rule or "not recorded")
         for name, spec in index.arrays.items():
             if spec.dtype == "int8":

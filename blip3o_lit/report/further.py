@@ -14,7 +14,7 @@ SHOWN = {
     *("format", "split", "images", "mode", "tokens", "checkpoint", "headline", "verdict"),
     *("standing", "verdict_note", "estimators", "baselines", "optimum", "frechet_floor"),
     *("nfe_curve", "position_cosine", "position_std", "retrieval", "zero_shot", "worst"),
-    *("examples", "samples", "time_bins", "paired", "against", "swapped"),
+    *("examples", "samples", "drawings", "time_bins", "paired", "against", "swapped"),
 }
 """Blocks of `evaluation.json` that a section of their own shows."""
 DIFFERENCE = ("Difference", "95 % from", "95 % to", "p", "Share of wins", "Images")

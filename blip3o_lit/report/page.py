@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from blip3o_lit.report import about_run, captions, further, held_out
+from blip3o_lit.report import about_run, captions, drawings, further, held_out
 from blip3o_lit.report.record import RunRecord
 from blip3o_lit.report.templating import write_page
 
 SECTIONS = (
-    *(held_out.result, held_out.positions, held_out.sampling, captions.retrieval, captions.images),
+    *(drawings.drawings, held_out.result, held_out.positions, held_out.sampling),
+    *(drawings.hidden_half, captions.retrieval, captions.images),
     *(further.against, further.samples, further.times, further.paired, further.rest),
     *(about_run.training, about_run.configuration, about_run.environment, about_run.repeat),
 )

@@ -17,8 +17,8 @@ import yaml
 from conftest import ROOT
 from documented import DOCS, FOREIGN, PAGES, blocks, lines
 from hydra.core.config_store import ConfigStore
-from made_run import make_run
 from omegaconf import OmegaConf
+from picture_run import picture_store, run_on
 
 import blip3o_lit
 from blip3o_lit.cli.arguments import check_arguments, read_line
@@ -103,7 +103,8 @@ def test_python_blocks_run(
     tmp_path: Path, shared_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    export(ExportConfig(ckpt=str(make_run(tmp_path / "run")), out="exported"))
+    run = run_on(picture_store(tmp_path / "store"), tmp_path / "run")
+    export(ExportConfig(ckpt=str(run), out="exported"))
     shape = blip3o_lit.BLIP3oInference("exported", "cpu").shape.condition
     ran = 0
     for page in PAGES:

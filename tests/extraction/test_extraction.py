@@ -14,6 +14,7 @@ import torch
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import EngineConfig, ExtractConfig, SplitConfig
+from blip3o_lit.drawing.thumbnail import opened
 from blip3o_lit.extraction import units
 from blip3o_lit.extraction.classes import read_classes
 from blip3o_lit.extraction.demo import demo_source, demo_store
@@ -76,6 +77,33 @@ def test_stored_tokens_are_the_towers_tokens(tmp_path, towers):
             assert (found - expected).abs().max() <= 2e-3 * expected.abs().max()
     head = Head.load(tmp_path, "clip")
     assert head.width == demo.PROJECTION
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_thumbnails_show_what_the_target_tower_sees(tmp_path, towers, masked):
+    if masked:
+        towers = {"eva": demo.LeftHalf(towers["eva"]), "clip": towers["clip"]}
+    index = extract(demo_source(6, 2, 8), towers, tmp_path, config()).index
+    assert index.thumbnails
+    shard = TokenStore.open(tmp_path).shard(0)
+    for row in range(6):
+        drawn = torch.from_numpy(np.array(scene("train", row).image)).permute(2, 0, 1) / 255
+        content = shard.thumbnail(row)
+        assert len(content) <= 2048
+        found = opened([content], ["key"])[0]
+        rows, columns = towers["clip"].info.shape.grid
+        assert found.shape[1] <= 4 * rows
+        assert found.shape[2] <= 4 * columns
+        assert (found - drawn).square().mean().sqrt() < 0.05
+
+
+def test_stores_that_are_passed_on_can_do_without_thumbnails(tmp_path, towers):
+    index = extract(demo_source(6, 2, 8), towers, tmp_path, config(thumbnails=False)).index
+    assert not index.thumbnails
+    assert b".jpg" not in (tmp_path / index.shards[0].file).read_bytes()
+    assert extract(demo_source(6, 2, 8), towers, tmp_path, config(thumbnails=False)).already
+    with pytest.raises(UserError, match="another thumbnails"):
+        extract(demo_source(6, 2, 8), towers, tmp_path, config())
 
 
 def _place(store, number, row):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from blip3o_lit.config.errors import UserError
@@ -14,7 +16,7 @@ CLIP = TowerConfig("huggingface", "ViT-L-14-quickgelu", "openai/clip", precision
 SIGLIP = TowerConfig("open_clip", "ViT-B-16-SigLIP", "webli")
 
 
-def rows(condition: TowerConfig = EVA, images: int = 100_000, **options: str) -> dict[str, str]:
+def rows(condition: TowerConfig = EVA, images: int = 100_000, **options: Any) -> dict[str, str]:
     towers = TowersConfig(condition, CLIP)
     return dict(price(ExtractConfig(towers=towers, **options), images))  # type: ignore[arg-type]
 
@@ -29,7 +31,8 @@ def test_the_missions_pair_costs_what_its_shapes_say() -> None:
     assert found["cost on an H100 or H200"] == "0.85 $ at 3 $ an hour"  # 0.282 hours
     assert found["time on two CPU cores"] == "1,128 hours at 0.1 TFLOP/s"
     # 2 bytes x 257 tokens x 5120 channels = 2.632 MB, a caption's 768 numbers, tar headers
-    assert found["disk"].startswith("263.")
+    assert rows(thumbnails=False)["disk"].startswith("263.")
+    assert found["disk"].startswith("264.0")  # 2,560 bytes more, of a thumbnail
     assert rows(images=50_000)["arithmetic"] == "203 PFLOP"
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import save_file
+from small_store import jpeg, write_store
 
 from blip3o_lit.config.commands import DoctorConfig
 from blip3o_lit.config.errors import UserError
@@ -302,6 +303,27 @@ def test_repair_keeps_the_sound_shards_and_names_the_lost(tmp_path: Path) -> Non
     assert set(after) == {"00000", "00001", "00002", "00003", "00008", "00009", "00014"}
     assert all(torch.equal(after[key], before[key]) for key in after)
     assert (folder / "index.json.before-repair").is_file()
+
+
+def test_thumbnails_are_read_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    write_store(tmp_path, thumbnails=True)
+    assert {finding.what for finding in problems(tmp_path)} == {"text"}
+    path = tmp_path / "train-000001.tar"
+    place = path.read_bytes().index(jpeg(7))
+    patch_byte(path, place, 0)
+    named = [finding.says for finding in problems(tmp_path) if finding.what == "thumbnail"]
+    assert len(named) == 1
+    assert "000007: its thumbnail is damaged" in named[0]
+
+
+def test_repair_without_an_index_finds_the_thumbnails(tmp_path: Path) -> None:
+    index = write_store(tmp_path, thumbnails=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.idx")}
+    (tmp_path / "index.json").unlink()
+    repaired = repair(tmp_path)
+    assert (repaired.index.thumbnails, repaired.lost) == (True, [])
+    assert repaired.index.samples == index.samples
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.idx")} == before
 
 
 def test_repair_leaves_out_a_tar_without_samples(tmp_path: Path) -> None:

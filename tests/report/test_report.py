@@ -98,6 +98,39 @@ def test_every_number_of_the_evaluation_stands_on_the_page(run: Path) -> None:
         assert words in text
 
 
+def test_the_page_opens_with_rows_of_drawn_tokens(run: Path) -> None:
+    found = read(run)
+    assert found.text.index("Pictures") < found.text.index("Result")
+    strips = [a for a in found.all("figure") if a.get("class") == "drawn"]
+    assert len(strips) == 3
+    words = [a["alt"] for a in found.all("img") if "img-worst" in (a.get("alt") or "")]
+    labels = ("picture", "true tokens", "mean", "sample 1", "sample 2")
+    assert words == [f"{label} of worst: img-worst" for label in labels]
+    for number in ("0.9876", "0.9765", "28.41", "26.72", "33.9 dB", "33.87 dB"):
+        assert number in found.text
+    for number in ("0.9219", "0.6875", "97.1 %", "2.312", "3.938"):
+        assert number in found.text
+
+
+def test_a_page_without_pictures_says_why(tmp_path: Path) -> None:
+    report = {**evaluation(), "drawings": {"why_not": "the token store has no thumbnails"}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(report))
+    write_report(tmp_path)
+    found = read(tmp_path)
+    assert "No pictures of tokens: the token store has no thumbnails." in found.text
+    assert "The hidden half" not in found.text
+
+
+def test_pictures_that_are_no_data_urls_are_left_out(tmp_path: Path) -> None:
+    report = evaluation()
+    for row in report["drawings"]["rows"]:
+        for drawing in row["drawings"]:
+            drawing["picture"] = "https://example.org/a.png"
+    (tmp_path / "evaluation.json").write_text(json.dumps(report))
+    write_report(tmp_path)
+    assert "example.org" not in (tmp_path / "report.html").read_text("utf-8")
+
+
 def test_numbers_name_what_they_belong_to(run: Path) -> None:
     """Once at the top for all; where the images are others, there too."""
     found = read(run)
@@ -169,6 +202,10 @@ def test_strings_of_a_run_are_escaped(tmp_path: Path) -> None:
     report["retrieval"][HOSTILE] = {HOSTILE: {HOSTILE: 0.5}}
     report["worst"][0] = dict.fromkeys(("key", "caption", "source"), HOSTILE)
     report["examples"]["best"] = [dict.fromkeys(("key", "caption", "picture"), HOSTILE)]
+    hostile = dict.fromkeys(("label", "picture"), HOSTILE)
+    report["drawings"]["rows"] = [{"title": HOSTILE, "drawings": [hostile]}]
+    report["drawings"]["by"] = HOSTILE
+    report["drawings"]["hidden_half"]["shares"][HOSTILE] = {"digit": 0.5}
     report["samples"][HOSTILE] = report["paired"]["run"] = report["surprise"] = HOSTILE
     (run / "evaluation.json").write_text(json.dumps(report))
     (run / "config.yaml").write_text(f"name: {json.dumps(HOSTILE)}\n")

@@ -236,7 +236,7 @@ def _hostile(kind: str) -> bytes:
 
 
 REFUSALS = {
-    "only npy and json": ("pickle", "pyd", "pth"),
+    "only npy, json and jpg": ("pickle", "pyd", "pth"),
     "no plain sample name": ("traversal", "absolute"),
     "is a link, folder, device": ("symlink", "hard link", "device", "folder", "pax"),
     "cut off or claims an absurd size": ("absurd size",),

@@ -241,7 +241,7 @@ def _damaged(kind: str, content: bytes) -> bytes:
         ("cut", "cut off"),
         ("short", "holds 0 samples, index.json promises 5"),
         ("absurd size", "claims 8000000000 bytes"),
-        ("pickle", "only npy and json"),
+        ("pickle", "only npy, json and jpg"),
         ("traversal", "no plain sample name"),
         ("nan", "holds NaN"),
         ("wrong type", "holds <i2"),

@@ -66,7 +66,7 @@ class TokenStore:
             if number not in self._shards:
                 verify = "size" if number in self._verified else self.verify
                 entry = self.index.shards[number]
-                self._shards[number] = Shard.open(self.path, entry, self.index.arrays, verify)
+                self._shards[number] = Shard.open(self.path, entry, self.index, verify)
                 self._verified.add(number)
                 if len(self._shards) > OPEN_SHARDS:
                     self._shards.popitem(last=False)
@@ -232,6 +232,10 @@ class TokenReader(PairReader):
 
     def metadata(self, ids: np.ndarray) -> list[dict[str, Any]]:
         return [shard.metadata(sample) for shard, sample in self._locate(ids)]
+
+    def thumbnails(self, ids: np.ndarray) -> list[bytes]:
+        """Return the JPEGs of samples, of a store whose index says that it has them."""
+        return [shard.thumbnail(sample) for shard, sample in self._locate(ids)]
 
     def captions(self, ids: np.ndarray) -> list[str]:
         return [str(item.get("caption", "")) for item in self.metadata(ids)]

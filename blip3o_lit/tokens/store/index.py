@@ -127,6 +127,8 @@ class TokenIndex:
     """How the split was made, in words."""
     rejects: int = 0
     """Images that could not be read."""
+    thumbnails: bool = False
+    """Whether every sample has a KEY.jpg: what the target tower saw of it, made small."""
     created_by: str = f"blip3o_lit {__version__}"
 
     @property
@@ -140,6 +142,11 @@ class TokenIndex:
     @property
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def columns(self) -> int:
+        """Numbers per sample in an .idx file."""
+        return len(self.arrays) + (4 if self.thumbnails else 2)
 
     @property
     def hash(self) -> str:
@@ -157,6 +164,7 @@ class TokenIndex:
             "created_by": self.created_by,
             "arrays": {name: spec.to_dict() for name, spec in self.arrays.items()},
             "reduced": self.reduced,
+            "thumbnails": self.thumbnails,
             "splits": self.splits,
             "split_rule": self.split_rule,
             "rejects": self.rejects,
@@ -197,6 +205,7 @@ class TokenIndex:
                 data["reduced"],
                 str(data.get("split_rule", "")),
                 int(data.get("rejects", 0)),
+                data.get("thumbnails") is True,
                 str(data.get("created_by", "")),
             )
             index._check()
@@ -234,7 +243,7 @@ def repair_command(folder: Path) -> str:
 
 
 def check_array_name(name: str) -> None:
-    if not name or not KEY_CHARACTERS.issuperset(name) or name == "json":
+    if not name or not KEY_CHARACTERS.issuperset(name) or name in ("jpg", "json"):
         raise UserError(f"array name {name!r} may hold letters, digits, - and _ alone")
 
 

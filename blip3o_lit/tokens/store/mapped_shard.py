@@ -14,30 +14,28 @@ import numpy as np
 from blip3o_lit.base.files import write_synced
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.store import tar
-from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, repair_command
+from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex, repair_command
 from blip3o_lit.tokens.store.shards import pack_offsets, unpack_offsets
 
 
 class Shard:
-    """One mapped tar and the offsets of its samples, `[samples, arrays + 2]` as in its .idx."""
+    """One mapped tar and the offsets of its samples, `[samples, columns]` as in its .idx."""
 
     def __init__(
         self,
         folder: Path,
         entry: ShardEntry,
-        arrays: dict[str, ArraySpec],
+        index: TokenIndex,
         data: mmap.mmap,
         offsets: np.ndarray,
     ) -> None:
         self.entry, self.map, self.offsets = entry, data, offsets
-        self.columns = {name: column for column, name in enumerate(arrays)}
+        self.columns = {name: column for column, name in enumerate(index.arrays)}
         self.bytes = np.frombuffer(data, np.uint8)
         self.repair = repair_command(folder)
 
     @classmethod
-    def open(
-        cls, folder: Path, entry: ShardEntry, arrays: dict[str, ArraySpec], verify: str
-    ) -> Shard:
+    def open(cls, folder: Path, entry: ShardEntry, index: TokenIndex, verify: str) -> Shard:
         """Map a tar and read its offsets; lost or damaged ones are rebuilt."""
         path = folder / entry.file
         data = map_tar(path)
@@ -46,7 +44,7 @@ class Shard:
             content = offsets_file.read_bytes() if offsets_file.is_file() else b""
         except OSError as error:
             raise UserError(f"{offsets_file} can't be read ({error.strerror})") from error
-        offsets = unpack_offsets(content, entry.samples, len(arrays) + 2, entry.sha256)
+        offsets = unpack_offsets(content, entry.samples, index.columns, entry.sha256)
         fix = f"restore it or {repair_command(folder)}"
         if len(data) != entry.bytes:
             lost = ""
@@ -63,18 +61,18 @@ class Shard:
                 f"shard {path} has another sha256 than index.json says: its content changed; {fix}"
             )
         if offsets is None:
-            offsets = scan(data, arrays, str(path), entry.samples)
+            offsets = scan(data, index.arrays, index.thumbnails, str(path), entry.samples)
             # A read-only store is fine: the offsets then live in memory alone.
             if os.access(folder, os.W_OK):
                 write_synced(offsets_file, pack_offsets(offsets, entry.sha256))
-        return cls(folder, entry, arrays, data, offsets)
+        return cls(folder, entry, index, data, offsets)
 
     @classmethod
-    def by_headers(cls, folder: Path, entry: ShardEntry, arrays: dict[str, ArraySpec]) -> Shard:
+    def by_headers(cls, folder: Path, entry: ShardEntry, index: TokenIndex) -> Shard:
         """Map a tar and find its samples by its own headers, whatever size and offsets say."""
         data = map_tar(folder / entry.file)
-        offsets = scan(data, arrays, entry.file, entry.samples)
-        return cls(folder, entry, arrays, data, offsets)
+        offsets = scan(data, index.arrays, index.thumbnails, entry.file, entry.samples)
+        return cls(folder, entry, index, data, offsets)
 
     def stored(self, array: str, spec: ArraySpec, sample: int) -> np.ndarray:
         """Return a read-only view of one sample's stored numbers, in the array's shape."""
@@ -95,6 +93,11 @@ class Shard:
         start = int(self.offsets[sample, -2]) - tar.BLOCK
         name = self.map[start : start + 100].partition(b"\0")[0]
         return name.decode().removesuffix(".json")
+
+    def thumbnail(self, sample: int) -> bytes:
+        """Return the content of a sample's KEY.jpg, of a store that has thumbnails."""
+        offset, size = int(self.offsets[sample, -4]), int(self.offsets[sample, -3])
+        return self.map[offset : offset + size]
 
     def metadata(self, sample: int) -> dict[str, Any]:
         """Return the content of a sample's KEY.json."""
@@ -125,17 +128,24 @@ def map_tar(path: Path) -> mmap.mmap:
 
 
 def scan(
-    data: mmap.mmap, arrays: dict[str, ArraySpec], where: str, promise: int | None = None
+    data: mmap.mmap,
+    arrays: dict[str, ArraySpec],
+    thumbnails: bool,
+    where: str,
+    promise: int | None = None,
 ) -> np.ndarray:
-    """Find the offsets `[samples, arrays + 2]` of every sample by walking a tar's headers.
+    """Find the offsets `[samples, columns]` of every sample by walking a tar's headers.
 
     Refuses members that the index doesn't promise, and another number of samples than `promise`.
     """
     rows: list[list[int]] = []
     with memoryview(data) as view:
-        for sample in tar.samples(tar.members(view, where), arrays, where):
-            offsets = [sample[name].offset for name in arrays]
-            rows.append([*offsets, sample["json"].offset, sample["json"].size])
+        for sample in tar.samples(tar.members(view, where), arrays, where, thumbnails):
+            row = [sample[name].offset for name in arrays]
+            for name in tar.BESIDE:
+                if name in sample:
+                    row += [sample[name].offset, sample[name].size]
+            rows.append(row)
     if not rows or promise not in (None, len(rows)):
         expected = "at least 1" if promise is None else promise
         raise UserError(f"{where} holds {len(rows)} whole samples, index.json promises {expected}")

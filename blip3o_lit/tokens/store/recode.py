@@ -21,7 +21,7 @@ IMAGES = 256
 
 
 def recode(store: TokenStore, out: Path, storage: str) -> TokenIndex:
-    """Write a store to `out` with its tokens in another format; captions' embeddings stay.
+    """Write a store to `out` with its tokens in another format; the rest stays.
 
     The new index of an int8 store names the cosine to the old tokens.
     """
@@ -39,13 +39,16 @@ def recode(store: TokenStore, out: Path, storage: str) -> TokenIndex:
             arrays[name] = spec
     index = store.index
     samples = max(shard.samples for shard in index.shards)
-    with TokenWriter(out, arrays, samples, index.reduced, index.split_rule, scales) as writer:
+    rule, thumbnails = index.split_rule, index.thumbnails
+    with TokenWriter(out, arrays, samples, index.reduced, rule, scales, thumbnails) as writer:
         for number, entry in enumerate(index.shards):
             shard = store.shard(number)
             for sample in range(entry.samples):
                 place = [Place(shard, sample)]
                 values = {name: store.gather(place, name)[0].float().numpy() for name in arrays}
-                writer.add(entry.split, shard.key(sample), values, **shard.metadata(sample))
+                key, facts = shard.key(sample), shard.metadata(sample)
+                jpeg = shard.thumbnail(sample) if thumbnails else None
+                writer.add(entry.split, key, values, thumbnail=jpeg, **facts)
     for name in (HEADS_FILE, CLASSES_FILE):
         if (store.path / name).is_file():
             shutil.copyfile(store.path / name, out / name)

@@ -87,10 +87,11 @@ class RemoteStore:
         url, count = f"{self.url}/{entry.file}", 0
         with open_remote(url) as stream:
             files = _members(stream, url, self.index)
-            for sample in tar.samples(files, self.index.arrays, url):
+            specs, thumbnails = self.index.arrays, self.index.thumbnails
+            for sample in tar.samples(files, specs, url, thumbnails):
                 numbers = {}
                 for name in arrays:
-                    file, spec = sample[name], self.index.arrays[name]
+                    file, spec = sample[name], specs[name]
                     flat = np.frombuffer(file.content, spec.stored, offset=file.offset)
                     if not finite(flat, spec.dtype):
                         raise UserError(
@@ -107,6 +108,8 @@ def _members(stream: BinaryIO, url: str, index: TokenIndex) -> Iterator[tar.Memb
     """Read a tar's files, each checked before its content is read."""
     limits = {f"{name}.npy": s.nbytes + tar.NPY_HEADER_LIMIT for name, s in index.arrays.items()}
     limits["json"] = tar.JSON_LIMIT
+    if index.thumbnails:
+        limits["jpg"] = tar.JSON_LIMIT
     while block := read_whole(stream, tar.BLOCK):
         member = tar.parse_header(block, url)
         if member is None:

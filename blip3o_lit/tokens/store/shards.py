@@ -2,7 +2,8 @@
 
 A store is a folder with `index.json`, tars `<split>-NNNNNN.tar`, their offsets `.idx`, and
 optionally `heads.safetensors`. A tar belongs to one split and holds, per sample, KEY.<array>.npy in
-the index's order, then KEY.json. Any WebDataset tool can read it; `reader.py` reads it by offset.
+the index's order, KEY.jpg where the store has thumbnails, then KEY.json. Any WebDataset tool can
+read it; `reader.py` reads it by offset.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def pack_offsets(offsets: np.ndarray, sha256: str) -> bytes:
     """Return the content of an .idx file.
 
     Four words of 8 bytes (magic, samples, columns, start of the tar's sha256), then
-    `[samples, columns]` u64: first byte of each array's numbers, first byte of KEY.json, its size;
-    then 8 bytes of a sha256 of all this.
+    `[samples, columns]` u64: first byte of each array's numbers, first byte and size of KEY.jpg
+    where there is one, first byte and size of KEY.json; then 8 bytes of a sha256 of all this.
     """
     samples, columns = offsets.shape
     body = _offsets_head(samples, columns, sha256) + offsets.astype("<u8").tobytes()
@@ -70,9 +71,11 @@ class ShardWriter:
         split: str,
         arrays: dict[str, ArraySpec],
         scales: dict[str, np.ndarray] | None = None,
+        thumbnails: bool = False,
     ) -> None:
         self.folder, self.name, self.split = folder, name, split
         self.arrays, self.scales = arrays, scales or {}
+        self.thumbnails = thumbnails
         self._temporary = temporary_name(folder / f"{name}.tar")
         self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 (closed in close/abort)
         self._hash = hashlib.sha256()
@@ -89,7 +92,13 @@ class ShardWriter:
             self._hash.update(part)
             self._position += len(part)
 
-    def add(self, key: str, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+    def add(
+        self,
+        key: str,
+        arrays: dict[str, np.ndarray],
+        metadata: dict[str, Any],
+        thumbnail: bytes | None = None,
+    ) -> None:
         """Append one sample, or nothing of it where the key, an array or a number is refused."""
         if not key or len(key) > 60 or not KEY_CHARACTERS.issuperset(key):
             raise UserError(f"sample key {key!r}: use 1 to 60 letters, digits, - and _")
@@ -99,6 +108,8 @@ class ShardWriter:
         text = json.dumps(metadata, sort_keys=True, ensure_ascii=False).encode()
         if len(text) > tar.JSON_LIMIT:
             raise UserError(f"sample {key}: its caption and metadata exceed 1 MiB")
+        if (thumbnail is not None) != self.thumbnails:
+            raise UserError(f"sample {key}: either all samples of a store have a thumbnail or none")
         self._keys.add(key)
         row = []
         for name, value in stored.items():
@@ -107,9 +118,11 @@ class ShardWriter:
             self._put(tar.header(f"{key}.{name}.npy", size), start)
             row.append(self._position)
             self._put(value.data.cast("B"), tar.padding(size))
-        self._put(tar.header(f"{key}.json", len(text)))
-        row += [self._position, len(text)]
-        self._put(text, tar.padding(len(text)))
+        beside = {"json": text} if thumbnail is None else {"jpg": thumbnail, "json": text}
+        for suffix, content in beside.items():
+            self._put(tar.header(f"{key}.{suffix}", len(content)))
+            row += [self._position, len(content)]
+            self._put(content, tar.padding(len(content)))
         self._rows.append(row)
 
     def close(self) -> ShardEntry:
@@ -135,7 +148,8 @@ class TokenWriter:
     """Writes a store into a folder: samples in, shards and, last of all, index.json out.
 
     `storage.fit_int8` gives the specs of int8 arrays and their channel `scales` `[K, C]`;
-    `reduced` is `grid_64` for a store of 64 averaged tokens.
+    `reduced` is `grid_64` for a store of 64 averaged tokens. With `thumbnails` every sample has a
+    JPEG.
 
     Example:
         with TokenWriter(folder, {"eva": spec, "clip": spec}) as writer:
@@ -150,6 +164,7 @@ class TokenWriter:
         reduced: str | None = None,
         split_rule: str = "",
         scales: dict[str, np.ndarray] | None = None,
+        thumbnails: bool = False,
     ) -> None:
         self.out = Path(out)
         if (self.out / "index.json").exists():
@@ -162,7 +177,7 @@ class TokenWriter:
         if scales:
             save_scales(self.out, scales)
         self.scales = load_scales(self.out, self.arrays)
-        self.reduced, self.split_rule = reduced, split_rule
+        self.reduced, self.split_rule, self.thumbnails = reduced, split_rule, thumbnails
         self._open: dict[str, ShardWriter] = {}
         self._done: dict[str, list[ShardEntry]] = {}
 
@@ -173,6 +188,7 @@ class TokenWriter:
         arrays: dict[str, np.ndarray],
         caption: str = "",
         source: str = "",
+        thumbnail: bytes | None = None,
         **extra: Any,
     ) -> None:
         """Append one sample to a split; `extra` goes into KEY.json."""
@@ -180,9 +196,11 @@ class TokenWriter:
         done = self._done.setdefault(split, [])
         if split not in self._open:
             name = f"{split}-{len(done):06d}"
-            self._open[split] = ShardWriter(self.out, name, split, self.arrays, self.scales)
+            self._open[split] = ShardWriter(
+                self.out, name, split, self.arrays, self.scales, self.thumbnails
+            )
         shard = self._open[split]
-        shard.add(key, arrays, {"caption": caption, "source": source, **extra})
+        shard.add(key, arrays, {"caption": caption, "source": source, **extra}, thumbnail)
         if len(shard) == self.shard_samples:
             done.append(self._open.pop(split).close())
 
@@ -192,7 +210,9 @@ class TokenWriter:
         shards = [entry for entries in self._done.values() for entry in entries]
         if not shards:
             raise UserError(f"{self.out}: no samples were added, so there is no store to write")
-        index = TokenIndex(self.arrays, shards, self.reduced, self.split_rule)
+        index = TokenIndex(
+            self.arrays, shards, self.reduced, self.split_rule, thumbnails=self.thumbnails
+        )
         index.write(self.out)
         return index
 

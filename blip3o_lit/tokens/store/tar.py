@@ -19,7 +19,9 @@ from blip3o_lit.tokens.store.index import KEY_CHARACTERS, ArraySpec
 BLOCK = 512
 END = bytes(2 * BLOCK)
 JSON_LIMIT = 1 << 20
-"""Largest KEY.json, in bytes."""
+"""Largest KEY.json or KEY.jpg, in bytes."""
+BESIDE = ("jpg", "json")
+"""Suffixes of a sample's files that are no arrays."""
 NPY_HEADER_LIMIT = 4096
 """Largest npy header, in bytes."""
 
@@ -76,11 +78,11 @@ def parse_header(block: bytes, where: str) -> Member | None:
             f"{where}: member {info.name!r} is no plain sample name; the shard is not ours"
         )
     array, _, extension = member.suffix.partition(".")
-    if member.suffix != "json" and (not array or extension != "npy"):
+    if member.suffix not in BESIDE and (not array or extension != "npy"):
         raise UserError(
-            f"{where}: member {info.name!r} is refused, only npy and json files are read"
+            f"{where}: member {info.name!r} is refused, only npy, json and jpg files are read"
         )
-    if info.size < 0 or (member.suffix == "json" and info.size > JSON_LIMIT):
+    if info.size < 0 or (member.suffix in BESIDE and info.size > JSON_LIMIT):
         raise UserError(f"{where}: member {info.name} claims an absurd size")
     return member
 
@@ -102,10 +104,15 @@ def members(data: memoryview, where: str) -> Iterator[Member]:
 
 
 def samples(
-    files: Iterable[Member], arrays: dict[str, ArraySpec], where: str
+    files: Iterable[Member], arrays: dict[str, ArraySpec], where: str, thumbnails: bool = False
 ) -> Iterator[dict[str, Member]]:
-    """Group members, in any order, into samples of one checked member per array, and `json`."""
+    """Group members, in any order, into samples of one checked member per array, and `json`.
+
+    With `thumbnails` each has a `jpg` too.
+    """
     suffixes = {f"{name}.npy": name for name in arrays} | {"json": "json"}
+    if thumbnails:
+        suffixes["jpg"] = "jpg"
     sample: dict[str, Member] = {}
     key = ""
     for member in files:
@@ -116,7 +123,7 @@ def samples(
                 f"{where}: sample {key} is incomplete before member {member.name}: "
                 "the shard is not the one that index.json describes"
             )
-        start = 0 if name == "json" else _npy_start(member, arrays[name], where)
+        start = 0 if name in BESIDE else _npy_start(member, arrays[name], where)
         sample[name] = replace(member, offset=member.offset + start)
         if len(sample) == len(suffixes):
             yield sample

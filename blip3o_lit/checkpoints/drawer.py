@@ -1,0 +1,71 @@
+"""Who draws a translator's tokens: a decoder by name, or its training split's read-out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from blip3o_lit.checkpoints.load import Loaded
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.drawing.decoder import load_decoder
+from blip3o_lit.drawing.drawer import Drawer, kept_readout, split_readout
+from blip3o_lit.drawing.readout import Readout
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex
+
+
+def drawer_of(loaded: Loaded, decoder: str | None, cache: Path) -> Drawer:
+    """Return what draws a translator's tokens.
+
+    Args:
+        loaded: The translator.
+        decoder: A folder or hub id; None: the linear read-out.
+        cache: Where fitted read-outs are kept.
+
+    Raises:
+        UserError: If the decoder is of another tower, or no read-out is to be had.
+    """
+    if decoder is not None:
+        return load_decoder(decoder, _target(loaded, decoder), loaded.shape.target)
+    readout = own_readout(loaded, cache)
+    if readout is None:
+        raise UserError(
+            f"{loaded.file}: no read-out lies beside it and its tokens "
+            f"({loaded.facts['tokens']['path']}) have no thumbnails here: give decoder=, or train "
+            "on a store that extract wrote with thumbnails"
+        )
+    return readout
+
+
+def own_readout(loaded: Loaded, cache: Path) -> Readout | None:
+    """Return the read-out of the training split where that is at hand, or else the kept one."""
+    train = _training_split(loaded)
+    if train is None:
+        return kept_readout(loaded.folder, loaded.shape.target)
+    return split_readout(train, cache)
+
+
+def _training_split(loaded: Loaded) -> TokenReader | None:
+    """Return what the translator was trained on, where it is here and has thumbnails."""
+    tokens, data = loaded.facts["tokens"], loaded.config.data
+    path = Path(str(tokens["path"]))
+    if not (path / "index.json").is_file():
+        return None
+    index = TokenIndex.load(path)
+    sides = (data.condition, data.target)
+    if not (index.thumbnails and "train" in index.splits and index.arrays.keys() >= set(sides)):
+        return None
+    store, limits = TokenStore(path, index, data.verify), (data.max_shards, data.subset)
+    train = TokenReader(store, "train", *sides, loaded.config.mode, *limits)
+    return train if train.content_hash == tokens["hash"] else None
+
+
+def _target(loaded: Loaded, decoder: str) -> ArraySpec:
+    """Return whose tokens a translator generates, from its store or its export."""
+    target = loaded.config.data.target
+    path = Path(str(loaded.facts["tokens"]["path"]))
+    entry = loaded.facts.get("arrays", {}).get("target")
+    if entry:
+        return ArraySpec.from_dict(target, entry)
+    if (path / "index.json").is_file():
+        return TokenIndex.load(path).arrays[target]
+    raise UserError(f"decoder={decoder}: {path} is not here to say whose tokens these are")

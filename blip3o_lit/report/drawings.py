@@ -1,0 +1,84 @@
+"""The section that the page opens with: rows of drawn tokens, and how near they come, in dB."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blip3o_lit.report.captions import PICTURE
+from blip3o_lit.report.record import RunRecord, finite, mapping, mappings
+from blip3o_lit.report.scores import baseline, estimator, rows
+from blip3o_lit.report.tables import Table, table
+from blip3o_lit.report.templating import Section
+
+KINDS = ("digit", "nothing", "specks")
+NAMES = {"true": "True tokens", "mean_token": "Mean token", "mean": "Posterior mean"}
+
+
+def drawings(record: RunRecord) -> Section | None:
+    """Return the pictures of `drawings` in the evaluation, or the reason why there are none."""
+    block = mapping(record.evaluation.get("drawings"))
+    if not block:
+        return None
+    shown = [row for item in mappings(block.get("rows")) if (row := _row(item)) is not None]
+    decibels = [
+        [row.label, row.number("psnr"), row.number("psnr_thumbnail")]
+        for row in rows(record)
+        if row.number("psnr") is not None
+    ]
+    data: dict[str, Any] = {
+        "why_not": block.get("why_not"),
+        "rows": shown,
+        "by": str(block.get("by", "")),
+        "images": finite(block.get("images")),
+        "ceiling": finite(block.get("ceiling")),
+        "psnr": table(["", "to the drawn true tokens, dB", "to the picture, dB"], decibels),
+    }
+    return Section("drawings", "Pictures", data)
+
+
+def hidden_half(record: RunRecord) -> Section | None:
+    """Return what samples show in the half that the condition tower never saw, beside the truth."""
+    block = mapping(mapping(record.evaluation.get("drawings")).get("hidden_half"))
+    shares = mapping(block.get("shares"))
+    if not shares:
+        return None
+    order = ["true", *(row.key for row in rows(record))]
+    lines = [
+        [_name(key, record), *(mapping(shares[key]).get(kind) for kind in KINDS)]
+        for key in order
+        if key in shares
+    ]
+    data = {
+        "shares": table(["", *(f"{kind}, share of images" for kind in KINDS)], lines),
+        "draws": _draws(mapping(block.get("draws"))),
+        "reader": finite(mapping(block.get("reader_on_true_tokens")).get("digit")),
+    }
+    return Section("hidden_half", "The hidden half", data)
+
+
+def _draws(block: dict[str, Any]) -> Table | None:
+    count = finite(block.get("samples"))
+    if count is None:
+        return None
+    true = block.get("different_halves_of_as_many_true_images")
+    lines = [
+        ["Samples of one condition", block.get("different_halves")],
+        ["As many true images", true],
+    ]
+    return table(["", f"different hidden halves among {count:.0f}"], lines)
+
+
+def _name(key: str, record: RunRecord) -> str:
+    if key in NAMES:
+        return NAMES[key]
+    return estimator(key) if key in mapping(record.evaluation.get("estimators")) else baseline(key)
+
+
+def _row(item: dict[str, Any]) -> dict[str, Any] | None:
+    drawn = []
+    for drawing in mappings(item.get("drawings")):
+        picture, cosine = str(drawing.get("picture", "")), finite(drawing.get("cosine"))
+        if PICTURE.fullmatch(picture):
+            text = "" if cosine is None else f"{cosine:.4f}"
+            drawn.append({"label": drawing.get("label", ""), "picture": picture, "cosine": text})
+    return {"title": item.get("title", ""), "drawings": drawn} if drawn else None

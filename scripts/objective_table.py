@@ -27,8 +27,8 @@ PAGE = ROOT / "docs" / "objective.md"
 IMAGES = 64
 SAMPLER = "heun-5"
 BASE = (
-    "experiment=demo mode=grid_64 model.width=64 model.depth=2 model.heads=4 model.kv_heads=4 "
-    "model.mlp_width=128 trainer.max_steps=100 trainer.log_every=50 batch_size=16 "
+    "experiment=demo_large mode=grid_64 model.width=64 model.depth=2 model.heads=4 "
+    "model.kv_heads=4 model.mlp_width=128 trainer.max_steps=100 trainer.log_every=50 batch_size=16 "
     "evaluation.every=1000 evaluation.images=16 precision=fp32 logger=csv flow.cosine_weight=0"
 )
 COMMAND = "python -m blip3o_lit.train " + BASE

@@ -18,11 +18,11 @@ SMALL = "model.width=128 model.depth=3 model.heads=4 model.kv_heads=4 model.mlp_
 QUIET = "logger=csv evaluation.every=100000 evaluation.images=16 trainer.log_every=50"
 TESTBEDS = {
     "linear_gaussian": f"experiment=linear_gaussian {QUIET}",
-    "demo": f"experiment=demo {QUIET} {SMALL} trainer.max_steps=300 batch_size=16",
-    "demo_masked": f"experiment=demo {QUIET} {SMALL} data=demo_masked trainer.max_steps=300 "
+    "demo": f"experiment=demo_large {QUIET} {SMALL} trainer.max_steps=300 batch_size=16",
+    "demo_masked": f"experiment=demo_large {QUIET} {SMALL} data=demo_masked trainer.max_steps=300 "
     "batch_size=16",
-    "demo_size": f"experiment=demo {QUIET}",
-    "demo_masked_size": f"experiment=demo {QUIET} data=demo_masked",
+    "demo_size": f"experiment=demo_large {QUIET}",
+    "demo_masked_size": f"experiment=demo_large {QUIET} data=demo_masked",
     "ambiguous": f"experiment=ambiguous {QUIET} trainer.max_steps=1500 batch_size=128 "
     "optimizer.warmup_steps=75",
 }

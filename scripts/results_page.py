@@ -170,8 +170,8 @@ def _confirmed(found: Found) -> list[str]:
     return [
         "## At the demo's own size",
         "",
-        "`experiment=demo` (256 wide, 4 deep, 480 steps), and the same on `data=demo_masked`;",
-        "512 and 256 held-out images.",
+        "`experiment=demo_large` (256 wide, 4 deep, 480 steps), and the same on",
+        "`data=demo_masked`; 512 and 256 held-out images.",
         "",
         *table(["testbed", "recipe", "tokens of", "cosine", "token Frechet", "seeds"], rows),
     ]

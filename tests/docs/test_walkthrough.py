@@ -66,7 +66,7 @@ REASONS = {
     'extract images="images/': "needs 17 GB of weights and the pictures of hf download above it",
     "train strategy=fsdp2": "test_strategies.py runs it, with two processes",
     "train -m hparams_search=optuna optimizer.lr": "test_sweeps.py runs its search",
-    "train experiment=demo mode=grid_64": "the script that wrote the page runs it",
+    "train experiment=demo_large mode=grid_64": "the script that wrote the page runs it",
     "scripts/from_seed.py": "test_from_seed.py runs every block of that page",
     "scripts/objective_table.py": "takes hours",
     "scripts/simulate_cluster.py": "a minute; its smaller line is run",

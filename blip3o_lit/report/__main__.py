@@ -1,6 +1,6 @@
-"""Write the report of a run or of a sweep again, or draw a run's main picture.
+"""Write the report of a run or of a sweep again, or one of a run's pictures alone.
 
-python -m blip3o_lit.report DIR [--picture FILE.png]
+python -m blip3o_lit.report DIR [--picture FILE.png | --drawings FILE.png]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.report.drawings import write_drawings
 from blip3o_lit.report.page import write_report
 from blip3o_lit.report.pictures import draw_picture
 from blip3o_lit.report.sweep import is_sweep, write_sweep
@@ -20,10 +21,13 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m blip3o_lit.report", description=__doc__)
     parser.add_argument("folder", type=Path, help="outputs/train/<run> or outputs/sweeps/<sweep>")
     parser.add_argument("--picture", type=Path, help="draw the main picture into this PNG instead")
+    parser.add_argument("--drawings", type=Path, help="put the drawn tokens into this PNG instead")
     given = parser.parse_args(words)
     try:
         if given.picture is not None:
             written = draw_picture(given.folder, given.picture)
+        elif given.drawings is not None:
+            written = write_drawings(given.folder, given.drawings)
         elif is_sweep(given.folder):
             written = write_sweep(given.folder)
         else:

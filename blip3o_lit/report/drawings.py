@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from blip3o_lit.base.files import replacing
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.report.captions import PICTURE
 from blip3o_lit.report.record import RunRecord, finite, mapping, mappings
 from blip3o_lit.report.scores import baseline, estimator, rows
@@ -34,6 +41,31 @@ def drawings(record: RunRecord) -> Section | None:
         "psnr": table(["", "to the drawn true tokens, dB", "to the picture, dB"], decibels),
     }
     return Section("drawings", "Pictures", data)
+
+
+def write_drawings(run_dir: Path, target: Path) -> Path:
+    """Put the rows of a run's drawn tokens into one PNG."""
+    # A page needs no torch.
+    from torchvision.transforms.functional import to_tensor
+
+    from blip3o_lit.drawing.sheet import Drawing, Row, png_bytes, sheet
+
+    record = RunRecord.load(Path(run_dir))
+    section = drawings(record)
+    shown = section.data["rows"] if section is not None else []
+    if not shown:
+        raise UserError(f"{run_dir} has no drawn tokens: {record.evaluate_command}")
+    lines = []
+    for row in shown:
+        pictures = []
+        for item in row["drawings"]:
+            content = base64.b64decode(item["picture"].partition(",")[2])
+            picture_3HW = to_tensor(Image.open(io.BytesIO(content)).convert("RGB"))
+            pictures.append(Drawing(item["label"], picture_3HW, item["cosine_value"]))
+        lines.append(Row(row["title"], pictures))
+    with replacing(target) as temporary:
+        temporary.write_bytes(png_bytes(sheet(lines)))
+    return target
 
 
 def hidden_half(record: RunRecord) -> Section | None:
@@ -80,5 +112,8 @@ def _row(item: dict[str, Any]) -> dict[str, Any] | None:
         picture, cosine = str(drawing.get("picture", "")), finite(drawing.get("cosine"))
         if PICTURE.fullmatch(picture):
             text = "" if cosine is None else f"{cosine:.4f}"
-            drawn.append({"label": drawing.get("label", ""), "picture": picture, "cosine": text})
+            label = drawing.get("label", "")
+            drawn.append(
+                {"label": label, "picture": picture, "cosine": text, "cosine_value": cosine}
+            )
     return {"title": item.get("title", ""), "drawings": drawn} if drawn else None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from browser import CHROMIUM, QUIET
 from made_report import HOSTILE, Page, evaluation
+from PIL import Image
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.report import charts, templating, tradeoffs
@@ -110,6 +111,15 @@ def test_the_page_opens_with_rows_of_drawn_tokens(run: Path) -> None:
         assert number in found.text
     for number in ("0.9219", "0.6875", "97.1 %", "2.312", "3.938"):
         assert number in found.text
+
+
+def test_the_drawn_rows_are_written_as_one_picture(run: Path, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "drawn.png"
+    assert main([str(run), "--drawings", str(target)]) == 0
+    with Image.open(target) as picture:
+        assert picture.width > 5 * 128  # five pictures side by side
+    (tmp_path / "evaluation.json").write_text(json.dumps({**evaluation(), "drawings": {}}))
+    assert main([str(tmp_path), "--drawings", str(target)]) == 2
 
 
 def test_a_page_without_pictures_says_why(tmp_path: Path) -> None:

@@ -9,22 +9,22 @@ import numpy as np
 import torch
 
 from blip3o_lit.budget.plan import Plan
-from blip3o_lit.tokens.datamodule import TokenDataModule
+from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.training.module import TranslationModule
 
 PASSES, SECONDS = 6, 3.0
 """Passes at most, and seconds after which no third one begins."""
 
 
-def step_seconds(plan: Plan, module: TranslationModule, data: TokenDataModule) -> float:
+def step_seconds(plan: Plan, module: TranslationModule, train: TokenReader) -> float:
     """Return the seconds of one optimizer step's passes, forward and backward, on a CPU.
 
     The best pass on the first images counts: the first ones pay for memory and kernels. Weights,
     random state and the flow's adapted scales stay as they are.
     """
     place = plan.placement
-    count = min(place.micro_batch, len(data.train))
-    batch = data.train.read(np.arange(count))
+    count = min(place.micro_batch, len(train))
+    batch = train.read(np.arange(count))
     condition = module.condition_standardizer.standardise(batch["condition"])
     x1_BND = module.target_standardizer.standardise(batch["target"])
     objective, best = copy.deepcopy(module.objective), float("inf")

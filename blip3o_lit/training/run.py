@@ -109,7 +109,7 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
     start = int(checkpointing.read_lazily(resumed)["global_step"]) if resumed else 0
     if place.device == "cpu" and place.world == 1 and isinstance(data.train, TokenReader):
         with memory_limit(lambda: advice(plan)):
-            run_files.show_time(steps - start, step_seconds(plan, module, data))
+            run_files.show_time(steps - start, step_seconds(plan, module, data.train))
     if config.model.compile:
         module.network.compile_blocks()
     callbacks = Callbacks(plan, data, run_dir)

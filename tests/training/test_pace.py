@@ -11,6 +11,7 @@ from quick_run import config
 from blip3o_lit.budget.machine import this_machine
 from blip3o_lit.budget.plan import make_plan
 from blip3o_lit.config.flow import FlowConfig
+from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.training.module import TranslationModule
 from blip3o_lit.training.pace import step_seconds
 from blip3o_lit.training.run import open_data
@@ -23,7 +24,8 @@ def test_a_measured_step_leaves_weights_random_numbers_and_scales_alone() -> Non
     plan = make_plan(run, data, steps, this_machine("cpu"))
     module = TranslationModule(plan, data)
     before, numbers = copy.deepcopy(module.state_dict()), torch.get_rng_state()
-    assert 0 < step_seconds(plan, module, data) < 60
+    assert isinstance(data.train, TokenReader)
+    assert 0 < step_seconds(plan, module, data.train) < 60
     after = module.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert torch.equal(torch.get_rng_state(), numbers)

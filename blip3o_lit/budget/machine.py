@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
-import time
 from dataclasses import dataclass
 
 import torch
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.models.precision import Precision, bf16_is_faster
+from blip3o_lit.models.precision import Precision, product_seconds
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,11 @@ def this_machine(accelerator: str) -> Machine:
             memory=torch.cuda.get_device_properties(0).total_memory,
             bf16=torch.cuda.is_bf16_supported(False),
             tf32=torch.cuda.get_device_capability(0) >= (8, 0),
-            precision="bf16" if bf16_is_faster("cuda") else "fp32",
         )
     apple = accelerator != "cpu" and torch.backends.mps.is_available()
     device = "mps" if apple else "cpu"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    word = "bf16" if bf16_is_faster(device) else "fp32"
-    return Machine(device, device, 1, memory, precision=word)
+    return Machine(device, device, 1, memory)
 
 
 def imagined_machine(gpu: str, processes: int) -> Machine:
@@ -102,13 +100,5 @@ def peak_flops(device: torch.device, name: str, precision: Precision) -> float:
         for known, gpu in GPUS.items():
             if known in name:
                 return gpu.low if precision.low else gpu.full
-    dtype = precision.products
-    a, b = (torch.randn(2048, 1024, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
-        started = time.perf_counter()
-        torch.mm(a, b.T)
-        if device.type != "cpu":
-            torch.tensor(0.0, device=device).item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * 2048 * 2048 * 1024 / best
+    shape = (2048, 1024, 2048)
+    return 2 * math.prod(shape) / product_seconds(device, precision.products, shape)

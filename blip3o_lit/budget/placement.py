@@ -6,7 +6,7 @@ machine that is not there and a run on one that is share one path.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.budget.activations import activations
@@ -14,7 +14,6 @@ from blip3o_lit.budget.machine import Machine
 from blip3o_lit.budget.states import rank_bytes, units
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.config.trainer import PrecisionConfig
 from blip3o_lit.models.precision import AUTO, PRECISIONS, Precision
 from blip3o_lit.tokens.reading.batches import batch_plan
 
@@ -53,7 +52,6 @@ def resolve(config: TrainConfig, shape: PairShape, machine: Machine) -> Placemen
         UserError: Naming the override that the machine or the other overrides rule out.
     """
     precision = _precision(config, machine)
-    config = replace(config, precision=PrecisionConfig(precision.name))
     devices, nodes = _processes(config, machine)
     world = devices * nodes
     strategy = _strategy(config, machine, world)
@@ -61,7 +59,7 @@ def resolve(config: TrainConfig, shape: PairShape, machine: Machine) -> Placemen
     micro_batch = batch_plan(config.batch_size, config.micro_batch_size, world).micro_batch_size
     if config.micro_batch_size is None:
         room = machine.memory_of_process(devices) * USABLE[machine.device]
-        micro_batch = _fitting_micro_batch(config, shape, strategy, world, room)
+        micro_batch = _fitting_micro_batch(config, shape, precision, strategy, world, room)
     return Placement(
         device=machine.device,
         devices=devices,
@@ -134,10 +132,14 @@ def _strategy(config: TrainConfig, machine: Machine, world: int) -> str:
 
 
 def _fitting_micro_batch(
-    config: TrainConfig, shape: PairShape, strategy: str, world: int, room: float
+    config: TrainConfig,
+    shape: PairShape,
+    precision: Precision,
+    strategy: str,
+    world: int,
+    room: float,
 ) -> int:
     """Return the largest divisor of a process's images that fits into `room` bytes; at least 1."""
-    precision = PRECISIONS[config.precision.name]
     counts = units(config.model, shape)
     kept = activations(config.model, config.flow, shape, precision)
     per_process = config.batch_size // world

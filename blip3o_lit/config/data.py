@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from blip3o_lit.config.checks import above_zero, between, check_fields, choice
-from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.checks import above_zero, check_fields, choice
+from blip3o_lit.config.errors import UserError, within
 
 
 @dataclass
@@ -20,7 +20,7 @@ class SyntheticConfig:
     """Channels of a condition token."""
     target_width: int = above_zero(8)
     """Channels of a target token; in `ambiguous` at least as many as there are modes."""
-    explained: float = between(0.7, 0.001, 0.999)
+    explained: float = 0.7
     """Share of the target's variance (within a mode) that the condition explains."""
     seed: int = 0
     """Seed of the problem itself (map, noise or modes, samples)."""
@@ -37,6 +37,10 @@ class LinearGaussianConfig(SyntheticConfig):
 
     def __post_init__(self) -> None:
         check_fields(self, "data.linear_gaussian.")
+        if not 0 < self.explained < 1:
+            raise UserError(
+                f"data.linear_gaussian.explained={self.explained} must lie between 0 and 1"
+            )
 
 
 @dataclass
@@ -50,6 +54,7 @@ class AmbiguousConfig(SyntheticConfig):
 
     def __post_init__(self) -> None:
         check_fields(self, "data.ambiguous.")
+        within("data.ambiguous.explained", self.explained, 0.01, 0.99)
         total = sum(self.weights)
         if min(self.weights, default=0) <= 0 or abs(total - 1) > 1e-6:
             raise UserError(

@@ -15,12 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from blip3o_lit.base.files import replacing
-from blip3o_lit.config.errors import UserError
+from blip3o_lit.models.fitted import load_or_fit
 from blip3o_lit.towers import scenes
 
 NOTHING, SPECKS = 10, 11
@@ -189,12 +186,5 @@ def digit_reader(folder: Path) -> DigitReader:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         reader = DigitReader()
-    if not file.is_file():
-        reader.fit()
-        with replacing(file) as temporary:
-            save_file(reader.state_dict(), temporary)
-    try:
-        reader.load_state_dict(load_file(file))
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged: delete it, it is computed again") from error
+    load_or_fit(reader, file, reader.fit)
     return reader.eval().requires_grad_(False)

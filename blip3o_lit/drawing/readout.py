@@ -15,14 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from blip3o_lit.base.files import replacing
 from blip3o_lit.base.shape import PairShape, TokenShape
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.models.baselines import Ridge
+from blip3o_lit.models.fitted import load_or_fit
 from blip3o_lit.tokens.statistics import ChannelMoments
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -164,12 +161,5 @@ def fitted_readout(
     key = f"{VERSION}/{content_hash}/{shape}/{side}"
     file = folder / f"readout-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     readout = Readout(shape, side)
-    if not file.is_file():
-        readout.fit(batches)
-        with replacing(file) as temporary:
-            save_file(readout.state_dict(), temporary)
-    try:
-        readout.load_state_dict(load_file(file))
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged: delete it, it is computed again") from error
+    load_or_fit(readout, file, lambda: readout.fit(batches))
     return readout.eval()

@@ -16,10 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blip3o_lit.base.files import replacing
 from blip3o_lit.base.progress import Report
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.checkpoints.load import Loaded
@@ -27,6 +25,7 @@ from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.evaluation.estimators import Estimator
 from blip3o_lit.models.baselines import MeanToken, Ridge
+from blip3o_lit.models.fitted import load_or_fit
 from blip3o_lit.models.precision import PRECISIONS
 from blip3o_lit.models.regression import PatchMLP, Regression
 from blip3o_lit.tokens.reading.reader import TokenReader
@@ -87,16 +86,9 @@ class BaselineFits:
 
     def get(self, name: str) -> Baseline:
         """Return a fitted baseline, which works in standardised space."""
-        file = self.file(name)
         torch.manual_seed(self.run.seed)
         baseline = _unfitted(name, self.run.model, self.train.shape).to(self.device)
-        if file.is_file():
-            baseline.load_state_dict(load_file(file, device=str(self.device)))
-            return baseline.eval()
-        self._fit(name, baseline)
-        state = {key: value.contiguous().cpu() for key, value in baseline.state_dict().items()}
-        with replacing(file) as temporary:
-            save_file(state, temporary)
+        load_or_fit(baseline, self.file(name), lambda: self._fit(name, baseline))
         return baseline.eval()
 
     def settings(self, name: str) -> dict[str, Any]:

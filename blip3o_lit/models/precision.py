@@ -81,17 +81,30 @@ def bf16_is_faster(device: str) -> bool:
     """
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return GAIN * _product_seconds(device, torch.bfloat16) < _product_seconds(device, torch.float32)
+    bf16, fp32 = (product_seconds(device, dtype) for dtype in (torch.bfloat16, torch.float32))
+    return GAIN * bf16 < fp32
 
 
-def _product_seconds(device: str, dtype: torch.dtype) -> float:
-    """Return the best time of a matrix product of a network's shape, after one to warm up."""
-    a, b = (torch.randn(rows, 256, device=device).to(dtype) for rows in (1024, 512))
-    best, end = float("inf"), time.perf_counter() + 0.05
+def product_seconds(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int] = (1024, 256, 512),
+) -> float:
+    """Return the best time of a matrix product in 0.05 s of them, after one to warm up.
+
+    Args:
+        device: Where it is computed.
+        dtype: Format of both factors.
+        shape: I, J, K of [I, J] @ [J, K]; by default about those of a small network.
+    """
+    rows, inner, columns = shape
+    a = torch.randn(rows, inner, device=device).to(dtype)
+    b = torch.randn(columns, inner, device=device).to(dtype)
     torch.mm(a, b.T)
+    best, end = float("inf"), time.perf_counter() + 0.05
     while True:
         started = time.perf_counter()
-        torch.mm(a, b.T).sum().item()  # the number is waited for
+        torch.mm(a, b.T)[0, 0].item()  # waits for an accelerator
         now = time.perf_counter()
         best = min(best, now - started)
         if now > end:

@@ -61,7 +61,7 @@ def write_drawings(run_dir: Path, target: Path) -> Path:
         for item in row["drawings"]:
             content = base64.b64decode(item["picture"].partition(",")[2])
             picture_3HW = to_tensor(Image.open(io.BytesIO(content)).convert("RGB"))
-            pictures.append(Drawing(item["label"], picture_3HW, item["cosine_value"]))
+            pictures.append(Drawing(item["label"], picture_3HW, item["cosine"]))
         lines.append(Row(row["title"], pictures))
     with replacing(target) as temporary:
         temporary.write_bytes(png_bytes(sheet(lines)))
@@ -111,9 +111,6 @@ def _row(item: dict[str, Any]) -> dict[str, Any] | None:
     for drawing in mappings(item.get("drawings")):
         picture, cosine = str(drawing.get("picture", "")), finite(drawing.get("cosine"))
         if PICTURE.fullmatch(picture):
-            text = "" if cosine is None else f"{cosine:.4f}"
             label = drawing.get("label", "")
-            drawn.append(
-                {"label": label, "picture": picture, "cosine": text, "cosine_value": cosine}
-            )
+            drawn.append({"label": label, "picture": picture, "cosine": cosine})
     return {"title": item.get("title", ""), "drawings": drawn} if drawn else None

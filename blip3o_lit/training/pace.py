@@ -12,8 +12,8 @@ from blip3o_lit.budget.plan import Plan
 from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.training.module import TranslationModule
 
-PASSES, SECONDS = 6, 3.0
-"""Passes at most, and seconds after which no third one begins."""
+IMAGES, PASSES, SECONDS = 8, 6, 3.0
+"""Images of a pass and passes, at most, and seconds after which no third one begins."""
 
 
 def step_seconds(plan: Plan, module: TranslationModule, train: TokenReader) -> float:
@@ -23,7 +23,7 @@ def step_seconds(plan: Plan, module: TranslationModule, train: TokenReader) -> f
     random state and the flow's adapted scales stay as they are.
     """
     place = plan.placement
-    count = min(place.micro_batch, len(train))
+    count = min(IMAGES, place.micro_batch, len(train))
     batch = train.read(np.arange(count))
     condition = module.condition_standardizer.standardise(batch["condition"])
     x1_BND = module.target_standardizer.standardise(batch["target"])

@@ -23,6 +23,7 @@ from blip3o_lit.budget.plan import Plan
 from blip3o_lit.checkpoints.files import AtomicCheckpointIO
 from blip3o_lit.checkpoints.resume import config_hash
 from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.models.precision import AUTO, bf16_is_faster
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.training.callbacks.bad_steps import BadSteps
 from blip3o_lit.training.callbacks.checkpoints import MONITOR, Checkpoints
@@ -35,6 +36,8 @@ from blip3o_lit.training.callbacks.stop import StopAtStep
 def machine_of(config: TrainConfig) -> Machine:
     """Return this machine, with what torchrun or srun started on it."""
     this, machine = launch(), this_machine(config.trainer.accelerator)
+    if config.precision.name == AUTO and not bf16_is_faster(machine.device):
+        machine = replace(machine, precision="fp32")
     if this.by not in ("torchrun", "srun") or this.world is None:
         return machine
     if this.by == "srun" and "SLURM_STEP_NUM_NODES" in os.environ:

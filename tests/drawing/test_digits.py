@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_reader import small_reader
 from torch.nn import functional as F
 
 from blip3o_lit.config.errors import UserError
@@ -16,11 +17,7 @@ from blip3o_lit.towers import scenes
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> DigitReader:
-    """A reader of fewer scenes than the real one, for time's sake."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "SCENES", 400)
-        patch.setattr(digits, "BATCH", 64)
-        return digit_reader(tmp_path_factory.mktemp("readers"))
+    return small_reader(tmp_path_factory.mktemp("readers"))
 
 
 @pytest.fixture(scope="module")

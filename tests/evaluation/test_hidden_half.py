@@ -10,10 +10,11 @@ import pytest
 import torch
 from made_run import make_run, small_config
 from PIL import Image
+from small_reader import few_scenes, small_reader
 
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.drawing import digits
-from blip3o_lit.drawing.digits import DigitReader, digit_reader, scenes_of
+from blip3o_lit.drawing.digits import DigitReader, scenes_of
 from blip3o_lit.evaluate import evaluate
 from blip3o_lit.evaluation.hidden_half import HiddenHalf
 from blip3o_lit.tokens.store.index import ArraySpec
@@ -26,17 +27,12 @@ FEW: dict[str, object] = {"solvers": ["euler-2"], "curve": [], "images": 24, "sa
 
 @pytest.fixture(autouse=True)
 def _small_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer scenes than the real reader's, for time's sake."""
-    monkeypatch.setattr(digits, "SCENES", 400)
-    monkeypatch.setattr(digits, "BATCH", 64)
+    few_scenes(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> DigitReader:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "SCENES", 400)
-        patch.setattr(digits, "BATCH", 64)
-        return digit_reader(tmp_path_factory.mktemp("readers"))
+    return small_reader(tmp_path_factory.mktemp("readers"))
 
 
 def test_shares_and_draws_of_scenes_that_are_known(reader: DigitReader) -> None:

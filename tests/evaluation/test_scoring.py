@@ -1,5 +1,6 @@
 """An evaluation against known laws: the optimum, ridge, the mean token, equal estimators."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,6 +213,14 @@ def test_fits_are_found_again_and_differ_by_settings(run, home, result):
     other, told = scored(run, home / "fits", baselines="cheap", baseline_images=100, **few)
     assert "ridge" in told
     assert other["baselines"]["ridge"]["mse"] > again["baselines"]["ridge"]["mse"]
+
+
+def test_a_damaged_fit_is_named(run, home, result, tmp_path):
+    fits = Path(shutil.copytree(home / "fits", tmp_path / "fits"))
+    ridge = next(fits.glob("ridge-*.safetensors"))
+    ridge.write_bytes(ridge.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"ridge-\w+\.safetensors is damaged: delete it"):
+        scored(run, fits, solvers=[], curve=[], images=8)
 
 
 def test_a_subset_scores_what_its_images_score_alone(run, home):

@@ -68,11 +68,12 @@ def test_it_steps_as_torchs_two_optimizers_apart(network: Network) -> None:
         joined.step()
         reference.step()
         adamw.step()
-    # A stack of matrices is multiplied in another order than one at a time; products are in bf16
-    # in torch, and here where the device is fast in it.
+    # Steps are 2e-3. A stack of matrices is multiplied in another order than one at a time;
+    # where the device is slow in bf16, ours are in fp32 and torch's alone are rounded.
+    near = 2e-4 if bf16_is_faster("cpu") else 4e-4
     for (name, mine), theirs in zip(network.named_parameters(), other.parameters(), strict=True):
         if id(theirs) in own:
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=4e-4)  # steps are 2e-3
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=near, msg=name)
         else:
             assert torch.equal(mine, theirs), name
     assert not any(torch.equal(x, y) for x, y in zip(network.parameters(), before.parameters()))

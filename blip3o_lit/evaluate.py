@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip3o_lit.base.files import write_json
-from blip3o_lit.base.home import home
+from blip3o_lit.base.home import fits
 from blip3o_lit.base.words import pasteable
 from blip3o_lit.cli.command import run_command
 from blip3o_lit.config.errors import UserError
@@ -53,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if rival is not None and rival.shape != loaded.shape:
         raise UserError(f"vs={config.vs} translates other token shapes than ckpt={config.ckpt}")
     with phases() as report, batch_limit("batch_size", config.batch_size):
-        scorer = Scorer(loaded, held, train, config, home() / "baselines", report, rival)
+        scorer = Scorer(loaded, held, train, config, fits(), report, rival)
         seconds = phase_seconds(scorer)
         parts = ", ".join(f"{name} {human_time(time)}" for name, time in seconds.items())
         whole = human_time(sum(seconds.values()))

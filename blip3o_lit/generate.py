@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip3o_lit.base.files import claimed, write_json
-from blip3o_lit.base.home import home
 from blip3o_lit.cli.command import SHARDS_KEPT, run_command
 from blip3o_lit.config.commands import GenerateConfig
 from blip3o_lit.config.errors import UserError, one_of
@@ -130,7 +129,7 @@ def generate(config: GenerateConfig) -> Path:
             f"{config.tokens}: {data.condition} has {shape}, but {config.ckpt} was trained on "
             f"{loaded.shape.condition}: give a matching store"
         )
-    drawer = drawer_of(loaded, config.decoder, home() / "baselines") if config.draw else None
+    drawer = drawer_of(loaded, config.decoder) if config.draw else None
     settings = {  # what the generated tokens are a function of
         "checkpoint": loaded.hash,
         "step": loaded.facts["step"],

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip3o_lit.base.home import home
+from blip3o_lit.base.home import fits
 from blip3o_lit.checkpoints.load import best_device, load, solver_from_label
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
@@ -172,8 +172,7 @@ class BLIP3oInference:
         config = EvaluateConfig(ckpt=str(self.loaded.file), **settings)
         config.data.tokens = str(tokens) if tokens else None
         held, train = open_readers(self.loaded, config)
-        folder = home() / "baselines"
-        return Scorer(self.loaded, held, train, config, folder, lambda *_: None).run()
+        return Scorer(self.loaded, held, train, config, fits(), lambda *_: None).run()
 
     @own_defaults()
     def interpolate_embeddings(
@@ -253,7 +252,7 @@ class BLIP3oInference:
             shape = list(torch.as_tensor(tokens).shape)
             raise UserError(f"tokens are {shape}, expected [B, {want.tokens}, {want.width}]")
         if decoder not in self._drawers:
-            self._drawers[decoder] = drawer_of(self.loaded, decoder, home() / "baselines")
+            self._drawers[decoder] = drawer_of(self.loaded, decoder)
         return [image_of(picture) for picture in self._drawers[decoder].draw(tokens_BND)]
 
     def push_to_hub(self, repository: str, private: bool = True) -> str:

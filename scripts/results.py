@@ -73,7 +73,7 @@ def finished(run: Run) -> bool:
 def measure(run: Run) -> dict[str, Any]:
     """Train and score one run; returns its evaluation."""
     from blip3o_lit.base.files import write_json
-    from blip3o_lit.base.home import home
+    from blip3o_lit.base.home import fits
     from blip3o_lit.checkpoints.load import load
     from blip3o_lit.cli.command import composed
     from blip3o_lit.config.evaluate import EvaluateConfig
@@ -94,7 +94,7 @@ def measure(run: Run) -> dict[str, Any]:
         config = composed("evaluate", EvaluateConfig, settings)
         loaded = load(config.ckpt, "cpu")
         readers = open_readers(loaded, config)
-        scorer = Scorer(loaded, *readers, config, home() / "baselines", lambda *_: None)
+        scorer = Scorer(loaded, *readers, config, fits(), lambda *_: None)
         scores = scorer.run()
     scores["training_seconds"] = seconds
     scores["parameters"] = sum(p.numel() for p in loaded.translator.network.parameters())

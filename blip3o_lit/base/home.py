@@ -48,6 +48,11 @@ def home() -> Path:
         ) from error
 
 
+def fits() -> Path:
+    """Return the folder in which baselines and read-outs are kept once they are fitted."""
+    return home() / "baselines"
+
+
 def adopt_home() -> None:
     """Give libraries that ask for a home folder and a name what a user without an entry lacks.
 

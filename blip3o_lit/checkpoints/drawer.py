@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from blip3o_lit.base.home import fits
 from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.drawing.decoder import load_decoder
@@ -13,20 +14,19 @@ from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex
 
 
-def drawer_of(loaded: Loaded, decoder: str | None, cache: Path) -> Drawer:
+def drawer_of(loaded: Loaded, decoder: str | None) -> Drawer:
     """Return what draws a translator's tokens.
 
     Args:
         loaded: The translator.
         decoder: A folder or hub id; None: the linear read-out.
-        cache: Where fitted read-outs are kept.
 
     Raises:
         UserError: If the decoder is of another tower, or no read-out is to be had.
     """
     if decoder is not None:
         return load_decoder(decoder, _target(loaded, decoder), loaded.shape.target)
-    readout = own_readout(loaded, cache)
+    readout = own_readout(loaded)
     if readout is None:
         raise UserError(
             f"{loaded.file}: no read-out lies beside it and its tokens "
@@ -36,12 +36,12 @@ def drawer_of(loaded: Loaded, decoder: str | None, cache: Path) -> Drawer:
     return readout
 
 
-def own_readout(loaded: Loaded, cache: Path) -> Readout | None:
+def own_readout(loaded: Loaded) -> Readout | None:
     """Return the read-out of the training split where that is at hand, or else the kept one."""
     train = _training_split(loaded)
     if train is None:
         return kept_readout(loaded.folder, loaded.shape.target)
-    return split_readout(train, cache)
+    return split_readout(train, fits())
 
 
 def _training_split(loaded: Loaded) -> TokenReader | None:

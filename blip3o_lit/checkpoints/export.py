@@ -11,7 +11,6 @@ from typing import Any
 from safetensors.torch import save_file
 
 from blip3o_lit.base.files import replacing, write_json
-from blip3o_lit.base.home import home
 from blip3o_lit.checkpoints.drawer import own_readout
 from blip3o_lit.checkpoints.load import CONFIG_FILE, WEIGHTS_FILE, Loaded, load
 from blip3o_lit.config.errors import UserError
@@ -44,7 +43,7 @@ def write_export(loaded: Loaded, out: Path) -> None:
         heads = loaded.file.with_name(HEADS_FILE)
     if heads.is_file():
         shutil.copyfile(heads, out / HEADS_FILE)
-    readout = own_readout(loaded, home() / "baselines")
+    readout = own_readout(loaded)
     if readout is not None:
         save_readout(readout, out)
     write_json(out / CONFIG_FILE, facts)

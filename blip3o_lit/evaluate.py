@@ -102,6 +102,8 @@ def show(result: dict[str, Any]) -> None:
     rows = {**result["estimators"], **result["baselines"]}
     rows |= {f"closed form {name}": scores for name, scores in result.get("optimum", {}).items()}
     for name, scores in sorted(rows.items(), key=lambda item: -item[1]["cosine"]):
+        if scores["images"] != result["images"]:
+            name = f"{name} ({scores['images']} images)"
         cells = [scores.get(column) for column in COLUMNS]
         numbers = ["" if cell is None else f"{cell:.4g}" for cell in cells]
         table.add_row(name, str(scores.get("nfe", "")), *numbers)

@@ -115,7 +115,7 @@ class Scorer:
             **estimators[headline].maps,
         }
         for name, tally in estimators.items():
-            report["estimators"][name] |= {"nfe": tally.nfe, "images": tally.images}
+            report["estimators"][name]["nfe"] = tally.nfe
         if problem is not None:
             report["optimum"] = self._scores(optima, reference)
             report["optimum"]["mean"]["expected_mse"] = problem.token_error()

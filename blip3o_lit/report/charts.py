@@ -14,6 +14,13 @@ from blip3o_lit.report.scores import KINDS, Row
 
 HEIGHT = 240
 """Height of a wide chart in pixels."""
+PLACE = "(isFinite(containerSize()[0]) ? containerSize()[0] : width + 60)"
+"""Vega's words for the width of a chart's place on the page; in a picture, where it has none, about
+the plot's. On a page a legend that followed the plot's width would change what it follows."""
+LABELS = alt.ExprRef(
+    "isFinite(containerSize()[0]) ? max(170, min(240, 0.4 * containerSize()[0])) : 240"
+)
+"""Pixels of a row's name at most: fewer on a phone."""
 SHAPES = ["circle", "diamond", "square"]
 """Of `KINDS`, in their order."""
 
@@ -71,7 +78,7 @@ def ladder(rows: list[Row]) -> Spec:
     shape = alt.Shape("kind:N").scale(domain=KINDS, range=SHAPES).legend(legend)
     low = axis(alt.X("low:Q"), [item["low"] for item in values], "cosine, held out", False, 12)
     line = base(values).encode(
-        alt.Y("name:N", sort=None, title=None).axis(grid=False, labelLimit=170, labelFontSize=12)
+        alt.Y("name:N", sort=None, title=None).axis(grid=False, labelLimit=LABELS, labelFontSize=12)
     )
     chart = alt.layer(
         line.mark_rule(strokeWidth=3, strokeOpacity=0.45).encode(low, colour, x2="high:Q"),

@@ -49,7 +49,7 @@ def result(record: RunRecord) -> Section:
         "every": table(["score", *(item.key for item in scored)], lines),
         "standing": record.evaluation.get("standing"),
         "baselines": [item for item in scored if item.kind == "baseline"],
-        "real": with_score("frechet", others)[:1],
+        "real": [item for item in with_score("frechet", others) if not item.apart][:1],
         "floor": None if floor is None else significant(floor),
     }
     drawn = {"ladder": charts.ladder(scored)} if with_score("cosine", scored) else {}
@@ -84,14 +84,13 @@ def sampling(record: RunRecord) -> Section | None:
             numbers = table(["solver", "NFE", score, "seconds per image"], lines)
             apart = not all(tradeoffs.comparable(curve, row, score) for row in scored)
             figures.append((f"nfe-{score}", title, numbers, apart))
-    spec = tradeoffs.plane(scored)
+    spec = tradeoffs.plane([row for row in scored if not row.apart])
     if spec is not None:
         drawn["plane"] = spec
     if not drawn:
         return None
-    counts = {finite(point.get("images")) for point in curve}
-    images = counts.pop() if len(counts) == 1 else None
-    data = {"figures": figures, "images": images}
+    images = tradeoffs.curve_images(curve)
+    data = {"figures": figures, "images": images, "apart": any(row.apart for row in scored)}
     return Section("sampling", "What sampling costs and buys", data, drawn)
 
 

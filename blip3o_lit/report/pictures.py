@@ -51,9 +51,12 @@ def picture(record: RunRecord) -> Spec:
         drawn = charts.position_map(grid, name, cls, shared=False, size=440)
         parts.append(_titled(drawn, "Cosine by position"))
     right = [_titled(charts.ladder(scored), "Held-out cosine, with baselines")]
-    curve = tradeoffs.against_nfe(mappings(evaluation.get("nfe_curve")), scored, "cosine", "cosine")
+    points = mappings(evaluation.get("nfe_curve"))
+    curve = tradeoffs.against_nfe(points, scored, "cosine", "cosine")
+    images = tradeoffs.curve_images(points)
     if curve is not None:
-        right.append(_titled(curve, "Cosine against network evaluations"))
+        of = f", solvers on {images:,.0f} images" if images else ""
+        right.append(_titled(curve, f"Cosine against network evaluations{of}"))
     parts.append({"vconcat": right, "spacing": 28, "resolve": APART})
     title = {
         "text": source(record),

@@ -27,6 +27,8 @@ class Row:
     kind: str
     label: str
     scores: dict[str, Any]
+    apart: bool = False
+    """Whether it is scored on other images than the page; its distances don't compare then."""
 
     def number(self, name: str) -> float | None:
         return finite(self.scores.get(name))
@@ -65,10 +67,18 @@ def rows(record: RunRecord) -> list[Row]:
     first, known = str(record.evaluation.get("headline", "mean")), list(BASELINES)
     by_headline = sorted(estimators, key=lambda key: key != first)
     by_strength = sorted(baselines, key=lambda k: known.index(k) if k in known else len(known))
+    whole = finite(record.evaluation.get("images"))
+
+    def row(key: str, kind: str, label: str, block: object) -> Row:
+        scores = mapping(block)
+        images = finite(scores.get("images"))
+        apart = None not in (whole, images) and images != whole
+        return Row(key, kind, f"{label} ({images:,.0f} images)" if apart else label, scores, apart)
+
     return [
-        *(Row(key, "estimator", estimator(key), mapping(estimators[key])) for key in by_headline),
-        *(Row(key, "baseline", baseline(key), mapping(baselines[key])) for key in by_strength),
-        *(Row(key, "optimum", f"Closed form, {key}", mapping(optima[key])) for key in optima),
+        *(row(key, "estimator", estimator(key), estimators[key]) for key in by_headline),
+        *(row(key, "baseline", baseline(key), baselines[key]) for key in by_strength),
+        *(row(key, "optimum", f"Closed form, {key}", optima[key]) for key in optima),
     ]
 
 

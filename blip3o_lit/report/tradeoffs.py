@@ -6,11 +6,11 @@ from typing import Any
 
 import altair as alt
 
-from blip3o_lit.report.charts import HEIGHT, SHAPES, Points, Spec, axis, base, specification
+from blip3o_lit.report.charts import HEIGHT, PLACE, SHAPES, Points, Spec, axis, base, specification
 from blip3o_lit.report.record import finite
 from blip3o_lit.report.scores import FRECHET, KINDS, Row, estimator, significant, with_score
 
-COLUMNS = alt.ExprRef("max(1, floor(width / 210))")
+COLUMNS = alt.ExprRef(f"max(1, floor(({PLACE} - 60) / 210))")
 """Of a legend with long labels: side by side on a desk, one below another on a phone."""
 DASHES = [[4, 4], [1, 3], [10, 3], [8, 3, 2, 3]]
 
@@ -75,6 +75,12 @@ def _rules(baselines: list[Row], score: str, levels: list[float], y: Any) -> Any
     legend = alt.Legend(orient="bottom", symbolType="stroke", symbolSize=300, columns=COLUMNS)
     dash = alt.StrokeDash("name:N").scale(domain=names, range=DASHES).legend(legend)
     return base(rules).mark_rule(strokeWidth=1.5).encode(y, dash)
+
+
+def curve_images(points: Points) -> float | None:
+    """Return how many images the points of a curve have, or None where they differ."""
+    counts = {finite(point.get("images")) for point in points}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def comparable(points: Points, row: Row, score: str) -> bool:

@@ -14,6 +14,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.report import charts, templating, tradeoffs
 from blip3o_lit.report.__main__ import main
 from blip3o_lit.report.about_run import differences
+from blip3o_lit.report.held_out import sampling
 from blip3o_lit.report.page import write_report
 from blip3o_lit.report.record import ROWS, RunRecord
 from blip3o_lit.report.scores import Row, rows, significant
@@ -120,6 +121,22 @@ def test_the_drawn_rows_are_written_as_one_picture(run: Path, tmp_path: Path) ->
         assert picture.width > 5 * 128  # five pictures side by side
     (tmp_path / "evaluation.json").write_text(json.dumps({**evaluation(), "drawings": {}}))
     assert main([str(tmp_path), "--drawings", str(target)]) == 2
+
+
+def test_rows_of_fewer_images_say_so_and_their_distances_stand_apart(tmp_path: Path) -> None:
+    report = evaluation()
+    solver = next(name for name in report["estimators"] if name != report["headline"])
+    report["estimators"][solver]["images"] = 64
+    (tmp_path / "evaluation.json").write_text(json.dumps(report))
+    scored = rows(RunRecord.load(tmp_path))
+    few = next(row for row in scored if row.key == solver)
+    assert [row.key for row in scored if row.apart] == [solver]
+    assert few.label.endswith(" (64 images)")
+    section = sampling(RunRecord.load(tmp_path))
+    assert section is not None
+    assert few.label not in json.dumps(section.charts["plane"])
+    write_report(tmp_path)
+    assert "rows of fewer images are not drawn here" in read(tmp_path).text
 
 
 def test_a_page_without_pictures_says_why(tmp_path: Path) -> None:

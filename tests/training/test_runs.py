@@ -333,7 +333,13 @@ def test_tasks_of_an_srun_agree_and_no_two_launches_do(monkeypatch: pytest.Monke
 
 def test_ranks_of_torchrun_agree_and_no_two_launches_do(tmp_path: Path) -> None:
     # One torchrun may start two runs in a row, and two may have one run id and one port.
-    code = "from blip3o_lit.cli.run_stamp import run_stamp as name\nprint('NAME', name(), name())\n"
+    # A file per rank: what two processes print on one pipe may be mixed within a line.
+    code = """
+import os
+from pathlib import Path
+from blip3o_lit.cli.run_stamp import run_stamp
+Path("rank" + os.environ["RANK"]).write_text(run_stamp() + " " + run_stamp())
+"""
     (tmp_path / "names.py").write_text(code)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -344,10 +350,11 @@ def test_ranks_of_torchrun_agree_and_no_two_launches_do(tmp_path: Path) -> None:
         process = command([*words, "--rdzv-id=fixed", "names.py"], tmp_path)
         said, _ = process.communicate(timeout=280)
         assert process.returncode == 0, said
-        lines = re.findall(r"NAME (\S+) (\S+)", said)
-        assert len(lines) == 2, said
-        assert lines[0] == lines[1], "the ranks agree"
-        launches += lines[0]
+        first, second = (tmp_path / f"rank{rank}" for rank in range(2))
+        assert first.read_text("utf-8") == second.read_text("utf-8"), "the ranks agree"
+        launches += first.read_text("utf-8").split()
+        first.unlink()
+        second.unlink()
     assert len(set(launches)) == 4
 
 

@@ -9,10 +9,15 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 # uv where it is installed, else in the environment itself.
 UV := $(or $(shell command -v uv 2>/dev/null),$(VENV)/bin/uv)
 export HF_HUB_OFFLINE ?= 1
+# Each module is compiled when it is first imported, and kept: most of what is installed never is.
+unexport PYTHONDONTWRITEBYTECODE
 DEMO := outputs/demo
 MINUTES ?= 60
 # Test processes of one thread each; a tiny machine still gets two, a large one is not flooded.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 2 ? 2 : n > 8 ? 8 : n)))
+
+# Files of few but long tests are not left for the end, where one process would wait for the other.
+LONG_FIRST := --no-loadscope-reorder tests/training tests/cli tests
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -24,7 +29,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	@test -x $(PY) || { echo "creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@command -v uv >/dev/null 2>&1 || test -x $(VENV)/bin/uv || $(PY) -m pip install --quiet uv
 	@echo "installing the locked packages"
-	@$(UV) pip install --quiet --python $(PY) --compile-bytecode --require-hashes --requirement requirements.lock
+	@$(UV) pip install --quiet --python $(PY) --require-hashes --requirement requirements.lock
 	@$(UV) pip install --quiet --python $(PY) --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -41,7 +46,7 @@ test: setup ## the whole suite
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright blip3o_lit
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not soak" -n $(WORKERS) --dist loadfile
+	time OMP_NUM_THREADS=1 $(PY) -m pytest -m "not soak" -n $(WORKERS) --dist loadfile --durations=20 $(LONG_FIRST)
 
 soak: setup ## the long loops: kills, all resume pairs, the pages, and MINUTES=60 of fuzzing
 	BLIP3O_SOAK_MINUTES=$(MINUTES) $(PY) -m pytest -m soak

@@ -7,6 +7,19 @@ from blip3o_lit.config.errors import UserError, within
 
 
 @dataclass
+class DemoConfig:
+    """How many scenes the demo draws; their split is by the scans that they show."""
+
+    images: int = above_zero(2048)
+    """Training scenes."""
+    validation_images: int = above_zero(512)
+    """Validation scenes."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.demo.")
+
+
+@dataclass
 class SyntheticConfig:
     """What the testbeds share: how many images, of what shape, how well explained."""
 
@@ -97,6 +110,8 @@ class DataConfig:
     """channel: train on tokens of mean 0 and std 1 per channel; raw: on tokens as they are."""
     verify: str = choice("size", ("size", "full"))
     """size: check each shard's size when it is opened; full: its sha256 too."""
+    demo: DemoConfig = field(default_factory=DemoConfig)
+    """The scenes of name=demo and name=demo_masked."""
     linear_gaussian: LinearGaussianConfig = field(default_factory=LinearGaussianConfig)
     """The problem of name=linear_gaussian."""
     ambiguous: AmbiguousConfig = field(default_factory=AmbiguousConfig)

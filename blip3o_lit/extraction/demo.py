@@ -16,12 +16,13 @@ from pathlib import Path
 from PIL import Image
 
 from blip3o_lit.base.home import home
+from blip3o_lit.config.data import DemoConfig
 from blip3o_lit.config.extract import EngineConfig, ExtractConfig
 from blip3o_lit.images.item import Item, Lost, Source, slices
 from blip3o_lit.tokens.store.index import SCHEMA
 from blip3o_lit.towers import scenes
 
-TRAIN, VALIDATION = 2048, 512
+SCENES = DemoConfig()
 BATCH = 16
 """Small batches stay in the CPU's cache."""
 VERSION = 3
@@ -30,7 +31,7 @@ WEIGHTS = Path(scenes.__file__).parent / "weights"
 
 
 def demo_source(
-    train: int = TRAIN, validation: int = VALIDATION, shard_samples: int = 256
+    train: int = SCENES.images, validation: int = SCENES.validation_images, shard_samples: int = 256
 ) -> Source:
     """Return the scenes as a source of images, with captions, labels and their own split."""
     items: list[Item | Lost] = []
@@ -55,7 +56,9 @@ def _draw(split: str, index: int) -> Image.Image:
     return scenes.scene(split, index).image
 
 
-def demo_store(train: int = TRAIN, validation: int = VALIDATION, masked: bool = False) -> Path:
+def demo_store(
+    train: int = SCENES.images, validation: int = SCENES.validation_images, masked: bool = False
+) -> Path:
     """Return the folder of the demo's tokens, building it first where it is missing.
 
     The folder's name has a hash of the towers' weights and the scenes' settings, so that another

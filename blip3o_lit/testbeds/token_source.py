@@ -22,4 +22,5 @@ def token_store(data: DataConfig) -> str:
         return str(ambiguous_store(data.ambiguous))
     from blip3o_lit.extraction.demo import demo_store
 
-    return str(demo_store(masked=data.name == "demo_masked"))
+    scenes, masked = data.demo, data.name == "demo_masked"
+    return str(demo_store(scenes.images, scenes.validation_images, masked))

@@ -194,8 +194,9 @@ def linked_copies(folder: Path, shards: int) -> TokenIndex:
     return index
 
 
-def test_ten_thousand_tiny_shards_with_few_open_files(tmp_path: Path) -> None:
-    linked_copies(tmp_path / "s", 10_000)
+@pytest.mark.parametrize("count", [2000, pytest.param(10_000, marks=pytest.mark.soak)])
+def test_thousands_of_tiny_shards_with_few_open_files(tmp_path: Path, count: int) -> None:
+    linked_copies(tmp_path / "s", count)
     expected = read(tmp_path / "s", "train", "size")[0]
 
     def work() -> None:
@@ -203,9 +204,9 @@ def test_ten_thousand_tiny_shards_with_few_open_files(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         opened = TokenStore.open(tmp_path / "s")
         reader = TokenReader(opened, "train", mode=ModeConfig("patch_only"))
-        assert len(reader) == 10_000
-        order = np.random.default_rng(0).permutation(10_000)
-        for part in np.array_split(order, 100):
+        assert len(reader) == count
+        order = np.random.default_rng(0).permutation(count)
+        for part in np.array_split(order, count // 100):
             tokens = reader.read(part)["target"]
             assert torch.equal(tokens, expected.expand_as(tokens))
         found = [f for f in inspect(tmp_path / "s").findings if f.level == "fail"]

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import ROOT
 
 HERE = ROOT / "tests" / "cuda"

@@ -99,6 +99,8 @@ def scores_of_zeros():
             try:
                 return inner()
             except (ValueError, ZeroDivisionError):
+                if self._is_synced:
+                    self.unsync()
                 names = ("cosine", "cosine_centred", "mse", "r2", "norm_ratio")
                 return dict.fromkeys(names, 0.5) | {"cosine_ci95": [0.4, 0.6]}
 

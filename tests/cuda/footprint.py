@@ -43,7 +43,7 @@ found = {}
 for word in sys.argv[1:]:
     name, format_word = word.split("/")
     model, precision = {"dit": DIT, "nextdit": NEXTDIT}[name], PRECISIONS[format_word]
-    planned = activations(model, FlowConfig(), SHAPE, precision).of(IMAGES, "single")
+    planned = activations(model, FlowConfig(), SHAPE, precision, "cuda").of(IMAGES, "single")
     peak, kept = measured(model, precision)
     found[word] = {"planned": planned, "peak": peak, "kept": kept, "ratio": planned / peak}
 print("JSON", json.dumps(found))

@@ -1,9 +1,10 @@
-"""Where things land on a machine of 8 devices: prints a JSON.
+"""Where things land on a machine of 8 devices: places.py FOLDER prints a JSON.
 
 The layouts of plain command lines, and the devices of extraction's copies and of its event.
 """
 
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -68,5 +69,5 @@ def layout(folder, strategy, devices):
 
 found = {"extraction": extraction(), "layouts": {}}
 for words in ("auto auto", "ddp auto", "fsdp2 auto", "auto 8", "single auto"):
-    found["layouts"][words] = layout(Path("places"), *words.split())
+    found["layouts"][words] = layout(Path(sys.argv[1]), *words.split())
 print("JSON", json.dumps(found))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -269,7 +270,8 @@ def timed_train(name: str, compiled: bool) -> Callable[[Path], dict[str, float]]
             key: ArraySpec("tokens", "float16", (side.tokens, side.width), grid=side.grid)
             for key, side in sides.items()
         }
-        if not store.exists():
+        if not (store / "index.json").exists():
+            shutil.rmtree(store, ignore_errors=True)  # what an interrupted call left
             write(store, arrays)
         run_training(
             config(
@@ -389,7 +391,8 @@ def main() -> int:
     if "--part" in sys.argv:
         name = sys.argv[-1]
         folder = out / name
-        folder.mkdir(exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted call left
+        folder.mkdir()
         write_json(out / f"{name}.json", {"machine": machine(), "found": PARTS[name](folder)})
         return 0
     started, failed = time.monotonic(), []

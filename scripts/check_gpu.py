@@ -87,7 +87,7 @@ def losses(device: torch.device, low: bool, optimizer_name: str, compiled: bool)
     network, objective = lively(NETWORK, device), FlowObjective(FlowConfig())
     if compiled:
         network.compile_blocks()  # type: ignore[operator]
-    optimizer = make_optimizer(network, OptimizerConfig(optimizer_name))
+    optimizer = make_optimizer(network, OptimizerConfig(optimizer_name, lr=1e-2))
     condition_BNC, x1_BND, z_BND, t_B = batch(device)
     found = []
     for _ in range(10):
@@ -218,7 +218,7 @@ def one_rank(folder: Path, backend: str) -> None:
             for block in network.blocks:  # type: ignore[union-attr]
                 fully_shard(block, mesh=mesh)
             fully_shard(network, mesh=mesh)
-        optimizer = make_optimizer(network, OptimizerConfig("adamw"))
+        optimizer = make_optimizer(network, OptimizerConfig("adamw", lr=1e-2))
         half = [tensor[rank::2] for tensor in batch(device)]
         found = []
         for _ in range(10):

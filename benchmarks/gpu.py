@@ -1,6 +1,6 @@
 """A training step, sampling, the optimizer and the data path on a CUDA GPU; toy sizes on a CPU.
 
-`scripts/bench_gpu.sh` runs this on a bare machine. MFU is of the data sheet's dense bf16 peak (on a
+`scripts/check_gpu.sh` runs this on a bare machine. MFU is of the data sheet's dense bf16 peak (on a
 CPU, of a measured matmul). A trace of compiled steps goes to outputs/gpu_trace.json, for
 https://ui.perfetto.dev.
 """

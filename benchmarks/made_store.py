@@ -15,13 +15,13 @@ ARRAYS = {
 }
 
 
-def write(folder: Path) -> None:
-    """Write one shard of the mission's shapes: 64 samples, 168 MB."""
+def write(folder: Path, specs: dict[str, ArraySpec] = ARRAYS) -> None:
+    """Write one shard of 64 samples; of the mission's shapes they are 168 MB."""
     rng = np.random.default_rng(0)
-    with TokenWriter(folder, ARRAYS, shard_samples=SAMPLES) as writer:
+    with TokenWriter(folder, specs, shard_samples=SAMPLES) as writer:
         for number in range(SAMPLES):
             arrays = {
                 name: rng.standard_normal(spec.shape, np.float32).astype(np.float16)
-                for name, spec in ARRAYS.items()
+                for name, spec in specs.items()
             }
             writer.add("train", f"{number:06d}", arrays, "a caption", "a source")

@@ -56,13 +56,13 @@ def savings(plan: Plan) -> dict[str, float]:
     place, config = plan.placement, plan.config
     now = plan.activation_bytes()
     lean = replace(config.model, activation_checkpointing=True)
-    recomputed = activations(lean, config.flow, plan.shape, place.precision)
+    recomputed = activations(lean, config.flow, plan.shape, place.precision, place.device)
     saved: dict[str, float] = {
         "model.activation_checkpointing=true": now
         - recomputed.of(place.micro_batch, place.strategy)
     }
     if not place.precision.low:
-        bf16 = activations(config.model, config.flow, plan.shape, PRECISIONS["bf16"])
+        bf16 = activations(config.model, config.flow, plan.shape, PRECISIONS["bf16"], place.device)
         saved["precision=bf16"] = now - bf16.of(place.micro_batch, place.strategy)
     if place.strategy == "ddp":
         saved["strategy=fsdp2"] = plan.state_bytes() * (1 - 1 / place.world)

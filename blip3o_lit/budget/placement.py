@@ -59,7 +59,9 @@ def resolve(config: TrainConfig, shape: PairShape, machine: Machine) -> Placemen
     micro_batch = batch_plan(config.batch_size, config.micro_batch_size, world).micro_batch_size
     if config.micro_batch_size is None:
         room = machine.memory_of_process(devices) * USABLE[machine.device]
-        micro_batch = _fitting_micro_batch(config, shape, precision, strategy, world, room)
+        micro_batch = _fitting_micro_batch(
+            config, shape, machine.device, precision, strategy, world, room
+        )
     return Placement(
         device=machine.device,
         devices=devices,
@@ -134,6 +136,7 @@ def _strategy(config: TrainConfig, machine: Machine, world: int) -> str:
 def _fitting_micro_batch(
     config: TrainConfig,
     shape: PairShape,
+    device: str,
     precision: Precision,
     strategy: str,
     world: int,
@@ -141,7 +144,7 @@ def _fitting_micro_batch(
 ) -> int:
     """Return the largest divisor of a process's images that fits into `room` bytes; at least 1."""
     counts = units(config.model, shape)
-    kept = activations(config.model, config.flow, shape, precision)
+    kept = activations(config.model, config.flow, shape, precision, device)
     per_process = config.batch_size // world
     for micro_batch in range(per_process, 1, -1):
         if per_process % micro_batch:

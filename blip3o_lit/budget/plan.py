@@ -34,8 +34,8 @@ class Plan:
 
     @property
     def activations(self) -> Activations:
-        config = self.config
-        return activations(config.model, config.flow, self.shape, self.placement.precision)
+        config, place = self.config, self.placement
+        return activations(config.model, config.flow, self.shape, place.precision, place.device)
 
     def state_bytes(self, strategy: str | None = None) -> int:
         """Return weights, gradients, optimizer and average on one process, in bytes."""

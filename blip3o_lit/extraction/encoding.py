@@ -167,7 +167,8 @@ class TowerSet:
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()
-        event.record()
+        # This device's stream: a pool's thread has device 0 as its current one.
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def heads(self) -> tuple[dict[str, Tensor], dict[str, str]]:

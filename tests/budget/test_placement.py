@@ -101,7 +101,7 @@ def test_the_number_format_is_the_machines_unless_a_word_was_given() -> None:
 def test_a_micro_batch_fills_the_device_and_not_more() -> None:
     config = run("auto", 1, 4096, "auto", "fp32")
     counts, formats = units(SMALL, SHAPE), FORMATS["fp32"]
-    kept = activations(SMALL, config.flow, SHAPE, formats)
+    kept = activations(SMALL, config.flow, SHAPE, formats, "cuda")
     states = rank_bytes("single", counts, formats, config.optimizer.name, 1, True)
     for gb in (1, 2, 8):
         there = machine(1, "plain", "auto", 1, gb)
@@ -127,7 +127,7 @@ def test_fsdp2_needs_no_room_for_autocasts_copies() -> None:
     """Memory for 64 images to the byte: the chosen micro-batch and the plan count alike."""
     config = run("auto", 1, 4096, "fsdp2", "bf16")
     counts, formats = units(SMALL, SHAPE), FORMATS["bf16"]
-    kept = activations(SMALL, config.flow, SHAPE, formats)
+    kept = activations(SMALL, config.flow, SHAPE, formats, "cuda")
     assert kept.fixed > 0
     needed = rank_bytes("fsdp2", counts, formats, config.optimizer.name, 8) + 64 * kept.image
     exact = math.ceil(needed / USABLE["cuda"]) + 1

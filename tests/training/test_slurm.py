@@ -34,7 +34,7 @@ SBATCH = """#!/bin/bash
 set -u
 script=$1; shift
 export SLURM_JOB_ID=$JOB SLURM_JOB_NAME=test SLURM_NNODES=1 SLURM_JOB_NODELIST=localhost
-export SLURM_NTASKS_PER_NODE=2 SLURM_NTASKS=2
+export SLURM_NTASKS_PER_NODE=2 SLURM_NTASKS=2 SLURM_CPUS_PER_TASK=8
 export SLURM_ARRAY_JOB_ID=$JOB SLURM_ARRAY_TASK_ID=0 SLURM_ARRAY_TASK_MIN=0
 export SLURM_ARRAY_TASK_COUNT=1
 grep '^#SBATCH' "$script" > "$STATE/options"
@@ -48,7 +48,7 @@ done
 exit 99
 """
 SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do shift; done
+while [[ $1 == --* ]]; do echo "$1" >> "$STATE/srun"; shift; done
 rm -f "$STATE/tasks"
 for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
   SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 "$@" &
@@ -108,6 +108,7 @@ def test_job_is_requeued_on_the_signal_that_slurm_sends_and_goes_on(
     assert job.wait(timeout=800) == 0, (tmp_path / "log").read_text()
     said = (tmp_path / "log").read_text()
     assert (state / "requests").read_text().split() == [job_id]
+    assert "--cpus-per-task=8" in (state / "srun").read_text()  # srun doesn't inherit it
     assert "stopped at step" in said
     assert "requeueing it" in said
     assert "resume=auto goes on from" in said
@@ -130,6 +131,7 @@ def test_out_of_time_extraction_worker_is_requeued(tmp_path: Path, cluster: dict
     )
     while not (state / "tasks").exists():
         time.sleep(0.02)
+    assert "--cpus-per-task=8" in (state / "srun").read_text()
     batch = subprocess.run(
         ["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True
     ).stdout.split()

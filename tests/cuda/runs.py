@@ -1,0 +1,128 @@
+"""Whole runs of 8 steps on the shim: runs.py FOLDER LAYOUT/PRECISION/OPTIMIZER/MICRO ...
+
+Prints a JSON: for each run the host's waits in three quiet steps, the copies from memory that is
+not pinned, and the steps done. Kernels do nothing, so all values are zeros.
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import layouts
+import torch
+from lightning import Callback
+from on_shim import Trace
+from torch._dynamo.utils import counters
+
+import blip3o_lit.training.trainer as trainer_module
+from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.optimizer import OptimizerConfig
+from blip3o_lit.config.trainer import (
+    CheckpointConfig,
+    EvaluationConfig,
+    PrecisionConfig,
+    StrategyConfig,
+    TrainerConfig,
+)
+from blip3o_lit.metrics.cosine import TokenScores
+from blip3o_lit.models.network import Network
+from blip3o_lit.training.run import run_training
+
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+MODEL = ModelConfig(width=16, depth=2, heads=2, kv_heads=1, mlp_width=16)
+
+
+class Probe(Callback):
+    """Traces the steps 5 to 7 of a run that logs, validates and saves in steps 4 and 8."""
+
+    def __init__(self):
+        self.quiet = Trace()
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 4 and not self.quiet.kernels:
+            self.quiet.__enter__()
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 7:
+            self.quiet.__exit__()
+
+
+def run(folder, layout, precision, optimizer, micro):
+    probe, tokens = Probe(), layouts.config("1")
+    config = replace(
+        tokens,
+        model=replace(MODEL, compile=layout == "compile"),
+        precision=PrecisionConfig(precision),
+        optimizer=OptimizerConfig(optimizer),
+        strategy=StrategyConfig({"compile": "single"}.get(layout, layout)),
+        trainer=TrainerConfig(
+            max_steps=8, log_every=4, accelerator="cuda", devices=str(WORLD), max_bad_steps=10**6
+        ),
+        evaluation=EvaluationConfig(every=4, images=20),
+        checkpoint=CheckpointConfig(every=4, keep=-1),
+        micro_batch_size=int(micro),
+    )
+    build = trainer_module.Callbacks.__init__
+
+    def probed(self, *args):
+        build(self, *args)
+        self.in_order.append(probe)
+
+    trainer_module.Callbacks.__init__ = probed
+    counters.clear()
+    torch._dynamo.reset()
+    try:
+        run_training(config, folder, [])
+    finally:
+        trainer_module.Callbacks.__init__ = build
+    return {
+        "waits": probe.quiet.waits,
+        "pageable": probe.quiet.lines("h2d pageable"),
+        "pinned": sum(probe.quiet.lines("h2d pinned").values()),
+        "kernels": sum(probe.quiet.kernels.values()),
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": sum(counters["graph_break"].values()),
+        "saved": sorted(path.name for path in (folder / "checkpoints").iterdir()),
+    }
+
+
+def compile_without_kernels():
+    """Leave Inductor out: Triton would compile each kernel for real, which takes minutes."""
+    compile_blocks = Network.compile_blocks
+    Network.compile_blocks = lambda self: compile_blocks(self, "aot_eager")
+
+
+def scores_of_zeros():
+    """Give scores a value where that of zeros has none."""
+    made = TokenScores.__init__
+
+    def init(self, *args, **further):
+        made(self, *args, **further)  # torchmetrics wraps compute in here
+        inner = self.compute
+
+        def compute():
+            try:
+                return inner()
+            except (ValueError, ZeroDivisionError):
+                if self._is_synced:
+                    self.unsync()
+                names = ("cosine", "cosine_centred", "mse", "r2", "norm_ratio")
+                return dict.fromkeys(names, 0.5) | {"cosine_ci95": [0.4, 0.6]}
+
+        self.compute = compute
+
+    TokenScores.__init__ = init
+
+
+def main():
+    scores_of_zeros()
+    compile_without_kernels()
+    folder, found = Path(sys.argv[1]), {}
+    for word in sys.argv[2:]:
+        found[word] = run(folder / word.replace("/", "-"), *word.split("/"))
+    print("JSON", json.dumps(found))
+
+
+main()

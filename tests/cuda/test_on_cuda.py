@@ -1,0 +1,102 @@
+"""Whole runs on "cuda" without a GPU: where the host waits, what is copied, where things land."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from cuda_shim import on_cuda
+
+SINGLE = (
+    *("single/bf16/adamw/16", "single/fp16/adamw/16", "single/fp32/adamw/8"),
+    *("single/tf32/muon/16", "single/bf16_true/muon/16", "compile/bf16/adamw/16"),
+)
+RANKS = ("ddp/bf16/adamw/4", "fsdp2/bf16/adamw/8")
+QUIET = 3
+"""Steps that are traced: they log nothing, validate nothing and save nothing."""
+NEW = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+"""All memory is new then, so that all values are zeros rather than anything."""
+
+
+def found(said: str) -> dict[str, Any]:
+    return json.loads(said.rpartition("JSON ")[2])
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found(on_cuda("runs.py", tmp_path_factory.mktemp("single"), *SINGLE, **NEW))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("ranks")
+    return found(on_cuda("runs.py", folder, *RANKS, ranks=2, devices=2, **NEW))
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found(on_cuda("places.py", tmp_path_factory.mktemp("places"), devices=8))
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_whole_run_saves_and_waits_for_nothing_inside_a_step(
+    single: dict[str, Any], name: str
+) -> None:
+    """But for the loss scale of fp16, which asks once a step whether gradients overflowed."""
+    run = single[name]
+    assert run["saved"] == ["best.ckpt", "last.ckpt", "step-00000004.ckpt", "step-00000008.ckpt"]
+    assert run["kernels"] > 0
+    if "fp16" in name.split("/"):
+        assert list(run["waits"].values()) == [QUIET]
+        assert "grad_scaler.py" in next(iter(run["waits"]))
+    else:
+        assert run["waits"] == {}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_tokens_are_copied_from_pinned_memory(single: dict[str, Any], name: str) -> None:
+    """What is not pinned is a time per image, if anything."""
+    assert single[name]["pinned"] >= 2 * QUIET
+    assert all("training/module.py" in place for place in single[name]["pageable"])
+
+
+def test_all_blocks_and_batches_are_one_graph(single: dict[str, Any]) -> None:
+    """Over training, partial validation batches and saving."""
+    run = single["compile/bf16/adamw/16"]
+    assert (run["graphs"], run["breaks"]) == (1, 0)
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_ranks_train_and_save(ranks: dict[str, Any], name: str) -> None:
+    assert "last.ckpt" in ranks[name]["saved"]
+    assert ranks[name]["kernels"] > 0
+
+
+@pytest.mark.xfail(reason="stop flags, SIGTERM broadcasts and ids on the device", strict=False)
+@pytest.mark.parametrize("name", RANKS)
+def test_ranks_wait_for_nothing_inside_a_step(ranks: dict[str, Any], name: str) -> None:
+    assert ranks[name]["waits"] == {}
+
+
+def test_plain_command_lines_take_eight_devices(places: dict[str, Any]) -> None:
+    """Strategy, processes, and the micro-batch of a global batch of 64."""
+    assert places["layouts"] == {
+        "auto auto": ["ddp", 8, 8],
+        "ddp auto": ["ddp", 8, 8],
+        "fsdp2 auto": ["fsdp2", 8, 8],
+        "auto 8": ["ddp", 8, 8],
+        "single auto": ["single", 1, 64],
+    }
+
+
+def test_extraction_guards_its_copies_on_their_own_device(places: dict[str, Any]) -> None:
+    """On device 3, from a thread whose current device is 0."""
+    assert set(places["extraction"]["copy_on"]) == {3}
+    assert set(places["extraction"]["event_record"]) == {3}
+
+
+def test_planned_activations_are_those_of_the_cuda_allocator() -> None:
+    cases = ("dit/bf16", "dit/fp32", "dit/bf16_true", "nextdit/bf16")
+    for case, sizes in found(on_cuda("footprint.py", *cases)).items():
+        assert sizes["planned"] == pytest.approx(sizes["peak"], rel=0.15), case

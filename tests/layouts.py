@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import socket
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from blip3o_lit.config.trainer import (
     StrategyConfig,
     TrainerConfig,
 )
+from blip3o_lit.training.module import TranslationModule
 from blip3o_lit.training.run import run_training
 
 PROBLEM = LinearGaussianConfig(images=72, validation_images=20, condition_width=6, target_width=4)
@@ -80,10 +82,11 @@ def half(run: Path) -> Path:
 
 
 def run_job(folder: Path, job: dict[str, Any]) -> None:
-    """Do one job: name and layout, and where given model, micro, precision, optimizer, resume and
-    measure.
+    """Do one job: name and layout, and where given model, micro, precision, optimizer, resume, bad
+    and measure.
 
-    A job to measure takes two steps and leaves the bytes of all tensors alive after a step.
+    `bad` is a step in which the last rank has a gradient that is not finite. A job to measure takes
+    two steps and leaves the bytes of all tensors alive after a step.
     """
     changes: dict[str, Any] = {"micro_batch_size": job.get("micro", 8)}
     changes["model"] = MODELS[job.get("model", "cross")]
@@ -92,6 +95,7 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
     if "resume" in job:
         changes["resume"] = str(half(folder / job["resume"]))
     run = config(job["layout"], **changes)
+    TranslationModule.on_after_backward = partialmethod(poison, step=job.get("bad", 0))  # type: ignore
     if "measure" not in job:
         run_training(run, folder / job["name"], [])
         return
@@ -101,6 +105,13 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
     run_training(run, folder / job["name"], [])
     hook.remove()
     (folder / f"{job['name']} {os.environ['RANK']}").write_text(str(max(found) - before))
+
+
+def poison(module: TranslationModule, step: int) -> None:
+    if module.global_step + 1 == step and module.global_rank == module.trainer.world_size - 1:
+        gradient = next(module.network.parameters()).grad
+        assert gradient is not None
+        getattr(gradient, "to_local", lambda: gradient)()[0] = torch.inf
 
 
 def bytes_alive() -> int:

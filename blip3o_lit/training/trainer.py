@@ -14,7 +14,7 @@ import torch
 from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 
 from blip3o_lit.base.launcher import launch, number
 from blip3o_lit.base.secrets import masked
@@ -31,6 +31,7 @@ from blip3o_lit.training.callbacks.ranks import OneConfig
 from blip3o_lit.training.callbacks.run_log import RunLog
 from blip3o_lit.training.callbacks.slow_data import SlowData
 from blip3o_lit.training.callbacks.stop import StopAtStep
+from blip3o_lit.training.ddp import DdpStrategy
 
 
 def machine_of(config: TrainConfig) -> Machine:
@@ -122,6 +123,10 @@ def build_trainer(
         default_root_dir=run_dir,
     )
     assert trainer.world_size == place.world, (trainer.world_size, place)
+    # It asks all ranks after a SIGTERM in each micro-batch, through the device; so does `stop.py`,
+    # in each step and without.
+    assert hasattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor")
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     return trainer
 
 
@@ -134,9 +139,7 @@ def _strategy(plan: Plan, run_dir: Path) -> Strategy | str:
     if backend == "nccl":
         _record_collectives(flight_records(run_dir))
     if place.strategy == "ddp":
-        return DDPStrategy(
-            process_group_backend=backend, timeout=timeout, gradient_as_bucket_view=True
-        )
+        return DdpStrategy(backend, timeout)
     from blip3o_lit.training.fsdp2 import Fsdp2Strategy  # DTensor takes seconds to import
 
     return Fsdp2Strategy(config.consolidated, backend, timeout)

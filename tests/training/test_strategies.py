@@ -61,6 +61,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
     run_job(folder, {"name": "accumulated", "layout": "1", "micro": 4})
     run_job(folder, {"name": "nextdit", "layout": "1", "model": "nextdit", "micro": 16})
     run_job(folder, {"name": "muon", "layout": "1", "optimizer": "muon", "micro": 16})
+    run_job(folder, {"name": "bad", "layout": "1", "micro": 16, "bad": 5})
     straight = [{"name": name, "layout": name} for name in ("ddp", "fsdp2", "fsdp2-full")]
     others: list[dict[str, Any]] = [
         {"name": "muon fsdp2", "layout": "fsdp2", "optimizer": "muon"},
@@ -68,6 +69,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
         {"name": "muon ddp", "layout": "ddp", "optimizer": "muon", "resume": "muon fsdp2"},
         {"name": "nextdit fsdp2", "layout": "fsdp2", "model": "nextdit", "micro": 4},
         {"name": "recomputed", "layout": "fsdp2", "model": "recomputed"},
+        {"name": "bad fsdp2", "layout": "fsdp2", "bad": 5},
+        {"name": "bad muon", "layout": "fsdp2", "optimizer": "muon", "bad": 1},
         {"name": "bf16_true", "layout": "fsdp2", "precision": "bf16_true"},
         {"name": "peak ddp", "layout": "ddp", "model": "wide", "micro": 1, "measure": True},
         {"name": "peak fsdp2", "layout": "fsdp2", "model": "wide", "micro": 1, "measure": True},
@@ -98,6 +101,15 @@ def test_muon_takes_the_same_steps_on_shards_and_goes_on_elsewhere(runs: Path, n
     for key, tensor in one.items():
         # Its products are in bf16: the last bits of a step depend on how a matrix is cut.
         assert (tensor - other[key]).abs().max() <= 1e-3 * tensor.abs().max(), key
+
+
+def test_all_ranks_skip_a_step_in_which_one_of_them_has_no_finite_gradient(runs: Path) -> None:
+    assert_same_run(runs / "bad", runs / "bad fsdp2")
+    steps = {name: float(tensor) for name, tensor in state(runs / "bad").items() if "step" in name}
+    assert set(steps.values()) == {19.0}
+    rates = [read_rows(runs / name / "metrics.csv") for name in ("bad muon", "muon")]
+    assert rates[0][0]["train/grad_norm"] in ("inf", "nan")
+    assert all(torch.isfinite(tensor).all() for tensor in state(runs / "bad muon").values())
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS + ALONE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import replace
 from datetime import timedelta
@@ -60,7 +61,9 @@ class Callbacks:
         every = config.trainer.log_every
         cuda = place.device == "cuda"
         device = torch.device("cuda", launch().local) if cuda else torch.device(place.device)
-        peak = place.world * peak_flops(device, plan.device_name, place.precision)
+        peak = math.inf  # Rank 0 writes the rows, and alone measures a card that nobody knows.
+        if launch().first:
+            peak = place.world * peak_flops(device, plan.device_name, place.precision)
         tokens = config.batch_size * data.shape.target.tokens
         self.log = RunLog(every, tokens, plan.step_flops, peak)
         self.stop = StopAtStep()

@@ -10,12 +10,15 @@ import gc
 import multiprocessing
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from blip3o_lit.config.data import DataConfig, LinearGaussianConfig
@@ -38,6 +41,7 @@ CROSS = ModelConfig(
     width=16, depth=2, heads=2, kv_heads=1, mlp_width=16, conditioning="cross", positions="learned"
 )
 STEPS, HALF = 20, 10
+OLDER = "reduce_scatter_tensor"  # its name before torch 2.15
 LAYOUTS = {
     "1": StrategyConfig("single"),
     "ddp": StrategyConfig("ddp"),
@@ -83,7 +87,7 @@ def half(run: Path) -> Path:
 
 def run_job(folder: Path, job: dict[str, Any]) -> None:
     """Do one job: name and layout, and where given model, micro, precision, optimizer, resume, bad
-    and measure.
+    and measure; with two processes, reduce-scatters are counted.
 
     `bad` is a step in which the last rank has a gradient that is not finite. A job to measure takes
     two steps and leaves the bytes of all tensors alive after a step.
@@ -97,7 +101,11 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
     run = config(job["layout"], **changes)
     TranslationModule.on_after_backward = partialmethod(poison, step=job.get("bad", 0))  # type: ignore
     if "measure" not in job:
-        run_training(run, folder / job["name"], [])
+        sums: list[int] = []
+        with counted(sums):
+            run_training(run, folder / job["name"], [])
+        if "RANK" in os.environ:
+            (folder / f"{job['name']} sums {os.environ['RANK']}").write_text(str(len(sums)))
         return
     run.trainer.max_steps = 2
     before, found = bytes_alive(), list[int]()
@@ -105,6 +113,23 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
     run_training(run, folder / job["name"], [])
     hook.remove()
     (folder / f"{job['name']} {os.environ['RANK']}").write_text(str(max(found) - before))
+
+
+@contextmanager
+def counted(sums: list[int]) -> Iterator[None]:
+    """Add to a list in each reduce-scatter."""
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else OLDER
+    inner = getattr(dist, name)
+
+    def reduce_scatter(*args: Any, **further: Any) -> Any:
+        sums.append(1)
+        return inner(*args, **further)
+
+    setattr(dist, name, reduce_scatter)
+    try:
+        yield
+    finally:
+        setattr(dist, name, inner)
 
 
 def poison(module: TranslationModule, step: int) -> None:

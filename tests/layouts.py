@@ -86,8 +86,8 @@ def half(run: Path) -> Path:
 
 
 def run_job(folder: Path, job: dict[str, Any]) -> None:
-    """Do one job: name and layout, and where given model, micro, precision, optimizer, resume, bad
-    and measure; with two processes, reduce-scatters are counted.
+    """Do one job: name and layout, and where given model, micro, precision, optimizer, resume, bad,
+    asynchronous and measure; with two processes, reduce-scatters are counted.
 
     `bad` is a step in which the last rank has a gradient that is not finite. A job to measure takes
     two steps and leaves the bytes of all tensors alive after a step.
@@ -99,6 +99,7 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
     if "resume" in job:
         changes["resume"] = str(half(folder / job["resume"]))
     run = config(job["layout"], **changes)
+    run.checkpoint.asynchronous = job.get("asynchronous", False)
     TranslationModule.on_after_backward = partialmethod(poison, step=job.get("bad", 0))  # type: ignore
     if "measure" not in job:
         sums: list[int] = []

@@ -88,6 +88,8 @@ class CheckpointConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = 1
     """Step checkpoints to keep beside best and last; -1 keeps all."""
+    asynchronous: bool = False
+    """Write while training goes on, from a copy in the host's memory."""
 
     def __post_init__(self) -> None:
         check_fields(self, "checkpoint.")

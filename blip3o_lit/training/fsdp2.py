@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -25,6 +27,7 @@ from torch.optim import Optimizer
 
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints import sharded as sharded_checkpoint
+from blip3o_lit.checkpoints.background import Background
 from blip3o_lit.models.initialisation import is_sharded
 from blip3o_lit.models.network import Network
 
@@ -66,7 +69,9 @@ def whole(value: Any, keep: bool) -> Any:
 class Fsdp2Strategy(ModelParallelStrategy):
     """FSDP2 over all processes, with checkpoints that every other strategy can resume."""
 
-    def __init__(self, consolidated: bool, backend: str, timeout: timedelta) -> None:
+    def __init__(
+        self, consolidated: bool, backend: str, timeout: timedelta, saves: Background
+    ) -> None:
         """Choose the checkpoints: one file, gathered on rank 0, or a folder of shards."""
         super().__init__(
             tensor_parallel_size=1,
@@ -74,11 +79,13 @@ class Fsdp2Strategy(ModelParallelStrategy):
             process_group_backend=backend,
             timeout=timeout,
         )
-        self.consolidated = consolidated
+        self.consolidated, self.saves = consolidated, saves
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+        # Saving talks apart from training, and about objects: not over NCCL.
+        self._saving = dist.new_group(backend="gloo", timeout=self._timeout)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -104,7 +111,8 @@ class Fsdp2Strategy(ModelParallelStrategy):
     ) -> None:
         path = Path(self.broadcast(str(filepath)))
         if not self.consolidated:
-            sharded_checkpoint.save(checkpoint, path)
+            content = self.saves.snapshot(checkpoint)
+            self.saves.do(partial(sharded_checkpoint.save, content, path, self._saving))
         elif self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, path)
 

@@ -114,7 +114,7 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
         module.network.compile_blocks()
     callbacks = Callbacks(plan, data, run_dir)
     run_loggers = loggers(config, run_dir, resumed, start) if launch().first else []
-    trainer = build_trainer(plan, cluster, callbacks.in_order, run_loggers, run_dir)
+    trainer = build_trainer(plan, cluster, callbacks, run_loggers, run_dir)
     return fit(plan, trainer, callbacks, module, data, resumed, run_dir)
 
 

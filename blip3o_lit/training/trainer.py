@@ -21,6 +21,7 @@ from blip3o_lit.base.launcher import launch, number
 from blip3o_lit.base.secrets import masked
 from blip3o_lit.budget.machine import Machine, peak_flops, this_machine
 from blip3o_lit.budget.plan import Plan
+from blip3o_lit.checkpoints.background import Background
 from blip3o_lit.checkpoints.files import AtomicCheckpointIO
 from blip3o_lit.checkpoints.resume import config_hash
 from blip3o_lit.config.train import TrainConfig
@@ -72,6 +73,7 @@ class Callbacks:
             config.checkpoint.every,
             config.checkpoint.keep,
             config.evaluation.every,
+            Background(config.checkpoint.asynchronous),
         )
         # The check of the ranks comes first, the saving last but for the wait for data.
         self.in_order: list[Callback] = [
@@ -96,7 +98,7 @@ def rank_digest(plan: Plan, data: TokenDataModule, run_dir: Path) -> str:
 def build_trainer(
     plan: Plan,
     ranks: ClusterEnvironment,
-    callbacks: list[Callback],
+    callbacks: Callbacks,
     loggers: list[Any],
     run_dir: Path,
 ) -> Trainer:
@@ -107,10 +109,10 @@ def build_trainer(
         accelerator=place.device,
         devices=place.devices,
         num_nodes=place.nodes,
-        strategy=_strategy(plan, run_dir),
+        strategy=_strategy(plan, run_dir, callbacks.checkpoints.saves),
         precision=place.precision.lightning,  # type: ignore[arg-type]
-        plugins=[AtomicCheckpointIO(), ranks],
-        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO(callbacks.checkpoints.saves), ranks],
+        callbacks=callbacks.in_order,
         logger=loggers or False,
         accumulate_grad_batches=place.accumulation,
         val_check_interval=place.accumulation * plan.config.evaluation.every,
@@ -133,7 +135,7 @@ def build_trainer(
     return trainer
 
 
-def _strategy(plan: Plan, run_dir: Path) -> Strategy | str:
+def _strategy(plan: Plan, run_dir: Path, saves: Background) -> Strategy | str:
     place, config = plan.placement, plan.config.strategy
     if place.strategy == "single":
         return "auto"
@@ -145,7 +147,7 @@ def _strategy(plan: Plan, run_dir: Path) -> Strategy | str:
         return DdpStrategy(backend, timeout)
     from blip3o_lit.training.fsdp2 import Fsdp2Strategy  # DTensor takes seconds to import
 
-    return Fsdp2Strategy(config.consolidated, backend, timeout)
+    return Fsdp2Strategy(config.consolidated, backend, timeout, saves)
 
 
 def flight_records(run_dir: Path) -> Path:

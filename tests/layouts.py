@@ -47,6 +47,7 @@ LAYOUTS = {
     "ddp": StrategyConfig("ddp"),
     "fsdp2": StrategyConfig("fsdp2"),
     "fsdp2-full": StrategyConfig("fsdp2", consolidated=True),
+    "hsdp": StrategyConfig("fsdp2", replicas=2),
 }
 MODELS = {
     "cross": CROSS,
@@ -68,7 +69,7 @@ def config(layout: str, **changes: Any) -> TrainConfig:
             max_steps=STEPS,
             log_every=1,
             accelerator="cpu",
-            devices="1" if layout == "1" else "2",
+            devices={"1": "1", "hsdp": "4"}.get(layout, "2"),
         ),
         evaluation=EvaluationConfig(every=HALF, images=20),
         checkpoint=CheckpointConfig(every=HALF, keep=-1),
@@ -153,27 +154,33 @@ def bytes_alive() -> int:
     return sum(storages.values())
 
 
-def two_processes(folder: Path, jobs: list[dict[str, Any]], seconds: float = 800) -> None:
-    """Do jobs one after another in two processes, which find each other as torchrun's would."""
+def processes(
+    folder: Path, jobs: list[dict[str, Any]], count: int = 2, seconds: float = 800
+) -> None:
+    """Do jobs one after another in processes that find each other as torchrun's would."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # so that packages are imported once
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    ranks = [context.Process(target=_rank, args=(r, port, str(folder), jobs)) for r in "01"]
+    numbers = "0123"[:count]
+    ranks = [
+        context.Process(target=_rank, args=(r, str(count), port, str(folder), jobs))
+        for r in numbers
+    ]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(seconds)
         rank.kill()
-    logs = "\n".join((folder / f"rank-{r}.log").read_text()[-3000:] for r in "01")
-    assert [rank.exitcode for rank in ranks] == [0, 0], logs
+    logs = "\n".join((folder / f"rank-{r}.log").read_text()[-3000:] for r in numbers)
+    assert not any(rank.exitcode for rank in ranks), logs
 
 
-def _rank(rank: str, port: str, folder: str, jobs: list[dict[str, Any]]) -> None:
-    """Be one of the two processes."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank}
-    place |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank, "GROUP_RANK": "0"}
+def _rank(rank: str, count: str, port: str, folder: str, jobs: list[dict[str, Any]]) -> None:
+    """Be one of the processes."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "RANK": rank}
+    place |= {"LOCAL_WORLD_SIZE": count, "LOCAL_RANK": rank, "GROUP_RANK": "0"}
     os.environ.update(place, TORCHELASTIC_RUN_ID="layouts")
     torch.set_num_threads(1)
     with (Path(folder) / f"rank-{rank}.log").open("w") as log:

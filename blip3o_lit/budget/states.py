@@ -91,8 +91,9 @@ def rank_bytes(
 ) -> int:
     """Return the bytes of the states on one process.
 
-    With several micro-batches per step (`accumulated`), DDP sums gradients beside the buckets that
-    it sends, and FSDP2 sums whole ones, in fp32, until the last.
+    `world` processes share what is sharded. With several micro-batches per step (`accumulated`),
+    DDP sums gradients beside the buckets that it sends, and FSDP2 sums whole ones, in fp32, until
+    the last.
     """
     whole = states(counts, precision, optimizer)
     if strategy == "fsdp2":

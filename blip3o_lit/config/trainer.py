@@ -55,6 +55,9 @@ class StrategyConfig:
     """auto (single, or ddp with several devices), single, ddp or fsdp2."""
     consolidated: bool = False
     """fsdp2: each checkpoint is one file, gathered on rank 0; false: a folder, written by all."""
+    replicas: int = above_zero(1)
+    """fsdp2: groups of processes that each hold a whole network in shards; with as many as there are
+    nodes, weights are gathered inside a node and gradients alone cross between them."""
     timeout: float = above_zero(600.0)
     """Seconds that a rank waits for the others before the run ends."""
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints import sharded as sharded_checkpoint
 from blip3o_lit.checkpoints.background import Background
+from blip3o_lit.config.trainer import StrategyConfig
 from blip3o_lit.models.initialisation import is_sharded
 from blip3o_lit.models.network import Network
 
@@ -67,23 +68,29 @@ def whole(value: Any, keep: bool) -> Any:
 
 
 class Fsdp2Strategy(ModelParallelStrategy):
-    """FSDP2 over all processes, with checkpoints that every other strategy can resume."""
+    """FSDP2 over all processes, or in replicas; every other strategy can resume its checkpoints."""
 
     def __init__(
-        self, consolidated: bool, backend: str, timeout: timedelta, saves: Background
+        self, config: StrategyConfig, backend: str, timeout: timedelta, saves: Background
     ) -> None:
         """Choose the checkpoints: one file, gathered on rank 0, or a folder of shards."""
+        consolidated = config.consolidated
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=not consolidated,
             process_group_backend=backend,
             timeout=timeout,
         )
-        self.consolidated, self.saves = consolidated, saves
+        self.consolidated, self.saves, self.replicas = consolidated, saves, config.replicas
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+        self.mesh = self.device_mesh["data_parallel"]
+        if self.replicas > 1:  # Neighbours, as the processes of a node are, share one replica.
+            sizes = (self.replicas, self.world_size // self.replicas)
+            names = ("replicate", "shard")
+            self.mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
         # Saving talks apart from training, and about objects: not over NCCL.
         self._saving = dist.new_group(backend="gloo", timeout=self._timeout)
 

@@ -84,12 +84,12 @@ class TranslationModule(LightningModule):
         """Shard both networks by block while they have no memory yet, where the strategy asks."""
         if not self.sharded or not next(self.network.parameters()).is_meta:
             return
-        from blip3o_lit.training.fsdp2 import shard
+        from blip3o_lit.training.fsdp2 import Fsdp2Strategy, shard
 
-        assert self.device_mesh is not None
+        assert isinstance(self.trainer.strategy, Fsdp2Strategy)
         compute = self.precision.products if self.precision.low else None
         for network in (self.network, self.ema):
-            shard(network, self.device_mesh["data_parallel"], compute)
+            shard(network, self.trainer.strategy.mesh, compute)
         self._start(self.trainer.strategy.root_device)
 
     @property

@@ -147,7 +147,7 @@ def _strategy(plan: Plan, run_dir: Path, saves: Background) -> Strategy | str:
         return DdpStrategy(backend, timeout)
     from blip3o_lit.training.fsdp2 import Fsdp2Strategy  # DTensor takes seconds to import
 
-    return Fsdp2Strategy(config.consolidated, backend, timeout, saves)
+    return Fsdp2Strategy(config, backend, timeout, saves)
 
 
 def flight_records(run_dir: Path) -> Path:

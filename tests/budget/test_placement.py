@@ -166,3 +166,11 @@ def test_what_the_machine_lacks_is_refused_by_the_word_that_asks_for_it() -> Non
 )
 def test_a_cards_peak_is_that_of_its_own_kind(name: str, peak: float) -> None:
     assert peak_flops(torch.device("cuda", 0), name, FORMATS["bf16"]) == peak
+
+
+@pytest.mark.parametrize(("name", "replicas"), [("ddp", 2), ("fsdp2", 3), ("auto", 2)])
+def test_replicas_that_cannot_be_are_refused(name: str, replicas: int) -> None:
+    config = run("8", 1, 32, name, "bf16")
+    config.strategy.replicas = replicas
+    with pytest.raises(UserError, match=f"strategy.replicas={replicas}"):
+        resolve(config, SHAPE, machine(8, "plain", "8", 1))

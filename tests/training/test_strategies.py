@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import half, run_job, two_processes
+from layouts import half, processes, run_job
 
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.load import load
@@ -79,7 +79,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
         {"name": "peak ddp", "layout": "ddp", "model": "wide", "micro": 1, "measure": True},
         {"name": "peak fsdp2", "layout": "fsdp2", "model": "wide", "micro": 1, "measure": True},
     ]
-    two_processes(folder, [*straight, *others, *(resumption(*pair) for pair in PAIRS)])
+    processes(folder, [*straight, *others, *(resumption(*pair) for pair in PAIRS)])
+    shards = [{"name": "hsdp", "layout": "hsdp", "micro": 2}]
+    shards.append({"name": "hsdp resumed", "layout": "hsdp", "micro": 4, "resume": "hsdp"})
+    processes(folder, shards, count=4)
     for pair in ALONE:
         run_job(folder, resumption(*pair))
     return folder
@@ -118,6 +121,13 @@ def test_checkpoints_written_in_the_background_are_those_of_their_step(runs: Pat
         assert_same_run(runs / straight, runs / name, exactly=True)
         middle, other = (state(runs / run, half(runs).name) for run in (straight, name))
         assert all(torch.equal(tensor, other[key]) for key, tensor in middle.items())
+
+
+@pytest.mark.parametrize("name", ["hsdp", "hsdp resumed"])
+def test_replicas_of_shards_take_the_steps_of_plain_shards(runs: Path, name: str) -> None:
+    assert_same_run(runs / "fsdp2", runs / name, within=1e-6)
+    files = list((runs / name / "checkpoints" / "last.ckpt").glob("*.safetensors"))
+    assert len(files) == 4
 
 
 def test_all_ranks_skip_a_step_in_which_one_of_them_has_no_finite_gradient(runs: Path) -> None:
@@ -206,7 +216,7 @@ def test_a_rank_of_fsdp2_holds_at_most_three_fifths_of_one_of_ddp(runs: Path) ->
 @pytest.mark.soak
 def test_every_pair_of_layouts_resumes(runs: Path) -> None:
     missing = [pair for pair in product(SOURCES, TARGETS) if pair not in PAIRS + ALONE]
-    two_processes(runs, [resumption(*pair) for pair in missing if pair[1] != "1"])
+    processes(runs, [resumption(*pair) for pair in missing if pair[1] != "1"])
     for source, target in missing:
         if target == "1":
             run_job(runs, resumption(source, target))

@@ -190,7 +190,8 @@ class TranslationModule(LightningModule):
             from torch.distributed.tensor import Replicate
 
             norm = norm.redistribute(placements=[Replicate()] * norm.device_mesh.ndim)  # type: ignore[attr-defined]
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        # Where it is not finite nothing is clipped, so that bad gradients can be told from others.
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm.nan_to_num(0, 0, 0))
         self.gradient_norm = norm.to_local() if is_sharded(norm) else norm  # type: ignore[attr-defined]
         if not self.precision.loss_scale:  # The scaler skips overflowing steps itself.
             # What a loss scaler would set: the fused kernel then leaves weights and moments alone,

@@ -29,9 +29,12 @@ from blip3o_lit.models.precision import AUTO, bf16_is_faster
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.training.callbacks.bad_steps import BadSteps
 from blip3o_lit.training.callbacks.checkpoints import MONITOR, Checkpoints
+from blip3o_lit.training.callbacks.garbage import Garbage
+from blip3o_lit.training.callbacks.profile import Profile
 from blip3o_lit.training.callbacks.ranks import OneConfig
 from blip3o_lit.training.callbacks.run_log import RunLog
 from blip3o_lit.training.callbacks.slow_data import SlowData
+from blip3o_lit.training.callbacks.stacks import Stacks
 from blip3o_lit.training.callbacks.stop import StopAtStep
 from blip3o_lit.training.ddp import DdpStrategy
 
@@ -81,7 +84,12 @@ class Callbacks:
             self.log,
             BadSteps(every, config.trainer.max_bad_steps),
             self.stop,
+            Garbage(),
         ]
+        if place.world > 1:
+            self.in_order.append(Stacks(flight_records(run_dir), 0.8 * config.strategy.timeout))
+        if config.trainer.profile:
+            self.in_order.append(Profile(run_dir / "profile", *config.trainer.profile))
         if config.evaluation.patience and data.validation:
             patience = config.evaluation.patience
             self.in_order.append(EarlyStopping(MONITOR, mode="max", patience=patience))
@@ -118,6 +126,7 @@ def build_trainer(
         val_check_interval=place.accumulation * plan.config.evaluation.every,
         max_steps=plan.steps,
         max_epochs=-1,
+        deterministic=plan.config.trainer.deterministic,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -151,7 +160,7 @@ def _strategy(plan: Plan, run_dir: Path, saves: Background) -> Strategy | str:
 
 
 def flight_records(run_dir: Path) -> Path:
-    """Return the folder into which NCCL's flight recorder writes when a collective times out."""
+    """Return the folder of what is known of a rank that hangs: its stacks, NCCL's last calls."""
     return run_dir / "flight-recorder"
 
 
@@ -160,6 +169,7 @@ def _record_collectives(folder: Path) -> None:
     for variable, value in (
         ("TORCH_FR_BUFFER_SIZE", "2000"),
         ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
+        ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3"),  # a collective that hangs is an error, in time
         ("TORCH_FR_DUMP_TEMP_FILE", str(folder / "rank_")),
         ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / "rank_")),  # its name before torch 2.10
     ):

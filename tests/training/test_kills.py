@@ -222,7 +222,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_one_line(
     line = (tmp_path / "said-0.txt").read_text()
     assert re.search(
         r"another rank died, or did not answer for strategy\.timeout=20 seconds: rank 0 lost it in "
-        r"step \d+ \(.+\); resume=auto goes on from the last checkpoint",
+        r"step \d+ \(.+\)(; stacks .+)?; resume=auto goes on from the last checkpoint",
         line,
     ), line
     found, damaged = checkpointing.newest_to_resume(tmp_path)

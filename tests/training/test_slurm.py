@@ -168,7 +168,7 @@ def test_a_job_that_loses_ranks_is_requeued_while_it_gets_further(
     tmp_path: Path, cluster: dict[str, str]
 ) -> None:
     rank = tmp_path / "python"  # its second start gets further than the first, its third does not
-    reached = r"printf 'step,loss\\n10,1\\n%s,1\\n' $(( ${SLURM_RESTART_COUNT:-0} ? 30 : 20 ))"
+    reached = r"printf 'step,loss\n10,1\n%s,1\n' $(( ${SLURM_RESTART_COUNT:-0} ? 30 : 20 ))"
     rank.write_text(f"#!/bin/bash\nmkdir -p lost\n{reached} > lost/metrics.csv\nexit 74\n")
     rank.chmod(stat.S_IRWXU)
     command = ["sbatch", str(ROOT / "scripts" / "train.sbatch"), "hydra.run.dir=lost"]

@@ -53,13 +53,13 @@ class BadSteps(Callback):
     def _report(self, step: int, samples: list[int], rank: int, where: str) -> None:
         names = ", ".join(map(str, samples[:NAMED_SAMPLES]))
         names += ", ..." if len(samples) > NAMED_SAMPLES else ""
-        text = f"step {step} was skipped: its gradient is not finite{where}; samples {names}"
+        text = f"step {step} was skipped: its gradient is not finite; samples {names}{where}"
         log.warning(text)
         print(f"warning: {text} (process {rank})", flush=True)
         if self._in_a_row >= self.limit:
             raise UserError(
                 f"{self.limit} steps in a row up to step {step} had gradients that are "
-                f"not finite{where}, the last on samples {names}: go on from an earlier checkpoint "
+                f"not finite, the last on samples {names}{where}: go on from an earlier checkpoint "
                 "with a lower optimizer.lr or precision=fp32, or raise trainer.max_bad_steps"
             )
 
@@ -71,5 +71,5 @@ def first_bad(module: LightningModule, step: int) -> str:
         if gradient is not None:
             local = gradient.to_local() if is_sharded(gradient) else gradient  # type: ignore[attr-defined]
             if not torch.isfinite(local).all():
-                return f" (in step {step} first that of {name})"
+                return f" (in step {step} first in {name})"
     return ""

@@ -10,11 +10,15 @@ import gc
 import multiprocessing
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from blip3o_lit.config.data import DataConfig, LinearGaussianConfig
@@ -29,6 +33,7 @@ from blip3o_lit.config.trainer import (
     StrategyConfig,
     TrainerConfig,
 )
+from blip3o_lit.training.module import TranslationModule
 from blip3o_lit.training.run import run_training
 
 PROBLEM = LinearGaussianConfig(images=72, validation_images=20, condition_width=6, target_width=4)
@@ -36,11 +41,13 @@ CROSS = ModelConfig(
     width=16, depth=2, heads=2, kv_heads=1, mlp_width=16, conditioning="cross", positions="learned"
 )
 STEPS, HALF = 20, 10
+OLDER = "reduce_scatter_tensor"  # its name before torch 2.15
 LAYOUTS = {
     "1": StrategyConfig("single"),
     "ddp": StrategyConfig("ddp"),
     "fsdp2": StrategyConfig("fsdp2"),
     "fsdp2-full": StrategyConfig("fsdp2", consolidated=True),
+    "hsdp": StrategyConfig("fsdp2", replicas=2),
 }
 MODELS = {
     "cross": CROSS,
@@ -62,7 +69,7 @@ def config(layout: str, **changes: Any) -> TrainConfig:
             max_steps=STEPS,
             log_every=1,
             accelerator="cpu",
-            devices="1" if layout == "1" else "2",
+            devices={"1": "1", "hsdp": "4"}.get(layout, "2"),
         ),
         evaluation=EvaluationConfig(every=HALF, images=20),
         checkpoint=CheckpointConfig(every=HALF, keep=-1),
@@ -80,10 +87,11 @@ def half(run: Path) -> Path:
 
 
 def run_job(folder: Path, job: dict[str, Any]) -> None:
-    """Do one job: name and layout, and where given model, micro, precision, optimizer, resume and
-    measure.
+    """Do one job: name and layout, and where given model, micro, precision, optimizer, resume, bad,
+    asynchronous and measure; with two processes, reduce-scatters are counted.
 
-    A job to measure takes two steps and leaves the bytes of all tensors alive after a step.
+    `bad` is a step in which the last rank has a gradient that is not finite. A job to measure takes
+    two steps and leaves the bytes of all tensors alive after a step.
     """
     changes: dict[str, Any] = {"micro_batch_size": job.get("micro", 8)}
     changes["model"] = MODELS[job.get("model", "cross")]
@@ -92,8 +100,14 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
     if "resume" in job:
         changes["resume"] = str(half(folder / job["resume"]))
     run = config(job["layout"], **changes)
+    run.checkpoint.asynchronous = job.get("asynchronous", False)
+    TranslationModule.on_after_backward = partialmethod(poison, step=job.get("bad", 0))  # type: ignore
     if "measure" not in job:
-        run_training(run, folder / job["name"], [])
+        sums: list[int] = []
+        with counted(sums):
+            run_training(run, folder / job["name"], [])
+        if "RANK" in os.environ:
+            (folder / f"{job['name']} sums {os.environ['RANK']}").write_text(str(len(sums)))
         return
     run.trainer.max_steps = 2
     before, found = bytes_alive(), list[int]()
@@ -101,6 +115,30 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
     run_training(run, folder / job["name"], [])
     hook.remove()
     (folder / f"{job['name']} {os.environ['RANK']}").write_text(str(max(found) - before))
+
+
+@contextmanager
+def counted(sums: list[int]) -> Iterator[None]:
+    """Add to a list in each reduce-scatter."""
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else OLDER
+    inner = getattr(dist, name)
+
+    def reduce_scatter(*args: Any, **further: Any) -> Any:
+        sums.append(1)
+        return inner(*args, **further)
+
+    setattr(dist, name, reduce_scatter)
+    try:
+        yield
+    finally:
+        setattr(dist, name, inner)
+
+
+def poison(module: TranslationModule, step: int) -> None:
+    if module.global_step + 1 == step and module.global_rank == module.trainer.world_size - 1:
+        gradient = next(module.network.parameters()).grad
+        assert gradient is not None
+        getattr(gradient, "to_local", lambda: gradient)()[0] = torch.inf
 
 
 def bytes_alive() -> int:
@@ -116,27 +154,33 @@ def bytes_alive() -> int:
     return sum(storages.values())
 
 
-def two_processes(folder: Path, jobs: list[dict[str, Any]], seconds: float = 800) -> None:
-    """Do jobs one after another in two processes, which find each other as torchrun's would."""
+def processes(
+    folder: Path, jobs: list[dict[str, Any]], count: int = 2, seconds: float = 800
+) -> None:
+    """Do jobs one after another in processes that find each other as torchrun's would."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # so that packages are imported once
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    ranks = [context.Process(target=_rank, args=(r, port, str(folder), jobs)) for r in "01"]
+    numbers = "0123"[:count]
+    ranks = [
+        context.Process(target=_rank, args=(r, str(count), port, str(folder), jobs))
+        for r in numbers
+    ]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(seconds)
         rank.kill()
-    logs = "\n".join((folder / f"rank-{r}.log").read_text()[-3000:] for r in "01")
-    assert [rank.exitcode for rank in ranks] == [0, 0], logs
+    logs = "\n".join((folder / f"rank-{r}.log").read_text()[-3000:] for r in numbers)
+    assert not any(rank.exitcode for rank in ranks), logs
 
 
-def _rank(rank: str, port: str, folder: str, jobs: list[dict[str, Any]]) -> None:
-    """Be one of the two processes."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank}
-    place |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank, "GROUP_RANK": "0"}
+def _rank(rank: str, count: str, port: str, folder: str, jobs: list[dict[str, Any]]) -> None:
+    """Be one of the processes."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "RANK": rank}
+    place |= {"LOCAL_WORLD_SIZE": count, "LOCAL_RANK": rank, "GROUP_RANK": "0"}
     os.environ.update(place, TORCHELASTIC_RUN_ID="layouts")
     torch.set_num_threads(1)
     with (Path(folder) / f"rank-{rank}.log").open("w") as log:

@@ -24,13 +24,19 @@ class Gpu:
 
 
 GPUS = {
+    "H200 NVL": Gpu(835e12, 417e12, 141e9),
     "H200": Gpu(989e12, 494e12, 141e9),
+    "H100 PCIe": Gpu(756e12, 378e12, 80e9),
+    "H100 NVL": Gpu(835e12, 417e12, 94e9),
     "H100": Gpu(989e12, 494e12, 80e9),
     "A100": Gpu(312e12, 156e12, 80e9),
     "L40S": Gpu(362e12, 183e12, 48e9),
     "RTX 4090": Gpu(165e12, 82e12, 24e9),
-    "V100": Gpu(125e12, 15.7e12, 32e9),
 }
+"""By the first of the names that a card's own name has in it."""
+MEASURED = {"cuda": (8192, 8192, 8192)}
+"""Shape of the product that an unknown card is measured by: one that takes far longer than its
+launch; elsewhere 2048, 1024, 2048."""
 
 
 @dataclass(frozen=True)
@@ -100,5 +106,5 @@ def peak_flops(device: torch.device, name: str, precision: Precision) -> float:
         for known, gpu in GPUS.items():
             if known in name:
                 return gpu.low if precision.low else gpu.full
-    shape = (2048, 1024, 2048)
+    shape = MEASURED.get(device.type, (2048, 1024, 2048))
     return 2 * math.prod(shape) / product_seconds(device, precision.products, shape)

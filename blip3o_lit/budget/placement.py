@@ -120,6 +120,12 @@ def _processes(config: TrainConfig, machine: Machine) -> tuple[int, int]:
 
 def _strategy(config: TrainConfig, machine: Machine, world: int) -> str:
     name = config.strategy.name
+    replicas = config.strategy.replicas
+    if replicas > 1 and (name != "fsdp2" or world % replicas):
+        raise UserError(
+            f"strategy.replicas={replicas} with strategy={name} and {world} processes: it takes "
+            "strategy=fsdp2 and a number of processes that it divides"
+        )
     if name == "auto":
         return "ddp" if world > 1 else "single"
     if name == "single" and world > 1:
@@ -145,12 +151,12 @@ def _fitting_micro_batch(
     """Return the largest divisor of a process's images that fits into `room` bytes; at least 1."""
     counts = units(config.model, shape)
     kept = activations(config.model, config.flow, shape, precision, device)
-    per_process = config.batch_size // world
+    per_process, shards = config.batch_size // world, world // config.strategy.replicas
     for micro_batch in range(per_process, 1, -1):
         if per_process % micro_batch:
             continue
         accumulated = micro_batch < per_process
-        states = rank_bytes(strategy, counts, precision, config.optimizer.name, world, accumulated)
+        states = rank_bytes(strategy, counts, precision, config.optimizer.name, shards, accumulated)
         if states + kept.of(micro_batch, strategy) <= room:
             return micro_batch
     return 1

@@ -45,7 +45,7 @@ class Plan:
             self.units,
             place.precision,
             self.config.optimizer.name,
-            place.world,
+            place.world // self.config.strategy.replicas,
             place.accumulation > 1,
         )
 

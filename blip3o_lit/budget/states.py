@@ -91,12 +91,14 @@ def rank_bytes(
 ) -> int:
     """Return the bytes of the states on one process.
 
-    With several micro-batches per step (`accumulated`), DDP sums gradients beside the buckets that
-    it sends.
+    `world` processes share what is sharded. With several micro-batches per step (`accumulated`),
+    DDP sums gradients beside the buckets that it sends, and FSDP2 sums whole ones, in fp32, until
+    the last.
     """
     whole = states(counts, precision, optimizer)
     if strategy == "fsdp2":
-        return whole.total // world + gathered_bytes(counts, precision)
+        gradients = 4 * counts.total if accumulated else 0
+        return whole.total // world + gathered_bytes(counts, precision) + gradients
     if strategy == "ddp" and accumulated:
         return whole.total + whole.gradients
     return whole.total

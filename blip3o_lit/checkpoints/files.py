@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import re
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from blip3o_lit.base.files import check_format
 from blip3o_lit.checkpoints import sharded as sharded_checkpoint
+from blip3o_lit.checkpoints.background import Background
 from blip3o_lit.checkpoints.in_place import (
     TEMPORARY,
     not_written,
@@ -33,25 +35,33 @@ _STEP_PATTERN = re.compile(r"step-(\d{8})\.ckpt$")
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes to a temporary name, syncs and renames, so a killed run leaves no half file."""
 
+    def __init__(self, saves: Background | None = None) -> None:
+        super().__init__()
+        self.saves = saves or Background()
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        path = Path(path)
-        temporary = path.with_name(TEMPORARY.format(path.name))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            remove(temporary)
-            save_synced(checkpoint, temporary)
-            put_in_place(temporary, path)
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            raise not_written(path, error) from error
+        content = self.saves.snapshot(checkpoint)
+        self.saves.do(partial(write, content, Path(path)))
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Load a checkpoint of either kind, whole, onto the CPU."""
         return _whole(Path(path))
+
+
+def write(checkpoint: dict[str, Any], path: Path) -> None:
+    temporary = path.with_name(TEMPORARY.format(path.name))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)
+        save_synced(checkpoint, temporary)
+        put_in_place(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise not_written(path, error) from error
 
 
 def is_sound(path: Path) -> bool:

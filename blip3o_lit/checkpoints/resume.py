@@ -27,6 +27,7 @@ log = logging.getLogger("blip3o_lit")
 FREE_KEYS = ("resume", "overwrite", "dry_run", "logger", "checkpoint", "strategy")
 FREE_KEYS += ("micro_batch_size", "plan", "world", "gpu", "mfu")
 FREE_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "log_every")
+FREE_TRAINER_KEYS += ("deterministic", "profile")
 FREE_DATA_KEYS = ("threads", "verify")
 
 
@@ -93,7 +94,7 @@ def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
     if config.resume == "auto":
         path = _newest_of_own(run_dir)
         if path is not None:
-            _check_network(config, path)
+            _check_network(config, path)  # sound: it was read for that
             return path
         origin = _origin(run_dir)
         if origin is None:
@@ -110,6 +111,8 @@ def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
         if newest is None:
             raise UserError(f"resume={path}: no sound checkpoint in this run directory")
         path = newest
+    else:
+        checkpointing.check_sound(path)
     _check_network(config, path)
     config.resume = str(path)
     return path
@@ -137,7 +140,6 @@ def _origin(run_dir: Path) -> str | None:
 
 
 def _check_network(config: TrainConfig, path: Path) -> None:
-    checkpointing.check_sound(path)
     whole = ("batch_size", "optimizer.name", "seed")
     free = ("model.compile", "model.activation_checkpointing")
     for key, then, now in differences(config, path):

@@ -54,11 +54,22 @@ def put_tensors(checkpoint: dict[str, Any], tensors: dict[str, Tensor]) -> None:
             states.setdefault(int(index), {})[key] = tensor
 
 
-def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint of sharded tensors; called by every process."""
+def save(checkpoint: dict[str, Any], path: Path, group: Any = None) -> None:
+    """Write a checkpoint of sharded tensors; called by every process of a group on the CPU.
+
+    Each process measures the file that it wrote: a shared folder may list it late for others.
+    """
     from torch.distributed.checkpoint import state_dict_saver
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    class Writer(HuggingFaceStorageWriter):
+        def write_data(self, plan: Any, planner: Any) -> Any:
+            written = super().write_data(plan, planner)
+            written.wait()
+            names = {result.storage_data.relative_path for result in written.value()}
+            self.sums = {name: measure(temporary / name) for name in names}
+            return written
 
     rank, world = dist.get_rank(), dist.get_world_size()
     tensors = take_tensors(checkpoint)
@@ -68,17 +79,16 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
         if rank == 0:
             remove(temporary)
             temporary.mkdir(parents=True)
-        dist.barrier()
-        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        state_dict_saver.save(tensors, storage_writer=writer)
-        own = sorted(temporary.glob("*.safetensors"))[rank::world]
+        dist.barrier(group)
+        writer = Writer(str(temporary), save_distributed=True)
+        state_dict_saver.save(tensors, storage_writer=writer, process_group=group)
         sums: list[Any] = [None] * world
-        dist.all_gather_object(sums, {file.name: measure(file) for file in own})
+        dist.all_gather_object(sums, writer.sums, group)
         if rank == 0:
             checkpoint["files"] = {name: pair for part in sums for name, pair in part.items()}
             save_synced(checkpoint, temporary / PLAIN)
             put_in_place(temporary, path)
-        dist.barrier()
+        dist.barrier(group)
     except (OSError, RuntimeError, CheckpointException) as error:
         raise not_written(path, error) from error
 

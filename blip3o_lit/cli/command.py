@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 Config = TypeVar("Config")
-USER_ERROR_CODE = 2
+USER_ERROR_CODE = UserError.code
 SHARDS_KEPT = "the finished shards are kept: give the same line again to go on"
 """What Ctrl-C leaves of the commands that write a token store."""
 RANKED = ("train", "extract")
@@ -68,7 +68,7 @@ def _run(name: str, schema: type[Config], task: Callable[[Config], Any], kept: K
         except UserError as error:
             if in_multirun():  # The sweep's other jobs still run; Hydra raises it at their end.
                 raise
-            fail(str(error))
+            fail(str(error), error.code)
 
     try:
         arguments = _prepare(name, schema)
@@ -78,7 +78,7 @@ def _run(name: str, schema: type[Config], task: Callable[[Config], Any], kept: K
         check_arguments(name, schema, arguments)
         hydra_main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
     except UserError as error:
-        fail(str(error))
+        fail(str(error), error.code)
     except BrokenPipeError:  # of a page that was piped into `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -178,11 +178,11 @@ def _show_help(name: str, overrides: list[str]) -> None:
     print(template.substitute(APP_CONFIG_GROUPS=options, CONFIG=OmegaConf.to_yaml(shown)))
 
 
-def fail(message: str) -> typing.NoReturn:
-    """Print a one-line error without secrets and exit with 2."""
+def fail(message: str, code: int = UserError.code) -> typing.NoReturn:
+    """Print a one-line error without secrets and exit."""
     lines = [line.strip() for line in masked(message).splitlines()]
     print("error:", *lines, file=sys.stderr)
-    sys.exit(USER_ERROR_CODE)
+    sys.exit(code)
 
 
 def is_running() -> bool:

@@ -11,8 +11,16 @@ class UserError(ValueError):
     """A mistake in the configuration, the data or the environment that the user can mend.
 
     The message is one line: it names the file, sample or override, and the fix. Commands print it
-    without a traceback and exit with 2.
+    without a traceback and exit with its code.
     """
+
+    code = 2
+
+
+class LostRank(UserError):
+    """Another process of the run died or hangs: what no override mends, and another start may."""
+
+    code = 74
 
 
 def nearest(word: str, options: Iterable[str]) -> str:

@@ -65,7 +65,7 @@ class TrainConfig:
     world: int | None = above_zero(None)
     """plan: processes; null: trainer.devices * trainer.num_nodes."""
     gpu: str = "H100"
-    """plan: the kind of GPU: H200, H100, A100, L40S, RTX 4090 or V100."""
+    """plan: the kind of GPU: H200, H100, A100, L40S, RTX 4090, or one of `budget/machine.py`."""
     mfu: float = above_zero(0.4)
     """plan: the share of the GPU's peak that training is taken to reach."""
 

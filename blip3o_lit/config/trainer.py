@@ -26,11 +26,18 @@ class TrainerConfig:
     """Steps between two logged rows."""
     max_bad_steps: int = above_zero(10)
     """Steps in a row with gradients that are not finite, all skipped, before the run stops."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time; slower, and an error where there is none."""
+    profile: list[int] | None = None
+    """First and last step that rank 0 traces into `profile/` of the run; on CUDA memory too."""
 
     def __post_init__(self) -> None:
         check_fields(self, "trainer.")
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
             raise UserError(f"trainer.devices={self.devices} must be auto or a number from 1 on")
+        steps = self.profile
+        if steps is not None and (len(steps) != 2 or not 0 < steps[0] <= steps[1]):
+            raise UserError(f"trainer.profile={steps} must be two steps, as [10,12]")
 
 
 @dataclass
@@ -55,6 +62,9 @@ class StrategyConfig:
     """auto (single, or ddp with several devices), single, ddp or fsdp2."""
     consolidated: bool = False
     """fsdp2: each checkpoint is one file, gathered on rank 0; false: a folder, written by all."""
+    replicas: int = above_zero(1)
+    """fsdp2: groups of processes that each hold a whole network in shards; with one for each node,
+    weights are gathered inside a node and gradients alone cross between them."""
     timeout: float = above_zero(600.0)
     """Seconds that a rank waits for the others before the run ends."""
 
@@ -88,6 +98,8 @@ class CheckpointConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = 1
     """Step checkpoints to keep beside best and last; -1 keeps all."""
+    asynchronous: bool = False
+    """Write while training goes on, from a copy in the host's memory."""
 
     def __post_init__(self) -> None:
         check_fields(self, "checkpoint.")

@@ -98,13 +98,14 @@ class TokenDataModule(pl.LightningDataModule):
         if not hasattr(self, "shape"):
             self.open()
 
-    def _cut(self) -> tuple[BatchPlan, int, bool]:
-        """Return the cut of a batch, this rank, and whether batches go to a CUDA device."""
-        rank, world_size, cuda = 0, 1, False
+    def _cut(self) -> tuple[BatchPlan, int, torch.cuda.Stream | None]:
+        """Return the cut of a batch, this rank, and the stream of copies to a CUDA device."""
+        rank, world_size, stream = 0, 1, None
         if self.trainer is not None:
             rank, world_size = self.trainer.global_rank, self.trainer.world_size
-            cuda = self.trainer.strategy.root_device.type == "cuda"
-        return batch_plan(self.batch_size, self.micro_batch_size, world_size), rank, cuda
+            device = self.trainer.strategy.root_device
+            stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        return batch_plan(self.batch_size, self.micro_batch_size, world_size), rank, stream
 
     def transfer_batch_to_device(
         self, batch: PackedBatch, device: torch.device, dataloader_idx: int
@@ -114,16 +115,16 @@ class TokenDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> TokenLoader | StreamLoader:
         if self.steps is None:
             raise UserError("the number of steps is unknown: give steps= or call steps_for")
-        plan, rank, pin = self._cut()
+        plan, rank, stream = self._cut()
         if isinstance(self.train, StreamReader):
-            return StreamLoader(self.train, self.seed, plan, self.steps, rank)
+            return StreamLoader(self.train, self.seed, plan, self.steps, rank, stream)
         order = SampleOrder(self.seed, self.train.shard_sizes, self.data.shuffle_window)
-        return TokenLoader(self.train, order, plan, self.steps, rank, self.data.threads, pin)
+        return TokenLoader(self.train, order, plan, self.steps, rank, self.data.threads, stream)
 
     def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:
         if self.validation is None:
             return []
-        plan, rank, pin = self._cut()
+        plan, rank, stream = self._cut()
         return ValidationLoader(
-            self.validation, plan.micro_batch_size, rank, plan.world_size, self.data.threads, pin
+            self.validation, plan.micro_batch_size, rank, plan.world_size, self.data.threads, stream
         )

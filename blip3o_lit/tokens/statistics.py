@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from blip3o_lit.base.files import replacing
+from blip3o_lit.base.files import one_at_a_time, replacing
 from blip3o_lit.base.home import home
 from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.config.errors import UserError
@@ -152,6 +153,17 @@ def reader_batches(reader: TokenReader, images: int, threads: int) -> Iterable[B
     return prefetch(reader.read, pieces, threads)
 
 
+def _compute(file: Path, batches: Iterable[Batch], shape: PairShape) -> None:
+    tensors: dict[str, Tensor] = {}
+    sides = zip(SIDES, pair_moments(batches, shape), (shape.condition, shape.target))
+    for side, moments, side_shape in sides:
+        standardizer = Standardizer.of(moments, side_shape)
+        tensors[f"{side}.mean"] = standardizer.mean_NC
+        tensors[f"{side}.std"] = standardizer.std_NC
+    with replacing(file) as temporary:
+        save_file(tensors, temporary)
+
+
 def cached_standardizers(
     content_hash: str,
     shape: PairShape,
@@ -165,14 +177,9 @@ def cached_standardizers(
     name = hashlib.sha256(f"{content_hash}/{images}/{VERSION}".encode()).hexdigest()[:32]
     file = home() / "statistics" / f"{name}.safetensors"
     if not file.is_file():
-        tensors: dict[str, Tensor] = {}
-        sides = zip(SIDES, pair_moments(batches(), shape), (shape.condition, shape.target))
-        for side, moments, side_shape in sides:
-            standardizer = Standardizer.of(moments, side_shape)
-            tensors[f"{side}.mean"] = standardizer.mean_NC
-            tensors[f"{side}.std"] = standardizer.std_NC
-        with replacing(file) as temporary:  # several processes may do so at once
-            save_file(tensors, temporary)
+        with one_at_a_time(file):  # Of all ranks one computes, the others wait.
+            if not file.is_file():
+                _compute(file, batches(), shape)
     try:
         saved = load_file(file)
     except SafetensorError as error:

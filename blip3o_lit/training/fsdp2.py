@@ -7,13 +7,17 @@ every one of them is data-parallel, and checkpoints are this project's own in bo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
@@ -23,6 +27,8 @@ from torch.optim import Optimizer
 
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints import sharded as sharded_checkpoint
+from blip3o_lit.checkpoints.background import Background
+from blip3o_lit.config.trainer import StrategyConfig
 from blip3o_lit.models.initialisation import is_sharded
 from blip3o_lit.models.network import Network
 
@@ -62,21 +68,41 @@ def whole(value: Any, keep: bool) -> Any:
 
 
 class Fsdp2Strategy(ModelParallelStrategy):
-    """FSDP2 over all processes, with checkpoints that every other strategy can resume."""
+    """FSDP2 over all processes, or in replicas; every other strategy can resume its checkpoints."""
 
-    def __init__(self, consolidated: bool, backend: str, timeout: timedelta) -> None:
+    def __init__(
+        self, config: StrategyConfig, backend: str, timeout: timedelta, saves: Background
+    ) -> None:
         """Choose the checkpoints: one file, gathered on rank 0, or a folder of shards."""
+        consolidated = config.consolidated
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=not consolidated,
             process_group_backend=backend,
             timeout=timeout,
         )
-        self.consolidated = consolidated
+        self.consolidated, self.saves, self.replicas = consolidated, saves, config.replicas
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+        self.mesh = self.device_mesh["data_parallel"]
+        if self.replicas > 1:  # Neighbours, as the processes of a node are, share one replica.
+            sizes = (self.replicas, self.world_size // self.replicas)
+            names = ("replicate", "shard")
+            self.mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
+        # Saving talks apart from training, and about objects: not over NCCL.
+        self._saving = dist.new_group(backend="gloo", timeout=self._timeout)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Keep the gradients of a micro-batch whole: they are summed over processes once a step."""
+        network: Any = self.lightning_module.network  # type: ignore[union-attr]
+        network.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            network.set_requires_gradient_sync(True)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
@@ -92,7 +118,8 @@ class Fsdp2Strategy(ModelParallelStrategy):
     ) -> None:
         path = Path(self.broadcast(str(filepath)))
         if not self.consolidated:
-            sharded_checkpoint.save(checkpoint, path)
+            content = self.saves.snapshot(checkpoint)
+            self.saves.do(partial(sharded_checkpoint.save, content, path, self._saving))
         elif self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, path)
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
@@ -83,12 +84,12 @@ class TranslationModule(LightningModule):
         """Shard both networks by block while they have no memory yet, where the strategy asks."""
         if not self.sharded or not next(self.network.parameters()).is_meta:
             return
-        from blip3o_lit.training.fsdp2 import shard
+        from blip3o_lit.training.fsdp2 import Fsdp2Strategy, shard
 
-        assert self.device_mesh is not None
+        assert isinstance(self.trainer.strategy, Fsdp2Strategy)
         compute = self.precision.products if self.precision.low else None
         for network in (self.network, self.ema):
-            shard(network, self.device_mesh["data_parallel"], compute)
+            shard(network, self.trainer.strategy.mesh, compute)
         self._start(self.trainer.strategy.root_device)
 
     @property
@@ -115,12 +116,13 @@ class TranslationModule(LightningModule):
         t_B = training_times(uniforms_B3[:, :2], flow).to(device, non_blocking=True)
         drop_B = None
         if flow.condition_dropout > 0:
-            drop_B = (uniforms_B3[:, 2] < flow.condition_dropout).to(device)
+            drop_B = (uniforms_B3[:, 2] < flow.condition_dropout).to(device, non_blocking=True)
         restore = self.target_standardizer.restore
         loss = self.objective.loss(self.network, condition, x1_BND, z_BND, t_B, restore, drop_B)
         for buffer in self.objective.buffers():  # Scales that it adapts to its batches.
-            if self.trainer.world_size > 1:
-                buffer.copy_(self.trainer.strategy.reduce(buffer, reduce_op="mean"))  # type: ignore[arg-type]
+            if self.trainer.world_size > 1:  # Lightning's own mean has a barrier.
+                dist.all_reduce(buffer)
+                buffer /= self.trainer.world_size
         self._add_to_mean("train/loss", loss.total)
         if (self.global_step + 1) % self.config.trainer.log_every == 0:
             estimate, true = restore(loss.x1_hat_BND), batch["target"].float()
@@ -182,20 +184,19 @@ class TranslationModule(LightningModule):
         Lightning's own clipping refuses fused optimizers under mixed precision (2.6.6), though
         bf16 has no loss scale to undo.
         """
-        limit = self.config.optimizer.clip_norm
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
-        self.gradient_norm = norm.full_tensor().detach() if is_sharded(norm) else norm.detach()  # type: ignore[attr-defined]
-        finite = torch.isfinite(self.gradient_norm)
-        if self.precision.loss_scale:
-            return  # the loss scaler skips overflowing steps itself
-        if not is_sharded(norm):
+        limit, parameters = self.config.optimizer.clip_norm, list(self.network.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if is_sharded(norm):
+            from torch.distributed.tensor import Replicate
+
+            norm = norm.redistribute(placements=[Replicate()] * norm.device_mesh.ndim)  # type: ignore[attr-defined]
+        # Where it is not finite nothing is clipped, so that bad gradients can be told from others.
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm.nan_to_num(0, 0, 0))
+        self.gradient_norm = norm.to_local() if is_sharded(norm) else norm  # type: ignore[attr-defined]
+        if not self.precision.loss_scale:  # The scaler skips overflowing steps itself.
             # What a loss scaler would set: the fused kernel then leaves weights and moments alone,
             # and nothing waits for the device.
-            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        elif not finite:
-            # Shards can't be mixed with found_inf, a plain tensor. After this gradients are None,
-            # and optimizers pass over parameters that have none: weights and moments stay.
-            optimizer.zero_grad()
+            optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -26,7 +26,7 @@ from blip3o_lit.checkpoints.resume import (
     resolve_resume,
     say_resumed,
 )
-from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.errors import LostRank
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import PrecisionConfig
 from blip3o_lit.testbeds.token_source import token_store
@@ -114,7 +114,7 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
         module.network.compile_blocks()
     callbacks = Callbacks(plan, data, run_dir)
     run_loggers = loggers(config, run_dir, resumed, start) if launch().first else []
-    trainer = build_trainer(plan, cluster, callbacks.in_order, run_loggers, run_dir)
+    trainer = build_trainer(plan, cluster, callbacks, run_loggers, run_dir)
     return fit(plan, trainer, callbacks, module, data, resumed, run_dir)
 
 
@@ -188,8 +188,9 @@ def lost_ranks(config: TrainConfig, trainer: Trainer, run_dir: Path) -> Iterator
         if trainer.world_size == 1 or not any(word in text.lower() for word in COLLECTIVES):
             raise
         records = flight_records(run_dir)
-        look = f"; the last collectives of each rank are in {records}" if records.is_dir() else ""
-        raise UserError(
+        found = records.is_dir() and any(file.stat().st_size for file in records.iterdir())
+        look = f"; stacks and, on GPUs, the last collectives are in {records}" if found else ""
+        raise LostRank(
             f"another rank died, or did not answer for strategy.timeout={config.strategy.timeout:g}"
             f" seconds: rank {trainer.global_rank} lost it in step {trainer.global_step + 1} "
             f"({text[:160]}){look}; resume=auto goes on from the last checkpoint"

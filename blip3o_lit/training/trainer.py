@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import replace
 from datetime import timedelta
@@ -14,12 +15,13 @@ import torch
 from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 
 from blip3o_lit.base.launcher import launch, number
 from blip3o_lit.base.secrets import masked
 from blip3o_lit.budget.machine import Machine, peak_flops, this_machine
 from blip3o_lit.budget.plan import Plan
+from blip3o_lit.checkpoints.background import Background
 from blip3o_lit.checkpoints.files import AtomicCheckpointIO
 from blip3o_lit.checkpoints.resume import config_hash
 from blip3o_lit.config.train import TrainConfig
@@ -27,10 +29,14 @@ from blip3o_lit.models.precision import AUTO, bf16_is_faster
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.training.callbacks.bad_steps import BadSteps
 from blip3o_lit.training.callbacks.checkpoints import MONITOR, Checkpoints
+from blip3o_lit.training.callbacks.garbage import Garbage
+from blip3o_lit.training.callbacks.profile import Profile
 from blip3o_lit.training.callbacks.ranks import OneConfig
 from blip3o_lit.training.callbacks.run_log import RunLog
 from blip3o_lit.training.callbacks.slow_data import SlowData
+from blip3o_lit.training.callbacks.stacks import Stacks
 from blip3o_lit.training.callbacks.stop import StopAtStep
+from blip3o_lit.training.ddp import DdpStrategy
 
 
 def machine_of(config: TrainConfig) -> Machine:
@@ -59,7 +65,9 @@ class Callbacks:
         every = config.trainer.log_every
         cuda = place.device == "cuda"
         device = torch.device("cuda", launch().local) if cuda else torch.device(place.device)
-        peak = place.world * peak_flops(device, plan.device_name, place.precision)
+        peak = math.inf  # Rank 0 writes the rows, and alone measures a card that nobody knows.
+        if launch().first:
+            peak = place.world * peak_flops(device, plan.device_name, place.precision)
         tokens = config.batch_size * data.shape.target.tokens
         self.log = RunLog(every, tokens, plan.step_flops, peak)
         self.stop = StopAtStep()
@@ -68,6 +76,7 @@ class Callbacks:
             config.checkpoint.every,
             config.checkpoint.keep,
             config.evaluation.every,
+            Background(config.checkpoint.asynchronous),
         )
         # The check of the ranks comes first, the saving last but for the wait for data.
         self.in_order: list[Callback] = [
@@ -75,7 +84,12 @@ class Callbacks:
             self.log,
             BadSteps(every, config.trainer.max_bad_steps),
             self.stop,
+            Garbage(),
         ]
+        if place.world > 1:
+            self.in_order.append(Stacks(flight_records(run_dir), 0.8 * config.strategy.timeout))
+        if config.trainer.profile:
+            self.in_order.append(Profile(run_dir / "profile", *config.trainer.profile))
         if config.evaluation.patience and data.validation:
             patience = config.evaluation.patience
             self.in_order.append(EarlyStopping(MONITOR, mode="max", patience=patience))
@@ -92,7 +106,7 @@ def rank_digest(plan: Plan, data: TokenDataModule, run_dir: Path) -> str:
 def build_trainer(
     plan: Plan,
     ranks: ClusterEnvironment,
-    callbacks: list[Callback],
+    callbacks: Callbacks,
     loggers: list[Any],
     run_dir: Path,
 ) -> Trainer:
@@ -103,15 +117,16 @@ def build_trainer(
         accelerator=place.device,
         devices=place.devices,
         num_nodes=place.nodes,
-        strategy=_strategy(plan, run_dir),
+        strategy=_strategy(plan, run_dir, callbacks.checkpoints.saves),
         precision=place.precision.lightning,  # type: ignore[arg-type]
-        plugins=[AtomicCheckpointIO(), ranks],
-        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO(callbacks.checkpoints.saves), ranks],
+        callbacks=callbacks.in_order,
         logger=loggers or False,
         accumulate_grad_batches=place.accumulation,
         val_check_interval=place.accumulation * plan.config.evaluation.every,
         max_steps=plan.steps,
         max_epochs=-1,
+        deterministic=plan.config.trainer.deterministic,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -122,10 +137,14 @@ def build_trainer(
         default_root_dir=run_dir,
     )
     assert trainer.world_size == place.world, (trainer.world_size, place)
+    # It asks all ranks after a SIGTERM in each micro-batch, through the device; so does `stop.py`,
+    # in each step and without.
+    assert hasattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor")
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     return trainer
 
 
-def _strategy(plan: Plan, run_dir: Path) -> Strategy | str:
+def _strategy(plan: Plan, run_dir: Path, saves: Background) -> Strategy | str:
     place, config = plan.placement, plan.config.strategy
     if place.strategy == "single":
         return "auto"
@@ -134,16 +153,14 @@ def _strategy(plan: Plan, run_dir: Path) -> Strategy | str:
     if backend == "nccl":
         _record_collectives(flight_records(run_dir))
     if place.strategy == "ddp":
-        return DDPStrategy(
-            process_group_backend=backend, timeout=timeout, gradient_as_bucket_view=True
-        )
+        return DdpStrategy(backend, timeout)
     from blip3o_lit.training.fsdp2 import Fsdp2Strategy  # DTensor takes seconds to import
 
-    return Fsdp2Strategy(config.consolidated, backend, timeout)
+    return Fsdp2Strategy(config, backend, timeout, saves)
 
 
 def flight_records(run_dir: Path) -> Path:
-    """Return the folder into which NCCL's flight recorder writes when a collective times out."""
+    """Return the folder of what is known of a rank that hangs: its stacks, NCCL's last calls."""
     return run_dir / "flight-recorder"
 
 
@@ -152,6 +169,7 @@ def _record_collectives(folder: Path) -> None:
     for variable, value in (
         ("TORCH_FR_BUFFER_SIZE", "2000"),
         ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
+        ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3"),  # a collective that hangs is an error, in time
         ("TORCH_FR_DUMP_TEMP_FILE", str(folder / "rank_")),
         ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / "rank_")),  # its name before torch 2.10
     ):

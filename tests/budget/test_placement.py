@@ -7,10 +7,11 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.budget.activations import activations
-from blip3o_lit.budget.machine import Machine
+from blip3o_lit.budget.machine import Machine, peak_flops
 from blip3o_lit.budget.placement import USABLE, resolve
 from blip3o_lit.budget.plan import Plan
 from blip3o_lit.budget.states import rank_bytes, units
@@ -152,3 +153,24 @@ def test_what_the_machine_lacks_is_refused_by_the_word_that_asks_for_it() -> Non
     ):
         with pytest.raises(UserError, match=words):
             resolve(config, SHAPE, where)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+    ],
+)
+def test_a_cards_peak_is_that_of_its_own_kind(name: str, peak: float) -> None:
+    assert peak_flops(torch.device("cuda", 0), name, FORMATS["bf16"]) == peak
+
+
+@pytest.mark.parametrize(("name", "replicas"), [("ddp", 2), ("fsdp2", 3), ("auto", 2)])
+def test_replicas_that_cannot_be_are_refused(name: str, replicas: int) -> None:
+    config = run("8", 1, 32, name, "bf16")
+    config.strategy.replicas = replicas
+    with pytest.raises(UserError, match=f"strategy.replicas={replicas}"):
+        resolve(config, SHAPE, machine(8, "plain", "8", 1))

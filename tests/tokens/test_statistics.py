@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +116,26 @@ def test_cache_is_used_and_depends_on_content(
         file.write_bytes(b"broken")
     with pytest.raises(UserError, match="delete it"):
         cached_standardizers("other", reader.shape, 22, batches)
+
+
+def test_of_many_processes_one_computes_and_the_others_wait(
+    reader: TokenReader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("BLIP3O_HOME", str(tmp_path))
+    calls, all_there = [], threading.Barrier(4)
+
+    def batches() -> list[dict[str, torch.Tensor]]:
+        calls.append(1)
+        return list(reader_batches(reader, 22, 1))
+
+    def start(_: int) -> torch.Tensor:
+        all_there.wait()
+        return cached_standardizers(reader.content_hash, reader.shape, 22, batches)[1].std_NC
+
+    with ThreadPoolExecutor(4) as pool:  # a lock belongs to an open file, not to a process
+        found = list(pool.map(start, range(4)))
+    assert len(calls) == 1
+    assert all(torch.equal(std_NC, found[0]) for std_NC in found)
 
 
 def test_spread_ids_take_whole_shards_over_the_split() -> None:

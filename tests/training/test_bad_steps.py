@@ -68,5 +68,8 @@ def test_training_goes_on_after_a_bad_step(tmp_path: Path, monkeypatch: pytest.M
 def test_bad_steps_in_a_row_stop_the_run_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="3 steps in a row up to step 7 .* samples [0-9]+, "):
+    with pytest.raises(
+        UserError,
+        match=r"3 steps in a row up to step 7 .* samples [0-9]+, .* \(in step 9 first in network\.",
+    ):
         train(tmp_path, monkeypatch, bad={2, 5, 6, 7, 8, 9}, steps=20, limit=3)

@@ -164,3 +164,18 @@ def test_words_of_a_job_win_and_a_restarted_one_goes_on_with_its_own(
         assert last["hydra.run.dir"] == "a"
         assert last["resume"] == ("b" if number < 2 else "auto")
     assert lines[0][:2] == [f"hydra.run.dir=outputs/train/{cluster['JOB']}", "resume=auto"]
+
+
+def test_a_job_that_loses_ranks_is_requeued_while_it_gets_further(
+    tmp_path: Path, cluster: dict[str, str]
+) -> None:
+    rank = tmp_path / "python"  # its second start gets further than the first, its third does not
+    reached = r"printf 'step,loss\n10,1\n%s,1\n' $(( ${SLURM_RESTART_COUNT:-0} ? 30 : 20 ))"
+    rank.write_text(f"#!/bin/bash\nmkdir -p lost\n{reached} > lost/metrics.csv\nexit 74\n")
+    rank.chmod(stat.S_IRWXU)
+    command = ["sbatch", str(ROOT / "scripts" / "train.sbatch"), "hydra.run.dir=lost"]
+    environment = cluster | {"PYTHON": str(rank)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 74, done.stderr
+    said = [line for line in done.stdout.splitlines() if "lost a rank" in line]
+    assert [line.split(": ")[0].split()[-1] for line in said] == ["20", "30"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import half, run_job, two_processes
+from layouts import half, processes, run_job
 
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.load import load
@@ -41,8 +41,8 @@ def state(run: Path, name: str = "last.ckpt") -> dict[str, Any]:
     return kept
 
 
-def assert_same_run(a: Path, b: Path, exactly: bool = False) -> None:
-    close = {"rtol": 0, "atol": 0} if exactly else {"rtol": 1e-5, "atol": 1e-5}
+def assert_same_run(a: Path, b: Path, exactly: bool = False, within: float = 1e-5) -> None:
+    close = {"rtol": 0, "atol": 0} if exactly else {"rtol": within, "atol": within}
     torch.testing.assert_close(losses(a), losses(b), rtol=close["rtol"], atol=0)
     assert len(losses(a)) == 20
     one, other = state(a), state(b)
@@ -61,6 +61,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
     run_job(folder, {"name": "accumulated", "layout": "1", "micro": 4})
     run_job(folder, {"name": "nextdit", "layout": "1", "model": "nextdit", "micro": 16})
     run_job(folder, {"name": "muon", "layout": "1", "optimizer": "muon", "micro": 16})
+    run_job(folder, {"name": "async 1", "layout": "1", "micro": 16, "asynchronous": True})
+    run_job(folder, {"name": "bad", "layout": "1", "micro": 16, "bad": 5})
     straight = [{"name": name, "layout": name} for name in ("ddp", "fsdp2", "fsdp2-full")]
     others: list[dict[str, Any]] = [
         {"name": "muon fsdp2", "layout": "fsdp2", "optimizer": "muon"},
@@ -68,11 +70,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
         {"name": "muon ddp", "layout": "ddp", "optimizer": "muon", "resume": "muon fsdp2"},
         {"name": "nextdit fsdp2", "layout": "fsdp2", "model": "nextdit", "micro": 4},
         {"name": "recomputed", "layout": "fsdp2", "model": "recomputed"},
+        {"name": "accumulated fsdp2", "layout": "fsdp2", "micro": 2},
+        {"name": "async fsdp2", "layout": "fsdp2", "asynchronous": True},
+        {"name": "async full", "layout": "fsdp2-full", "asynchronous": True},
+        {"name": "bad fsdp2", "layout": "fsdp2", "bad": 5},
+        {"name": "bad muon", "layout": "fsdp2", "optimizer": "muon", "bad": 1},
         {"name": "bf16_true", "layout": "fsdp2", "precision": "bf16_true"},
         {"name": "peak ddp", "layout": "ddp", "model": "wide", "micro": 1, "measure": True},
         {"name": "peak fsdp2", "layout": "fsdp2", "model": "wide", "micro": 1, "measure": True},
     ]
-    two_processes(folder, [*straight, *others, *(resumption(*pair) for pair in PAIRS)])
+    processes(folder, [*straight, *others, *(resumption(*pair) for pair in PAIRS)])
+    shards = [{"name": "hsdp", "layout": "hsdp", "micro": 2}]
+    shards.append({"name": "hsdp resumed", "layout": "hsdp", "micro": 4, "resume": "hsdp"})
+    processes(folder, shards, count=4)
     for pair in ALONE:
         run_job(folder, resumption(*pair))
     return folder
@@ -98,6 +108,35 @@ def test_muon_takes_the_same_steps_on_shards_and_goes_on_elsewhere(runs: Path, n
     for key, tensor in one.items():
         # Its products are in bf16: the last bits of a step depend on how a matrix is cut.
         assert (tensor - other[key]).abs().max() <= 1e-3 * tensor.abs().max(), key
+
+
+def test_shards_sum_their_gradients_once_a_step(runs: Path) -> None:
+    counts = [int((runs / f"{name} sums 0").read_text()) for name in ("fsdp2", "accumulated fsdp2")]
+    assert counts[0] == counts[1] > 0
+    assert_same_run(runs / "fsdp2", runs / "accumulated fsdp2", within=1e-6)
+
+
+def test_checkpoints_written_in_the_background_are_those_of_their_step(runs: Path) -> None:
+    for name, straight in (("async fsdp2", "fsdp2"), ("async full", "fsdp2"), ("async 1", "1")):
+        assert_same_run(runs / straight, runs / name, exactly=True)
+        middle, other = (state(runs / run, half(runs).name) for run in (straight, name))
+        assert all(torch.equal(tensor, other[key]) for key, tensor in middle.items())
+
+
+@pytest.mark.parametrize("name", ["hsdp", "hsdp resumed"])
+def test_replicas_of_shards_take_the_steps_of_plain_shards(runs: Path, name: str) -> None:
+    assert_same_run(runs / "fsdp2", runs / name, within=1e-6)
+    files = list((runs / name / "checkpoints" / "last.ckpt").glob("*.safetensors"))
+    assert len(files) == 4
+
+
+def test_all_ranks_skip_a_step_in_which_one_of_them_has_no_finite_gradient(runs: Path) -> None:
+    assert_same_run(runs / "bad", runs / "bad fsdp2")
+    steps = {name: float(tensor) for name, tensor in state(runs / "bad").items() if "step" in name}
+    assert set(steps.values()) == {19.0}
+    rates = [read_rows(runs / name / "metrics.csv") for name in ("bad muon",)]
+    assert rates[0][0]["train/grad_norm"] in ("inf", "nan")
+    assert all(torch.isfinite(tensor).all() for tensor in state(runs / "bad muon").values())
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS + ALONE)
@@ -177,7 +216,7 @@ def test_a_rank_of_fsdp2_holds_at_most_three_fifths_of_one_of_ddp(runs: Path) ->
 @pytest.mark.soak
 def test_every_pair_of_layouts_resumes(runs: Path) -> None:
     missing = [pair for pair in product(SOURCES, TARGETS) if pair not in PAIRS + ALONE]
-    two_processes(runs, [resumption(*pair) for pair in missing if pair[1] != "1"])
+    processes(runs, [resumption(*pair) for pair in missing if pair[1] != "1"])
     for source, target in missing:
         if target == "1":
             run_job(runs, resumption(source, target))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,3 +199,17 @@ def test_keep_prunes_old_step_files(tmp_path: Path) -> None:
     run_training(config(checkpoint=CheckpointConfig(every=2, keep=1)), tmp_path, [])
     names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*"))
     assert names == ["best.ckpt", "last.ckpt", "step-00000012.ckpt"]
+
+
+def test_steps_are_traced_by_number_and_deterministically(tmp_path: Path) -> None:
+    traced = config()
+    traced.trainer = replace(traced.trainer, max_steps=4, profile=[2, 3], deterministic=True)
+    try:
+        run_training(traced, tmp_path / "run", [])
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    trace = json.loads((tmp_path / "run" / "profile" / "steps-2-3.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert sum("Optimizer.step" in name for name in names) == 2
+    assert gc.isenabled()

@@ -20,7 +20,7 @@ import torch
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.reading.batches import BatchPlan
 from blip3o_lit.tokens.reading.order import SampleOrder
-from blip3o_lit.tokens.reading.packed import PackedBatch
+from blip3o_lit.tokens.reading.packed import PackedBatch, uploaded
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 T = TypeVar("T")
@@ -92,7 +92,7 @@ class TrainingLoader:
 
 
 class TokenLoader(TrainingLoader):
-    """Training micro-batches of one rank for a whole run; with `pin` in page-locked memory."""
+    """Training micro-batches of one rank for a whole run; `stream` copies them to its device."""
 
     def __init__(
         self,
@@ -102,10 +102,10 @@ class TokenLoader(TrainingLoader):
         steps: int,
         rank: int = 0,
         threads: int = 2,
-        pin: bool = False,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         super().__init__(plan, steps, rank)
-        self.reader, self.order, self.threads, self.pin = reader, order, threads, pin
+        self.reader, self.order, self.threads, self.stream = reader, order, threads, stream
 
     def _position(self, number: int) -> int:
         step, micro = divmod(number, self.plan.accumulation)
@@ -114,9 +114,9 @@ class TokenLoader(TrainingLoader):
 
     def _read(self, position: int) -> PackedBatch:
         ids, epochs = self.order.at(position, self.plan.micro_batch_size)
-        batch = self.reader.read_packed(ids, self.pin)
+        batch = self.reader.read_packed(ids, self.stream is not None)
         batch["sample"], batch["epoch"] = torch.from_numpy(ids), torch.from_numpy(epochs)
-        return batch
+        return uploaded(batch, self.stream)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         positions = (self._position(number) for number in range(self.micro_batches))
@@ -154,11 +154,11 @@ class ValidationLoader:
         rank: int = 0,
         world_size: int = 1,
         threads: int = 2,
-        pin: bool = False,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.reader, self.rank, self.world_size = reader, rank, world_size
         self.batch_size = min(batch_size, -(-len(reader) // world_size))
-        self.threads, self.pin = threads, pin
+        self.threads, self.stream = threads, stream
 
     def __len__(self) -> int:
         return -(-len(self.reader) // (self.batch_size * self.world_size))
@@ -167,11 +167,11 @@ class ValidationLoader:
         first = (number * self.world_size + self.rank) * self.batch_size
         padded = np.arange(first, first + self.batch_size)
         ids = np.minimum(padded, len(self.reader) - 1)
-        batch = self.reader.read_packed(ids, self.pin)
+        batch = self.reader.read_packed(ids, self.stream is not None)
         batch["sample"] = torch.from_numpy(ids)
         batch["valid"] = torch.from_numpy(padded == ids)
         batch["epoch"] = torch.zeros_like(batch["sample"])
-        return batch
+        return uploaded(batch, self.stream)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         yield from prefetch(self._read, range(len(self)), self.threads)

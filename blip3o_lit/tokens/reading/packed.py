@@ -1,11 +1,16 @@
-"""int8 tokens on their way to the device: half the bytes are copied, then fp16 is restored there.
+"""Batches on their way to the device: int8 tokens are copied as such, fp16 is restored there.
+
+To a CUDA device the threads that read batches copy them too, on a stream of its own, so that a
+batch comes while the one before it is computed on.
 
 Shape suffixes: B samples, N tokens, C channels, K scale rows (CLS where it is taken, then patches).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +26,21 @@ class PackedTokens:
     scale_KC: Tensor
     token_BN: Tensor | None
 
+    def _each(self, function: Callable[[Tensor], Tensor]) -> PackedTokens:
+        token_BN = None if self.token_BN is None else function(self.token_BN)
+        return PackedTokens(function(self.stored_BNC), function(self.scale_KC), token_BN)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedTokens:
-        stored_BNC = self.stored_BNC.to(device, non_blocking=non_blocking)
-        scale_KC = self.scale_KC.to(device, non_blocking=non_blocking)
-        token_BN = self.token_BN
-        if token_BN is not None:
-            token_BN = token_BN.to(device, non_blocking=non_blocking)
-        return PackedTokens(stored_BNC, scale_KC, token_BN)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedTokens:
+        return self._each(Tensor.pin_memory)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory until what `stream` was given by now is done."""
+        for tensor in (self.stored_BNC, self.scale_KC, self.token_BN):
+            if tensor is not None:
+                tensor.record_stream(stream)
 
     def restore(self) -> Tensor:
         """Return the tokens `[B, N, C]` in fp16, on their device."""
@@ -49,12 +62,35 @@ def restored(batch: PackedBatch) -> Batch:
     }
 
 
-def on_device(batch: PackedBatch, device: torch.device) -> Batch:
+ON_CPU = ("sample", "epoch")
+"""Ids and epochs stay there: seeds are mixed of them."""
+COPIED = "copied"
+"""Key of the CUDA event after a batch's copies."""
+
+
+def uploaded(batch: PackedBatch, stream: torch.cuda.Stream | None) -> dict[str, Any]:
+    """Begin to copy a batch to the device of `stream`; without one it stays where it is."""
+    if stream is None:
+        return batch
+    with torch.cuda.stream(stream):
+        out: dict[str, Any] = {
+            key: value if key in ON_CPU else value.pin_memory().to(stream.device, non_blocking=True)
+            for key, value in batch.items()
+        }
+        return out | {COPIED: stream.record_event()}
+
+
+def on_device(batch: dict[str, Any], device: torch.device) -> Batch:
     """Return a batch with its tokens on a device, int8 ones restored there.
 
-    Ids and epochs stay on the CPU, where seeds are mixed.
+    What the device is given next waits for copies that are under way; the host does not.
     """
     out = dict(batch)
-    for key in batch.keys() - {"sample", "epoch"}:
-        out[key] = batch[key].to(device, non_blocking=True)
+    copied = out.pop(COPIED, None)
+    if copied is not None:
+        torch.cuda.current_stream(device).wait_event(copied)
+    for key in out.keys() - set(ON_CPU):
+        out[key] = out[key].to(device, non_blocking=True)
+        if copied is not None:
+            out[key].record_stream(torch.cuda.current_stream(device))
     return restored(out)

@@ -23,7 +23,7 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.batches import BatchPlan
 from blip3o_lit.tokens.reading.loader import TrainingLoader, prefetch
 from blip3o_lit.tokens.reading.order import random_permutation
-from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, PackedTokens, restored
+from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, PackedTokens, restored, uploaded
 from blip3o_lit.tokens.reading.reader import PairReader
 from blip3o_lit.tokens.store.remote_store import RemoteStore
 from blip3o_lit.tokens.store.storage import SCALES_FILE, TORCH_TYPES, load_scales, scale_array
@@ -107,7 +107,13 @@ class StreamLoader(TrainingLoader):
     """
 
     def __init__(
-        self, reader: StreamReader, seed: int, plan: BatchPlan, steps: int, rank: int = 0
+        self,
+        reader: StreamReader,
+        seed: int,
+        plan: BatchPlan,
+        steps: int,
+        rank: int = 0,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         if len(reader.shards) < plan.world_size:
             raise UserError(
@@ -115,7 +121,7 @@ class StreamLoader(TrainingLoader):
                 f"{plan.world_size} processes: lower trainer.devices or extract smaller shards"
             )
         super().__init__(plan, steps, rank)
-        self.reader, self.seed = reader, seed % 2**63
+        self.reader, self.seed, self.stream = reader, seed % 2**63, stream
 
     def _shards(self, epoch: int) -> list[int]:
         """Return this rank's shards of an epoch in order, without those it has finished."""
@@ -147,7 +153,7 @@ class StreamLoader(TrainingLoader):
             chosen = list(itertools.islice(samples, self.plan.micro_batch_size))
             out = self.reader.collate_packed(chosen)
             out["epoch"] = torch.tensor([sample["epoch"] for sample in chosen])
-            return out
+            return uploaded(out, self.stream)
 
         yield from self.counted(prefetch(batch, range(self.micro_batches), threads=1))
 

@@ -15,6 +15,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.models.initialisation import is_sharded
 
 log = logging.getLogger("blip3o_lit")
 NAMED_SAMPLES = 8
@@ -41,22 +42,34 @@ class BadSteps(Callback):
         if last % self.every == 0 or last == trainer.max_steps:
             finite = torch.isfinite(torch.stack(self._norms)).tolist()
             first = last - len(finite) + 1
+            where = "" if finite[-1] else first_bad(pl_module, last)
             for step, good, samples in zip(range(first, last + 1), finite, self._samples):
                 self._in_a_row = 0 if good else self._in_a_row + 1
                 if not good:
-                    self._report(step, torch.cat(samples).tolist(), trainer.global_rank)
+                    self._report(step, torch.cat(samples).tolist(), trainer.global_rank, where)
             self._norms, self._samples = [], []
         self._samples.append([])
 
-    def _report(self, step: int, samples: list[int], rank: int) -> None:
+    def _report(self, step: int, samples: list[int], rank: int, where: str) -> None:
         names = ", ".join(map(str, samples[:NAMED_SAMPLES]))
         names += ", ..." if len(samples) > NAMED_SAMPLES else ""
-        text = f"step {step} was skipped: its gradient is not finite; samples {names}"
+        text = f"step {step} was skipped: its gradient is not finite; samples {names}{where}"
         log.warning(text)
         print(f"warning: {text} (process {rank})", flush=True)
         if self._in_a_row >= self.limit:
             raise UserError(
                 f"{self.limit} steps in a row up to step {step} had gradients that are "
-                f"not finite, the last on samples {names}: go on from an earlier checkpoint "
+                f"not finite, the last on samples {names}{where}: go on from an earlier checkpoint "
                 "with a lower optimizer.lr or precision=fp32, or raise trainer.max_bad_steps"
             )
+
+
+def first_bad(module: LightningModule, step: int) -> str:
+    """Name the first parameter whose gradient, or this rank's share of it, is not finite."""
+    for name, parameter in module.named_parameters():
+        gradient = parameter.grad
+        if gradient is not None:
+            local = gradient.to_local() if is_sharded(gradient) else gradient  # type: ignore[attr-defined]
+            if not torch.isfinite(local).all():
+                return f" (in step {step} first in {name})"
+    return ""

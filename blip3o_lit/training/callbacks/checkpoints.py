@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from blip3o_lit.checkpoints.background import Background
 from blip3o_lit.checkpoints.in_place import remove, second_name, tidy
 
 STEP_NAME = "step-{:08d}.ckpt"
@@ -20,16 +22,20 @@ class Checkpoints(Callback):
     A step that is validated is saved after its validation: a run that is killed in between does the
     validation again, and one that goes on from the file has nothing left to do at that step.
 
-    `last.ckpt` is a second name of the newest step file, not a second write. Only step files that
-    the run itself has written are removed again: their steps stand in every checkpoint.
+    `last.ckpt` is a second name of the newest step file, not a second write, and so is `best.ckpt`
+    of a step that is saved anyway. `saves` does all of it, while training goes on or not. Only step
+    files that the run itself has written are removed again: their steps stand in every checkpoint.
     """
 
-    def __init__(self, folder: Path, every: int, keep: int, validate_every: int) -> None:
+    def __init__(
+        self, folder: Path, every: int, keep: int, validate_every: int, saves: Background
+    ) -> None:
         """Plan the files: `keep` step files stay beside best and last, all with -1."""
         self.folder = folder
         self.every = every
         self.keep = keep
         self.validate_every = validate_every
+        self.saves = saves
         self.best_score: float | None = None
         self.best_step: int | None = None
         self._saved_step = -1
@@ -47,6 +53,9 @@ class Checkpoints(Callback):
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             tidy(self.folder)
+            newest = self.folder / STEP_NAME.format(trainer.global_step)
+            if self.best_step == trainer.global_step and newest.exists():
+                second_name(newest, self.folder / "best.ckpt")  # likewise
         self._prune(trainer)  # a kill may have come between a save and the removal
 
     def on_train_batch_end(
@@ -66,13 +75,21 @@ class Checkpoints(Callback):
         score = float(trainer.callback_metrics.get(MONITOR, math.nan))
         if math.isfinite(score) and (self.best_score is None or score > self.best_score):
             self.best_score, self.best_step = score, trainer.global_step
-            trainer.save_checkpoint(self.folder / "best.ckpt")
+            if not self._due(trainer):
+                trainer.save_checkpoint(self.folder / "best.ckpt")
         if trainer.global_step != self._saved_step:
             self._save_if_due(trainer)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.saves.wait()
+
+    def _due(self, trainer: Trainer) -> bool:
+        step = trainer.global_step
+        return step % self.every == 0 or step == trainer.max_steps or trainer.should_stop
+
     def _save_if_due(self, trainer: Trainer) -> None:
         step = trainer.global_step
-        if step % self.every and step != trainer.max_steps and not trainer.should_stop:
+        if not self._due(trainer):
             return
         self._saved_step = step
         if self.keep >= 0:
@@ -80,7 +97,9 @@ class Checkpoints(Callback):
         path = self.folder / STEP_NAME.format(step)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            second_name(path, self.folder / "last.ckpt")
+            best = ["best.ckpt"] if step == self.best_step else []
+            for name in (*best, "last.ckpt"):
+                self.saves.do(partial(second_name, path, self.folder / name))
         self._prune(trainer)
 
     def _prune(self, trainer: Trainer) -> None:
@@ -89,5 +108,5 @@ class Checkpoints(Callback):
         surplus = max(0, len(self._own) - self.keep)
         if trainer.is_global_zero:
             for step in self._own[:surplus]:
-                remove(self.folder / STEP_NAME.format(step))
+                self.saves.do(partial(remove, self.folder / STEP_NAME.format(step)))
         self._own = self._own[surplus:]

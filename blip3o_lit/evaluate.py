@@ -60,6 +60,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         whole = human_time(sum(seconds.values()))
         print(f"about {whole} on this machine, by a measured batch: {parts}")
         result = scorer.run()
+    for nfe, record in result.get("fitted_solvers", {}).items():
+        print(f"fitted-{nfe}: {record['chosen']}, {record['seconds']:.0f} s to fit")
     write_json(folder / "evaluation.json", result)
     readout = scorer.drawings.readout
     if readout is not None and folder == loaded.folder and result["trained_on_these"]:

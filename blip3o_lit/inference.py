@@ -77,8 +77,8 @@ class BLIP3oInference:
             eva_embeddings: Condition tokens `[B, M, C]`, or `[M, C]` of one image; any float type.
             num_inference_steps: Steps of the ODE solver: the fitted one of so many evaluations
                 where one is stored, heun elsewhere, unless `solver` says otherwise.
-            solver: A name (`mean`, `heun`), a label (`heun-10`, `fitted-4`) or a SolverConfig; by default
-                the run's own.
+            solver: A name (`mean`, `heun`), a label (`heun-10`, `fitted-4`) or a SolverConfig; by
+                default the run's own.
             guidance_scale: Classifier-free guidance, for models trained with
                 `flow.condition_dropout`; 1 is none.
             generator: Draws the noise; without it, noise is a function of seed and sample id.

@@ -15,13 +15,13 @@ from blip3o_lit.config.solver import SolverConfig, needs_later_start
 from blip3o_lit.evaluation.estimators import LATER_START
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
-from blip3o_lit.flow.fitted import FINE, SolverFit
+from blip3o_lit.flow.fitted import SolverFit
 from blip3o_lit.flow.scheme import FittedSolvers
 from blip3o_lit.flow.solvers import Evaluations
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 TOKENS = 2048
-"""Tokens that solvers are fitted on, about: images of few tokens decide as wholes, so more count."""
+"""Tokens that solvers are fitted on, about."""
 FEWEST, MOST = 16, 128
 """Images that solvers are fitted on."""
 
@@ -77,8 +77,3 @@ def fit_solvers(
             records[nfe]["seconds"] += fit.seconds / len(budgets)
             report("fitted solvers", number + 1, len(budgets))
     translator.fitted = FittedSolvers(schemes, records)
-
-
-def fit_evaluations(budgets: list[int]) -> int:
-    """Return about how many evaluations an image of the fit costs, for the forecast."""
-    return FINE + sum(20 * nfe for nfe in budgets) if budgets else 0

@@ -1,4 +1,4 @@
-"""Fitted solvers on laws whose exact velocity is known: few evaluations, samples as good as many."""
+"""Fitted solvers on laws whose exact velocity is known: few evaluations draw as many do."""
 
 import pytest
 import torch

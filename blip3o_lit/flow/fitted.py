@@ -17,6 +17,7 @@ F fine steps, G = 1 + 2 F: the noise, F estimates, the F states after them. K ev
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -110,7 +111,8 @@ class SolverFit:
         begun = time.perf_counter()
         found = self._usual(evaluations)
         distances = {name: self._distance(scheme) for name, scheme in found.items()}
-        record: dict[str, Any] = {"fixed": dict(distances)}
+        usual = {name: distance for name, distance in distances.items() if math.isfinite(distance)}
+        record: dict[str, Any] = {"fixed": usual}
         for weight in STATE_WEIGHTS:
             name = f"least squares, states weighing {weight:g}"
             found[name] = self._regressed(self._times(evaluations, weight))
@@ -128,7 +130,7 @@ class SolverFit:
     def _distance(self, scheme: Scheme) -> float:
         end_BND = scheme.states(self.estimates[1], self.choose_on.noise_BND)[-1]
         distance = self.choose_on.distance(end_BND)
-        return distance if distance == distance else float("inf")
+        return distance if math.isfinite(distance) else math.inf
 
     def _usual(self, evaluations: int) -> dict[str, Scheme]:
         """Return the usual solvers of so many evaluations, by label and shift."""
@@ -149,7 +151,7 @@ class SolverFit:
             solver = SolverConfig(name="euler", steps=evaluations, grid="shift", shift=shift)
             wanted = time_grid(replace(solver, start=self.start))[:-1]
             chosen = torch.tensor(_nearest(self.grid[:-1], wanted))
-            error, before = float(self._errors(chosen[None], weight)), float("inf")
+            error, before = float(self._errors(chosen[None], weight)), math.inf
             while error < before:
                 before = error
                 for place in range(1, evaluations):

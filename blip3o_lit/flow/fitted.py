@@ -8,9 +8,8 @@ Per budget of evaluations, on some conditions and noises:
    after the other: nothing is evaluated.
 2. With these times the solver runs, and each state is regressed on what the solver itself has
    evaluated so far: closed forms in place of the gradients of Shaul et al. 2024 (arXiv:2403.01329).
-3. What comes nearest to the fine samples of the other half of the conditions, on average over
-   them, is chosen, among the weights of step 1 and the usual solvers on their grids: so it is never
-   worse than these.
+3. What comes nearest to the fine samples of the other half of the conditions is chosen, among the
+   weights of step 1 and the usual solvers on their grids: so it is never worse than these.
 
 Shapes: x_BND, gram_GG; B conditions (the first half fits, the second chooses), N tokens, D width,
 F fine steps, G = 1 + 2 F: the noise, F estimates, the F states after them. K evaluations.
@@ -52,13 +51,10 @@ class Trajectories:
     noise_BND: Tensor
 
     def distance(self, x_BND: Tensor) -> float:
-        """Return the mean root mean square distance to the fine samples, over their deviation.
-
-        Squares would let the few conditions decide where a sample falls to another answer.
-        """
+        """Return the mean squared distance to the fine samples, over these samples' variance."""
         end_BND = self.states[-1].double()
-        spread = (end_BND - end_BND.mean((0, 1))).square().mean().sqrt()
-        return float((x_BND.double() - end_BND).square().mean((1, 2)).sqrt().mean() / spread)
+        spread = (end_BND - end_BND.mean((0, 1))).square().mean()
+        return float((x_BND.double() - end_BND).square().mean() / spread)
 
 
 class SolverFit:

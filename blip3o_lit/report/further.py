@@ -74,7 +74,7 @@ def fitted_solvers(record: RunRecord) -> Section | None:
         lines += [[nfe, _on_grid(name), value, None] for value, name in sorted(known)]
     if not lines:
         return None
-    heads = ["Evaluations", "Solver", "Distance", "Seconds to fit"]
+    heads = ["Evaluations", "Solver", "Squared distance", "Seconds to fit"]
     return Section("fitted", "Fitted solvers", {"numbers": table(heads, lines), "images": images})
 
 

@@ -35,6 +35,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from blip3o_lit.base.units import human_time
     from blip3o_lit.budget.out_of_memory import batch_limit
     from blip3o_lit.checkpoints.load import best_device, find_weights, load
+    from blip3o_lit.checkpoints.solvers import save_solvers
     from blip3o_lit.drawing.drawer import save_readout
     from blip3o_lit.evaluation.forecast import phase_seconds
     from blip3o_lit.evaluation.readers import open_readers
@@ -59,10 +60,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         whole = human_time(sum(seconds.values()))
         print(f"about {whole} on this machine, by a measured batch: {parts}")
         result = scorer.run()
+    for nfe, record in result.get("fitted_solvers", {}).items():
+        print(f"fitted-{nfe}: {record['chosen']}, {record['seconds']:.0f} s to fit")
     write_json(folder / "evaluation.json", result)
     readout = scorer.drawings.readout
     if readout is not None and folder == loaded.folder and result["trained_on_these"]:
         save_readout(readout, folder)
+    fitted = loaded.translator.fitted
+    if fitted.schemes and folder == loaded.folder and result["trained_on_these"]:
+        save_solvers(fitted, loaded.content, folder)
     page = write_report(folder)
     show(result)
     print(f"evaluation: {folder / 'evaluation.json'}\nreport: {page}")

@@ -75,9 +75,10 @@ class BLIP3oInference:
 
         Args:
             eva_embeddings: Condition tokens `[B, M, C]`, or `[M, C]` of one image; any float type.
-            num_inference_steps: Steps of the ODE solver (heun, unless `solver` says otherwise).
-            solver: A name (`mean`, `heun`), a label (`heun-10`) or a SolverConfig; by default
-                the run's own.
+            num_inference_steps: Steps of the ODE solver: the fitted one of so many evaluations
+                where one is stored, heun elsewhere, unless `solver` says otherwise.
+            solver: A name (`mean`, `heun`), a label (`heun-10`, `fitted-4`) or a SolverConfig; by
+                default the run's own.
             guidance_scale: Classifier-free guidance, for models trained with
                 `flow.condition_dropout`; 1 is none.
             generator: Draws the noise; without it, noise is a function of seed and sample id.
@@ -270,6 +271,10 @@ class BLIP3oInference:
             raise UserError("solver=mean takes one evaluation: leave num_inference_steps out")
         default = self.config.solver.name if self.config.solver.name != "mean" else "heun"
         label = solver or default
+        if solver is None and steps in self.translator.fitted.schemes:
+            label = "fitted"
+        if label == "fitted" and steps is not None:
+            return SolverConfig(name="fitted", nfe=steps)
         if steps is not None and "-" not in label:
             return SolverConfig.named(label, steps=steps, start=self.config.solver.start)
         return solver_from_label(label)

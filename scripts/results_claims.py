@@ -28,7 +28,8 @@ REASONS = {
     "demo_masked, the demo's size: token": "The cosine term draws samples, too, towards the mean "
     "where much is left open. With `flow.cosine_weight=0` (the plain recipe) the target is met.",
     "demo_masked: change": "Where the condition leaves several answers open, a sample chooses "
-    "among them early, and four steps are too few to choose well; heun-10 is the solver for it.",
+    "among them early, and four steps of a fixed grid are too few to choose well; fitted-4 and "
+    "heun-10 choose.",
     "ambiguous: change": "The same, as hard as it gets: three answers far apart, and a "
     "Frechet distance of 50 steps that is nearly 0, so that its multiples are large.",
 }
@@ -46,6 +47,7 @@ def claims(found: Found) -> list[str]:
         *_ambiguous(found),
         *_masked(found),
         *_few_steps(found),
+        *_fitted(found),
     ]
     if not rows:
         return []
@@ -174,6 +176,30 @@ def _few_steps(found: Found) -> list[Row]:
         rows.append((what % "cosine", "within 2 %", cosine, lambda v: abs(v) <= 0.02))
         rows.append((what % "Frechet", "<= 0.02", frechet, lambda v: v <= 0.02))
     return rows
+
+
+def _fitted(found: Found) -> list[Row]:
+    """Hold samples of four fitted evaluations against exact samples and two true halves."""
+    rows: list[Row] = []
+    gaussian = [s for s in scores_of(found, BASE, "linear_gaussian") if _has_fitted(s)]
+    for key in ("cosine", "variance_ratio"):
+        values = [s["estimators"]["fitted-4"][key] / s["optimum"]["sample"][key] for s in gaussian]
+        what = f"linear_gaussian: {key.split('_')[0]} of fitted-4 over the exact sampler's"
+        rows.append((what, "within 1 %", values, lambda v: abs(v - 1) <= 0.01))
+    several = [s for s in scores_of(found, BASE, "ambiguous") if _has_fitted(s)]
+    apart = [
+        s["estimators"]["fitted-4"]["frechet_token"] / s["frechet_floor"]["frechet_token"]
+        for s in several
+    ]
+    what = "ambiguous: token Frechet of fitted-4 over that of two true halves"
+    rows.append((what, "<= 1.5", apart, lambda v: v <= 1.5))
+    errors = [s["coverage"]["fitted-4"]["weight_error"] for s in several]
+    what = "ambiguous: largest weight error of fitted-4"
+    return [*rows, (what, "<= 0.05", errors, lambda v: v <= 0.05)]
+
+
+def _has_fitted(scores: dict[str, Any]) -> bool:
+    return "fitted-4" in scores["estimators"]
 
 
 def _change(scores: dict[str, Any], key: str) -> float:

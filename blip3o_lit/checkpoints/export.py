@@ -1,4 +1,4 @@
-"""A translator as a folder to share: config, weights, heads, read-out and a model card."""
+"""A translator as a folder to share: config, weights, heads, read-out, solvers, a model card."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from blip3o_lit.base.files import replacing, write_json
 from blip3o_lit.checkpoints.drawer import own_readout
 from blip3o_lit.checkpoints.load import CONFIG_FILE, WEIGHTS_FILE, Loaded, load
+from blip3o_lit.checkpoints.solvers import save_solvers
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.drawing.drawer import save_readout
 from blip3o_lit.tokens.store.heads import HEADS_FILE
@@ -27,7 +28,8 @@ def write_export(loaded: Loaded, out: Path) -> None:
 
     Weights, token scales and the flow's state go into model.safetensors; weights that were cast
     when they were loaded are read again. Where the token store is at hand, the towers' names and
-    its heads.safetensors come along, and readout.safetensors, which draws its tokens.
+    its heads.safetensors come along, and readout.safetensors, which draws its tokens; its fitted
+    solvers, where it has any, as solvers.safetensors.
     """
     if loaded.file.parent.resolve() == out.resolve():
         raise UserError(f"out={out} is the folder of the checkpoint: choose another one")
@@ -46,6 +48,8 @@ def write_export(loaded: Loaded, out: Path) -> None:
     readout = own_readout(loaded)
     if readout is not None:
         save_readout(readout, out)
+    if loaded.translator.fitted.schemes:
+        save_solvers(loaded.translator.fitted, loaded.content, out)
     write_json(out / CONFIG_FILE, facts)
     (out / CARD_FILE).write_text(model_card(loaded, facts), "utf-8")
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from blip3o_lit.base.files import check_format
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.checkpoints.sharded import PLAIN
+from blip3o_lit.checkpoints.solvers import SOLVERS_FILE, content_hash, kept_solvers
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.train import TrainConfig
@@ -64,6 +65,11 @@ class Loaded:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
 
+    @cached_property
+    def content(self) -> str:
+        """sha256 of the weights as stored and of the flow, the same in a run and its export."""
+        return content_hash(self.config.flow, _read(self.file)[1])
+
     @property
     def folder(self) -> Path:
         """The run directory or exported folder that the weights belong to."""
@@ -93,7 +99,7 @@ def _from_hub(repository: str) -> Path:
 
     try:
         folder = snapshot_download(
-            repository, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, READOUT_FILE]
+            repository, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, READOUT_FILE, SOLVERS_FILE]
         )
     except Exception as error:  # the hub client raises some twenty classes; all mean the same here
         reason = str(error).splitlines()[0]
@@ -113,7 +119,7 @@ def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool
             products get the format that they are used in.
     """
     file = find_weights(source)
-    facts, state = _read_export(file) if file.suffix == ".safetensors" else _read_checkpoint(file)
+    facts, state = _read(file)
     try:
         config = OmegaConf.to_object(
             OmegaConf.merge(OmegaConf.structured(TrainConfig), facts["config"])
@@ -137,7 +143,11 @@ def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool
     translator.to(device).eval().requires_grad_(False)
     if translator.autocast is not None and not as_stored:
         cast_weights(translator.network, translator.autocast)
-    return Loaded(translator, config, shape, facts, file, as_stored)
+    loaded = Loaded(translator, config, shape, facts, file, as_stored)
+    solvers = loaded.folder / SOLVERS_FILE
+    if solvers.is_file():
+        translator.fitted = kept_solvers(solvers, loaded.content)
+    return loaded
 
 
 def _translator(config: TrainConfig, shape: PairShape, device: str | torch.device) -> Translator:
@@ -146,6 +156,10 @@ def _translator(config: TrainConfig, shape: PairShape, device: str | torch.devic
     parts += [Standardizer.identity(shape.condition), Standardizer.identity(shape.target)]
     autocast = PRECISIONS[config.precision.name].inference(device)
     return Translator(*parts, autocast=autocast)  # type: ignore[arg-type]
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return _read_export(file) if file.suffix == ".safetensors" else _read_checkpoint(file)
 
 
 def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -192,7 +206,7 @@ def best_device() -> str:
 
 
 def solver_from_label(label: str) -> SolverConfig:
-    """Return the solver that a label stands for: `mean`, `heun-10`, `heun-10@1.5`."""
+    """Return the solver that a label stands for: `mean`, `heun-10`, `heun-10@1.5`, `fitted-4`."""
     plain, at, scale = label.partition("@")
     name, dash, steps = plain.partition("-")
     if dash and not (steps.isdigit() and int(steps)):
@@ -202,4 +216,6 @@ def solver_from_label(label: str) -> SolverConfig:
     except ValueError:
         raise UserError(f"solver {label!r}: write a guidance scale as in heun-10@1.5") from None
     solver = SolverConfig.named(name, guidance_scale=guidance)
-    return replace(solver, steps=int(steps)) if dash else solver
+    if not dash:
+        return solver
+    return replace(solver, **{"nfe" if name == "fitted" else "steps": int(steps)})

@@ -66,7 +66,7 @@ class ExportConfig:
     ckpt: str = ""
     """A checkpoint file or a run directory."""
     out: str = ""
-    """Folder for config.json, model.safetensors, heads and readout.safetensors, README.md."""
+    """Folder for config.json, model.safetensors, heads, readout, solvers.safetensors, README.md."""
     push_to_hub: str | None = None
     """Repository of the Hugging Face Hub to upload to, ORG/NAME."""
     private: bool = True

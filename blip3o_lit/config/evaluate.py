@@ -43,7 +43,8 @@ class EvaluateConfig:
     baseline_images: int = above_zero(20000)
     """Training images that mean token and ridge are fitted on; all of them if fewer exist."""
     solvers: list[str] = field(default_factory=lambda: ["heun-10", "ab2-4"])
-    """Estimators beside the posterior mean, as solver-steps, or guided: heun-10@1.5, mean@1.5."""
+    """Estimators beside the posterior mean, as solver-steps, or guided: heun-10@1.5, mean@1.5;
+    fitted-4 has 4 evaluations, and is fitted on the training split where none is stored."""
     curve: list[str] = field(
         default_factory=lambda: [
             *("euler-1", "euler-2", "euler-4", "euler-8", "euler-16"),

@@ -7,9 +7,12 @@ from blip3o_lit.config.checks import above_zero, check_fields, choice, not_negat
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.flow import FlowConfig
 
-SOLVERS = ("mean", "euler", "midpoint", "heun", "rk4", "ab2", "dopri5")
+SOLVERS = ("mean", "euler", "midpoint", "heun", "rk4", "ab2", "dopri5", "fitted")
 AB2_SHIFT = 0.4
 """Its best grid for few steps, by the worst error over Gaussian targets."""
+
+MOST_FITTED = 40
+"""Most evaluations of solver=fitted: as many as the fine trajectories have that it is fitted to."""
 
 
 @dataclass
@@ -17,9 +20,12 @@ class SolverConfig:
     """An estimator: the posterior mean in one evaluation, or an ODE solver that draws a sample."""
 
     name: str = choice("mean", SOLVERS)
-    """mean (1 evaluation), euler, midpoint, heun, rk4, ab2 with fixed steps, or adaptive dopri5."""
+    """mean (1 evaluation); euler, midpoint, heun, rk4, ab2 with fixed steps; adaptive dopri5; or
+    fitted, what an evaluation fitted to the trained flow."""
     steps: int = above_zero(10)
     """Steps of a fixed-step solver."""
+    nfe: int = above_zero(4)
+    """Evaluations of solver=fitted, at most 40."""
     grid: str = choice("uniform", ("uniform", "cosine", "shift"))
     """Spacing of the steps: uniform, cosine (dense at both ends) or shift."""
     shift: float = above_zero(1.0)
@@ -37,6 +43,10 @@ class SolverConfig:
         check_fields(self, "solver.")
         if not 0 <= self.start < 1:
             raise UserError(f"solver.start={self.start} must be between 0 and 1, 1 excluded")
+        if self.name == "fitted" and self.nfe > MOST_FITTED:
+            raise UserError(f"solver.nfe={self.nfe} is above {MOST_FITTED}: use solver=heun")
+        if self.name == "fitted" and self.start > 0:
+            raise UserError(f"solver=fitted has its own times: drop solver.start={self.start}")
         if self.name == "mean" and self.start > 0:
             raise UserError(f"solver=mean evaluates at t = 0: drop solver.start={self.start}")
 
@@ -51,6 +61,8 @@ class SolverConfig:
         """Name of the estimator in reports, for example `heun-10`, or `heun-10@1.5` guided."""
         guided = "" if self.guidance_scale == 1 else f"@{self.guidance_scale:g}"
         steps = "" if self.name in ("mean", "dopri5") else f"-{self.steps}"
+        if self.name == "fitted":
+            steps = f"-{self.nfe}"
         return f"{self.name}{steps}{guided}"
 
 
@@ -59,7 +71,7 @@ def needs_later_start(flow: FlowConfig, solver: SolverConfig) -> bool:
 
     A noise output has no velocity there (alpha = 0); ab2 needs the estimate of x1.
     """
-    if solver.name == "mean":
+    if solver.name in ("mean", "fitted"):
         return False
     return flow.prediction == "noise" or (solver.name == "ab2" and not flow.has_mean)
 

@@ -76,6 +76,8 @@ class TrainConfig:
                 f"overwrite=true starts afresh, resume={self.resume} goes on: give one of them"
             )
         check_solver(self.flow, self.solver)
+        if self.solver.name == "fitted":
+            raise UserError("solver=fitted is fitted after training: give another one to train")
         if self.flow.cls_weight != 1 and self.mode.name != "cls_patch":
             raise UserError(
                 f"flow.cls_weight={self.flow.cls_weight:g}: mode={self.mode.name} has no CLS token "

@@ -30,6 +30,7 @@ from blip3o_lit.evaluation.examples import examples, worst
 from blip3o_lit.evaluation.hidden_half import shows_scenes
 from blip3o_lit.evaluation.image_text import ImageText
 from blip3o_lit.evaluation.probes import samples, swapped, time_bins
+from blip3o_lit.evaluation.solver_fits import fit_solvers, missing_budgets
 from blip3o_lit.evaluation.tally import Reference, Tally, feed
 from blip3o_lit.evaluation.verdict import check_finite, standing, verdict, verdict_note
 from blip3o_lit.metrics.paired import compare
@@ -67,6 +68,9 @@ class Scorer:
         self.images = min(config.images or len(held), len(held))
         self.solver_images = min(config.solver_images or self.images, self.images)
         self.curve_images = min(config.curve_images, len(held))
+        labels = [*config.solvers, *config.curve]
+        for one in (loaded, rival) if rival is not None else (loaded,):
+            fit_solvers(one, train, missing_budgets(one, labels), config.seed, report)
         self.device = next(loaded.translator.network.parameters()).device
         if train is None and BASELINE_SETS[config.baselines]:
             raise UserError(
@@ -114,6 +118,9 @@ class Scorer:
             },
             **estimators[headline].maps,
         }
+        records = self.loaded.translator.fitted.records
+        if records:
+            report["fitted_solvers"] = {str(nfe): records[nfe] for nfe in sorted(records)}
         for name, tally in estimators.items():
             report["estimators"][name]["nfe"] = tally.nfe
         if problem is not None:

@@ -26,6 +26,7 @@ class Stream(IntEnum):
     TRAINING_NOISE = 1
     TRAINING_TIMES = 2
     EVALUATION_NOISE = 3
+    FITTING_NOISE = 4
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torchdiffeq import odeint
 from blip3o_lit.config.solver import SolverConfig, check_solver
 from blip3o_lit.flow.multistep import multistep
 from blip3o_lit.flow.objective import FlowObjective, Network
+from blip3o_lit.flow.scheme import Scheme
 from blip3o_lit.flow.times import shifted
 
 Field = Callable[[Tensor, float], Tensor]
@@ -111,6 +112,7 @@ def sample(
     noise_BND: Tensor,
     solver: SolverConfig,
     intermediates: bool = False,
+    scheme: Scheme | None = None,
 ) -> Sample:
     """Generate tokens from noise.
 
@@ -132,25 +134,37 @@ def sample(
         noise_BND: Standard normal noise; sets shape, device and the sample drawn.
         solver: Which estimator.
         intermediates: Keep the state after each step.
+        scheme: What `fitted` stands for.
 
     Raises:
         UserError: If the flow has no value at the solver's first time.
     """
     check_solver(objective.config, solver)
-    model = _Evaluations(objective, network, condition, solver.guidance_scale)
-    first = objective.path.sigma(torch.tensor(solver.start, dtype=torch.float64)).item()
+    model = Evaluations(objective, network, condition, solver.guidance_scale)
+    start = solver.start if scheme is None else float(scheme.times_K[0])
+    first = objective.path.sigma(torch.tensor(start, dtype=torch.float64)).item()
     x_BND = first * objective.scaled_noise(noise_BND.float())
     if solver.name == "mean":
         states = [model.estimate(x_BND, 0.0)]
-    elif solver.name == "ab2":
-        states = multistep(model.estimate, objective.path, x_BND, time_grid(solver))
+    elif scheme is not None:
+        states = scheme.states(model.estimate, x_BND)
     else:
-        states = _solved(model, x_BND, solver, intermediates)
+        states = solved(model, x_BND, solver, intermediates)
     tokens = [objective.to_tokens(state) for state in (states if intermediates else states[-1:])]
     return Sample(tokens[-1], model.evaluations, tokens if intermediates else [])
 
 
-class _Evaluations:
+class Model(Protocol):
+    """What is solved: an estimate of x1 and a velocity at a state and its time."""
+
+    objective: FlowObjective
+
+    def velocity(self, x_BND: Tensor, t: float) -> Tensor: ...
+
+    def estimate(self, x_BND: Tensor, t: float) -> Tensor: ...
+
+
+class Evaluations:
     """The trained field at one condition, guided where asked for; counts network evaluations."""
 
     def __init__(
@@ -186,11 +200,16 @@ def _times(x_BND: Tensor, t: float) -> Tensor:
     return torch.full((len(x_BND),), t, dtype=torch.float32, device=x_BND.device)
 
 
-def _solved(
-    model: _Evaluations, x_BND: Tensor, solver: SolverConfig, intermediates: bool
+def solved(
+    model: Model, x_BND: Tensor, solver: SolverConfig, intermediates: bool = False
 ) -> list[Tensor]:
-    """Integrate the velocity over the solver's grid; mind an end that has no velocity."""
+    """Return the state after each step of an ODE solver from its start, mindful of a singular end.
+
+    Of dopri5 without `intermediates`, the last alone.
+    """
     grid_S = time_grid(solver)
+    if solver.name == "ab2":
+        return multistep(model.estimate, model.objective.path, x_BND, grid_S)
     singular = _singular_end(model.objective, solver, grid_S)
     if singular and solver.name == "dopri5":
         grid_S = [t for t in grid_S if t < 1 - LAST_STRETCH] + [1 - LAST_STRETCH, 1.0]

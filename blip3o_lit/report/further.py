@@ -15,6 +15,7 @@ SHOWN = {
     *("standing", "verdict_note", "estimators", "baselines", "optimum", "frechet_floor"),
     *("nfe_curve", "position_cosine", "position_std", "retrieval", "zero_shot", "worst"),
     *("examples", "samples", "drawings", "time_bins", "paired", "against", "swapped"),
+    "fitted_solvers",
 }
 """Blocks of `evaluation.json` that a section of their own shows."""
 DIFFERENCE = ("Difference", "95 % from", "95 % to", "p", "Share of wins", "Images")
@@ -57,6 +58,26 @@ def samples(record: RunRecord) -> Section | None:
     return Section("samples", "Diversity and calibration", data)
 
 
+def fitted_solvers(record: RunRecord) -> Section | None:
+    """Return what solvers were fitted to the flow, beside the usual ones of as many evaluations."""
+    lines, images = [], None
+    for nfe, block in mapping(record.evaluation.get("fitted_solvers")).items():
+        fit = mapping(block)
+        images = finite(fit.get("conditions"))
+        times = fit.get("times")
+        numbers = map(finite, times if isinstance(times, list) else [])
+        moments = [f"{number:.3f}" for number in numbers if number is not None]
+        chosen = f"Fitted: {fit.get('chosen')}; t = {', '.join(moments)}"
+        lines.append([nfe, chosen, fit.get("distance"), fit.get("seconds")])
+        usual = {name: finite(value) for name, value in mapping(fit.get("fixed")).items()}
+        known = [(value, name) for name, value in usual.items() if value is not None]
+        lines += [[nfe, _on_grid(name), value, None] for value, name in sorted(known)]
+    if not lines:
+        return None
+    heads = ["Evaluations", "Solver", "Squared distance", "Seconds to fit"]
+    return Section("fitted", "Fitted solvers", {"numbers": table(heads, lines), "images": images})
+
+
 def times(record: RunRecord) -> Section | None:
     """Return the loss by time bin: `time_bins` is a list of `{"t": [low, high], "loss": x}`."""
     points = []
@@ -86,6 +107,12 @@ def paired(record: RunRecord) -> Section | None:
 def rest(record: RunRecord) -> Section | None:
     left = {name: value for name, value in record.evaluation.items() if name not in SHOWN}
     return Section("rest", "Other facts", {"facts": facts(left)}) if left else None
+
+
+def _on_grid(name: str) -> str:
+    """Return the label of a solver and its grid: `heun-2, shift 3` -> `Heun, 2 steps, shift 3`."""
+    label, comma, grid = name.partition(", ")
+    return f"{estimator(label)}{comma}{grid}"
 
 
 def _difference(numbers: object) -> list[Any]:

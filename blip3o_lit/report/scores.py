@@ -113,9 +113,10 @@ def estimator(key: str) -> str:
     plain, _, guidance = key.partition("@")
     name, _, steps = plain.partition("-")
     names = {"mean": "Posterior mean", "rk4": "RK4", "ab2": "Adams-Bashforth"}
+    names["fitted"] = "Fitted solver"
     label = names.get(name, name.capitalize())
     if steps:
-        label += f", {steps} steps"
+        label += f", {steps} {'evaluations' if name == 'fitted' else 'steps'}"
     return f"{label}, guidance {guidance}" if guidance else label
 
 

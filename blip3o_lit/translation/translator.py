@@ -15,6 +15,7 @@ from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.objective import FlowObjective
+from blip3o_lit.flow.scheme import FittedSolvers
 from blip3o_lit.flow.solvers import Sample, sample
 from blip3o_lit.tokens.statistics import Standardizer
 
@@ -40,6 +41,7 @@ class Translator(nn.Module):
         self.objective = objective
         self.condition_standardizer = condition_standardizer
         self.target_standardizer = target_standardizer
+        self.fitted = FittedSolvers()
 
     @torch.no_grad()
     def generate(
@@ -57,13 +59,14 @@ class Translator(nn.Module):
             condition_BMC: Raw condition tokens.
             sample_B: Sample ids; with `seed` they determine the noise, whatever the batch.
             seed: Seed of the noise.
-            solver: The estimator: `mean`, or an ODE solver.
+            solver: The estimator: `mean`, or an ODE solver; `fitted` is looked up in `fitted`.
             noise_BND: Standard normal noise in place of the reproducible draw.
             intermediates: Keep the state after each step.
 
         Returns:
             Raw target tokens `x1_BND` (fp32), the number of network evaluations, and the states.
         """
+        scheme = self.fitted.scheme(solver) if solver.name == "fitted" else None
         condition = self.condition_standardizer.standardise(condition_BMC)
         if noise_BND is None:
             shape = tuple(self.target_standardizer.mean_NC.shape)
@@ -72,7 +75,7 @@ class Translator(nn.Module):
             noise_BND = draws.noise(seed, stream, sample_B, epoch_B, shape, condition.device)
         with self.precision(condition.device.type):
             result = sample(
-                self.objective, self.network, condition, noise_BND, solver, intermediates
+                self.objective, self.network, condition, noise_BND, solver, intermediates, scheme
             )
         restore = self.target_standardizer.restore
         return replace(

@@ -8,6 +8,7 @@ import torch
 
 from blip3o_lit.checkpoints.load import solver_from_label
 from blip3o_lit.cli.command import composed
+from blip3o_lit.config.commands import GenerateConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.flow import PATHS, FlowConfig
 from blip3o_lit.config.solver import SolverConfig, check_solver
@@ -106,6 +107,10 @@ def test_the_label_means_the_solver_of_the_file(name):
 
 def test_a_label_gives_the_steps():
     assert solver_from_label("ab2-8") == SolverConfig.named("ab2", steps=8)
+    fitted = composed(
+        "generate", GenerateConfig, ["ckpt=RUN", "tokens=A", "out=B", "solver=fitted"]
+    )
+    assert solver_from_label("fitted-4") == fitted.solver
 
 
 def test_an_output_without_an_estimate_at_the_start_is_refused():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from blip3o_lit.config.data import DataConfig, LinearGaussianConfig
@@ -29,6 +30,7 @@ from blip3o_lit.config.trainer import (
     StrategyConfig,
     TrainerConfig,
 )
+from blip3o_lit.models.network import Network
 from blip3o_lit.training.run import run_training
 
 PROBLEM = LinearGaussianConfig(images=72, validation_images=20, condition_width=6, target_width=4)
@@ -45,6 +47,7 @@ LAYOUTS = {
 MODELS = {
     "cross": CROSS,
     "recomputed": replace(CROSS, activation_checkpointing=True),
+    "compiled": replace(CROSS, compile="true"),
     "nextdit": ModelConfig("nextdit", 16, 2, 2, 1, 32, conditioning="cross", key_rope=False),
     # The official proportions of block and modulation, 8 of 24 blocks.
     "wide": ModelConfig("nextdit", 256, 8, 4, 4, 1408, conditioning="cross", key_rope=False),
@@ -92,8 +95,15 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
     if "resume" in job:
         changes["resume"] = str(half(folder / job["resume"]))
     run = config(job["layout"], **changes)
+    Network.compile_blocks.__defaults__ = ("aot_eager",)  # graphs as inductor's, without its C++
+    torch._dynamo.reset()
+    seen = torch._dynamo.utils.counters
+    seen.clear()
     if "measure" not in job:
         run_training(run, folder / job["name"], [])
+        if run.model.compile == "true":
+            file = folder / f"{job['name']} graphs"
+            file.write_text(f"{seen['stats']['unique_graphs']} {sum(seen['graph_break'].values())}")
         return
     run.trainer.max_steps = 2
     before, found = bytes_alive(), list[int]()

@@ -57,7 +57,7 @@ def orthogonalised(x: Tensor) -> Tensor:
 
 
 def stacks(parameters: list[Tensor], elements: int = STACK_ELEMENTS) -> Iterator[list[Tensor]]:
-    """Yield parameters of one shape together, so many elements at most; sharded ones all at once."""
+    """Yield parameters of one shape together, so many elements at most; sharded ones at once."""
     by_shape: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         by_shape.setdefault((parameter.shape, is_sharded(parameter)), []).append(parameter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -96,13 +96,13 @@ def imagined_machine(gpu: str, processes: int) -> Machine:
     if gpu not in GPUS:
         raise UserError(f"gpu={gpu} is unknown: choose from {', '.join(GPUS)}")
     memory = int(GPUS[gpu].memory)
-    place = {"processes": processes, "nodes": 1}
-    return Machine("cuda", gpu, processes, memory, "plan", compiles=True, **place)
+    launched = Machine("cuda", gpu, processes, memory, "plan", processes=processes, nodes=1)
+    return replace(launched, compiles=True)
 
 
 def _has_compilers() -> bool:
     """Whether Triton is there, and the C compiler that it builds its launchers with."""
-    c = os.environ.get("CC") or "gcc", "clang"
+    c = os.environ.get("CC") or "cc", "gcc", "clang"
     return find_spec("triton") is not None and any(shutil.which(name) for name in c)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -33,6 +34,7 @@ from blip3o_lit.config.trainer import (
     StrategyConfig,
     TrainerConfig,
 )
+from blip3o_lit.models.network import Network
 from blip3o_lit.training.module import TranslationModule
 from blip3o_lit.training.run import run_training
 
@@ -52,6 +54,7 @@ LAYOUTS = {
 MODELS = {
     "cross": CROSS,
     "recomputed": replace(CROSS, activation_checkpointing=True),
+    "compiled": replace(CROSS, compile="true"),
     "nextdit": ModelConfig("nextdit", 16, 2, 2, 1, 32, conditioning="cross", key_rope=False),
     # The official proportions of block and modulation, 8 of 24 blocks.
     "wide": ModelConfig("nextdit", 256, 8, 4, 4, 1408, conditioning="cross", key_rope=False),
@@ -102,12 +105,19 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
     run = config(job["layout"], **changes)
     run.checkpoint.asynchronous = job.get("asynchronous", False)
     TranslationModule.on_after_backward = partialmethod(poison, step=job.get("bad", 0))  # type: ignore
+    Network.compile_blocks.__defaults__ = ("aot_eager",)  # graphs as inductor's, without its C++
+    torch._dynamo.reset()
+    seen = torch._dynamo.utils.counters
+    seen.clear()
     if "measure" not in job:
         sums: list[int] = []
         with counted(sums):
             run_training(run, folder / job["name"], [])
         if "RANK" in os.environ:
             (folder / f"{job['name']} sums {os.environ['RANK']}").write_text(str(len(sums)))
+        if run.model.compile == "true":
+            file = folder / f"{job['name']} graphs"
+            file.write_text(f"{seen['stats']['unique_graphs']} {sum(seen['graph_break'].values())}")
         return
     run.trainer.max_steps = 2
     before, found = bytes_alive(), list[int]()

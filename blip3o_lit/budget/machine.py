@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 
@@ -59,6 +61,8 @@ class Machine:
     bf16: bool = True
     """Whether the device computes products of this format."""
     tf32: bool = True
+    compiles: bool = False
+    """Whether `model.compile=auto` compiles here."""
     precision: str = "bf16"
     """The word that `precision=auto` stands for here."""
 
@@ -85,6 +89,7 @@ def this_machine(accelerator: str) -> Machine:
             memory=torch.cuda.get_device_properties(0).total_memory,
             bf16=torch.cuda.is_bf16_supported(False),
             tf32=torch.cuda.get_device_capability(0) >= (8, 0),
+            compiles=_has_compilers(),
         )
     apple = accelerator != "cpu" and torch.backends.mps.is_available()
     device = "mps" if apple else "cpu"
@@ -97,7 +102,14 @@ def imagined_machine(gpu: str, processes: int) -> Machine:
     if gpu not in GPUS:
         raise UserError(f"gpu={gpu} is unknown: choose from {', '.join(GPUS)}")
     memory = int(GPUS[gpu].memory)
-    return Machine("cuda", gpu, processes, memory, "plan", processes=processes, nodes=1)
+    launched = Machine("cuda", gpu, processes, memory, "plan", processes=processes, nodes=1)
+    return replace(launched, compiles=True)
+
+
+def _has_compilers() -> bool:
+    """Whether Triton is there, and the C compiler that it builds its launchers with."""
+    c = os.environ.get("CC") or "cc", "gcc", "clang"
+    return find_spec("triton") is not None and any(shutil.which(name) for name in c)
 
 
 def peak_flops(device: torch.device, name: str, precision: Precision) -> float:

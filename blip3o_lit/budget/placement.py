@@ -38,6 +38,8 @@ class Placement:
     """Images of one forward pass of one process."""
     accumulation: int
     """Forward passes of a process per optimizer step."""
+    compiled: bool
+    """Whether the blocks run through torch.compile."""
 
     @property
     def world(self) -> int:
@@ -70,6 +72,7 @@ def resolve(config: TrainConfig, shape: PairShape, machine: Machine) -> Placemen
         precision=precision,
         micro_batch=micro_batch,
         accumulation=config.batch_size // (world * micro_batch),
+        compiled=_compiled(config, machine),
     )
 
 
@@ -134,9 +137,12 @@ def _strategy(config: TrainConfig, machine: Machine, world: int) -> str:
         )
     if name == "fsdp2" and machine.device == "mps":
         raise UserError("strategy=fsdp2 needs CUDA GPUs or a CPU: use strategy=single")
-    if name == "fsdp2" and config.model.compile:
-        raise UserError("model.compile=true does not work with strategy=fsdp2: drop one of them")
     return name
+
+
+def _compiled(config: TrainConfig, machine: Machine) -> bool:
+    word = config.model.compile
+    return machine.compiles if word == "auto" else word == "true"
 
 
 def _fitting_micro_batch(

@@ -66,7 +66,8 @@ class Plan:
         return [
             (
                 "device",
-                f"{self.device_name}, {place.precision.name}, {place.strategy} x{place.world}",
+                f"{self.device_name}, {place.precision.name}, {place.strategy} x{place.world}"
+                f"{', compiled' if place.compiled else ''}",
             ),
             ("tokens", f"{self.store} ({self.config.mode.name})"),
             ("images", f"{self.train_images} training, {self.validation_images} validation"),

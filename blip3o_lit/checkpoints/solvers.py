@@ -27,7 +27,7 @@ def content_hash(flow: FlowConfig, state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(asdict(flow), sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -64,13 +64,14 @@ class ModelConfig:
     """Layers of a deep adapter on the condition, with a gated shortcut; 0: one linear map."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
-    compile: bool = False
-    """Compile each block in place with torch.compile."""
+    compile: str = choice("auto", ("auto", "true", "false"))
+    """Compile each block in place with torch.compile; auto: on CUDA GPUs."""
 
     def __post_init__(self) -> None:
         if self.mlp_width == 0:
             wanted = int(self.ffn_dim_multiplier * int(4 * 2 * self.width / 3))
             self.mlp_width = self.multiple_of * math.ceil(wanted / self.multiple_of)
+        self.compile = str(self.compile).lower()  # a truth value in YAML and in older checkpoints
         check_fields(self, "model.")
         self._check_heads()
         if self.architecture == "nextdit":

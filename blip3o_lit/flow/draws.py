@@ -13,6 +13,7 @@ Shapes: B batch, N tokens, D target width.
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 
 import numpy as np
@@ -29,6 +30,9 @@ class Stream(IntEnum):
     FITTING_NOISE = 4
 
 
+CUDA_PIECE = 1 << 17
+"""Numbers that one CUDA kernel draws: of more than its threads, which the card's multiprocessors
+limit, the order would depend on the card. 64 of 2,048 threads have so many."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -59,10 +63,13 @@ def noise(
 ) -> Tensor:
     """Return standard normal numbers [B, *shape] in float32, a function of each sample alone."""
     generator = torch.Generator(device)
+    size = math.prod(shape)
+    piece = min(size, CUDA_PIECE) if generator.device.type == "cuda" else size
     out = torch.empty(len(sample_B), *shape, dtype=torch.float32, device=device)
     for row, word in zip(out, sample_seeds(seed, stream, sample_B, epoch_B)):
         generator.manual_seed(int(word))
-        row.normal_(generator=generator)
+        for numbers in row.view(-1).split(piece):
+            numbers.normal_(generator=generator)
     return out
 
 

@@ -67,6 +67,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements")
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a sharded tensor, or the tensor itself, without its history."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor.detach() if to_local is None else to_local().detach()
+
+
 def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
     """Return a whole tensor in the layout of a parameter: its own slice where that is sharded."""
     if not is_sharded(parameter):

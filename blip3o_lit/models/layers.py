@@ -7,13 +7,15 @@ C condition width, G key and value heads, K head width.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from blip3o_lit.base.shape import TokenShape
-from blip3o_lit.models.norms import RMSNorm, rotated_rms_norm
+from blip3o_lit.models.norms import RMSNorm, rotate
 
 
 def rope_table(
@@ -72,12 +74,9 @@ class SelfAttention(nn.Module):
     def forward(self, x_BNW: Tensor, rope: Tensor | None) -> Tensor:
         heads, kv_heads = self.heads, self.kv_heads
         joint = self.qkv(x_BNW).unflatten(-1, (heads + 2 * kv_heads, -1))
-        both, v_BNGK = joint.split((heads + kv_heads, kv_heads), 2)
-        # Queries and keys are normed and rotated at once.
-        norms = self.query_norm.weight.expand(heads, -1), self.key_norm.weight.expand(kv_heads, -1)
-        both = rotated_rms_norm(both, torch.cat(norms), rope, self.query_norm.eps)
-        q_BNHK, k_BNGK = both.split((heads, kv_heads), 2)
-        return self.out(attend(q_BNHK, k_BNGK, v_BNGK))
+        q_BNHK, k_BNGK, v_BNGK = joint.split((heads, kv_heads, kv_heads), 2)
+        q_BNHK, k_BNGK = self.query_norm(q_BNHK), self.key_norm(k_BNGK)
+        return self.out(attend(rotate(q_BNHK, rope), rotate(k_BNGK, rope), v_BNGK))
 
 
 class CrossAttention(nn.Module):
@@ -98,14 +97,43 @@ class CrossAttention(nn.Module):
         """Project condition tokens to normed, rotated keys and to values, each [B, M, G, K]."""
         joint = self.key_value(condition_BMW).unflatten(-1, (2 * self.kv_heads, -1))
         k_BMGK, v_BMGK = joint.chunk(2, 2)
-        return rotated_rms_norm(k_BMGK, self.key_norm.weight, rope, self.key_norm.eps), v_BMGK
+        return rotate(self.key_norm(k_BMGK), rope), v_BMGK
 
     def forward(
         self, x_BNW: Tensor, keys_values: tuple[Tensor, Tensor], rope: Tensor | None
     ) -> Tensor:
         q_BNHK = self.query(x_BNW).unflatten(-1, (self.heads, -1))
-        q_BNHK = rotated_rms_norm(q_BNHK, self.query_norm.weight, rope, self.query_norm.eps)
-        return self.out(attend(q_BNHK, *keys_values))
+        return self.out(attend(rotate(self.query_norm(q_BNHK), rope), *keys_values))
+
+
+class _GatedProduct(torch.autograd.Function):
+    """silu(gate) * up of [..., 2 F], whose gradient is written into one tensor, not joined."""
+
+    @staticmethod
+    def forward(ctx: Any, joint: Tensor) -> Tensor:
+        gate, up = joint.chunk(2, -1)
+        opened = F.silu(gate)
+        ctx.save_for_backward(joint, opened)
+        return opened * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        joint, opened = ctx.saved_tensors
+        gate, up = joint.chunk(2, -1)
+        to_joint = torch.empty_like(joint)
+        to_gate, to_up = to_joint.chunk(2, -1)
+        torch.mul(grad, opened, out=to_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
+        return to_joint
+
+
+def gated_product(joint: Tensor) -> Tensor:
+    """Return silu(gate) * up, where `joint` holds gate and up side by side."""
+    if joint.requires_grad and not torch.compiler.is_compiling():
+        return _GatedProduct.apply(joint)  # type: ignore[return-value]
+    gate, up = joint.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 class SwiGLU(nn.Module):
@@ -117,8 +145,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x_BNW: Tensor) -> Tensor:
-        gate, up = self.gate_up(x_BNW).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return self.down(gated_product(self.gate_up(x_BNW)))
 
 
 class GELUMLP(nn.Module):

@@ -6,7 +6,6 @@ W network width, G key and value heads, K head width.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from blip3o_lit.base.home import home
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.models.initialisation import Rules, apply_rules, rules_of_layers
@@ -129,9 +127,12 @@ class Network(nn.Module):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile each block in place; names in the state dict stay as they are.
 
-        The kernels are kept in the project's cache folder, where the next run finds them.
+        Before a network is sharded: the gathering of weights stays outside the graph.
         """
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "kernels"))
+        import torch._dynamo  # seconds
+
+        # Graphs are not cut at DDP's buckets: a block is a small part of the network.
+        torch._dynamo.config.optimize_ddp = False
         for block in self.blocks:
             block.compile(backend=backend, fullgraph=True)
 

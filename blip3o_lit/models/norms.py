@@ -1,4 +1,4 @@
-"""Norms: root mean square (Zhang and Sennrich, 2019), layer, adaptive, and rotated for attention.
+"""Norms: root mean square (Zhang and Sennrich, 2019), layer and adaptive; the rotary embedding.
 
 Shape suffixes: B batch, N tokens, H heads, K head width, W width.
 """
@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """Return x / rms(x) over the last axis, in the dtype of x.
+def rms_norm(x: Tensor, eps: float, weight_W: Tensor | None = None) -> Tensor:
+    """Return x / rms(x) over the last axis, times a weight, in the dtype of x.
 
     Autocast would run the norm in fp32 and pass fp32 on to all that follows; the kernel sums in
     fp32 by itself.
     """
+    weight_W = None if weight_W is None else weight_W.to(x.dtype)
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-        return F.rms_norm(x, x.shape[-1:], None, eps)
+        return F.rms_norm(x, x.shape[-1:], weight_W, eps)
 
 
 def rotate(x_BNHK: Tensor, rope: Tensor | None) -> Tensor:
@@ -29,12 +30,7 @@ def rotate(x_BNHK: Tensor, rope: Tensor | None) -> Tensor:
         return x_BNHK
     cosine, signed_sine = rope.to(x_BNHK.dtype)
     half = x_BNHK.shape[-1] // 2
-    return torch.addcmul(x_BNHK * cosine, x_BNHK.roll(half, -1), signed_sine)
-
-
-def rotated_rms_norm(x_BNHK: Tensor, weight: Tensor, rope: Tensor | None, eps: float) -> Tensor:
-    """Normalise heads, multiply by a weight, [K] or per head [H, K], and rotate."""
-    return rotate(rms_norm(x_BNHK, eps) * weight.to(x_BNHK.dtype), rope)
+    return (x_BNHK * cosine).addcmul_(x_BNHK.roll(half, -1), signed_sine)
 
 
 class RMSNorm(nn.Module):
@@ -44,7 +40,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.eps) * self.weight.to(x.dtype)
+        return rms_norm(x, self.eps, self.weight)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -7,21 +7,17 @@ like any weight, sharded strategies shard it, and validation runs it without swa
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from blip3o_lit.models.initialisation import local
 
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
     """Average += (1 - decay) (weight - average), for modules with the same parameter names."""
-    averages = [_local(parameter) for parameter in average.parameters()]
-    weights = [_local(parameter).float() for parameter in network.parameters()]
+    averages = [local(parameter) for parameter in average.parameters()]
+    weights = [local(parameter).float() for parameter in network.parameters()]
     torch._foreach_lerp_(averages, weights, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """Return this rank's part of a sharded parameter, or the parameter itself."""
-    to_local = getattr(parameter, "to_local", None)
-    return parameter.data if to_local is None else to_local().data
 
 
 def ramped_decay(decay: float, step: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from lightning import Trainer
 
 from blip3o_lit.base.files import claimed
+from blip3o_lit.base.home import home
 from blip3o_lit.base.launcher import launch
 from blip3o_lit.budget.forecast import forecast
 from blip3o_lit.budget.out_of_memory import advice, memory_limit
@@ -110,7 +112,11 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
     if place.device == "cpu" and place.world == 1 and isinstance(data.train, TokenReader):
         with memory_limit(lambda: advice(plan)):
             run_files.show_time(steps - start, step_seconds(plan, module, data.train))
-    if config.model.compile:
+    if place.compiled:
+        if place.nodes == 1:
+            # The next run finds the kernels there; on several nodes it may lie in a shared home,
+            # and torch's own, in each machine's temporary folder, is the better one.
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "kernels"))
         module.network.compile_blocks()
     callbacks = Callbacks(plan, data, run_dir)
     run_loggers = loggers(config, run_dir, resumed, start) if launch().first else []

@@ -35,7 +35,7 @@ def made_plan(run: TrainConfig, world: int, micro_batch: int, strategy: str = "s
     """Figures of a layout on a CPU, without a store."""
     side = TokenShape((16, 16), False, 1024)
     formats = PRECISIONS[run.precision.name]
-    placement = Placement("cpu", world, 1, strategy, formats, micro_batch, 1)
+    placement = Placement("cpu", world, 1, strategy, formats, micro_batch, 1, False)
     return Plan(run, placement, "cpu", PairShape(side, side), Path(), 1, 1, 1)
 
 

@@ -24,6 +24,16 @@ def test_noise_does_not_depend_on_batch_composition_or_order():
         assert torch.equal(draw(SAMPLES[row : row + 1], EPOCHS[row : row + 1])[0], whole[row])
 
 
+def test_the_cpu_draws_a_sample_in_one_go_whatever_its_size():
+    """So runs of older versions go on as they would have."""
+    ids, shape = SAMPLES[:2], (300, 1024)
+    drawn = noise(5, Stream.TRAINING_NOISE, ids, EPOCHS[:2], shape)
+    for row, word in zip(drawn, sample_seeds(5, Stream.TRAINING_NOISE, ids, EPOCHS[:2])):
+        assert torch.equal(
+            row, torch.randn(shape, generator=torch.Generator().manual_seed(int(word)))
+        )
+
+
 def test_every_argument_changes_the_noise():
     zero = torch.zeros(1, dtype=torch.int64)
     draws = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +14,7 @@ from blip3o_lit.models.layers import (
     SwiGLU,
     TimeEmbedding,
     attend,
+    gated_product,
     rope_table,
     sinusoid,
 )
@@ -138,3 +140,16 @@ def test_time_embedding_takes_the_dtype_of_its_weights_and_keeps_times_apart():
     assert embed.bfloat16()(t).dtype == torch.bfloat16
     near = embed(t)
     assert (near[0] - near[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gated_product_and_its_gradient_are_those_of_its_parts_to_the_bit(dtype):
+    torch.manual_seed(0)
+    joint = torch.randn(2, 5, 16).to(dtype).requires_grad_()
+    gradient = torch.randn(2, 5, 8).to(dtype)
+    gate, up = joint.chunk(2, -1)
+    plain, made = F.silu(gate) * up, gated_product(joint)
+    assert torch.equal(made, plain)
+    assert torch.equal(gated_product(joint.detach()), plain)
+    expected, found = (torch.autograd.grad(out, joint, gradient)[0] for out in (plain, made))
+    assert torch.equal(found, expected)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.models.layers import rope_table
-from blip3o_lit.models.norms import RMSNorm, modulate, rotate, rotated_rms_norm
+from blip3o_lit.models.norms import RMSNorm, modulate, rms_norm, rotate
 
 
 def doubles(*shape):
@@ -26,13 +26,27 @@ def test_norms_have_first_and_second_and_forward_mode_derivatives():
     assert torch.autograd.gradgradcheck(norm, (x, shift, scale))
 
 
-def test_norm_and_rotation_in_one_are_the_two_in_turn():
+def test_a_weight_inside_the_kernel_changes_no_bit_of_fp32():
     torch.manual_seed(0)
+    x, weight, gradient = torch.randn(2, 9, 3, 8), torch.rand(8) + 0.5, torch.randn(2, 9, 3, 8)
+
+    def value_and_gradients(norm):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = norm(*leaves)
+        return out, *torch.autograd.grad(out, leaves, gradient)
+
+    within = value_and_gradients(lambda x, weight: rms_norm(x, 1e-2, weight))
+    apart = value_and_gradients(lambda x, weight: rms_norm(x, 1e-2) * weight)
+    assert all(torch.equal(a, b) for a, b in zip(within, apart))
+
+
+def test_the_rotation_is_undone_by_the_opposite_one_and_so_is_its_gradient():
     rope = rope_table(TokenShape((2, 2), True, 1), 8).double()
-    x, weight = doubles(2, 5, 3, 8), doubles(3, 8)
-    normed = x / (x.square().mean(-1, keepdim=True) + 1e-2).sqrt() * weight
-    torch.testing.assert_close(rotated_rms_norm(x, weight, rope, 1e-2), rotate(normed, rope))
-    torch.testing.assert_close(rotated_rms_norm(x, weight, None, 1e-2), normed)
+    opposite = rope * torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
+    x, gradient = doubles(2, 5, 3, 8), torch.randn(2, 5, 3, 8, dtype=torch.float64)
+    torch.testing.assert_close(rotate(rotate(x, rope), opposite), x)
+    (found,) = torch.autograd.grad(rotate(x, rope), x, gradient)
+    torch.testing.assert_close(found, rotate(gradient, opposite))
 
 
 def test_autocast_leaves_norms_in_the_format_they_are_given():

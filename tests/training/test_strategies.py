@@ -68,6 +68,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
         {"name": "muon fsdp2", "layout": "fsdp2", "optimizer": "muon"},
         {"name": "muon resumed", "layout": "fsdp2", "optimizer": "muon", "resume": "muon"},
         {"name": "muon ddp", "layout": "ddp", "optimizer": "muon", "resume": "muon fsdp2"},
+        *({"name": f"{it} compiled", "layout": it, "model": "compiled"} for it in ("ddp", "fsdp2")),
         {"name": "nextdit fsdp2", "layout": "fsdp2", "model": "nextdit", "micro": 4},
         {"name": "recomputed", "layout": "fsdp2", "model": "recomputed"},
         {"name": "accumulated fsdp2", "layout": "fsdp2", "micro": 2},
@@ -94,6 +95,16 @@ def test_every_layout_takes_the_same_steps(runs: Path, name: str) -> None:
     held_out = [losses(runs / run, "val/cosine") for run in ("1", name)]
     torch.testing.assert_close(*held_out, rtol=1e-5, atol=0)
     assert len(held_out[0]) == 2
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_compiled_blocks_are_one_graph_and_take_the_same_steps(runs: Path, layout: str) -> None:
+    name = f"{layout} compiled"
+    for column in ("train/loss", "val/cosine"):
+        pair = losses(runs / layout, column), losses(runs / name, column)
+        torch.testing.assert_close(*pair, rtol=1e-6, atol=0)
+    assert list(state(runs / layout)) == list(state(runs / name))
+    assert (runs / f"{name} graphs").read_text() == "1 0"
 
 
 def test_a_sharded_nextdit_takes_the_same_steps(runs: Path) -> None:

@@ -130,7 +130,8 @@ def test_fsdp2_needs_no_room_for_autocasts_copies() -> None:
     counts, formats = units(SMALL, SHAPE), FORMATS["bf16"]
     kept = activations(SMALL, config.flow, SHAPE, formats, "cuda")
     assert kept.fixed > 0
-    needed = rank_bytes("fsdp2", counts, formats, config.optimizer.name, 8) + 64 * kept.image
+    states = rank_bytes("fsdp2", counts, formats, config.optimizer.name, 8, accumulated=True)
+    needed = states + 64 * kept.image
     exact = math.ceil(needed / USABLE["cuda"]) + 1
     there = replace(machine(8, "plain", "auto", 1), memory=exact)
     place = resolve(config, SHAPE, there)

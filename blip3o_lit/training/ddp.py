@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from datetime import timedelta
+from inspect import signature
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
@@ -11,6 +12,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 NEVER = 2**31 - 1
+_NAMES = signature(DistributedDataParallel.__init__).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers"
+"""The first is the newer name of what the second said."""
 
 
 class DdpStrategy(DDPStrategy):
@@ -22,7 +26,7 @@ class DdpStrategy(DDPStrategy):
             process_group_backend=backend,
             timeout=timeout,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,
+            **{_SYNC_BUFFERS: False},
         )
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:

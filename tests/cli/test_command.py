@@ -81,6 +81,10 @@ TRAIN_GROUPS = {
 )
 def test_every_option_of_every_group_composes(override: str) -> None:
     needs = {"data=tokens": ["data.tokens=somewhere"]}.get(override, [])
+    if override == "solver=fitted":  # which no flow has before it is trained
+        with pytest.raises(UserError, match="after training"):
+            compose_train(override)
+        return
     assert isinstance(compose_train(override, *needs), TrainConfig)
 
 

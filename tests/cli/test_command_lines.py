@@ -157,11 +157,12 @@ def test_an_unknown_user_is_refused_unless_a_folder_has_the_name(
         ("trainer.max_epoch", "trainer.max_epochs"),
         ("trainer.epochs", "trainer.max_epochs"),
         ("trainer.log_every_n_steps", "trainer.log_every"),
+        ("trainer.profiler", "trainer.profile"),
         *((f"trainer.{name}", name) for name in ("precision", "strategy", "logger")),
         *(
             (f"trainer.{name}", "")
             for name in (
-                *("profiler", "callbacks", "gpus", "benchmark", "deterministic", "max_time"),
+                *("callbacks", "gpus", "benchmark", "max_time"),
                 *("min_epochs", "min_steps", "fast_dev_run", "limit_train_batches", "plugins"),
                 *("gradient_clip_val", "accumulate_grad_batches", "val_check_interval"),
                 *("check_val_every_n_epoch", "num_sanity_val_steps", "enable_progress_bar"),

@@ -68,7 +68,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
         {"name": "muon fsdp2", "layout": "fsdp2", "optimizer": "muon"},
         {"name": "muon resumed", "layout": "fsdp2", "optimizer": "muon", "resume": "muon"},
         {"name": "muon ddp", "layout": "ddp", "optimizer": "muon", "resume": "muon fsdp2"},
-        *({"name": f"{it} compiled", "layout": it, "model": "compiled"} for it in ("ddp", "fsdp2")),
         {"name": "nextdit fsdp2", "layout": "fsdp2", "model": "nextdit", "micro": 4},
         {"name": "recomputed", "layout": "fsdp2", "model": "recomputed"},
         {"name": "accumulated fsdp2", "layout": "fsdp2", "micro": 2},
@@ -79,6 +78,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
         {"name": "bf16_true", "layout": "fsdp2", "precision": "bf16_true"},
         {"name": "peak ddp", "layout": "ddp", "model": "wide", "micro": 1, "measure": True},
         {"name": "peak fsdp2", "layout": "fsdp2", "model": "wide", "micro": 1, "measure": True},
+        *({"name": f"{it} compiled", "layout": it, "model": "compiled"} for it in ("ddp", "fsdp2")),
     ]
     processes(folder, [*straight, *others, *(resumption(*pair) for pair in PAIRS)])
     shards = [{"name": "hsdp", "layout": "hsdp", "micro": 2}]

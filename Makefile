@@ -39,7 +39,7 @@ lock: ## resolve the dependencies anew (hashes, no addresses)
 
 demo: setup ## real pixels -> tokens -> training -> held-out evaluation and report
 	$(PY) -m blip3o_lit.train experiment=demo hydra.run.dir=$(DEMO) overwrite=true
-	$(PY) -m blip3o_lit.evaluate ckpt=$(DEMO)/checkpoints/last.ckpt baselines=all solvers=[heun-10,ab2-4,fitted-4] solver_images=64 curve_images=32
+	$(PY) -m blip3o_lit.evaluate ckpt=$(DEMO)/checkpoints/last.ckpt baselines=all solver_images=64 curve_images=32
 	@echo "report: $(DEMO)/report.html"
 
 test: setup ## the whole suite

@@ -61,10 +61,9 @@ def run() -> list[dict[str, Any]]:
     """Time every case, eager and compiled by block, then what surrounds a step."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    peak = peak_flops(device, torch.cuda.get_device_name(device), PRECISIONS["bf16"])
-    print(
-        f"  {torch.cuda.get_device_name() if cuda else 'CPU, toy sizes'}: {peak / 1e12:.1f} TFLOP/s"
-    )
+    card = torch.cuda.get_device_name() if cuda else "CPU, toy sizes"
+    peak = peak_flops(device, card, PRECISIONS["bf16"])
+    print(f"  {card}: {peak / 1e12:.1f} TFLOP/s")
     found: list[dict[str, Any]] = []
     for name, mode, shape, batch, target in CASES:
         config, images = sized(name, device), batch if cuda else 2

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from blip3o_lit.cli.command import USER_ERROR_CODE, run_command
+from blip3o_lit.cli.command import run_command
 from blip3o_lit.config.commands import DoctorConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.inspection.finding import Finding, show, show_table
@@ -24,7 +24,7 @@ def doctor(config: DoctorConfig) -> None:
     counts = {level: sum(f.level == level for f in findings) for level in ("ok", "warn", "fail")}
     print(", ".join(f"{count} {level}" for level, count in counts.items()))
     if counts["fail"]:
-        sys.exit(USER_ERROR_CODE)
+        sys.exit(UserError.code)
 
 
 def _store(tokens: str, repair: bool) -> list[Finding]:

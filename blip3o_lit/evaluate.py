@@ -47,6 +47,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise UserError(f"{config.ckpt} is a model of the hub: say where to write with out=DIR")
     device = best_device() if config.device == "auto" else config.device
     loaded = load(config.ckpt, device)
+    stored = loaded.translator.fitted
     folder = Path(config.out) if config.out else loaded.folder
     held, train = open_readers(loaded, config)
     check_held_out(loaded, held, train, config)
@@ -67,7 +68,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if readout is not None and folder == loaded.folder and result["trained_on_these"]:
         save_readout(readout, folder)
     fitted = loaded.translator.fitted
-    if fitted.schemes and folder == loaded.folder and result["trained_on_these"]:
+    if fitted is not stored and folder == loaded.folder and result["trained_on_these"]:
         save_solvers(fitted, loaded.content, folder)
     page = write_report(folder)
     show(result)

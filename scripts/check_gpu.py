@@ -84,15 +84,22 @@ def lively(config: ModelConfig, device: torch.device) -> torch.nn.Module:
 
 def losses(device: torch.device, low: bool, optimizer_name: str, compiled: bool) -> torch.Tensor:
     """Return the losses of ten steps on one batch."""
-    network, objective = lively(NETWORK, device), FlowObjective(FlowConfig())
+    network = lively(NETWORK, device)
     if compiled:
         network.compile_blocks()  # type: ignore[operator]
+    return ten_steps(network, optimizer_name, batch(device), low)
+
+
+def ten_steps(
+    network: torch.nn.Module, optimizer_name: str, tensors: list[torch.Tensor], low: bool = False
+) -> torch.Tensor:
+    """Return the losses of ten steps on what `batch` returns, or on a part of it."""
+    objective = FlowObjective(FlowConfig())
     optimizer = make_optimizer(network, OptimizerConfig(optimizer_name, lr=1e-2))
-    condition_BNC, x1_BND, z_BND, t_B = batch(device)
     found = []
     for _ in range(10):
-        with torch.autocast(device.type, torch.bfloat16, enabled=low):
-            loss = objective.loss(network, condition_BNC, x1_BND, z_BND, t_B).total
+        with torch.autocast(tensors[0].device.type, torch.bfloat16, enabled=low):
+            loss = objective.loss(network, *tensors).total
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -210,7 +217,7 @@ def one_rank(folder: Path, backend: str) -> None:
     dist.init_process_group(backend)
     kept = {}
     for name in ("ddp", "fsdp2"):
-        network, objective = lively(NETWORK, device), FlowObjective(FlowConfig())
+        network = lively(NETWORK, device)
         if name == "ddp":
             network = torch.nn.parallel.DistributedDataParallel(network)
         else:
@@ -218,18 +225,9 @@ def one_rank(folder: Path, backend: str) -> None:
             for block in network.blocks:  # type: ignore[union-attr]
                 fully_shard(block, mesh=mesh)
             fully_shard(network, mesh=mesh)
-        optimizer = make_optimizer(network, OptimizerConfig("adamw", lr=1e-2))
-        half = [tensor[rank::2] for tensor in batch(device)]
-        found = []
-        for _ in range(10):
-            loss = objective.loss(network, *half).total
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            mean = loss.detach().clone()
-            dist.all_reduce(mean)
-            found.append(mean.cpu() / 2)
-        kept[name] = torch.stack(found)
+        found = ten_steps(network, "adamw", [tensor[rank::2] for tensor in batch(device)])
+        dist.all_reduce(found)
+        kept[name] = found.cpu() / 2
     if rank == 0:
         torch.save(kept, folder / f"{backend}.pt")
     dist.destroy_process_group()
@@ -249,21 +247,19 @@ def held(found: dict[str, tuple[float, float]]) -> dict[str, float]:
     return {name: difference for name, (difference, _) in found.items()}
 
 
-GRID = PairShape(TokenShape((8, 8), False, 1280), TokenShape((8, 8), False, 768))
-FULL = PairShape(TokenShape((16, 16), False, 4096), TokenShape((16, 16), False, 1024))
-NETWORKS = {"base": (FULL, 64), "large": (FULL, 32), "nextdit": (GRID, 64)}
-"""Tokens, and images of a step."""
+NETWORKS = {"base": 64, "large": 32, "nextdit": 64}
+"""Images of a step."""
 
 
 def timed_train(name: str, compiled: bool) -> Callable[[Path], dict[str, float]]:
     """Return a part that trains as `train` does, on a store, and reads what its rows say."""
 
     def part(folder: Path) -> dict[str, float]:
-        from benchmarks.gpu import sized
+        from benchmarks.gpu import GRID, SHAPE, sized
         from benchmarks.made_store import write
 
-        shape, images = NETWORKS[name]
-        images, steps = (2, 4) if SMALL else (images, 60)
+        shape = GRID if name == "nextdit" else SHAPE
+        images, steps = (2, 4) if SMALL else (NETWORKS[name], 60)
         store = folder.parent / f"store-{shape.target.tokens}"
         sides = {"eva": shape.condition, "clip": shape.target}
         arrays = {
@@ -317,6 +313,7 @@ def benchmark(name: str) -> Callable[[Path], Any]:
 
 def eva_clip(folder: Path) -> dict[str, float]:
     """Time EVA-CLIP-8B, of random weights, alone and in the engine's hands."""
+    from benchmarks.gpu import seconds_a_call
     from blip3o_lit.config.towers import TowerConfig
     from blip3o_lit.extraction.encoding import TowerSet
     from blip3o_lit.towers import demo
@@ -342,19 +339,8 @@ def eva_clip(folder: Path) -> dict[str, float]:
         if mark is not None:
             mark.synchronize()
 
-    return {name: images / seconds(call) for name, call in (("bare", bare), ("engine", engine))}
-
-
-def seconds(call: Callable[[], None], rounds: int = 3) -> float:
-    """Return the least seconds of a call, the device's work included, after one to warm up."""
-    best = float("inf")
-    for number in range(rounds + 1):
-        started = time.perf_counter()
-        call()
-        if CUDA:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started if number else best)
-    return best
+    calls = {"bare": bare, "engine": engine}
+    return {name: images / seconds_a_call(call, DEVICE, 3) for name, call in calls.items()}
 
 
 CHECKS: dict[str, Callable[[Path], Any]] = {

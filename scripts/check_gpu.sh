@@ -6,10 +6,11 @@
 #   scripts/check_gpu.sh [OUT] [PYTHON]   OUT: a folder (outputs/gpu); PYTHON: one with torch >= 2.11
 #   DEVICE=cpu SMALL=1 ONLY=losses,samples scripts/check_gpu.sh     tries the script itself
 #
-# No network is used. What torch's environment may lack (lightning, torchmetrics, rich and the like)
+# No network is used. torch and its torchvision are the machine's; what else it lacks (lightning, rich and the like)
 # is looked for in ./wheels, if that folder exists: fill it beforehand, on any machine, with
 #   pip download --only-binary=:all: -d wheels --no-deps lightning lightning-utilities torchmetrics torchdiffeq safetensors rich \
-#     numpy scipy pyyaml packaging tqdm timm pillow
+#     numpy scipy pyyaml packaging tqdm pillow webdataset braceexpand timm open_clip_torch ftfy wcwidth regex \
+#     huggingface-hub filelock
 set -euo pipefail
 out=$(realpath -m "${1:-outputs/gpu}")
 python="${2:-python3}"

@@ -5,7 +5,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,18 @@ def claimed(folder: Path, key: str) -> Iterator[None]:
 
 
 @contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Hold what `path` stands for, waiting while another process does; nothing without locks."""
+def one_at_a_time(path: Path, required: bool = True) -> Iterator[None]:
+    """Hold what `path` stands for, waiting while another process does; a killed one lets it go.
+
+    On a network file system without locks that is an error, or where not `required` nothing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
-        with suppress(OSError):  # a network file system without locks
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            if required:
+                raise
         yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -36,9 +36,6 @@ GPUS = {
     "RTX 4090": Gpu(165e12, 82e12, 24e9),
 }
 """By the first of the names that a card's own name has in it."""
-MEASURED = {"cuda": (8192, 8192, 8192)}
-"""Shape of the product that an unknown card is measured by: one that takes far longer than its
-launch; elsewhere 2048, 1024, 2048."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +99,15 @@ def imagined_machine(gpu: str, processes: int) -> Machine:
     if gpu not in GPUS:
         raise UserError(f"gpu={gpu} is unknown: choose from {', '.join(GPUS)}")
     memory = int(GPUS[gpu].memory)
-    launched = Machine("cuda", gpu, processes, memory, "plan", processes=processes, nodes=1)
-    return replace(launched, compiles=True)
+    return Machine(
+        "cuda", gpu, processes, memory, "plan", processes=processes, nodes=1, compiles=True
+    )
 
 
 def _has_compilers() -> bool:
     """Whether Triton is there, and the C compiler that it builds its launchers with."""
-    c = os.environ.get("CC") or "cc", "gcc", "clang"
-    return find_spec("triton") is not None and any(shutil.which(name) for name in c)
+    compilers = (os.environ.get("CC") or "cc", "gcc", "clang")
+    return find_spec("triton") is not None and any(shutil.which(name) for name in compilers)
 
 
 def peak_flops(device: torch.device, name: str, precision: Precision) -> float:
@@ -118,5 +116,6 @@ def peak_flops(device: torch.device, name: str, precision: Precision) -> float:
         for known, gpu in GPUS.items():
             if known in name:
                 return gpu.low if precision.low else gpu.full
-    shape = MEASURED.get(device.type, (2048, 1024, 2048))
+    # A product that takes far longer than its launch.
+    shape = (8192, 8192, 8192) if device.type == "cuda" else (2048, 1024, 2048)
     return 2 * math.prod(shape) / product_seconds(device, precision.products, shape)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_lit.models.initialisation import is_sharded
+from blip3o_lit.models.initialisation import is_sharded, local
 
 
 class Background:
@@ -57,12 +57,11 @@ class Background:
             return type(value)(self._copy(item, f"{place}/{i}") for i, item in enumerate(value))
         if not isinstance(value, Tensor):
             return value
-        local: Tensor = value.to_local() if is_sharded(value) else value  # type: ignore[attr-defined]
-        held = self._copies.get(place)
-        if held is None or held.shape != local.shape or held.dtype != local.dtype:
-            held = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
+        own, held = local(value), self._copies.get(place)
+        if held is None or held.shape != own.shape or held.dtype != own.dtype:
+            held = torch.empty_like(own, device="cpu", pin_memory=own.is_cuda)
             self._copies[place] = held
-        held.copy_(local.detach(), non_blocking=True)
+        held.copy_(own, non_blocking=True)
         if not is_sharded(value):
             return held
         from torch.distributed.tensor import DTensor  # takes seconds

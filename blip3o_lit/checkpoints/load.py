@@ -146,7 +146,7 @@ def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool
     loaded = Loaded(translator, config, shape, facts, file, as_stored)
     solvers = loaded.folder / SOLVERS_FILE
     if solvers.is_file():
-        translator.fitted = kept_solvers(solvers, loaded.content)
+        translator.fitted = kept_solvers(solvers, content_hash(config.flow, state))
     return loaded
 
 

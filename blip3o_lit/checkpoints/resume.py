@@ -26,8 +26,7 @@ log = logging.getLogger("blip3o_lit")
 # Keys that do not change what a run computes: they may differ between a run and its resumption.
 FREE_KEYS = ("resume", "overwrite", "dry_run", "logger", "checkpoint", "strategy")
 FREE_KEYS += ("micro_batch_size", "plan", "world", "gpu", "mfu")
-FREE_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "log_every")
-FREE_TRAINER_KEYS += ("deterministic", "profile")
+FREE_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "log_every", "deterministic", "profile")
 FREE_DATA_KEYS = ("threads", "verify")
 
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 Config = TypeVar("Config")
-USER_ERROR_CODE = UserError.code
 SHARDS_KEPT = "the finished shards are kept: give the same line again to go on"
 """What Ctrl-C leaves of the commands that write a token store."""
 RANKED = ("train", "extract")

@@ -5,7 +5,6 @@ Nothing heavy is imported while the store is there, so that training starts at o
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from blip3o_lit.base.files import one_at_a_time
 from blip3o_lit.base.home import home
 from blip3o_lit.config.data import DemoConfig
 from blip3o_lit.config.extract import EngineConfig, ExtractConfig
@@ -73,9 +73,7 @@ def demo_store(
     folder = home() / "tokens" / name
     if (folder / "index.json").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(folder):
         if not (folder / "index.json").is_file():
             print(f"building the demo tokens once, in {folder}", file=sys.stderr, flush=True)
             building = folder.parent / f".{name}.building"

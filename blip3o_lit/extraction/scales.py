@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from blip3o_lit.base.files import write_synced
+from blip3o_lit.base.files import one_at_a_time, write_synced
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.extraction.encoding import TowerSet, to_numpy
@@ -35,8 +34,7 @@ def stored_arrays(
     if config.storage != "int8":
         return towers.arrays, {}
     file = state / "arrays.json"
-    with open(state / "arrays.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # A killed worker's lock ends with it.
+    with one_at_a_time(file):
         if not file.is_file():
             arrays, scales = dict(towers.arrays), {}
             for name, samples_SNC in _first_pass(towers, source, config).items():

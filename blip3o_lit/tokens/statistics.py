@@ -177,7 +177,7 @@ def cached_standardizers(
     name = hashlib.sha256(f"{content_hash}/{images}/{VERSION}".encode()).hexdigest()[:32]
     file = home() / "statistics" / f"{name}.safetensors"
     if not file.is_file():
-        with one_at_a_time(file):  # Of all ranks one computes, the others wait.
+        with one_at_a_time(file, required=False):  # Of all ranks one computes, the others wait.
             if not file.is_file():
                 _compute(file, batches(), shape)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from datetime import timedelta
 from inspect import signature
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
@@ -22,11 +23,12 @@ class DdpStrategy(DDPStrategy):
 
     def __init__(self, backend: str, timeout: timedelta) -> None:
         # Buffers are equal on all ranks: standardizers, and scales that the module averages.
+        buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
         super().__init__(
             process_group_backend=backend,
             timeout=timeout,
             gradient_as_bucket_view=True,
-            **{_SYNC_BUFFERS: False},
+            **buffers,
         )
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:

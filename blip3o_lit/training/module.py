@@ -26,7 +26,7 @@ from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.times import training_times
 from blip3o_lit.metrics.cosine import TokenScores
-from blip3o_lit.models.initialisation import is_sharded
+from blip3o_lit.models.initialisation import is_sharded, local
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.optimizer import make_optimizer
 from blip3o_lit.tokens.datamodule import TokenDataModule
@@ -192,7 +192,7 @@ class TranslationModule(LightningModule):
             norm = norm.redistribute(placements=[Replicate()] * norm.device_mesh.ndim)  # type: ignore[attr-defined]
         # Where it is not finite nothing is clipped, so that bad gradients can be told from others.
         nn.utils.clip_grads_with_norm_(parameters, limit, norm.nan_to_num(0, 0, 0))
-        self.gradient_norm = norm.to_local() if is_sharded(norm) else norm  # type: ignore[attr-defined]
+        self.gradient_norm = local(norm)
         if not self.precision.loss_scale:  # The scaler skips overflowing steps itself.
             # What a loss scaler would set: the fused kernel then leaves weights and moments alone,
             # and nothing waits for the device.

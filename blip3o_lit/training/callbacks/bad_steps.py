@@ -15,7 +15,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.models.initialisation import is_sharded
+from blip3o_lit.models.initialisation import local
 
 log = logging.getLogger("blip3o_lit")
 NAMED_SAMPLES = 8
@@ -67,9 +67,6 @@ class BadSteps(Callback):
 def first_bad(module: LightningModule, step: int) -> str:
     """Name the first parameter whose gradient, or this rank's share of it, is not finite."""
     for name, parameter in module.named_parameters():
-        gradient = parameter.grad
-        if gradient is not None:
-            local = gradient.to_local() if is_sharded(gradient) else gradient  # type: ignore[attr-defined]
-            if not torch.isfinite(local).all():
-                return f" (in step {step} first in {name})"
+        if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
+            return f" (in step {step} first in {name})"
     return ""

@@ -7,12 +7,11 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+STEPS = 500
+
 
 class Garbage(Callback):
-    """Collects every N steps, and not in between."""
-
-    def __init__(self, every: int = 500) -> None:
-        self.every = every
+    """Collects every `STEPS` steps, and not in between."""
 
     def on_train_start(self, *args: Any, **kwargs: Any) -> None:
         gc.disable()
@@ -20,7 +19,7 @@ class Garbage(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % (self.every * trainer.accumulate_grad_batches) == 0:
+        if (batch_idx + 1) % (STEPS * trainer.accumulate_grad_batches) == 0:
             gc.collect(1)
 
     def _end(self, *args: Any, **kwargs: Any) -> None:

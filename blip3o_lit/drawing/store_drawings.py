@@ -35,7 +35,7 @@ def draw_store(
             places = [Place(store.shard(number), sample) for sample in range(entry.samples)]
             for start in range(0, entry.samples, batch_size):
                 part = places[start : start + batch_size]
-                pictures = drawer.draw(store.gather(part, array))
+                pictures = drawer.draw(store.read(part, array))
                 for (shard, sample), picture in zip(part, pictures.cpu(), strict=True):
                     image_of(picture).save(unfinished / f"{shard.key(sample)}.png")
             unfinished.rename(folder)

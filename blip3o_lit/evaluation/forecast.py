@@ -25,14 +25,14 @@ def phase_seconds(scorer: Scorer) -> dict[str, float]:
     config, loaded = scorer.config, scorer.loaded
     solvers = {*config.solvers, *config.curve}
     labels = {label: solver_from_label(label) for label in sorted(solvers)}
-    one = scorer.read(np.arange(1))
+    one = scorer.held_out.read(np.arange(1))
     nfe = {
         label: generated(loaded, solver, config.seed)(one[0], one[2])[1]
         for label, solver in labels.items()
     }
     first = SolverConfig() if loaded.config.flow.has_mean else labels[config.solvers[0]]
     estimate = generated(loaded, first, config.seed)
-    condition, _, sample_B = scorer.read(np.arange(min(config.batch_size, scorer.images)))
+    condition, _, sample_B = scorer.held_out.read(np.arange(min(config.batch_size, scorer.images)))
     seconds, evaluations = 0.0, 1
     for _ in range(2):
         start = time.perf_counter()

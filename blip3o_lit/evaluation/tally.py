@@ -19,6 +19,7 @@ from blip3o_lit.evaluation.verdict import REMEDY
 from blip3o_lit.metrics.breadth import Breadth
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.metrics.frechet import Moments, frechet_distance
+from blip3o_lit.metrics.paired import compare
 
 _HALVES = 2
 
@@ -58,6 +59,11 @@ class Tally:
 
     def image_cosine(self) -> np.ndarray:
         return torch.cat(self.scores.image_cosine).cpu().numpy()
+
+    def compared_with(self, other: Tally) -> dict[str, Any]:
+        """Compare the cosines on the images that both have."""
+        images = min(self.images, other.images)
+        return compare(self.image_cosine()[:images], other.image_cosine()[:images])
 
     def result(self, reference: Reference) -> dict[str, Any]:
         """Return the scores, and keep the maps over positions apart, in `maps`."""

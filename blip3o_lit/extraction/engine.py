@@ -38,7 +38,7 @@ from blip3o_lit.images.split import Splitter
 from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex
-from blip3o_lit.tokens.store.storage import SCALES_FILE
+from blip3o_lit.tokens.store.int8 import SCALES_FILE
 from blip3o_lit.towers.tower import Tower
 
 REJECTS_AFTER = 1000

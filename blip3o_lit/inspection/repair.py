@@ -18,9 +18,9 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.inspection.store import file_hash, shard_problem
 from blip3o_lit.tokens.store import tar
 from blip3o_lit.tokens.store.index import STORED, ArraySpec, ShardEntry, TokenIndex
+from blip3o_lit.tokens.store.int8 import SCALES_FILE, scale_array, scale_hash
 from blip3o_lit.tokens.store.mapped_shard import map_tar, scan
 from blip3o_lit.tokens.store.shards import pack_offsets
-from blip3o_lit.tokens.store.storage import SCALES_FILE, scale_array, scale_hash
 from blip3o_lit.tokens.views import GRID_64
 
 SHARD = re.compile(r"([A-Za-z0-9_-]+)-(\d{6})\.tar")

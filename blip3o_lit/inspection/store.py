@@ -23,15 +23,10 @@ from blip3o_lit.inspection.numbers import ArrayNumbers
 from blip3o_lit.tokens.classes import Classes
 from blip3o_lit.tokens.store.heads import HEADS_FILE, Head
 from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex, repair_command
+from blip3o_lit.tokens.store.int8 import dequantise, load_scales, scale_array
 from blip3o_lit.tokens.store.mapped_shard import Shard
 from blip3o_lit.tokens.store.shards import unpack_offsets
-from blip3o_lit.tokens.store.storage import (
-    TORCH_TYPES,
-    dequantise,
-    finite,
-    load_scales,
-    scale_array,
-)
+from blip3o_lit.tokens.store.storage import TORCH_TYPES, finite
 
 READ_SAMPLES = 16
 NAMED = 5

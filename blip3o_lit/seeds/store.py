@@ -28,8 +28,8 @@ from blip3o_lit.seeds.journal import NAME, Journal
 from blip3o_lit.seeds.split import Split
 from blip3o_lit.seeds.survey import KEY_LENGTH, Survey, clean, take_survey
 from blip3o_lit.tokens.store.index import SCHEMA, ArraySpec, ShardEntry, TokenIndex
+from blip3o_lit.tokens.store.int8 import fit_int8, load_scales, save_scales, with_token_scales
 from blip3o_lit.tokens.store.shards import ShardWriter
-from blip3o_lit.tokens.store.storage import fit_int8, load_scales, save_scales, with_token_scales
 
 PART_SHARDS = 16
 BATCH_BYTES = 1 << 26

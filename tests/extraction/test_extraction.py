@@ -73,7 +73,7 @@ def test_stored_tokens_are_the_towers_tokens(tmp_path, towers):
         for name, tower in towers.items():
             with torch.inference_mode():
                 expected = tower.tokens(tower.preprocess(drawn.image)[None])[0]
-            found = store.gather([_place(store, number, 1)], name)[0].float()
+            found = store.read([_place(store, number, 1)], name)[0].float()
             assert (found - expected).abs().max() <= 2e-3 * expected.abs().max()
     head = Head.load(tmp_path, "clip")
     assert head.width == demo.PROJECTION
@@ -228,10 +228,10 @@ def test_grid_64_averages_projected_tokens(tmp_path, towers):
     spec = outcome.index.arrays["clip"]
     assert (spec.shape, spec.grid, spec.cls, spec.projected) == ((64, 64), (8, 8), False, True)
     full, grid = TokenStore.open(tmp_path / "full"), TokenStore.open(tmp_path / "grid")
-    tokens = full.gather([_place(full, 0, 0)], "clip")[:, 1:].float()
+    tokens = full.read([_place(full, 0, 0)], "clip")[:, 1:].float()
     projected = Head.load(tmp_path / "full", "clip")(tokens)[0].numpy()
     blocks = projected.reshape(8, 2, 8, 2, 64).mean((1, 3)).reshape(64, 64)
-    found = grid.gather([_place(grid, 0, 0)], "clip")[0].float().numpy()
+    found = grid.read([_place(grid, 0, 0)], "clip")[0].float().numpy()
     np.testing.assert_allclose(found, blocks, atol=2e-2, rtol=1e-2)
 
 
@@ -244,7 +244,7 @@ def test_int8_has_scales_from_a_first_pass(tmp_path, towers):
     tower, drawn = towers["clip"], scene("train", 1)
     with torch.inference_mode():
         expected = tower.tokens(tower.preprocess(drawn.image)[None])[0]
-    found = store.gather([_place(store, 0, 1)], "clip")[0].float()
+    found = store.read([_place(store, 0, 1)], "clip")[0].float()
     assert torch.cosine_similarity(found, expected, -1).mean() > 0.999
 
 

@@ -31,8 +31,8 @@ from blip3o_lit.inspection.store import file_hash, inspect
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.store import tar
 from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex
+from blip3o_lit.tokens.store.int8 import fit_int8
 from blip3o_lit.tokens.store.shards import TokenWriter, pack_offsets, unpack_offsets
-from blip3o_lit.tokens.store.storage import fit_int8
 
 SPECS = {
     "eva": ArraySpec("tokens", "float16", (17, 6), cls=True, grid=(4, 4)),

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from blip3o_lit.base.home import expanded
-from blip3o_lit.base.words import override, pasteable
+from blip3o_lit.base.words import changes, override, pasteable
 from blip3o_lit.cli.arguments import read_line
 from blip3o_lit.cli.schema import conf_dir, groups, keys, unknown_key
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.evaluate import EvaluateConfig, EvaluateDataConfig
 from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.config.train import TrainConfig
 
@@ -50,6 +51,17 @@ def test_a_printed_word_is_read_back_as_the_same_value(text: str) -> None:
     (word,) = shlex.split(pasteable("out", text))
     assert word == override("out", text)
     assert read(word) == text
+
+
+@settings(deadline=None, max_examples=50)
+@given(TEXTS, st.lists(st.sampled_from(["heun-10@1.5", "fitted-4", "map-1"]), max_size=3))
+def test_changes_lead_from_the_defaults_to_the_same_settings(text: str, solvers: list[str]) -> None:
+    data = EvaluateDataConfig(text)
+    config = EvaluateConfig("a.ckpt", data=data, solvers=solvers, images=7, same_data=True)
+    composed = OmegaConf.structured(EvaluateConfig("a.ckpt"))
+    for word in changes(config, EvaluateConfig("a.ckpt")):
+        OmegaConf.update(composed, word.partition("=")[0], read(word))
+    assert OmegaConf.to_object(composed) == config
 
 
 def test_bash_takes_printed_words_as_they_are(tmp_path: Path) -> None:

@@ -28,8 +28,10 @@ def run(config: GenerateConfig) -> None:
         generate(config)
 
 
-def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
-    """Print and return the best captions of each picture, by cosine."""
+def caption(
+    config: GenerateConfig, line_seconds: float = 10.0
+) -> dict[str, list[tuple[str, float]]]:
+    """Print and return the best captions of each picture, by cosine; see `Work`."""
     import torch
 
     from blip3o_lit.base.progress import Work
@@ -49,7 +51,7 @@ def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
     best: dict[str, list[tuple[str, float]]] = {}
     # A batch at a time: the tokens of one picture are megabytes.
     limit = batch_limit("batch_size", config.batch_size)
-    with Work("captioning", len(files), "pictures") as work, limit:
+    with Work("captioning", len(files), "pictures", line_seconds) as work, limit:
         for start in range(0, len(files), config.batch_size):
             part = files[start : start + config.batch_size]
             generated = model.from_images(

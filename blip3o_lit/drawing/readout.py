@@ -25,7 +25,7 @@ from blip3o_lit.tokens.statistics import ChannelMoments
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Each call starts one pass: raw tokens [B, N, C] and their pictures [B, 3, H, W] in 0..1."""
 WIDEST = 128
-"""Width from which on tokens are reduced; nine times it is the width of the regression."""
+"""Nine times it is the width of the regression."""
 VERSION = 1
 """Raised when the same tokens and pictures would give another read-out."""
 
@@ -36,15 +36,16 @@ class Readout(nn.Module):
     Args:
         shape: Grid, CLS and width of the tokens; a CLS token is left out.
         side: Pixels of a patch's side.
+        widest: Width from which on tokens are reduced to that width.
     """
 
     std_C: Tensor
     directions_CR: Tensor
 
-    def __init__(self, shape: TokenShape, side: int = 4) -> None:
+    def __init__(self, shape: TokenShape, side: int = 4, widest: int = WIDEST) -> None:
         super().__init__()
-        self.shape, self.side = shape, side
-        width = min(shape.width, WIDEST)
+        self.shape, self.side, self.widest = shape, side, widest
+        width = min(shape.width, widest)
         self.register_buffer("std_C", torch.ones(shape.width))
         self.register_buffer("directions_CR", torch.eye(shape.width)[:, :width].contiguous())
         self.ridge = Ridge(self._regression(9 * width, self._patch))
@@ -70,7 +71,7 @@ class Readout(nn.Module):
             for part in moments[1:]:
                 total = total.merge(part)
             self.std_C.copy_(total.std_C)
-        if self.shape.width > WIDEST:
+        if self.shape.width > self.widest:
             self.directions_CR.copy_(self._telling_directions(batches))
         self.ridge.fit(
             lambda: ((self._inputs(tokens), self._pixels(given)) for tokens, given in batches())
@@ -95,7 +96,7 @@ class Readout(nn.Module):
             scaled = self._scaled(tokens)
             predicted = ((scaled - scaled.mean(0)).double() @ weight_CO).flatten(0, 1)
             spread_OO.addmm_(predicted.T, predicted)
-        principal_OR = torch.linalg.eigh(spread_OO).eigenvectors.flip(1)[:, :WIDEST]
+        principal_OR = torch.linalg.eigh(spread_OO).eigenvectors.flip(1)[:, : self.widest]
         directions_CR = weight_CO @ principal_OR
         return (directions_CR / directions_CR.norm(dim=0).clamp_min(1e-12)).float()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from blip3o_lit.base.remote import open_remote, resumed
+from blip3o_lit.base.remote import PAUSES, open_remote, resumed
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.images.folder import CAPTION_BYTES, CAPTIONS, caption_of
 from blip3o_lit.images.item import EXTENSIONS, MAX_BYTES, Item, Lost, with_split
@@ -57,13 +57,15 @@ class TarPart:
     """Of the images that a file names."""
     split: str = ""
     length: None = None
+    pauses: tuple[float, ...] = PAUSES
+    """Seconds before a broken connection is opened again."""
 
     @property
     def is_remote(self) -> bool:
         return "://" in self.url
 
     def entries(self, skip: int = 0) -> Iterator[Item | Lost]:
-        for entry in resumed(self._read, self.url, skip):
+        for entry in resumed(self._read, self.url, skip, self.pauses):
             yield with_split(entry, self.splits)
 
     def _read(self, skip: int) -> Iterator[Item | Lost]:

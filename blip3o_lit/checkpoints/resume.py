@@ -167,13 +167,29 @@ def say_resumed(config: TrainConfig, path: Path) -> None:
         log.warning(message)
 
 
-def check_tokens(path: Path, content_hash: str) -> None:
+def check_tokens(path: Path, facts: dict[str, Any]) -> None:
     """Refuse a checkpoint that was trained on other tokens, before anything is written."""
-    if checkpointing.about(path)["tokens"].get("hash") != content_hash:
+    there = checkpointing.about(path)["tokens"]
+    if there.get("hash") != facts["hash"]:
+        then, now = (_stores(each) for each in (there, facts))
+        for store in sorted(then.keys() | now.keys()) if len(then) + len(now) > 2 else ():
+            if then.get(store) != now.get(store):
+                what = "is new" if store not in then else "is not among the stores now"
+                what = "or its weight has changed" if store in then and store in now else what
+                raise UserError(
+                    f"resume={path}: of the stores that it was trained on, {store} {what}: resume "
+                    "with the same data.tokens, or start a new run"
+                )
         raise UserError(
             f"resume={path}: it was trained on other data (store, mode, condition, target or "
             "subset): resume with the same data and mode, or start a new run"
         )
+
+
+def _stores(facts: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the stores of a run's record by path, with content hash and weight."""
+    listed = facts.get("stores") or [{**facts, "weight": None}]
+    return {str(each["path"]): (each["hash"], each["weight"]) for each in listed}
 
 
 def finished_result(

@@ -1,8 +1,9 @@
 """Data group: which token store a run reads, and how; the testbeds with a known law."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from blip3o_lit.config.checks import above_zero, check_fields, choice
+from blip3o_lit.config.checks import above_zero, check_fields, choice, several
 from blip3o_lit.config.errors import UserError, within
 
 
@@ -88,8 +89,9 @@ class DataConfig:
     """demo: handwritten-digit scenes, built on first use; demo_masked: the same, the condition sees
     their left half; tokens: a directory; or a testbed with a known law: linear_gaussian,
     ambiguous."""
-    tokens: str | None = None
-    """A token store: a directory with index.json, or the URL of one."""
+    tokens: Any = several(None)
+    """A token store: a directory with index.json, or the URL of one. Several: `[a, b]`, each sample
+    once an epoch, or with weights `{a: 0.7, b: 0.3}`, shares of an epoch of the same length."""
     condition: str = "eva"
     """The stored array that conditions the flow."""
     target: str = "clip"

@@ -36,6 +36,7 @@ from blip3o_lit.evaluation.verdict import check_finite, standing, verdict, verdi
 from blip3o_lit.metrics.paired import compare
 from blip3o_lit.report.record import FORMAT
 from blip3o_lit.testbeds.ambiguous import coverage
+from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 COVERAGE_IMAGES = 1024
@@ -103,6 +104,7 @@ class Scorer:
             "estimators": self._scores(estimators, reference, few),
             "baselines": self._scores(baselines, reference),
             "frechet_floor": reference.floor(),
+            "stores": self._stores({**estimators, **baselines}),
             "retrieval": self.image_text.retrieval(),
             "zero_shot": self.image_text.zero_shot(),
             "worst": worst(self.held, cosine_B),
@@ -235,6 +237,21 @@ class Scorer:
             "step": facts["step"],
             "seed": self.config.seed,
         }
+
+    def _stores(self, tallies: Tallies) -> dict[str, Any]:
+        """Return the mean cosine of each store's own images; empty with one store."""
+        if not isinstance(self.held, MixedReader):
+            return {}
+        store_B = self.held.numbers(np.arange(self.images))
+        found: dict[str, Any] = {}
+        for number, name in enumerate(self.held.names):
+            found[name] = {"images": int((store_B == number).sum()), "cosine": {}}
+            for estimator, tally in tallies.items():
+                cosine_B = tally.image_cosine()
+                own_B = cosine_B[store_B[: len(cosine_B)] == number]
+                if len(own_B):
+                    found[name]["cosine"][estimator] = float(own_B.mean())
+        return found
 
     def _scores(
         self, tallies: Tallies, reference: Reference, few: Reference | None = None

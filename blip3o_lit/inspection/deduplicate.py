@@ -1,8 +1,8 @@
 """Takes out of a store the samples whose tokens another sample has: what doctor reports.
 
-Of copies in one split the first stays; of copies in training and a held-out split the held-out one,
-so that scores stay comparable. Shards are written again under new names, and come into view with the
-new index in a single step. What leaves is named in rejects.jsonl.
+Of copies in one split the first stays; of copies in training and a held-out split the held-out
+one, so that scores stay comparable. Shards are written again under new names, and come into view
+with the new index in a single step. What leaves is named in rejects.jsonl.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,12 +17,17 @@ from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
 from blip3o_lit.config.mode import ModeConfig
+from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.extraction.engine import device_of
 from blip3o_lit.testbeds.token_source import token_stores
 from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.reading.mixture import StoreSet
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.remote_store import RemoteStore, is_url
+
+if TYPE_CHECKING:
+    from blip3o_lit.extraction.direct.store import PictureReader
 
 COMPARED = 256
 """Images of equal keys whose tokens are compared: keys alone may be mere numbers."""
@@ -35,12 +40,20 @@ def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, T
         UserError: If the store lacks the split, or its tokens are not those of the checkpoint.
     """
     run = loaded.config
-    data = replace(run.data, tokens=config.data.tokens or _trained_on(loaded))
-    paths = token_stores(data)
+    pictures = run.data.name == "images"
+    if not pictures:
+        data = replace(run.data, tokens=config.data.tokens or _trained_on(loaded))
+    elif config.data.tokens:
+        data = replace(run.data, name="tokens", images=None, tokens=config.data.tokens)
+    else:
+        data = run.data
+    paths = {str(data.images): None} if data.images else token_stores(data)
     path = " + ".join(paths)
     sides = (data.condition, data.target, run.mode)
     train = None
-    if len(paths) > 1:
+    if data.images:
+        held, train = _of_pictures(run, config)
+    elif len(paths) > 1:
         held, train = _several(StoreSet(paths, data.verify), config, data, run.mode)
     else:
         store = _remote(path, config, data) if is_url(path) else TokenStore.open(path, data.verify)
@@ -60,6 +73,23 @@ def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, T
             f"{loaded.shape.to_dict()}: set data.tokens to a matching store"
         )
     return held, train
+
+
+def _of_pictures(
+    run: TrainConfig, config: EvaluateConfig
+) -> tuple[PictureReader, PictureReader | None]:
+    """Return both readers of a run's own pictures, which its towers encode at each reading."""
+    from blip3o_lit.extraction.direct.store import PictureReader, PictureStore
+
+    data = run.data
+    store = PictureStore(run, device_of(config.device))
+    sides = (data.condition, data.target, run.mode)
+    train = None
+    if "train" in store.index.splits:
+        train = PictureReader(store, "train", *sides, data.max_shards, data.subset)
+    if config.same_data and train is not None:
+        return train, train
+    return PictureReader(store, config.split, *sides, limit=data.validation_subset), train
 
 
 def _several(

@@ -152,6 +152,16 @@ class TokenDataModule(pl.LightningDataModule):
             stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         return batch_plan(self.batch_size, self.micro_batch_size, world_size), rank, stream
 
+    tower_bytes = 0
+    """Memory that a process needs for the data's own networks: a token store has none."""
+
+    def compile_towers(self) -> None:
+        """Compile the data's own networks."""
+
+    def encoded(self, batch: Batch) -> Batch:
+        """Return a batch on the device with its tokens, which a store has ready."""
+        return batch
+
     def transfer_batch_to_device(
         self, batch: PackedBatch, device: torch.device, dataloader_idx: int
     ) -> Batch:

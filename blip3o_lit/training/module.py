@@ -49,7 +49,7 @@ class TranslationModule(LightningModule):
         self.config, self.shape, self.steps = plan.config, plan.shape, plan.steps
         self.precision = plan.placement.precision
         self.sharded = plan.placement.strategy == "fsdp2"
-        self.store_facts = masked(data.facts)
+        self.store_facts, self.encoded = masked(data.facts), data.encoded
         with torch.device("meta"):
             self.network = build_network(self.config.model, self.shape)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
@@ -109,6 +109,7 @@ class TranslationModule(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         flow, seed = self.config.flow, self.config.seed
+        batch = self.encoded(batch)
         if self.config.model.dropout > 0:
             # Masks are a function of step and rank, so resuming is exact.
             place = (seed, self.global_step, batch_idx, self.global_rank)
@@ -169,7 +170,7 @@ class TranslationModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Generate the target tokens of held-out images and score them in the raw space."""
-        solver = self.config.solver
+        solver, batch = self.config.solver, self.encoded(batch)
         sample = self.translator.generate(batch["condition"], batch["sample"], 0, solver)
         self.scores.update(sample.x1_BND, batch["target"], batch["valid"])
         if self.held is not None:

@@ -118,6 +118,7 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
             # and torch's own, in each machine's temporary folder, is the better one.
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "kernels"))
         module.network.compile_blocks()
+        data.compile_towers()
     callbacks = Callbacks(plan, data, run_dir)
     run_loggers = loggers(config, run_dir, resumed, start) if launch().first else []
     trainer = build_trainer(plan, cluster, callbacks, run_loggers, run_dir)
@@ -126,6 +127,13 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
 
 def open_data(config: TrainConfig) -> tuple[TokenDataModule, int]:
     """Open the token store and return it with the number of optimizer steps."""
+    if config.data.name == "images":
+        from blip3o_lit.extraction.direct.datamodule import PictureDataModule
+
+        pictures = PictureDataModule(config)
+        pictures.open(statistics=not config.plan)
+        steps = pictures.steps_for(config.trainer.max_steps, config.trainer.max_epochs)
+        return pictures, steps
     data = TokenDataModule(
         config.data,
         config.mode,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blip3o_lit.base.shape import PairShape
@@ -95,11 +95,16 @@ class Plan:
         ]
 
 
+def _beside_towers(machine: Machine, tower_bytes: int) -> Machine:
+    """Return a machine without the memory that each device's towers take."""
+    return replace(machine, memory=max(1, machine.memory - tower_bytes)) if tower_bytes else machine
+
+
 def make_plan(config: TrainConfig, data: TokenDataModule, steps: int, machine: Machine) -> Plan:
     """Lay a run out on a machine; `data` is open."""
     return Plan(
         config=config,
-        placement=resolve(config, data.shape, machine),
+        placement=resolve(config, data.shape, _beside_towers(machine, data.tower_bytes)),
         device_name=machine.name,
         shape=data.shape,
         store=data.store_path,

@@ -25,15 +25,19 @@ from blip3o_lit.config.train import TrainConfig
 log = logging.getLogger("blip3o_lit")
 # Keys that do not change what a run computes: they may differ between a run and its resumption.
 FREE_KEYS = ("resume", "overwrite", "dry_run", "logger", "checkpoint", "strategy")
-FREE_KEYS += ("micro_batch_size", "plan", "world", "gpu", "mfu")
+FREE_KEYS += ("micro_batch_size", "plan", "world", "gpu", "mfu", "disk")
+PICTURE_KEYS = ("towers", "pixels", "split")
+"""Count where a run encodes pictures itself; before it could, a run had none of them."""
 FREE_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "log_every", "deterministic", "profile")
-FREE_DATA_KEYS = ("threads", "verify")
+FREE_DATA_KEYS = ("threads", "verify", "tower_batch")
 
 
 def essential(config: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a plain config that decides what a run computes."""
     trainer = _without(config.get("trainer", {}), FREE_TRAINER_KEYS)
     data = _without(config.get("data", {}), FREE_DATA_KEYS)
+    if not data.get("images"):
+        data, config = _without(data, ("images",)), _without(config, PICTURE_KEYS)
     return _without(config, FREE_KEYS) | {"trainer": trainer, "data": data}
 
 
@@ -167,13 +171,34 @@ def say_resumed(config: TrainConfig, path: Path) -> None:
         log.warning(message)
 
 
-def check_tokens(path: Path, content_hash: str) -> None:
+def check_tokens(path: Path, facts: dict[str, Any]) -> None:
     """Refuse a checkpoint that was trained on other tokens, before anything is written."""
-    if checkpointing.about(path)["tokens"].get("hash") != content_hash:
+    there = checkpointing.about(path)["tokens"]
+    if there.get("hash") != facts["hash"]:
+        if "images" in facts and there.get("images", facts["images"]) != facts["images"]:
+            raise UserError(
+                f"resume={path}: the images of {facts['path']}, their captions or split.* have "
+                "changed since: restore them, or start a new run"
+            )
+        then, now = (_stores(each) for each in (there, facts))
+        for store in sorted(then.keys() | now.keys()) if len(then) + len(now) > 2 else ():
+            if then.get(store) != now.get(store):
+                what = "is new" if store not in then else "is not among the stores now"
+                what = "or its weight has changed" if store in then and store in now else what
+                raise UserError(
+                    f"resume={path}: of the stores that it was trained on, {store} {what}: resume "
+                    "with the same data.tokens, or start a new run"
+                )
         raise UserError(
             f"resume={path}: it was trained on other data (store, mode, condition, target or "
             "subset): resume with the same data and mode, or start a new run"
         )
+
+
+def _stores(facts: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the stores of a run's record by path, with content hash and weight."""
+    listed = facts.get("stores") or [{**facts, "weight": None}]
+    return {str(each["path"]): (each["hash"], each["weight"]) for each in listed}
 
 
 def finished_result(

@@ -27,7 +27,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from blip3o_lit.base.words import pasteable
 from blip3o_lit.cli.literals import check_word, literal, unreadable
-from blip3o_lit.cli.schema import conf_dir, groups, keys, text_keys, typed, unknown_key
+from blip3o_lit.cli.schema import (
+    conf_dir,
+    groups,
+    keys,
+    several_keys,
+    text_keys,
+    typed,
+    unknown_key,
+)
 from blip3o_lit.cli.sweeps.plugins import PLUGIN_GROUPS
 from blip3o_lit.config.errors import UserError, one_of
 
@@ -57,8 +65,9 @@ def read_line(words: list[str], schema: type[Any]) -> tuple[argparse.Namespace, 
         hint = f"write {name}={value or 'VALUE'}" if name in known else "overrides are key=value"
         raise UserError(f"{unknown[0]} is no flag of this command: {hint}")
     flags = [word for word in words if word not in arguments.overrides]
-    texts = set(text_keys(schema))
-    arguments.overrides = [literal(w, texts, arguments.multirun) for w in arguments.overrides]
+    texts, many = set(text_keys(schema)), set(several_keys(schema))
+    sweep = arguments.multirun
+    arguments.overrides = [literal(word, texts, sweep, many) for word in arguments.overrides]
     return arguments, flags + arguments.overrides
 
 

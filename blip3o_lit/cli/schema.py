@@ -39,6 +39,18 @@ def keys(schema: type[Any]) -> Iterator[str]:
 def text_keys(schema: type[Any]) -> Iterator[str]:
     """Yield the keys of a dataclass schema whose values are texts, such as paths."""
     yield from (key for key, hint in _types(schema) if hint in (str, str | None))
+    yield from several_keys(schema)
+
+
+def several_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
+    """Yield the keys whose value is one text, a list of them, or numbers by text."""
+    hints = typing.get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        if item.metadata.get("several"):
+            yield prefix + item.name
+        if dataclasses.is_dataclass(hints[item.name]):
+            inner = typing.cast(type, hints[item.name])
+            yield from several_keys(inner, f"{prefix}{item.name}.")
 
 
 def _types(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -72,11 +84,19 @@ def _expand(config: Any, prefix: str = "") -> None:
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             _expand(value, f"{prefix}{item.name}.")
-        elif isinstance(value, str) and value.startswith("~"):
+        elif isinstance(value, str) or item.metadata.get("several"):
             try:
-                setattr(config, item.name, str(expanded(value)))
+                setattr(config, item.name, _at_home(value))
             except UserError as error:
                 raise UserError(f"{prefix}{item.name}={error}") from None
+
+
+def _at_home(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    if isinstance(value, dict):
+        return {_at_home(key): item for key, item in value.items()}
+    return str(expanded(value)) if isinstance(value, str) and value.startswith("~") else value
 
 
 def unknown_key(key: str, known: set[str]) -> str:

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from blip3o_lit.config.checks import above_zero, check_fields
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.extract import SplitConfig
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.solver import SolverConfig, check_solver
+from blip3o_lit.config.towers import PixelsConfig, TowersConfig
 from blip3o_lit.config.trainer import (
     CheckpointConfig,
     EvaluationConfig,
@@ -30,6 +32,12 @@ class TrainConfig:
     """View of the stored tokens."""
     data: DataConfig = field(default_factory=DataConfig)
     """Token store and reader."""
+    towers: TowersConfig = field(default_factory=TowersConfig)
+    """data=images: the pair of encoders."""
+    pixels: PixelsConfig = field(default_factory=PixelsConfig)
+    """data=images: how pictures become pixels."""
+    split: SplitConfig = field(default_factory=SplitConfig)
+    """data=images: which images are held out."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """Path, network output, times, loss."""
     solver: SolverConfig = field(default_factory=SolverConfig)
@@ -68,6 +76,8 @@ class TrainConfig:
     """plan: the kind of GPU: H200, H100, A100, L40S, RTX 4090, or one of `budget/machine.py`."""
     mfu: float = above_zero(0.4)
     """plan: the share of the GPU's peak that training is taken to reach."""
+    disk: float | None = above_zero(None)
+    """plan of data=images: GB that a token store may take; null: what is free here."""
 
     def __post_init__(self) -> None:
         check_fields(self)

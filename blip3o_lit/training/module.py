@@ -31,6 +31,7 @@ from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.optimizer import make_optimizer
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.batches import align_checkpoint
+from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.training.ema import ramped_decay, update_average
 from blip3o_lit.training.schedule import learning_rate_factor
@@ -48,7 +49,7 @@ class TranslationModule(LightningModule):
         self.config, self.shape, self.steps = plan.config, plan.shape, plan.steps
         self.precision = plan.placement.precision
         self.sharded = plan.placement.strategy == "fsdp2"
-        self.store_facts = {"path": masked(str(data.store_path)), "hash": data.train.content_hash}
+        self.store_facts, self.encoded = masked(data.facts), data.encoded
         with torch.device("meta"):
             self.network = build_network(self.config.model, self.shape)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
@@ -67,6 +68,11 @@ class TranslationModule(LightningModule):
         else:
             self.target_standardizer = data.target_standardizer
         self.scores = TokenScores(data.target_standardizer.mean_NC, self.shape.target)
+        self.held = data.validation if isinstance(data.validation, MixedReader) else None
+        mean_ND = data.target_standardizer.mean_NC
+        self.store_scores = nn.ModuleList(
+            TokenScores(mean_ND, self.shape.target) for _ in (self.held.names if self.held else ())
+        )
         self.gradient_norm: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
 
@@ -103,6 +109,7 @@ class TranslationModule(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         flow, seed = self.config.flow, self.config.seed
+        batch = self.encoded(batch)
         if self.config.model.dropout > 0:
             # Masks are a function of step and rank, so resuming is exact.
             place = (seed, self.global_step, batch_idx, self.global_rank)
@@ -157,21 +164,29 @@ class TranslationModule(LightningModule):
         return means
 
     def on_validation_epoch_start(self) -> None:
-        self.scores.reset()
+        for scores in (self.scores, *self.store_scores):
+            scores.reset()  # type: ignore[operator]
         self.ema.eval()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Generate the target tokens of held-out images and score them in the raw space."""
-        solver = self.config.solver
+        solver, batch = self.config.solver, self.encoded(batch)
         sample = self.translator.generate(batch["condition"], batch["sample"], 0, solver)
         self.scores.update(sample.x1_BND, batch["target"], batch["valid"])
+        if self.held is not None:
+            store_B = torch.from_numpy(self.held.numbers(batch["sample"].numpy()))
+            for number, scores in enumerate(self.store_scores):
+                own_B = (store_B == number).to(batch["valid"].device) & batch["valid"]
+                scores.update(sample.x1_BND, batch["target"], own_B)  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
-        scores = self.scores.compute()
-        low, high = scores["cosine_ci95"]
-        logged = {name: scores[name] for name in LOGGED_SCORES if scores[name] is not None}
-        for name, value in (logged | {"cosine_low": low, "cosine_high": high}).items():
-            self.log(f"val/{name}", float(value), logger=False, sync_dist=True)
+        names = [f"{name}/" for name in (self.held.names if self.held else ())]
+        for prefix, metric in zip(["", *names], (self.scores, *self.store_scores)):
+            scores = metric.compute()  # type: ignore[operator]
+            low, high = scores["cosine_ci95"]
+            logged = {name: scores[name] for name in LOGGED_SCORES if scores[name] is not None}
+            for name, value in (logged | {"cosine_low": low, "cosine_high": high}).items():
+                self.log(f"val/{prefix}{name}", float(value), logger=False, sync_dist=True)
 
     def configure_gradient_clipping(
         self,

@@ -31,7 +31,7 @@ from blip3o_lit.checkpoints.resume import (
 from blip3o_lit.config.errors import LostRank
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import PrecisionConfig
-from blip3o_lit.testbeds.token_source import token_store
+from blip3o_lit.testbeds.token_source import token_stores
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.training import run_files
@@ -84,7 +84,7 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
     config = replace(config, precision=PrecisionConfig(format_word(config, machine)))
     if resumed:
         if isinstance(data.train, TokenReader):  # a stream goes on in another store too
-            check_tokens(resumed, data.train.content_hash)
+            check_tokens(resumed, data.facts)
         result = finished_result(config, run_dir, resumed, steps)
         if result is not None:
             if launch().first:
@@ -102,7 +102,7 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
         if not config.dry_run:
             if config.overwrite:
                 run_files.remove_run(run_dir)
-            run_files.write_run_files(config, run_dir, overrides, data.train.content_hash)
+            run_files.write_run_files(config, run_dir, overrides, data.facts)
         run_files.show_plan(plan, run_dir, resumed)
     if config.dry_run:
         run_files.console.print("dry run: everything was built, no step was taken")
@@ -118,6 +118,7 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
             # and torch's own, in each machine's temporary folder, is the better one.
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "kernels"))
         module.network.compile_blocks()
+        data.compile_towers()
     callbacks = Callbacks(plan, data, run_dir)
     run_loggers = loggers(config, run_dir, resumed, start) if launch().first else []
     trainer = build_trainer(plan, cluster, callbacks, run_loggers, run_dir)
@@ -126,10 +127,17 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
 
 def open_data(config: TrainConfig) -> tuple[TokenDataModule, int]:
     """Open the token store and return it with the number of optimizer steps."""
+    if config.data.name == "images":
+        from blip3o_lit.extraction.direct.datamodule import PictureDataModule
+
+        pictures = PictureDataModule(config)
+        pictures.open(statistics=not config.plan)
+        steps = pictures.steps_for(config.trainer.max_steps, config.trainer.max_epochs)
+        return pictures, steps
     data = TokenDataModule(
         config.data,
         config.mode,
-        token_store(config.data),
+        token_stores(config.data),
         seed=config.seed,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,

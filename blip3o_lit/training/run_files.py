@@ -57,7 +57,7 @@ def show_time(steps: int, seconds: float) -> None:
 
 
 def write_run_files(
-    config: TrainConfig, run_dir: Path, overrides: list[str], tokens_hash: str
+    config: TrainConfig, run_dir: Path, overrides: list[str], data: dict[str, Any]
 ) -> None:
     try:
         with replacing(run_dir / "config.yaml") as temporary:
@@ -66,7 +66,9 @@ def write_run_files(
         raise UserError(f"{run_dir}: cannot write ({error}): set hydra.run.dir") from error
     lines = [f"{override}\n" for override in masked(overrides)]
     (run_dir / "overrides.txt").write_text("".join(lines))
-    facts = masked(environment()) | {"tokens": tokens_hash, "config_hash": config_hash(config)}
+    facts = masked(environment()) | {"tokens": data["hash"], "config_hash": config_hash(config)}
+    if "stores" in data:
+        facts["stores"] = masked(data["stores"])
     write_json(run_dir / "environment.json", facts)
 
 

@@ -29,6 +29,7 @@ FREE_KEYS += ("micro_batch_size", "plan", "world", "gpu", "mfu", "disk")
 PICTURE_KEYS = ("towers", "pixels", "split")
 """Count where a run encodes pictures itself; before it could, a run had none of them."""
 FREE_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "log_every", "deterministic", "profile")
+FREE_TRAINER_KEYS += ("extra",)
 FREE_DATA_KEYS = ("threads", "verify", "tower_batch")
 
 

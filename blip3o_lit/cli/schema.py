@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from blip3o_lit.base.home import expanded
 from blip3o_lit.config.errors import UserError, nearest
+from blip3o_lit.config.trainer import INSTEAD
 
 Config = TypeVar("Config")
 
@@ -51,6 +52,11 @@ def several_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
         if dataclasses.is_dataclass(hints[item.name]):
             inner = typing.cast(type, hints[item.name])
             yield from several_keys(inner, f"{prefix}{item.name}.")
+
+
+def open_keys(schema: type[Any]) -> tuple[str, ...]:
+    """Return the keys of a dataclass schema below which names are the user's own."""
+    return tuple(key for key, hint in _types(schema) if typing.get_origin(hint) is dict)
 
 
 def _types(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -102,6 +108,11 @@ def _at_home(value: Any) -> Any:
 def unknown_key(key: str, known: set[str]) -> str:
     """Say that a key does not exist and name the one that was meant, where that is plain."""
     guess = _near_key(key, known)
+    group, _, name = key.rpartition(".")
+    if group == "trainer" and "trainer.extra" in known:
+        from blip3o_lit.training.trainer_arguments import passed  # Lightning takes seconds
+
+        guess = f"trainer.extra.{name}" if name in passed() else guess or INSTEAD.get(name, "")
     hint = f"did you mean {guess}?" if guess else "--help lists the keys"
     return f"{key} is not a key of this command: {hint}"
 

@@ -1,6 +1,7 @@
 """The schema of the train command: one field per group, and the keys that belong to no group."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from blip3o_lit.config.checks import above_zero, check_fields
 from blip3o_lit.config.data import DataConfig
@@ -56,6 +57,8 @@ class TrainConfig:
     """Checkpoints."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     """Loggers beside metrics.csv."""
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """Callbacks of Lightning's or your own by name: a `_target_` and its arguments each."""
     seed: int = 0
     """Seed of weights, data order, noise and times."""
     batch_size: int = above_zero(32)

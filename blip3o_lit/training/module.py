@@ -34,6 +34,7 @@ from blip3o_lit.tokens.reading.batches import align_checkpoint
 from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.training.ema import ramped_decay, update_average
+from blip3o_lit.training.own_parts import check_plain
 from blip3o_lit.training.schedule import learning_rate_factor
 from blip3o_lit.translation.translator import Translator
 
@@ -234,6 +235,7 @@ class TranslationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what it takes to rebuild the translator: plain data only."""
+        check_plain(checkpoint.get("callbacks", {}))
         checkpoint["blip3o"] = {
             "format": FORMAT,
             "version": __version__,

@@ -40,8 +40,10 @@ from blip3o_lit.training.environment import quiet_libraries
 from blip3o_lit.training.loggers import loggers
 from blip3o_lit.training.module import TranslationModule
 from blip3o_lit.training.overfit import FAILED_CODE, Overfit, check_overfit, refuse_stream
+from blip3o_lit.training.own_parts import check_own_parts
 from blip3o_lit.training.pace import step_seconds
 from blip3o_lit.training.trainer import Callbacks, build_trainer, flight_records, machine_of
+from blip3o_lit.training.trainer_arguments import check_extra, cut_by
 
 # EX_TEMPFAIL of sysexits.h: the run was preempted and goes on when it is started again.
 PREEMPTED_CODE = 75
@@ -62,6 +64,8 @@ def run_training(config: TrainConfig, run_dir: Path, overrides: list[str]) -> fl
             after saving; with 1 where the run ended below evaluation.overfit_at_least.
     """
     quiet_libraries()
+    check_extra(config.trainer.extra)
+    check_own_parts(config)
     run_dir = run_dir.resolve()
     if config.plan:  # `plan=true` asks what the run would cost: no run directory, no GPU
         run_files.print_rows(forecast(config, *open_data(config)))
@@ -164,9 +168,10 @@ def fit(
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     seconds = time.perf_counter() - started
 
-    # No signal, and steps left: Lightning stopped it by evaluation.patience.
-    early = stop.received is None and trainer.global_step < plan.steps
-    finished = early or trainer.global_step >= plan.steps
+    # No signal, and steps left: a callback stopped it, or trainer.extra cut it short.
+    cut = stop.received is None and bool(cut_by(config.trainer.extra))
+    early = stop.received is None and trainer.global_step < plan.steps and not cut
+    finished = not cut and (early or trainer.global_step >= plan.steps)
     overfit: Overfit | None = None
     if config.evaluation.overfit_at_least is not None and stop.received is None:
         module.to(trainer.strategy.root_device)
@@ -177,7 +182,9 @@ def fit(
         result = run_files.write_result(
             trainer.global_step, callbacks, run_dir, seconds, finished, config, overfit
         )
-        if not finished:
+        if cut:
+            run_files.say_cut(plan, trainer.global_step)
+        elif not finished:
             run_files.say_how_to_resume(run_dir, trainer.global_step)
         else:
             if early:
@@ -185,7 +192,7 @@ def fit(
             run_files.closing_table(run_dir, result)
             if overfit is not None:
                 run_files.say(str(overfit))
-    if not finished:
+    if not finished and not cut:
         sys.exit(INTERRUPTED_CODE if stop.received == signal.SIGINT else PREEMPTED_CODE)
     if overfit is not None and not overfit.passed:
         sys.exit(FAILED_CODE)

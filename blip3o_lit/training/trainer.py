@@ -37,6 +37,8 @@ from blip3o_lit.training.callbacks.slow_data import SlowData
 from blip3o_lit.training.callbacks.stacks import Stacks
 from blip3o_lit.training.callbacks.stop import StopAtStep
 from blip3o_lit.training.ddp import DdpStrategy
+from blip3o_lit.training.own_parts import own_callbacks
+from blip3o_lit.training.trainer_arguments import trainer_with
 
 
 def machine_of(config: TrainConfig) -> Machine:
@@ -93,6 +95,7 @@ class Callbacks:
         if config.evaluation.patience and data.validation:
             patience = config.evaluation.patience
             self.in_order.append(EarlyStopping(MONITOR, mode="max", patience=patience))
+        self.in_order += own_callbacks(config.callbacks)
         self.in_order += [self.checkpoints, SlowData(masked(str(data.store_path)))]
 
 
@@ -113,12 +116,12 @@ def build_trainer(
     place = plan.placement
     # On a CPU "medium" may compute fp32 products in bf16.
     torch.set_float32_matmul_precision(place.precision.matmul)
-    trainer = Trainer(
+    own: dict[str, Any] = dict(
         accelerator=place.device,
         devices=place.devices,
         num_nodes=place.nodes,
         strategy=_strategy(plan, run_dir, callbacks.checkpoints.saves),
-        precision=place.precision.lightning,  # type: ignore[arg-type]
+        precision=place.precision.lightning,
         plugins=[AtomicCheckpointIO(callbacks.checkpoints.saves), ranks],
         callbacks=callbacks.in_order,
         logger=loggers or False,
@@ -136,6 +139,7 @@ def build_trainer(
         use_distributed_sampler=False,
         default_root_dir=run_dir,
     )
+    trainer = trainer_with(own, plan.config.trainer.extra, run_dir)
     assert trainer.world_size == place.world, (trainer.world_size, place)
     # It asks all ranks after a SIGTERM in each micro-batch, through the device; so does `stop.py`,
     # in each step and without.

@@ -169,18 +169,16 @@ def test_an_unknown_user_is_refused_unless_a_folder_has_the_name(
         ("trainer.max_epoch", "trainer.max_epochs"),
         ("trainer.epochs", "trainer.max_epochs"),
         ("trainer.log_every_n_steps", "trainer.log_every"),
-        ("trainer.profiler", "trainer.profile"),
+        ("trainer.profiler", "trainer.extra.profiler"),
         *((f"trainer.{name}", name) for name in ("precision", "strategy", "logger")),
+        *((f"trainer.{name}", "") for name in ("gpus", "min_images")),
         *(
-            (f"trainer.{name}", "")
-            for name in (
-                *("callbacks", "gpus", "benchmark", "max_time"),
-                *("min_epochs", "min_steps", "fast_dev_run", "limit_train_batches", "plugins"),
-                *("gradient_clip_val", "accumulate_grad_batches", "val_check_interval"),
-                *("check_val_every_n_epoch", "num_sanity_val_steps", "enable_progress_bar"),
-                *("overfit_batches", "sync_batchnorm", "default_root_dir", "detect_anomaly"),
-            )
+            (f"trainer.{name}", f"trainer.extra.{name}")
+            for name in ("benchmark", "max_time", "min_epochs", "limit_train_batches")
         ),
+        ("trainer.gradient_clip_val", "optimizer.clip_norm"),
+        ("trainer.accumulate_grad_batches", "micro_batch_size"),
+        ("trainer.default_root_dir", "hydra.run.dir"),
         ("learning_rate", ""),
         ("data.path", ""),
     ],

@@ -57,6 +57,15 @@ def pair_times(uniforms_B5: Tensor, t_B: Tensor, config: FlowConfig) -> tuple[Te
     Returns:
         The times t `[B]`, and the pairs.
     """
+    import os
+
+    if os.environ.get("DYADIC"):
+        levels = int(os.environ["DYADIC"])
+        gap_B = 2.0 ** -(uniforms_B5[:, 1].double() * levels).floor()
+        start_B = (uniforms_B5[:, 2].double() / gap_B).floor() * gap_B
+        rows_P = (uniforms_B5[:, 0] < config.pairs).nonzero()[:, 0]
+        t_B = t_B.index_copy(0, rows_P, start_B[rows_P].float())
+        return t_B, Pairs(rows_P, (start_B + gap_B)[rows_P].float())
     times_B2 = distributed(uniforms_B5[:, 1:3], config).sort(1).values
     start_B = torch.where(uniforms_B5[:, 3] < END_SHARE, 0.0, times_B2[:, 0].clamp(max=1 - GAP))
     end_B = torch.where(uniforms_B5[:, 4] < END_SHARE, 1.0, times_B2[:, 1].clamp(min=GAP))

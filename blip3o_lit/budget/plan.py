@@ -56,8 +56,12 @@ class Plan:
 
     @property
     def step_flops(self) -> float:
-        """Matrix arithmetic that one optimizer step asks for: three times the forward pass."""
-        return 3.0 * self.units.forward_flops * self.config.batch_size
+        """Matrix arithmetic that one optimizer step asks for: three times the forward pass.
+
+        The target of a pair takes two more.
+        """
+        passes = 3 + 2 * self.config.flow.pairs
+        return passes * self.units.forward_flops * self.config.batch_size
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the plan as labelled lines."""

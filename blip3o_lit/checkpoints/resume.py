@@ -156,8 +156,18 @@ def _check_network(config: TrainConfig, path: Path) -> None:
 
 def differences(config: TrainConfig, path: Path) -> list[tuple[str, Any, Any]]:
     """Return key, value there and value here of all that decides a run and differs."""
-    saved = checkpointing.about(path)["config"]
-    now, then = (_flat(essential(part)) for part in (masked(asdict(config)), saved))
+    return changed(config, checkpointing.about(path)["config"])
+
+
+def changed(config: TrainConfig, saved: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return the same of a stored config.
+
+    A key that it is older than has its default there.
+    """
+    now, then, defaults = (
+        _flat(essential(part)) for part in (masked(asdict(config)), saved, asdict(TrainConfig()))
+    )
+    then = {key: value for key, value in defaults.items() if key in now} | then
     keys = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
     return [(key, then.get(key), now.get(key)) for key in keys]
 

@@ -48,6 +48,10 @@ class ModelConfig:
     """rope: 2-D rotary embedding; learned: a vector added to each token; none."""
     time: str = choice("adaln", ("adaln", "tokens"))
     """Where time and pooled condition enter: adaln modulates each block; tokens adds once."""
+    time_scale: float = above_zero(1000.0)
+    """The time embedding is of time_scale * t: what is below 100 changes slowly with t."""
+    second_time: bool = False
+    """The network also takes the time s that a map ends at; flow.pairs above 0 turns it on."""
     mlp: str = choice("swiglu", ("swiglu", "gelu"))
     """Feed-forward: swiglu or gelu."""
     norm: str = choice("rms", ("rms", "layer"))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from blip3o_lit.config.checks import above_zero, check_fields
+from blip3o_lit.config.checks import above_zero, check_fields, choice
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import SplitConfig
@@ -67,6 +67,13 @@ class TrainConfig:
     """Images of one forward pass of one process; accumulation is derived. null: chosen to fit."""
     resume: str | None = None
     """auto: go on with the run of this run directory; or the checkpoint or run to go on from."""
+    init_from: str | None = None
+    """Begin a new run with the averaged weights of a run, checkpoint or export, name by name; a
+    second time's embedding is left at its zero start. Not read where a checkpoint is resumed."""
+    init_strict: bool = True
+    """false: parts that are missing there, or have another size, stay at their start values."""
+    init_statistics: str = choice("kept", ("kept", "new"))
+    """Token scales with init_from: kept, those of its weights, or new, of this run's tokens."""
     overwrite: bool = False
     """Start afresh in a run directory that holds a run, whose files are removed."""
     dry_run: bool = False
@@ -88,6 +95,12 @@ class TrainConfig:
             raise UserError(
                 f"overwrite=true starts afresh, resume={self.resume} goes on: give one of them"
             )
+        if self.init_from is not None and self.resume not in (None, "auto"):
+            raise UserError(
+                f"init_from={self.init_from} begins a run, resume={self.resume} goes on with one: "
+                "give one of them"
+            )
+        self.model.second_time |= self.flow.pairs > 0
         check_solver(self.flow, self.solver)
         if self.solver.name == "fitted":
             raise UserError("solver=fitted is fitted after training: give another one to train")

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.models.initialisation import Rules, apply_rules, rules_of_layers
-from blip3o_lit.models.layers import rope_table
+from blip3o_lit.models.initialisation import Rules, apply_rules, narrow_normal, rules_of_layers
+from blip3o_lit.models.layers import TimeEmbedding, rope_table
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one cross-attention, each [B, M, G, K]."""
@@ -34,13 +34,21 @@ class EncodedCondition(NamedTuple):
     """conditioning=cross: keys and values of each block."""
 
 
+SPAN_SCALE = 10.0
+"""Of the embedding of s - t: a map to s learns from shorter ones, so it has to change slowly."""
+
+
 class Network(nn.Module):
     """A transformer from (x_t, t, condition) to its raw output; `DiT` and `NextDiT` are the two.
 
-    Condition, target and x_t are standardised tokens.
+    Condition, target and x_t are standardised tokens. With model.second_time the output is that of
+    the map from t to s. The embedding of s - t starts at zero, so that its network starts out as
+    one without it.
     """
 
     blocks: nn.ModuleList
+    time: TimeEmbedding
+    span: TimeEmbedding | None
     rope: Tensor | None
     rope_condition: Tensor | None
     rope_base = 100.0
@@ -48,6 +56,7 @@ class Network(nn.Module):
     def __init__(self, config: ModelConfig, shape: PairShape) -> None:
         super().__init__()
         self.config, self.shape = config, shape
+        self.span = None
         for name, table in self._rope_tables().items():
             self.register_buffer(name, table, persistent=False)
 
@@ -73,7 +82,9 @@ class Network(nn.Module):
         """
         if seed is None:
             seed = int(torch.randint(2**62, (), device="cpu"))
-        apply_rules(self, rules_of_layers(self) | self.initial_rules(), seed)
+        rules: Rules = dict.fromkeys(("time.first.weight", "time.second.weight"), narrow_normal)
+        rules |= {"span.first.weight": narrow_normal, "span.second.weight": 0.0}
+        apply_rules(self, rules_of_layers(self) | rules | self.initial_rules(), seed)
         self.fill_buffers()
 
     def initial_rules(self) -> Rules:
@@ -100,15 +111,30 @@ class Network(nn.Module):
             return condition
         return type(self).encode(self, condition)
 
-    def forward(self, x_BND: Tensor, t_B: Tensor, condition: Tensor | EncodedCondition) -> Tensor:
+    def forward(
+        self,
+        x_BND: Tensor,
+        t_B: Tensor,
+        condition: Tensor | EncodedCondition,
+        s_B: Tensor | None = None,
+    ) -> Tensor:
         """Return the raw output [B, N, D], in the dtype of `x_BND`.
 
         Args:
             x_BND: Noisy target tokens x_t.
             t_B: Times in [0, 1], 0 is noise.
             condition: Condition tokens [B, M, C], or what `encode` made of them.
+            s_B: Times that the map ends at, with model.second_time; None: t, the flow's estimate.
         """
         raise NotImplementedError
+
+    def embedded_times(self, t_B: Tensor, s_B: Tensor | None) -> Tensor:
+        """Embed [B] times, and how far the map goes, to [B, width of the embedding]."""
+        signal = self.time(t_B)
+        if self.span is None:
+            assert s_B is None, "the network has no second time"
+            return signal
+        return signal + self.span(torch.zeros_like(t_B) if s_B is None else s_B - t_B)
 
     def run_blocks(
         self, x_BNW: Tensor, modulation: Sequence[Tensor | None], encoded: EncodedCondition

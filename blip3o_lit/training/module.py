@@ -21,9 +21,11 @@ from blip3o_lit import __version__
 from blip3o_lit.base.secrets import masked
 from blip3o_lit.budget.plan import Plan
 from blip3o_lit.checkpoints.files import FORMAT
+from blip3o_lit.checkpoints.initial import InitialWeights
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.objective import FlowObjective
+from blip3o_lit.flow.pairs import UNIFORMS, pair_times
 from blip3o_lit.flow.times import training_times
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.models.initialisation import is_sharded, local
@@ -44,8 +46,13 @@ LOGGED_SCORES = ("cosine", "cosine_centred", "mse", "r2", "norm_ratio")
 class TranslationModule(LightningModule):
     """Trains a translator; `ema` is the fp32 weight average that validation and inference use."""
 
-    def __init__(self, plan: Plan, data: TokenDataModule) -> None:
-        """Build the network from the run's seed and take the scales of `data`, which is open."""
+    def __init__(
+        self, plan: Plan, data: TokenDataModule, initial: InitialWeights | None = None
+    ) -> None:
+        """Build the network from the run's seed and take the scales of `data`, which is open.
+
+        What `initial` holds is put in the place of either.
+        """
         super().__init__()
         self.config, self.shape, self.steps = plan.config, plan.shape, plan.steps
         self.precision = plan.placement.precision
@@ -55,6 +62,7 @@ class TranslationModule(LightningModule):
             self.network = build_network(self.config.model, self.shape)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.network.to(self.precision.weights)
+        self.initial = initial
         if not self.sharded:
             self._start(torch.device("cpu"))
         self.objective = FlowObjective(self.config.flow)
@@ -68,6 +76,10 @@ class TranslationModule(LightningModule):
             self.target_standardizer = Standardizer.identity(self.shape.target)
         else:
             self.target_standardizer = data.target_standardizer
+        if initial is not None:
+            initial.put("condition_standardizer", self.condition_standardizer)
+            initial.put("target_standardizer", self.target_standardizer)
+            initial.put("objective", self.objective)
         self.scores = TokenScores(data.target_standardizer.mean_NC, self.shape.target)
         self.held = data.validation if isinstance(data.validation, MixedReader) else None
         mean_ND = data.target_standardizer.mean_NC
@@ -83,6 +95,9 @@ class TranslationModule(LightningModule):
         for network in (self.network, self.ema):
             network.to_empty(device=device)
         self.network.init_weights(self.config.seed)
+        if self.initial is not None:
+            self.initial.put("network", self.network)
+            self.initial = None  # its memory
         self.ema.fill_buffers()
         for average, weight in zip(self.ema.parameters(), self.network.parameters()):
             average.copy_(weight)
@@ -120,13 +135,18 @@ class TranslationModule(LightningModule):
         device, token_shape = x1_BND.device, tuple(x1_BND.shape[1:])
         who = (batch["sample"], batch["epoch"])
         z_BND = draws.noise(seed, Stream.TRAINING_NOISE, *who, token_shape, device=device)
-        uniforms_B3 = draws.uniforms(seed, Stream.TRAINING_TIMES, *who, count=3)
-        t_B = training_times(uniforms_B3[:, :2], flow).to(device, non_blocking=True)
-        drop_B = None
+        count = 3 + UNIFORMS if flow.pairs > 0 else 3
+        uniforms_BU = draws.uniforms(seed, Stream.TRAINING_TIMES, *who, count=count)
+        t_B, pairs, drop_B = training_times(uniforms_BU[:, :2], flow), None, None
+        if flow.pairs > 0:
+            t_B, pairs = pair_times(uniforms_BU[:, 3:], t_B, flow)
+            pairs = pairs.to(device)
         if flow.condition_dropout > 0:
-            drop_B = (uniforms_B3[:, 2] < flow.condition_dropout).to(device, non_blocking=True)
-        restore = self.target_standardizer.restore
-        loss = self.objective.loss(self.network, condition, x1_BND, z_BND, t_B, restore, drop_B)
+            drop_B = (uniforms_BU[:, 2] < flow.condition_dropout).to(device, non_blocking=True)
+        t_B, restore = t_B.to(device, non_blocking=True), self.target_standardizer.restore
+        loss = self.objective.loss(
+            self.network, condition, x1_BND, z_BND, t_B, restore, drop_B, pairs
+        )
         for buffer in self.objective.buffers():  # Scales that it adapts to its batches.
             if self.trainer.world_size > 1:  # Lightning's own mean has a barrier.
                 dist.all_reduce(buffer)
@@ -134,7 +154,10 @@ class TranslationModule(LightningModule):
         self._add_to_mean("train/loss", loss.total)
         if (self.global_step + 1) % self.config.trainer.log_every == 0:
             estimate, true = restore(loss.x1_hat_BND), batch["target"].float()
-            self._add_to_mean("train/cosine", F.cosine_similarity(estimate, true, dim=-1).mean())
+            cosine_B = F.cosine_similarity(estimate, true, dim=-1).mean(1)
+            self._add_to_mean("train/cosine", loss.data_mean(cosine_B))
+            if loss.pairs_mse is not None:
+                self._add_to_mean("train/pairs_loss", loss.pairs_mse)
             self._add_to_mean("train/velocity_cosine", loss.velocity_cosine)
             self._add_to_mean("train/norm_ratio", loss.norm_ratio)
             for name, term in loss.extra.items():

@@ -21,6 +21,7 @@ from blip3o_lit.budget.out_of_memory import advice, memory_limit
 from blip3o_lit.budget.placement import format_word
 from blip3o_lit.budget.plan import Plan, make_plan
 from blip3o_lit.checkpoints import files as checkpointing
+from blip3o_lit.checkpoints.initial import initial_weights
 from blip3o_lit.checkpoints.resume import (
     check_tokens,
     finished_result,
@@ -111,7 +112,10 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
     if config.dry_run:
         run_files.console.print("dry run: everything was built, no step was taken")
         return None
-    module = TranslationModule(plan, data)
+    initial = None if resumed else initial_weights(config, data.shape)
+    if initial is not None and launch().first:
+        initial.say()
+    module = TranslationModule(plan, data, initial)
     start = int(checkpointing.read_lazily(resumed)["global_step"]) if resumed else 0
     if place.device == "cpu" and place.world == 1 and isinstance(data.train, TokenReader):
         with memory_limit(lambda: advice(plan)):

@@ -30,6 +30,8 @@ class TrainerConfig:
     """Only kernels that give the same bits each time; slower, and an error where there is none."""
     profile: list[int] | None = None
     """First and last step that rank 0 traces into `profile/` of the run; on CUDA memory too."""
+    memory_history: bool = False
+    """Note on CUDA which line allocates what, for the snapshot that is written on out of memory."""
 
     def __post_init__(self) -> None:
         check_fields(self, "trainer.")

@@ -35,7 +35,9 @@ class Plan:
     @property
     def activations(self) -> Activations:
         config, place = self.config, self.placement
-        return activations(config.model, config.flow, self.shape, place.precision, place.device)
+        return activations(
+            config.model, config.flow, self.shape, place.precision, place.device, place.compiled
+        )
 
     def state_bytes(self, strategy: str | None = None) -> int:
         """Return weights, gradients, optimizer and average on one process, in bytes."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.secrets import masked
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.metrics_csv import read_rows
@@ -29,7 +30,7 @@ FREE_KEYS += ("micro_batch_size", "plan", "world", "gpu", "mfu", "disk")
 PICTURE_KEYS = ("towers", "pixels", "split")
 """Count where a run encodes pictures itself; before it could, a run had none of them."""
 FREE_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "log_every", "deterministic", "profile")
-FREE_TRAINER_KEYS += ("extra",)
+FREE_TRAINER_KEYS += ("memory_history", "extra")
 FREE_DATA_KEYS = ("threads", "verify", "tower_batch")
 
 
@@ -88,19 +89,21 @@ def _is_within(path: Path, run_dir: Path) -> bool:
     return run_dir.is_dir() and any(folder.samefile(run_dir) for folder in above)
 
 
-def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
+def resolve_resume(config: TrainConfig, run_dir: Path, ranks: FirstRank = ALONE) -> Path | None:
     """Return the checkpoint to go on from, or None for a fresh start.
 
-    A path in `config.resume` becomes that of the checkpoint itself.
+    The first of several ranks decides. A path in `config.resume` becomes that of the checkpoint.
     """
-    if config.resume is None:
+    wanted: str | None = ranks.finds(lambda: config.resume)
+    config.resume = wanted
+    if wanted is None:
         return None
-    if config.resume == "auto":
-        path = _newest_of_own(run_dir)
+    if wanted == "auto":
+        path = _newest_of_own(run_dir, ranks)
         if path is not None:
             _check_network(config, path)  # sound: it was read for that
             return path
-        origin = _origin(run_dir)
+        origin = ranks.finds(lambda: _origin(run_dir))
         if origin is None:
             print(
                 f"resume=auto found no checkpoint in {run_dir}: starting fresh (hydra.run.dir "
@@ -108,23 +111,23 @@ def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
             )
             return None
         print(f"resume=auto found no checkpoint in {run_dir}: it began from {origin}")
-        config.resume = origin
-    path = _absolute(config.resume)
+        config.resume = wanted = str(origin)
+    path = _absolute(wanted)
     if path.is_dir() and path.suffix != ".ckpt":
-        newest, _ = checkpointing.newest_to_resume(path)
+        newest, _ = checkpointing.newest_to_resume(path, ranks)
         if newest is None:
             raise UserError(f"resume={path}: no sound checkpoint in this run directory")
         path = newest
     else:
-        checkpointing.check_sound(path)
+        checkpointing.check_sound(path, ranks)
     _check_network(config, path)
     config.resume = str(path)
     return path
 
 
-def _newest_of_own(run_dir: Path) -> Path | None:
+def _newest_of_own(run_dir: Path, ranks: FirstRank) -> Path | None:
     """Return the newest sound checkpoint; a folder that has only others is refused."""
-    path, damaged = checkpointing.newest_to_resume(run_dir)
+    path, damaged = checkpointing.newest_to_resume(run_dir, ranks)
     for other in damaged:
         print(f"resume=auto passes over a damaged checkpoint: {other}")
     names = ", ".join(file.name for file in checkpointing.files_of(run_dir))
@@ -145,7 +148,7 @@ def _origin(run_dir: Path) -> str | None:
 
 def _check_network(config: TrainConfig, path: Path) -> None:
     whole = ("batch_size", "optimizer.name", "seed")
-    free = ("model.compile", "model.activation_checkpointing")
+    free = ("model.compile", "model.activation_checkpointing", "model.activation_budget")
     for key, then, now in differences(config, path):
         if (key.startswith(("model.", "mode.")) and key not in free) or key in whole:
             raise UserError(

@@ -59,6 +59,8 @@ class TrainerConfig:
     """First and last step that rank 0 traces into `profile/` of the run; on CUDA memory too."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further arguments of Lightning's Trainer, as trainer.extra.limit_train_batches=3."""
+    memory_history: bool = False
+    """Note on CUDA which line allocates what, for the snapshot that is written on out of memory."""
 
     def __post_init__(self) -> None:
         check_fields(self, "trainer.")

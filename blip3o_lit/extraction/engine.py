@@ -283,7 +283,10 @@ def device_of(device: str) -> str:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        device = f"cuda:{number(os.environ, 'LOCAL_RANK')}"
+        # torchrun numbers this machine's processes, or srun; of several GPUs srun may show one.
+        task = "LOCAL_RANK" not in os.environ and is_task(os.environ)
+        local = number(os.environ, "SLURM_LOCALID" if task else "LOCAL_RANK")
+        device = f"cuda:{local % max(1, torch.cuda.device_count())}"
     if device != "cpu" and not re.fullmatch(r"cuda:\d+", device):
         raise UserError(f"extract.device={device} is not auto, cpu, cuda or cuda:N")
     if device != "cpu" and not torch.cuda.is_available():

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
@@ -71,8 +72,8 @@ class TokenDataModule(pl.LightningDataModule):
         limits = [n for n in (data.validation_subset, validation_images) if n]
         self._validation_limit = min(limits) if limits else None
 
-    def open(self) -> None:
-        """Open the store, choose both splits and compute or load their statistics."""
+    def open(self, ranks: FirstRank = ALONE) -> None:
+        """Open the store, choose both splits and load their statistics; the first rank's work."""
         data, limit = self.data, self._validation_limit
         sides = (data.condition, data.target, self.mode)
         batches: Callable[[int], Iterable[Batch]]
@@ -97,7 +98,7 @@ class TokenDataModule(pl.LightningDataModule):
         self.facts = {"path": self.store_path, "hash": self.train.content_hash}
         images = min(data.statistics_images, len(self.train))
         self.condition_standardizer, self.target_standardizer = cached_standardizers(
-            self.train.content_hash, self.shape, images, partial(batches, images)
+            self.train.content_hash, self.shape, images, partial(batches, images), ranks
         )
 
     def _open_several(self) -> None:

@@ -11,12 +11,15 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from lightning import Trainer
 
 from blip3o_lit.base.files import claimed
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.home import home
 from blip3o_lit.base.launcher import launch
 from blip3o_lit.budget.forecast import forecast
+from blip3o_lit.budget.machine import this_machine
 from blip3o_lit.budget.out_of_memory import advice, memory_limit
 from blip3o_lit.budget.placement import format_word
 from blip3o_lit.budget.plan import Plan, make_plan
@@ -36,7 +39,7 @@ from blip3o_lit.testbeds.token_source import token_stores
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.training import run_files
-from blip3o_lit.training.cluster import ranks
+from blip3o_lit.training.cluster import first_rank, ranks
 from blip3o_lit.training.environment import quiet_libraries
 from blip3o_lit.training.loggers import loggers
 from blip3o_lit.training.module import TranslationModule
@@ -78,11 +81,13 @@ def run_training(config: TrainConfig, run_dir: Path, overrides: list[str]) -> fl
 def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float | None:
     """Train in a folder that no other process writes into; otherwise as `run_training`."""
     refuse_used(config, run_dir)
-    machine = machine_of(config)
-    data, steps = open_data(config)
+    here = this_machine(config.trainer.accelerator)
+    first = first_rank(launch(), config, here.devices)
+    machine = machine_of(config, here, first)
+    data, steps = open_data(config, first)
     if config.evaluation.overfit_at_least is not None:
         refuse_stream(data)
-    resumed = resolve_resume(config, run_dir)
+    resumed = resolve_resume(config, run_dir, first)
     if resumed:  # `precision=auto` keeps to the format that the run began in
         own_format = checkpointing.about(resumed)["config"]["precision"]["name"]
         machine = replace(machine, precision=own_format)
@@ -133,7 +138,7 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
     return fit(plan, trainer, callbacks, module, data, resumed, run_dir)
 
 
-def open_data(config: TrainConfig) -> tuple[TokenDataModule, int]:
+def open_data(config: TrainConfig, first: FirstRank = ALONE) -> tuple[TokenDataModule, int]:
     """Open the token store and return it with the number of optimizer steps."""
     if config.data.name == "images":
         from blip3o_lit.extraction.direct.datamodule import PictureDataModule
@@ -151,7 +156,7 @@ def open_data(config: TrainConfig) -> tuple[TokenDataModule, int]:
         micro_batch_size=config.micro_batch_size,
         validation_images=config.evaluation.images,
     )
-    data.open()
+    data.open(first)
     return data, data.steps_for(config.trainer.max_steps, config.trainer.max_epochs)
 
 
@@ -167,7 +172,9 @@ def fit(
     """Train, then write result.json and say what comes next; a run that was stopped exits."""
     config, stop = plan.config, callbacks.stop
     started = time.perf_counter()
-    out_of_memory = memory_limit(lambda: advice(plan))
+    out_of_memory = memory_limit(lambda: advice(plan) + snapshot(plan, run_dir))
+    if plan.placement.device == "cuda" and config.trainer.memory_history:
+        torch.cuda.memory._record_memory_history(max_entries=100_000)
     with stop.listening(), out_of_memory, lost_ranks(config, trainer, run_dir):
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     seconds = time.perf_counter() - started
@@ -201,6 +208,16 @@ def fit(
     if overfit is not None and not overfit.passed:
         sys.exit(FAILED_CODE)
     return callbacks.checkpoints.best_score
+
+
+def snapshot(plan: Plan, run_dir: Path) -> str:
+    """Write what holds the memory of a CUDA device, and return where, as the end of a line."""
+    if plan.placement.device != "cuda":
+        return ""
+    file = run_dir / "profile" / f"out-of-memory-{launch().rank or launch().local}.pickle"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.cuda.memory._dump_snapshot(str(file))
+    return f"; {file} shows what held it, at https://docs.pytorch.org/memory_viz"
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import Strategy
 
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.launcher import launch, number
 from blip3o_lit.base.secrets import masked
-from blip3o_lit.budget.machine import Machine, peak_flops, this_machine
+from blip3o_lit.budget.machine import Machine, peak_flops
 from blip3o_lit.budget.plan import Plan
 from blip3o_lit.checkpoints.background import Background
 from blip3o_lit.checkpoints.files import AtomicCheckpointIO
@@ -41,10 +42,10 @@ from blip3o_lit.training.own_parts import own_callbacks
 from blip3o_lit.training.trainer_arguments import trainer_with
 
 
-def machine_of(config: TrainConfig) -> Machine:
-    """Return this machine, with what torchrun or srun started on it."""
-    this, machine = launch(), this_machine(config.trainer.accelerator)
-    if config.precision.name == AUTO and not bf16_is_faster(machine.device):
+def machine_of(config: TrainConfig, machine: Machine, ranks: FirstRank = ALONE) -> Machine:
+    """Return a machine with what torchrun or srun started there, its number format measured."""
+    this, device = launch(), machine.device
+    if config.precision.name == AUTO and not ranks.finds(lambda: bf16_is_faster(device)):
         machine = replace(machine, precision="fp32")
     if this.by not in ("torchrun", "srun") or this.world is None:
         return machine

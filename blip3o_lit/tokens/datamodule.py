@@ -78,7 +78,7 @@ class TokenDataModule(pl.LightningDataModule):
         sides = (data.condition, data.target, self.mode)
         batches: Callable[[int], Iterable[Batch]]
         if len(self.stores) > 1:
-            self._open_several()
+            self._open_several(ranks)
             return
         if is_url(self.store_path):
             remote = RemoteStore(str(self.store_path), data.verify)
@@ -101,7 +101,7 @@ class TokenDataModule(pl.LightningDataModule):
             self.train.content_hash, self.shape, images, partial(batches, images), ranks
         )
 
-    def _open_several(self) -> None:
+    def _open_several(self, ranks: FirstRank) -> None:
         """Open stores that are read as one; those of equal content are one."""
         data = self.data
         sides = (data.condition, data.target, self.mode)
@@ -126,8 +126,9 @@ class TokenDataModule(pl.LightningDataModule):
                 return mixture_moments(train, images, data.threads)
             return pair_moments(reader_batches(train, images, data.threads), train.shape)
 
-        standardizers = kept_standardizers(train.content_hash, self.shape, images, moments)
-        self.condition_standardizer, self.target_standardizer = standardizers
+        self.condition_standardizer, self.target_standardizer = kept_standardizers(
+            train.content_hash, self.shape, images, moments, ranks
+        )
 
     def steps_for(self, max_steps: int, max_epochs: int | None) -> int:
         """Set and return the run's optimizer steps; `max_epochs`, where given, wins.

@@ -202,11 +202,17 @@ def cached_standardizers(
     `batches`, which covers `images` images, is called when nothing is cached, by the first rank.
     Ranks whose cache is another one are given the file.
     """
-    return kept_standardizers(content_hash, shape, images, lambda: pair_moments(batches(), shape))
+    return kept_standardizers(
+        content_hash, shape, images, lambda: pair_moments(batches(), shape), ranks
+    )
 
 
 def kept_standardizers(
-    content_hash: str, shape: PairShape, images: int, moments: Callable[[], Pair]
+    content_hash: str,
+    shape: PairShape,
+    images: int,
+    moments: Callable[[], Pair],
+    ranks: FirstRank = ALONE,
 ) -> tuple[Standardizer, Standardizer]:
     """Return standardizers as `cached_standardizers` does, from moments of both sides."""
     name = hashlib.sha256(f"{content_hash}/{images}/{VERSION}".encode()).hexdigest()[:32]

@@ -144,7 +144,7 @@ def open_data(config: TrainConfig, first: FirstRank = ALONE) -> tuple[TokenDataM
         from blip3o_lit.extraction.direct.datamodule import PictureDataModule
 
         pictures = PictureDataModule(config)
-        pictures.open(statistics=not config.plan)
+        pictures.open(first, statistics=not config.plan)
         steps = pictures.steps_for(config.trainer.max_steps, config.trainer.max_epochs)
         return pictures, steps
     data = TokenDataModule(

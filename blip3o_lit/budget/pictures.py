@@ -11,7 +11,7 @@ from blip3o_lit.budget.plan import Plan
 from blip3o_lit.extraction.direct.datamodule import PictureDataModule
 from blip3o_lit.extraction.encoding import TowerSet
 
-DECODED = 100
+DECODED = 200
 """Images that a core decodes and prepares per second, about (`python -m benchmarks`)."""
 STORAGES = {"float16": 1.0, "int8": 0.5}
 """Formats of a store, and their share of fp16's bytes; int8 costs a model nothing that is seen."""

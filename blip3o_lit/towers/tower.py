@@ -68,6 +68,8 @@ class Tower(nn.Module, ABC):
 
 
 class TowerCost(NamedTuple):
+    """What a tower takes."""
+
     parameters: int
     """Weights, those of a text side included."""
     bytes: int

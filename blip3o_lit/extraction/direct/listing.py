@@ -73,9 +73,8 @@ class Listing:
         """Return the shards in the order of an extraction's index."""
         names, codes = self._known(threads)
         shards = []
-        for split in sorted(
-            names, key=lambda name: {"train": "0", "validation": "1"}.get(name, name)
-        ):
+        order = {"train": "0", "validation": "1"}
+        for split in sorted(names, key=lambda name: order.get(name, "2" + name)):
             letter = LETTERS[names.index(split)]
             for entries, code in zip(self.entries, codes):
                 items = [e for e, c in zip(entries, code) if c == letter and isinstance(e, Item)]

@@ -159,10 +159,8 @@ class PictureReader(TokenReader):
     def encode(self, batch: Batch) -> Batch:
         """Put the inputs in a batch through the towers and views, a part of them at a time."""
         pixels = {k.removeprefix(PIXELS): v for k, v in batch.items() if k.startswith(PIXELS)}
-        towers, out = (
-            self.store.towers,
-            {k: v for k, v in batch.items() if not k.startswith(PIXELS)},
-        )
+        out = {k: v for k, v in batch.items() if not k.startswith(PIXELS)}
+        towers = self.store.towers
         count = len(next(iter(pixels.values())))
         size = self.store.config.data.tower_batch or count
         before = torch.get_float32_matmul_precision()

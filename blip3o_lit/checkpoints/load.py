@@ -25,6 +25,7 @@ from blip3o_lit.base.shape import PairShape
 from blip3o_lit.checkpoints.sharded import PLAIN
 from blip3o_lit.checkpoints.solvers import SOLVERS_FILE, content_hash, kept_solvers
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.registry import check_origins
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.drawing.drawer import READOUT_FILE
@@ -120,6 +121,7 @@ def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool
     """
     file = find_weights(source)
     facts, state = _read(file)
+    check_origins(str(file), facts.get("parts"))
     try:
         config = OmegaConf.to_object(
             OmegaConf.merge(OmegaConf.structured(TrainConfig), facts["config"])

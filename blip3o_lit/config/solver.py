@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, Self
 
+from blip3o_lit.config import registry as register
 from blip3o_lit.config.checks import above_zero, check_fields, choice, not_negative
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.flow import FlowConfig
 
-SOLVERS = ("mean", "euler", "midpoint", "heun", "rk4", "ab2", "dopri5", "fitted")
 AB2_SHIFT = 0.4
 """Its best grid for few steps, by the worst error over Gaussian targets."""
 
@@ -19,9 +19,9 @@ MOST_FITTED = 40
 class SolverConfig:
     """An estimator: the posterior mean in one evaluation, or an ODE solver that draws a sample."""
 
-    name: str = choice("mean", SOLVERS)
-    """mean (1 evaluation); euler, midpoint, heun, rk4, ab2 with fixed steps; adaptive dopri5; or
-    fitted, what an evaluation fitted to the trained flow."""
+    name: str = choice("mean", register.solver)
+    """mean (1 evaluation); euler, midpoint, heun, rk4, ab2 with fixed steps; adaptive dopri5;
+    fitted, what an evaluation fitted to the trained flow; or one of a package's."""
     steps: int = above_zero(10)
     """Steps of a fixed-step solver."""
     nfe: int = above_zero(4)

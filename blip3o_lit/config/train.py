@@ -21,6 +21,15 @@ from blip3o_lit.config.trainer import (
 )
 
 
+def part_names(config: "TrainConfig") -> dict[str, str]:
+    """Return by kind what a run is built from and another package may have registered."""
+    return {
+        "network": config.model.architecture,
+        "path": config.flow.path,
+        "solver": config.solver.name,
+    }
+
+
 @dataclass
 class TrainConfig:
     """Everything that defines a training run."""

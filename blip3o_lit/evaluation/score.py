@@ -72,7 +72,8 @@ class Scorer:
         for one in (loaded, rival) if rival is not None else (loaded,):
             fit_solvers(one, train, missing_budgets(one, labels), config.seed, report)
         self.device = next(loaded.translator.network.parameters()).device
-        if train is None and BASELINE_SETS[config.baselines]:
+        self.baselines = [*BASELINE_SETS[config.baselines], *config.own_baselines]
+        if train is None and self.baselines:
             raise UserError(
                 f"{held.store.path} has no train split to fit baselines on: set baselines=none"
             )
@@ -155,12 +156,13 @@ class Scorer:
     def _baselines(self) -> Tallies:
         if self.fits is None:
             return {}
-        names = BASELINE_SETS[self.config.baselines]
-        return self._tallies({name: self.fits.estimator(name) for name in names})
+        return self._tallies({name: self.fits.estimator(name) for name in self.baselines})
 
     def _tallies(self, estimators: dict[str, Estimator], breadth: bool = True) -> Tallies:
         return {
-            name: Tally(estimate, self.mean_ND, self.shape, self.device, breadth)
+            name: Tally(
+                estimate, self.mean_ND, self.shape, self.device, breadth, self.config.metrics
+            )
             for name, estimate in estimators.items()
         }
 
@@ -234,6 +236,7 @@ class Scorer:
             "checkpoint": self.loaded.hash,
             "step": facts["step"],
             "seed": self.config.seed,
+            "metrics": list(self.config.metrics),
         }
 
     def _scores(

@@ -21,6 +21,8 @@ from blip3o_lit import __version__
 from blip3o_lit.base.secrets import masked
 from blip3o_lit.budget.plan import Plan
 from blip3o_lit.checkpoints.files import FORMAT
+from blip3o_lit.config.registry import origins
+from blip3o_lit.config.train import part_names
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.objective import FlowObjective
@@ -228,4 +230,5 @@ class TranslationModule(LightningModule):
             "shape": self.shape.to_dict(),
             "tokens": self.store_facts,
             "step": self.global_step,
+            "parts": origins(part_names(self.config)),
         }

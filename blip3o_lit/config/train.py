@@ -10,7 +10,7 @@ from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.config.solver import SolverConfig, check_solver
+from blip3o_lit.config.solver import SolverConfig, check_solver, solver_from_label, started_later
 from blip3o_lit.config.trainer import (
     CheckpointConfig,
     EvaluationConfig,
@@ -90,6 +90,11 @@ class TrainConfig:
         check_solver(self.flow, self.solver)
         if self.solver.name == "fitted":
             raise UserError("solver=fitted is fitted after training: give another one to train")
+        for label in self.evaluation.estimators:
+            solver = started_later(self.flow, solver_from_label(label), self.solver.start)
+            check_solver(self.flow, solver)
+            if solver.name == "fitted":
+                raise UserError(f"evaluation.estimators=[{label}]: it is fitted after training")
         if self.flow.cls_weight != 1 and self.mode.name != "cls_patch":
             raise UserError(
                 f"flow.cls_weight={self.flow.cls_weight:g}: mode={self.mode.name} has no CLS token "

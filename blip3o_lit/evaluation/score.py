@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from blip3o_lit.base.progress import Report
-from blip3o_lit.checkpoints.load import Loaded, solver_from_label
+from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
-from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.config.solver import SolverConfig, solver_from_label
 from blip3o_lit.evaluation.baselines import BaselineFits
 from blip3o_lit.evaluation.drawings import Drawings, row_images
 from blip3o_lit.evaluation.estimators import (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from blip3o_lit.base.secrets import masked
 from blip3o_lit.budget.plan import Plan
 from blip3o_lit.checkpoints.files import FORMAT
 from blip3o_lit.config.registry import origins
+from blip3o_lit.config.solver import SolverConfig, solver_from_label, started_later
 from blip3o_lit.config.train import part_names
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
@@ -37,8 +39,10 @@ from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.training.ema import ramped_decay, update_average
 from blip3o_lit.training.own_parts import check_plain
 from blip3o_lit.training.schedule import learning_rate_factor
+from blip3o_lit.training.timed_losses import TimedLosses
 from blip3o_lit.translation.translator import Translator
 
+SAMPLED_SCORES = ("cosine", "norm_ratio")
 LOGGED_SCORES = ("cosine", "cosine_centred", "mse", "r2", "norm_ratio")
 
 
@@ -70,6 +74,9 @@ class TranslationModule(LightningModule):
         else:
             self.target_standardizer = data.target_standardizer
         self.scores = TokenScores(data.target_standardizer.mean_NC, self.shape.target)
+        checks = self.config.evaluation
+        self.losses = TimedLosses(checks.loss_times) if checks.loss_times else None
+        self.sampled = nn.ModuleList(copy.deepcopy(self.scores) for _ in checks.estimators)
         self.gradient_norm: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
 
@@ -160,7 +167,9 @@ class TranslationModule(LightningModule):
         return means
 
     def on_validation_epoch_start(self) -> None:
-        self.scores.reset()
+        for metric in (self.scores, self.losses, *self.sampled):
+            if metric is not None:
+                metric.reset()  # type: ignore[operator]
         self.ema.eval()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -168,12 +177,33 @@ class TranslationModule(LightningModule):
         solver = self.config.solver
         sample = self.translator.generate(batch["condition"], batch["sample"], 0, solver)
         self.scores.update(sample.x1_BND, batch["target"], batch["valid"])
+        if self.losses is not None:
+            self.losses.update(self.translator, batch)
+        images = self.config.evaluation.estimator_images
+        if batch_idx * len(batch["sample"]) * self.trainer.world_size >= images:
+            return  # on all ranks alike
+        counted_B = batch["valid"] & (batch["sample"] < images).to(batch["valid"].device)
+        for solver, scores in zip(self.estimators, self.sampled):
+            sample = self.translator.generate(batch["condition"], batch["sample"], 0, solver)
+            scores.update(sample.x1_BND, batch["target"], counted_B)  # type: ignore[operator]
+
+    @cached_property
+    def estimators(self) -> list[SolverConfig]:
+        """The solvers of evaluation.estimators."""
+        flow, start = self.config.flow, self.config.solver.start
+        labels = self.config.evaluation.estimators
+        return [started_later(flow, solver_from_label(label), start) for label in labels]
 
     def on_validation_epoch_end(self) -> None:
         scores = self.scores.compute()
         low, high = scores["cosine_ci95"]
         logged = {name: scores[name] for name in LOGGED_SCORES if scores[name] is not None}
-        for name, value in (logged | {"cosine_low": low, "cosine_high": high}).items():
+        logged |= {"cosine_low": low, "cosine_high": high}
+        logged |= self.losses.compute() if self.losses is not None else {}
+        for label, metric in zip(self.config.evaluation.estimators, self.sampled):
+            sampled = metric.compute()  # type: ignore[operator]
+            logged |= {f"{name}_{label}": sampled[name] for name in SAMPLED_SCORES}
+        for name, value in logged.items():
             self.log(f"val/{name}", float(value), logger=False, sync_dist=True)
 
     def configure_gradient_clipping(

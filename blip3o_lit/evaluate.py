@@ -107,13 +107,14 @@ def show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     title = f"{result['images']} {result['split']} images, mode {result['mode']}"
-    table = Table("", "nfe", *COLUMNS.values(), title=title)
+    own = [name for name in result.get("metrics", []) if name not in COLUMNS]
+    table = Table("", "nfe", *COLUMNS.values(), *own, title=title)
     rows = {**result["estimators"], **result["baselines"]}
     rows |= {f"closed form {name}": scores for name, scores in result.get("optimum", {}).items()}
     for name, scores in sorted(rows.items(), key=lambda item: -item[1]["cosine"]):
         if scores["images"] != result["images"]:
             name = f"{name} ({scores['images']} images)"
-        cells = [scores.get(column) for column in COLUMNS]
+        cells = [scores.get(column) for column in (*COLUMNS, *own)]
         numbers = ["" if cell is None else f"{cell:.4g}" for cell in cells]
         table.add_row(name, str(scores.get("nfe", "")), *numbers)
     console = Console()

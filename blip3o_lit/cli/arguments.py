@@ -28,8 +28,8 @@ from omegaconf.errors import OmegaConfBaseException
 from blip3o_lit.base.words import pasteable
 from blip3o_lit.cli.literals import check_word, literal, unreadable
 from blip3o_lit.cli.schema import (
+    all_groups,
     conf_dir,
-    groups,
     keys,
     open_keys,
     several_keys,
@@ -101,7 +101,7 @@ def check_arguments(
     """
     if arguments.hydra_help or arguments.shell_completion:
         return
-    options = groups(conf_dir()) | PLUGIN_GROUPS
+    options = all_groups() | PLUGIN_GROUPS
     known = set(keys(schema))
     overrides = [_parsed(word, known | set(options)) for word in arguments.overrides]
     _check_runs(overrides)

@@ -10,10 +10,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from blip3o_lit.base.home import expanded
+from blip3o_lit.config import registry
 from blip3o_lit.config.errors import UserError, nearest
+from blip3o_lit.config.registry import config_folders, load_plugins
 from blip3o_lit.config.trainer import INSTEAD
 
 Config = TypeVar("Config")
+OPTION_OF = {
+    "model": ("architecture", registry.network),
+    "flow": ("path", registry.path),
+    "solver": ("name", registry.solver),
+}
+"""Group -> the key that a registered name sets, and where it is registered."""
+given_folders: list[Path] = []
+"""The folder of `--config-dir`, where the command line has one."""
 
 
 def conf_dir() -> Path:
@@ -29,6 +39,36 @@ def groups(folder: Path) -> dict[str, list[str]]:
         path.name: sorted(option.stem for option in path.glob("*.yaml"))
         for path in sorted(folder.iterdir())
         if path.is_dir() and not path.name.startswith((".", "_"))
+    }
+
+
+def own_folders() -> list[Path]:
+    """Return the folders of groups that installed packages and `--config-dir` add."""
+    return [*config_folders(), *given_folders]
+
+
+def own_options() -> dict[str, list[str]]:
+    """Return the options of groups for names that packages register: `model=mine` sets the name."""
+    load_plugins()
+    found = {
+        group: sorted(registry.parts.keys())
+        for group, (_, registry) in OPTION_OF.items()
+        if registry.parts
+    }
+    for folder in own_folders():
+        for group, names in groups(folder).items():
+            found[group] = sorted({*found.get(group, []), *names})
+    return found
+
+
+def all_groups() -> dict[str, list[str]]:
+    """Return each Hydra group with its options, those of other packages last."""
+    own, known = own_options(), groups(conf_dir())
+    return {
+        group: [*known.get(group, []), *(n for n in own.get(group, []) if n not in known[group])]
+        if group in known
+        else own[group]
+        for group in known | own
     }
 
 

@@ -1,8 +1,10 @@
 """Model group: the size and the switches of the transformers."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from blip3o_lit.config import registry as register
 from blip3o_lit.config.checks import above_zero, between, check_fields, choice
 from blip3o_lit.config.errors import UserError
 
@@ -23,8 +25,9 @@ DIT_SWITCHES = (
 class ModelConfig:
     """A diffusion transformer."""
 
-    architecture: str = choice("dit", ("dit", "nextdit"))
-    """dit: AdaLN-Zero transformer; nextdit: the Lumina-Next block of the official BLIP3-o."""
+    architecture: str = choice("dit", register.network)
+    """dit: AdaLN-Zero transformer; nextdit: the Lumina-Next block of the official BLIP3-o; or a
+    package's."""
     width: int = above_zero(768)
     """Channels of a hidden token; a multiple of heads."""
     depth: int = above_zero(12)
@@ -73,6 +76,8 @@ class ModelConfig:
     eager, attention's are kept and this share of the products'. 0: activation_checkpointing."""
     compile: str = choice("auto", ("auto", "true", "false"))
     """Compile each block in place with torch.compile; auto: on CUDA GPUs."""
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Keys of a package's own network, as model.options.KEY=1."""
 
     def __post_init__(self) -> None:
         if self.mlp_width == 0:
@@ -80,6 +85,8 @@ class ModelConfig:
             self.mlp_width = self.multiple_of * math.ceil(wanted / self.multiple_of)
         self.compile = str(self.compile).lower()  # a truth value in YAML and in older checkpoints
         check_fields(self, "model.")
+        given = self.options
+        self.options = register.network.with_defaults(self.architecture, given, "model.options.")
         self._check_heads()
         if self.architecture == "nextdit":
             self._check_nextdit()
@@ -110,10 +117,10 @@ class ModelConfig:
                 "model.architecture=nextdit reads the condition by attention; "
                 "use model.conditioning=cross"
             )
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in DIT_SWITCHES and value != field.default:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in DIT_SWITCHES and value != item.default:
                 raise UserError(
-                    f"model.{field.name}={value} is a switch of model.architecture=dit; "
+                    f"model.{item.name}={value} is a switch of model.architecture=dit; "
                     "remove it for nextdit"
                 )

@@ -11,7 +11,7 @@ from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.config.solver import SolverConfig, check_solver
+from blip3o_lit.config.solver import SolverConfig, check_solver, solver_from_label, started_later
 from blip3o_lit.config.towers import PixelsConfig, TowersConfig
 from blip3o_lit.config.trainer import (
     CheckpointConfig,
@@ -21,6 +21,15 @@ from blip3o_lit.config.trainer import (
     StrategyConfig,
     TrainerConfig,
 )
+
+
+def part_names(config: "TrainConfig") -> dict[str, str]:
+    """Return by kind what a run is built from and another package may have registered."""
+    return {
+        "network": config.model.architecture,
+        "path": config.flow.path,
+        "solver": config.solver.name,
+    }
 
 
 @dataclass
@@ -104,6 +113,11 @@ class TrainConfig:
         check_solver(self.flow, self.solver)
         if self.solver.name == "fitted":
             raise UserError("solver=fitted is fitted after training: give another one to train")
+        for label in self.evaluation.estimators:
+            solver = started_later(self.flow, solver_from_label(label), self.solver.start)
+            check_solver(self.flow, solver)
+            if solver.name == "fitted":
+                raise UserError(f"evaluation.estimators=[{label}]: it is fitted after training")
         if self.flow.cls_weight != 1 and self.mode.name != "cls_patch":
             raise UserError(
                 f"flow.cls_weight={self.flow.cls_weight:g}: mode={self.mode.name} has no CLS token "

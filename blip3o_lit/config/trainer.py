@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from blip3o_lit.config.checks import above_zero, check_fields, choice
+from blip3o_lit.config.checks import above_zero, between, check_fields, choice
 from blip3o_lit.config.errors import UserError
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "bf16_true", "fp16")
@@ -116,6 +116,12 @@ class EvaluationConfig:
     """Steps between two validations."""
     images: int = above_zero(64)
     """Validation images to generate; the `evaluate` command uses the whole split."""
+    loss_times: int = between(4, 0, 64)
+    """Fixed times at which those images' loss is taken too, each with the same noise; 0: none."""
+    estimators: list[str] = field(default_factory=list)
+    """Further estimators that are validated beside the run's solver, as [heun-10]."""
+    estimator_images: int = above_zero(16)
+    """Images of those."""
     patience: int | None = above_zero(None)
     """Stop after so many validations without a better cosine; null never stops."""
     overfit_at_least: float | None = None

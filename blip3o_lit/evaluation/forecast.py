@@ -6,9 +6,8 @@ import time
 
 import numpy as np
 
-from blip3o_lit.checkpoints.load import solver_from_label
 from blip3o_lit.config.evaluate import BASELINE_SETS
-from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.config.solver import SolverConfig, solver_from_label
 from blip3o_lit.evaluation.estimators import generated
 from blip3o_lit.evaluation.probes import BINS
 from blip3o_lit.evaluation.score import Scorer

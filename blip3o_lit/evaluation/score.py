@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from blip3o_lit.base.progress import Report
-from blip3o_lit.checkpoints.load import Loaded, solver_from_label
+from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
-from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.config.solver import SolverConfig, solver_from_label
 from blip3o_lit.evaluation.baselines import BaselineFits
 from blip3o_lit.evaluation.drawings import Drawings, row_images
 from blip3o_lit.evaluation.estimators import Estimator, exact_estimators, generated, known_problem
@@ -63,7 +63,8 @@ class Scorer:
             fit_solvers(one, train, missing_budgets(one, labels), config.seed, report)
         self.device = next(loaded.translator.network.parameters()).device
         self.held_out = HeldOut(held, self.device, config.batch_size, report)
-        if train is None and BASELINE_SETS[config.baselines]:
+        self.baselines = [*BASELINE_SETS[config.baselines], *config.own_baselines]
+        if train is None and self.baselines:
             raise UserError(
                 f"{held.store.path} has no train split to fit baselines on: set baselines=none"
             )
@@ -151,12 +152,13 @@ class Scorer:
     def _baselines(self) -> Tallies:
         if self.fits is None:
             return {}
-        names = BASELINE_SETS[self.config.baselines]
-        return self._tallies({name: self.fits.estimator(name) for name in names})
+        return self._tallies({name: self.fits.estimator(name) for name in self.baselines})
 
     def _tallies(self, estimators: dict[str, Estimator], breadth: bool = True) -> Tallies:
         return {
-            name: Tally(estimate, self.mean_ND, self.shape, self.device, breadth)
+            name: Tally(
+                estimate, self.mean_ND, self.shape, self.device, breadth, self.config.metrics
+            )
             for name, estimate in estimators.items()
         }
 
@@ -214,6 +216,7 @@ class Scorer:
             "checkpoint": self.loaded.hash,
             "step": facts["step"],
             "seed": self.config.seed,
+            "metrics": list(self.config.metrics),
         }
 
     def _stores(self, tallies: Tallies) -> dict[str, Any]:

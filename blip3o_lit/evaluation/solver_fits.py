@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from blip3o_lit.base.progress import Report
-from blip3o_lit.checkpoints.load import Loaded, solver_from_label
+from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.solver import SolverConfig, needs_later_start
-from blip3o_lit.evaluation.estimators import LATER_START
+from blip3o_lit.config.solver import LATER_START, SolverConfig, needs_later_start, solver_from_label
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.fitted import SolverFit

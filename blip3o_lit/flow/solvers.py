@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from blip3o_lit.config import registry as register
 from blip3o_lit.config.solver import SolverConfig, check_solver
 from blip3o_lit.flow.multistep import multistep
 from blip3o_lit.flow.objective import FlowObjective, Network
@@ -98,8 +99,10 @@ def integrate(
         )
         return list(torch.unbind(cast(Tensor, states))[1:])
     states, x_BND = [], x0_BND
+    own = register.solver.own(method)
+    step = STEPS[method] if own is None else own.build
     for start, end in zip(grid_S, grid_S[1:]):
-        x_BND = STEPS[method](field, x_BND, start, end - start)
+        x_BND = step(field, x_BND, start, end - start)
         states.append(x_BND)
     return states
 

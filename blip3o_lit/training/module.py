@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from blip3o_lit.base.secrets import masked
 from blip3o_lit.budget.plan import Plan
 from blip3o_lit.checkpoints.files import FORMAT
 from blip3o_lit.checkpoints.initial import InitialWeights
+from blip3o_lit.config.registry import origins
+from blip3o_lit.config.solver import SolverConfig, solver_from_label, started_later
+from blip3o_lit.config.train import part_names
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.objective import FlowObjective
@@ -38,8 +42,10 @@ from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.training.ema import ramped_decay, update_average
 from blip3o_lit.training.own_parts import check_plain
 from blip3o_lit.training.schedule import learning_rate_factor
+from blip3o_lit.training.timed_losses import TimedLosses
 from blip3o_lit.translation.translator import Translator
 
+SAMPLED_SCORES = ("cosine", "norm_ratio")
 LOGGED_SCORES = ("cosine", "cosine_centred", "mse", "r2", "norm_ratio")
 
 
@@ -86,6 +92,9 @@ class TranslationModule(LightningModule):
         self.store_scores = nn.ModuleList(
             TokenScores(mean_ND, self.shape.target) for _ in (self.held.names if self.held else ())
         )
+        checks = self.config.evaluation
+        self.losses = TimedLosses(checks.loss_times) if checks.loss_times else None
+        self.sampled = nn.ModuleList(copy.deepcopy(self.scores) for _ in checks.estimators)
         self.gradient_norm: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
 
@@ -188,8 +197,9 @@ class TranslationModule(LightningModule):
         return means
 
     def on_validation_epoch_start(self) -> None:
-        for scores in (self.scores, *self.store_scores):
-            scores.reset()  # type: ignore[operator]
+        for metric in (self.scores, self.losses, *self.store_scores, *self.sampled):
+            if metric is not None:
+                metric.reset()  # type: ignore[operator]
         self.ema.eval()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -202,15 +212,38 @@ class TranslationModule(LightningModule):
             for number, scores in enumerate(self.store_scores):
                 own_B = (store_B == number).to(batch["valid"].device) & batch["valid"]
                 scores.update(sample.x1_BND, batch["target"], own_B)  # type: ignore[operator]
+        if self.losses is not None:
+            self.losses.update(self.translator, batch)
+        images = self.config.evaluation.estimator_images
+        if batch_idx * len(batch["sample"]) * self.trainer.world_size >= images:
+            return  # on all ranks alike
+        counted_B = batch["valid"] & (batch["sample"] < images).to(batch["valid"].device)
+        for solver, scores in zip(self.estimators, self.sampled):
+            sample = self.translator.generate(batch["condition"], batch["sample"], 0, solver)
+            scores.update(sample.x1_BND, batch["target"], counted_B)  # type: ignore[operator]
+
+    @cached_property
+    def estimators(self) -> list[SolverConfig]:
+        """The solvers of evaluation.estimators."""
+        flow, start = self.config.flow, self.config.solver.start
+        labels = self.config.evaluation.estimators
+        return [started_later(flow, solver_from_label(label), start) for label in labels]
 
     def on_validation_epoch_end(self) -> None:
+        logged: dict[str, Any] = {}
         names = [f"{name}/" for name in (self.held.names if self.held else ())]
         for prefix, metric in zip(["", *names], (self.scores, *self.store_scores)):
             scores = metric.compute()  # type: ignore[operator]
             low, high = scores["cosine_ci95"]
-            logged = {name: scores[name] for name in LOGGED_SCORES if scores[name] is not None}
-            for name, value in (logged | {"cosine_low": low, "cosine_high": high}).items():
-                self.log(f"val/{prefix}{name}", float(value), logger=False, sync_dist=True)
+            values = {name: scores[name] for name in LOGGED_SCORES if scores[name] is not None}
+            values |= {"cosine_low": low, "cosine_high": high}
+            logged |= {f"{prefix}{name}": value for name, value in values.items()}
+        logged |= self.losses.compute() if self.losses is not None else {}
+        for label, metric in zip(self.config.evaluation.estimators, self.sampled):
+            sampled = metric.compute()  # type: ignore[operator]
+            logged |= {f"{name}_{label}": sampled[name] for name in SAMPLED_SCORES}
+        for name, value in logged.items():
+            self.log(f"val/{name}", float(value), logger=False, sync_dist=True)
 
     def configure_gradient_clipping(
         self,
@@ -266,4 +299,5 @@ class TranslationModule(LightningModule):
             "shape": self.shape.to_dict(),
             "tokens": self.store_facts,
             "step": self.global_step,
+            "parts": origins(part_names(self.config)),
         }

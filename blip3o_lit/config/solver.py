@@ -13,6 +13,8 @@ AB2_SHIFT = 0.4
 
 LATER_START = 0.2
 """Where an ODE starts that has no value at t = 0, unless the run says otherwise."""
+MAP_STEPS = (1, 2, 4, 8, 16, 32, 64)
+"""Steps of solver=map: the ways that flow.pairs trains are 1, 1/2, ... 1/64 of the whole."""
 MOST_FITTED = 40
 """Most evaluations of solver=fitted: as many as the fine trajectories have that it is fitted to."""
 
@@ -50,6 +52,12 @@ class SolverConfig:
             raise UserError(f"solver.nfe={self.nfe} is above {MOST_FITTED}: use solver=heun")
         if self.name == "fitted" and self.start > 0:
             raise UserError(f"solver=fitted has its own times: drop solver.start={self.start}")
+        own = (self.start, self.grid) == (0, "uniform") and self.steps in MAP_STEPS
+        if self.name == "map" and not own:
+            raise UserError(
+                "solver=map takes 1, 2, 4, ... 64 uniform steps from t = 0: drop solver.start and "
+                f"solver.grid, and solver.steps={self.steps} if it is none of these"
+            )
         if self.name == "mean" and self.start > 0:
             raise UserError(f"solver=mean evaluates at t = 0: drop solver.start={self.start}")
 

@@ -21,6 +21,7 @@ from blip3o_lit.evaluation.verdict import REMEDY
 from blip3o_lit.metrics.breadth import Breadth
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.metrics.frechet import Moments, frechet_distance
+from blip3o_lit.metrics.manifolds import Manifolds
 from blip3o_lit.metrics.paired import compare
 
 _HALVES = 2
@@ -110,6 +111,7 @@ class Reference:
         self.first = int(shape.cls)
         self.whole = PatchMoments(shape.width, device)
         self.halves = [PatchMoments(shape.width, device) for _ in range(_HALVES)]
+        self.manifolds = Manifolds().to(device)
 
     def add(self, true_BND: Tensor, sample_B: Tensor) -> None:
         patches_BND = true_BND[:, self.first :].double()
@@ -117,9 +119,14 @@ class Reference:
         half_B = sample_B.to(patches_BND.device) % _HALVES
         for number, half in enumerate(self.halves):
             half.update(patches_BND[half_B == number])
+        pooled_BD = patches_BND.mean(1)
+        self.manifolds.update(pooled_BD[half_B == 0], pooled_BD[half_B == 1])
 
     def floor(self) -> dict[str, Any]:
-        """Return the Frechet distances between the halves: what no estimator need beat."""
+        """Return Frechet distances, precision and recall between the halves.
+
+        No estimator need be better.
+        """
         even, odd = self.halves
         images = int(odd.images.count)
         if images < _HALVES:
@@ -128,6 +135,7 @@ class Reference:
             "frechet": frechet_distance(even.images.compute(), odd.images.compute()),
             "frechet_token": frechet_distance(even.tokens.compute(), odd.tokens.compute()),
             "images_a_half": images,
+            **self.manifolds.compute(),
         }
 
 

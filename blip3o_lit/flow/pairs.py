@@ -18,14 +18,12 @@ from torch import Tensor
 
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.flow.path import Path, over
-from blip3o_lit.flow.times import distributed
 
-UNIFORMS = 5
-"""Uniform numbers of one sample: whether it is a pair, two times, whether they are the ends."""
-END_SHARE = float(__import__("os").environ.get("ENDS", "0.25"))
-"""Share of the pairs that start at t = 0, and, independently, of those that end at s = 1."""
-GAP = 2.0**-10
-"""Least distance of a pair: below it the halves' weights would be lost in float32."""
+UNIFORMS = 3
+"""Uniform numbers of one sample: whether it is a pair, of which length, and where."""
+LEVELS = 7
+"""Lengths of a pair's way: 1, 1/2, ... 1/64, each as often. Its place is one of a grid of such
+ways, so that the halves of most are pairs themselves."""
 
 MapOutput = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Points x_t, their times t and the ends s to the output X."""
@@ -46,33 +44,22 @@ class Pairs:
         return Pairs(rows_P, s_P)
 
 
-def pair_times(uniforms_B5: Tensor, t_B: Tensor, config: FlowConfig) -> tuple[Tensor, Pairs]:
-    """Turn a share `flow.pairs` of the draws into pairs of the training times' distribution.
+def pair_times(uniforms_B3: Tensor, t_B: Tensor, config: FlowConfig) -> tuple[Tensor, Pairs]:
+    """Turn a share `flow.pairs` of the draws into pairs.
 
     Args:
-        uniforms_B5: Uniform on (0, 1).
+        uniforms_B3: Uniform on (0, 1).
         t_B: The draws' own times; those of the others stay.
         config: The flow group.
 
     Returns:
         The times t `[B]`, and the pairs.
     """
-    import os
-
-    if os.environ.get("DYADIC"):
-        levels = int(os.environ["DYADIC"])
-        gap_B = 2.0 ** -(uniforms_B5[:, 1].double() * levels).floor()
-        start_B = (uniforms_B5[:, 2].double() / gap_B).floor() * gap_B
-        rows_P = (uniforms_B5[:, 0] < config.pairs).nonzero()[:, 0]
-        t_B = t_B.index_copy(0, rows_P, start_B[rows_P].float())
-        return t_B, Pairs(rows_P, (start_B + gap_B)[rows_P].float())
-    times_B2 = distributed(uniforms_B5[:, 1:3], config).sort(1).values
-    start_B = torch.where(uniforms_B5[:, 3] < END_SHARE, 0.0, times_B2[:, 0].clamp(max=1 - GAP))
-    end_B = torch.where(uniforms_B5[:, 4] < END_SHARE, 1.0, times_B2[:, 1].clamp(min=GAP))
-    end_B = torch.maximum(end_B, start_B + GAP)
-    rows_P = (uniforms_B5[:, 0] < config.pairs).nonzero()[:, 0]
-    t_B = t_B.index_copy(0, rows_P, start_B[rows_P].float())
-    return t_B, Pairs(rows_P, end_B[rows_P].float())
+    rows_P = (uniforms_B3[:, 0] < config.pairs).nonzero()[:, 0]
+    _, level_P, place_P = uniforms_B3[rows_P].unbind(1)
+    length_P = torch.exp2(-(LEVELS * level_P).floor())
+    start_P = (place_P / length_P).floor() * length_P
+    return t_B.index_copy(0, rows_P, start_P), Pairs(rows_P, start_P + length_P)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.flow import PATHS, FlowConfig
 from blip3o_lit.config.solver import SolverConfig, check_solver
 from blip3o_lit.flow.objective import FlowObjective
-from blip3o_lit.flow.pairs import GAP, Pairs, half_steps, pair_times
+from blip3o_lit.flow.pairs import LEVELS, Pairs, half_steps, pair_times
 from blip3o_lit.flow.path import over, path_named
 from blip3o_lit.flow.solvers import sample
 from blip3o_lit.flow.times import training_times
@@ -50,7 +50,7 @@ def test_two_exact_half_maps_are_one_map(name):
     torch.testing.assert_close(target_BND, output(x_BND, t_B, s_B))
 
 
-def test_the_exact_map_draws_in_one_step_what_it_draws_in_three():
+def test_the_exact_map_draws_in_one_step_what_it_draws_in_four():
     objective = FlowObjective(pairs_config())
     exact = exact_output(objective.path)
 
@@ -58,7 +58,7 @@ def test_the_exact_map_draws_in_one_step_what_it_draws_in_three():
         return exact(x_BND.double(), t_B.double(), s_B.double())
 
     noise_BND = torch.randn(5, 2, 9, generator=torch.Generator().manual_seed(0))
-    for steps in (1, 3):
+    for steps in (1, 4):
         made = sample(objective, network, None, noise_BND, SolverConfig(name="map", steps=steps))
         assert made.nfe == steps
         expected_BND = noise_BND * VARIANCES.sqrt()
@@ -67,14 +67,16 @@ def test_the_exact_map_draws_in_one_step_what_it_draws_in_three():
 
 def test_pairs_take_their_share_and_leave_the_others_alone():
     config = pairs_config(pairs=0.25, time_zero_share=0.5)
-    uniforms_BU = torch.rand(40_000, 7, generator=torch.Generator().manual_seed(0))
+    uniforms_BU = torch.rand(40_000, 5, generator=torch.Generator().manual_seed(0))
     before_B = training_times(uniforms_BU[:, :2], config)
     t_B, pairs = pair_times(uniforms_BU[:, 2:], before_B, config)
     starts_P, rows_P = t_B[pairs.rows_P], pairs.rows_P
     assert len(rows_P) / len(t_B) == pytest.approx(0.25, abs=0.01)
-    assert (pairs.s_P - starts_P).min() >= GAP
-    assert float(starts_P.min()) == 0
-    assert float(pairs.s_P.max()) == 1
+    length_P = pairs.s_P - starts_P
+    for level in range(LEVELS):
+        way_P = length_P == 0.5**level
+        assert float(way_P.double().mean()) == pytest.approx(1 / LEVELS, abs=0.02)
+        assert starts_P[way_P].unique().tolist() == [k * 0.5**level for k in range(2**level)]
     others_B = torch.ones(len(t_B), dtype=torch.bool).index_fill(0, rows_P, False)
     assert torch.equal(t_B[others_B], before_B[others_B])
     assert float((t_B[others_B] == 0).double().mean()) == pytest.approx(0.5, abs=0.01)
@@ -138,7 +140,7 @@ def test_one_trained_evaluation_finds_both_answers_and_the_mean_stays_between():
     steps, generator = 400, torch.Generator().manual_seed(0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        uniforms_BU = torch.rand(128, 7, generator=generator)
+        uniforms_BU = torch.rand(128, 5, generator=generator)
         x1_BND = torch.where(torch.rand(128, 1, 1, generator=generator) < 0.7, 1.0, -1.0)
         x1_BND = x1_BND + 0.1 * torch.randn(128, 1, 1, generator=generator)
         z_BND = torch.randn(128, 1, 1, generator=generator)
@@ -170,7 +172,10 @@ def test_one_trained_evaluation_finds_both_answers_and_the_mean_stays_between():
 
 def test_maps_are_refused_where_none_was_trained():
     with pytest.raises(UserError, match="solver=map needs a network .* flow.pairs above 0"):
-        check_solver(FlowConfig(), SolverConfig(name="map"))
+        check_solver(FlowConfig(), SolverConfig.named("map"))
+    for wrong in ({"steps": 3}, {"start": 0.1}, {"grid": "cosine"}):
+        with pytest.raises(UserError, match="solver=map takes 1, 2, 4, ... 64 uniform steps"):
+            SolverConfig(**{"name": "map", "steps": 1, **wrong})
     for output in ("velocity", "noise"):
         with pytest.raises(UserError, match="flow.pairs=0.5 trains maps of flow.prediction=sample"):
             pairs_config(prediction=output, time_zero_share=0.0)

@@ -142,7 +142,9 @@ def _strategy(config: TrainConfig, machine: Machine, world: int) -> str:
 
 def _compiled(config: TrainConfig, machine: Machine) -> bool:
     word = config.model.compile
-    return machine.compiles if word == "auto" else word == "true"
+    if word == "combined" and machine.device != "cuda":
+        raise UserError(f"model.compile=combined needs a CUDA GPU, this run is on {machine.device}")
+    return machine.compiles if word == "auto" else word != "false"
 
 
 def _fitting_micro_batch(

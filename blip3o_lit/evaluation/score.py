@@ -71,7 +71,7 @@ class Scorer:
         labels = [*config.solvers, *config.curve]
         for one in (loaded, rival) if rival is not None else (loaded,):
             fit_solvers(one, train, missing_budgets(one, labels), config.seed, report)
-        self.device = next(loaded.translator.network.parameters()).device
+        self.device = loaded.device
         if train is None and BASELINE_SETS[config.baselines]:
             raise UserError(
                 f"{held.store.path} has no train split to fit baselines on: set baselines=none"

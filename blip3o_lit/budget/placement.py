@@ -91,6 +91,8 @@ def _precision(config: TrainConfig, machine: Machine) -> Precision:
         raise UserError(f"{word}: this GPU has no TF32: use precision=fp16 or fp32")
     if precision.low and not precision.loss_scale and not machine.bf16:
         raise UserError(f"{word}: this GPU has no bf16: use precision=fp16")
+    if config.precision.float8 and not machine.float8:
+        raise UserError("precision.float8=true: this device has no such products: leave it out")
     return precision
 
 

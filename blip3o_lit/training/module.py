@@ -26,6 +26,7 @@ from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.times import training_times
 from blip3o_lit.metrics.cosine import TokenScores
+from blip3o_lit.models.float8 import float8_blocks
 from blip3o_lit.models.initialisation import is_sharded, local
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.optimizer import make_optimizer
@@ -53,6 +54,8 @@ class TranslationModule(LightningModule):
             self.network = build_network(self.config.model, self.shape)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.network.to(self.precision.weights)
+        if self.config.precision.float8:
+            float8_blocks(self.network)
         if not self.sharded:
             self._start(torch.device("cpu"))
         self.objective = FlowObjective(self.config.flow)

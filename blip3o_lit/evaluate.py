@@ -41,6 +41,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from blip3o_lit.evaluation.readers import open_readers
     from blip3o_lit.evaluation.score import Scorer
     from blip3o_lit.report.page import write_report
+    from blip3o_lit.translation.graphs import Graphs
 
     if not config.out and not Path(config.ckpt).expanduser().exists():
         find_weights(config.ckpt)  # says what is wrong, unless it is a model of the hub
@@ -54,6 +55,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     rival = load(config.vs, device) if config.vs else None
     if rival is not None and rival.shape != loaded.shape:
         raise UserError(f"vs={config.vs} translates other token shapes than ckpt={config.ckpt}")
+    for one in (loaded, rival) if config.graphs else ():
+        if one is not None:
+            one.translator.graphs = Graphs(one.device)
     with phases() as report, batch_limit("batch_size", config.batch_size):
         scorer = Scorer(loaded, held, train, config, fits(), report, rival)
         seconds = phase_seconds(scorer)

@@ -38,11 +38,14 @@ def caption(
     from blip3o_lit.budget.out_of_memory import batch_limit
     from blip3o_lit.inference import BLIP3oInference
     from blip3o_lit.towers.load import load_tower
+    from blip3o_lit.translation.graphs import Graphs
     from blip3o_lit.translation.pictures import embed_captions, picture_files, rank_captions
 
     assert config.images
     captions = _captions(config)
     model = BLIP3oInference(config.ckpt, config.device)
+    if config.graphs:
+        model.translator.graphs = Graphs(model.device)
     pretrained, device = config.towers.pretrained, str(model.device)
     condition = load_tower(config.towers.condition, pretrained, device)
     target = load_tower(config.towers.target, pretrained, device)
@@ -105,8 +108,11 @@ def generate(config: GenerateConfig) -> Path:
     from blip3o_lit.drawing.store_drawings import DRAWINGS, draw_store
     from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
     from blip3o_lit.translation.generated_store import GeneratedStore
+    from blip3o_lit.translation.graphs import Graphs
 
     loaded = load(config.ckpt, best_device() if config.device == "auto" else config.device)
+    if config.graphs:
+        loaded.translator.graphs = Graphs(loaded.device)
     store = TokenStore.open(config.tokens)
     out = Path(config.out)
     splits = [config.split] if config.split else list(store.index.splits)

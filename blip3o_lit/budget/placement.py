@@ -91,6 +91,8 @@ def _precision(config: TrainConfig, machine: Machine) -> Precision:
         raise UserError(f"{word}: this GPU has no TF32: use precision=fp16 or fp32")
     if precision.low and not precision.loss_scale and not machine.bf16:
         raise UserError(f"{word}: this GPU has no bf16: use precision=fp16")
+    if config.precision.float8 and not machine.float8:
+        raise UserError("precision.float8=true: this device has no such products: leave it out")
     return precision
 
 
@@ -142,7 +144,9 @@ def _strategy(config: TrainConfig, machine: Machine, world: int) -> str:
 
 def _compiled(config: TrainConfig, machine: Machine) -> bool:
     word = config.model.compile
-    return machine.compiles if word == "auto" else word == "true"
+    if word == "combined" and machine.device != "cuda":
+        raise UserError(f"model.compile=combined needs a CUDA GPU, this run is on {machine.device}")
+    return machine.compiles if word == "auto" else word != "false"
 
 
 def _fitting_micro_batch(

@@ -58,6 +58,10 @@ class Loaded:
     as_stored: bool
     """Whether every weight has the format that it has in that file."""
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.translator.network.parameters()).device
+
     @cached_property
     def hash(self) -> str:
         """sha256 of the weight file, or of a folder's list of checksums."""

@@ -84,6 +84,8 @@ class EvaluateConfig:
     """Seed of the sampling noise; each image has the same noise for every estimator."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    graphs: bool = False
+    """On CUDA: launch a solver's kernels as one CUDA graph, which pays with small batches."""
 
     def __post_init__(self) -> None:
         if not self.ckpt:

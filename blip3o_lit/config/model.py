@@ -74,10 +74,11 @@ class ModelConfig:
     activation_budget: float = between(1.0, 0.0, 1.0)
     """Share of a block's activations to keep; the rest is recomputed. The compiler chooses which;
     eager, attention's are kept and this share of the products'. 0: activation_checkpointing."""
-    compile: str = choice("auto", ("auto", "true", "false"))
-    """Compile each block in place with torch.compile; auto: on CUDA GPUs."""
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     """Keys of a package's own network, as model.options.KEY=1."""
+    compile: str = choice("auto", ("auto", "true", "combined", "false"))
+    """Compile each block in place with torch.compile; auto: on CUDA GPUs. combined: on CUDA, with
+    kernels that need not wait for each other as one, which torch calls experimental."""
 
     def __post_init__(self) -> None:
         if self.mlp_width == 0:
@@ -87,6 +88,8 @@ class ModelConfig:
         check_fields(self, "model.")
         given = self.options
         self.options = register.network.with_defaults(self.architecture, given, "model.options.")
+        if self.compile == "combined" and self.dropout:
+            raise UserError("model.compile=combined has no random numbers: use true, or no dropout")
         self._check_heads()
         if self.architecture == "nextdit":
             self._check_nextdit()

@@ -85,9 +85,13 @@ class PrecisionConfig:
 
     auto is bf16 where the device computes it faster, else fp32.
     """
+    float8: bool = False
+    """Products of the blocks in float8 beside bf16, by torchao (Ada, Hopper or newer GPUs)."""
 
     def __post_init__(self) -> None:
         check_fields(self, "precision.")
+        if self.float8 and self.name not in ("auto", "bf16", "bf16_true"):
+            raise UserError(f"precision.float8=true goes with precision=bf16, not {self.name}")
 
 
 @dataclass

@@ -59,7 +59,7 @@ class BaselineFits:
         self.bf16 = PRECISIONS[self.run.precision.name].products == torch.bfloat16
         self.condition = loaded.translator.condition_standardizer
         self.target = loaded.translator.target_standardizer
-        self.device = next(loaded.translator.network.parameters()).device
+        self.device = loaded.device
         digest = hashlib.sha256(train.content_hash.encode())
         for tensor in (*self.condition.buffers(), *self.target.buffers()):
             digest.update(tensor.float().cpu().numpy().tobytes())

@@ -61,7 +61,7 @@ class Scorer:
         labels = [*config.solvers, *config.curve]
         for one in (loaded, rival) if rival is not None else (loaded,):
             fit_solvers(one, train, missing_budgets(one, labels), config.seed, report)
-        self.device = next(loaded.translator.network.parameters()).device
+        self.device = loaded.device
         self.held_out = HeldOut(held, self.device, config.batch_size, report)
         self.baselines = [*BASELINE_SETS[config.baselines], *config.own_baselines]
         if train is None and self.baselines:

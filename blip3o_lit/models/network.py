@@ -169,8 +169,9 @@ class Network(nn.Module):
             torch._dynamo.reset()  # graphs of an earlier network keep what that one was to keep
             torch._functorch.config.activation_memory_budget = budget
         self.compiled = True
+        options = {"combo_kernels": True} if self.config.compile == "combined" else None
         for block in self.blocks:
-            block.compile(backend=backend, fullgraph=True)
+            block.compile(backend=backend, fullgraph=True, options=options)
 
     def forward_flops(self, batch: int = 1) -> int:
         """Matmul FLOPs of a forward call with an unencoded condition; training costs 3 times it."""

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
 )
 
 aten = torch.ops.aten
-PRODUCTS = (aten.mm.default, aten.addmm.default)
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten._scaled_mm.default)
 ATTENTION = (
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,

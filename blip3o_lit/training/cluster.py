@@ -6,7 +6,6 @@ batch script without srun for a launcher's.
 
 from __future__ import annotations
 
-import itertools
 import os
 from datetime import timedelta
 
@@ -24,7 +23,6 @@ STORE = "BLIP3O_STORE"
 """Name of the run and place of its store, as the rank 0 that started this rank left it."""
 PATIENCE = 3600.0
 """Seconds at least for what the first rank does: it may read some thousand images."""
-_runs = itertools.count()
 _stores: dict[int, TCPStore] = {}
 """By port: those that this process serves or has joined."""
 
@@ -88,10 +86,8 @@ def first_rank(this: Launch, config: TrainConfig, devices: int) -> FirstRank:
     `devices` are those of this machine that `trainer.devices=auto` takes.
     """
     wanted, nodes = config.trainer.devices, config.trainer.num_nodes
-    several = (
-        config.strategy.name != "single" and (devices if wanted == "auto" else int(wanted)) > 1
-    )
-    name = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}"
+    several = (devices if wanted == "auto" else int(wanted)) > 1
+    name = ""
     if this.by == "parent":
         name, address, port = os.environ[STORE].split()
     elif this.by != "plain" or nodes > 1:
@@ -101,6 +97,10 @@ def first_rank(this: Launch, config: TrainConfig, devices: int) -> FirstRank:
     else:
         return ALONE
     store = _meet(address, int(port), this.first, timedelta(seconds=config.strategy.timeout))
+    if not name:  # torchrun's own store outlives a run: the ranks count how many they have begun
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        run = store.add(f"first rank/{attempt}/runs of {this.rank} {this.node} {this.local}", 1)
+        name = f"first-rank/{attempt}/{run}"
     os.environ[STORE] = f"{name} {address} {store.port}"
     rank = int(not this.first) if this.rank is None else this.rank
     return FirstRank(store, name, rank, this.world if this.by in ("torchrun", "srun") else None)

@@ -32,6 +32,7 @@ from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.pairs import UNIFORMS, pair_times
 from blip3o_lit.flow.times import training_times
 from blip3o_lit.metrics.cosine import TokenScores
+from blip3o_lit.models.float8 import float8_blocks
 from blip3o_lit.models.initialisation import is_sharded, local
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.optimizer import make_optimizer
@@ -69,6 +70,8 @@ class TranslationModule(LightningModule):
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.network.to(self.precision.weights)
         self.initial = initial
+        if self.config.precision.float8:
+            float8_blocks(self.network)
         if not self.sharded:
             self._start(torch.device("cpu"))
         self.objective = FlowObjective(self.config.flow)

@@ -34,7 +34,6 @@ from blip3o_lit.checkpoints.resume import (
 )
 from blip3o_lit.config.errors import LostRank
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.config.trainer import PrecisionConfig
 from blip3o_lit.testbeds.token_source import token_stores
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.reader import TokenReader
@@ -91,7 +90,8 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
     if resumed:  # `precision=auto` keeps to the format that the run began in
         own_format = checkpointing.about(resumed)["config"]["precision"]["name"]
         machine = replace(machine, precision=own_format)
-    config = replace(config, precision=PrecisionConfig(format_word(config, machine)))
+    precision = replace(config.precision, name=format_word(config, machine))
+    config = replace(config, precision=precision)
     if resumed:
         if isinstance(data.train, TokenReader):  # a stream goes on in another store too
             check_tokens(resumed, data.facts)

@@ -30,11 +30,11 @@ LINES = {
     ),
     "generate": (
         *(f"ckpt={RUN}", f"tokens={STORE}", f"out={FOLDER / 'generated'}", "solver=heun"),
-        *("device=cuda", "solver.steps=2"),
+        *("device=cuda", "solver.steps=2", "batch_size=2", "graphs=true"),
     ),
     "evaluate": (
         *(f"ckpt={RUN}", "baselines=none", "device=cuda", "solvers=[heun-2]", "curve=[euler-1]"),
-        *("samples=2", "drawn_images=0"),
+        *("samples=2", "drawn_images=0", "graphs=true"),
     ),
 }
 COMMANDS = {"extract": extract, "train": train, "generate": generate, "evaluate": evaluate}
@@ -76,7 +76,8 @@ def main():
             scores_of_random_tokens()
         with Trace() as trace:
             COMMANDS[name].main()
-        found[name] = {"kernels": sum(trace.kernels.values()), "waits": trace.waits}
+        kernels = sum(trace.kernels.values())
+        found[name] = {"kernels": kernels, "waits": trace.waits, "graphs": trace.graphs}
     print("JSON", json.dumps(found))
 
 

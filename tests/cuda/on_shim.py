@@ -43,14 +43,20 @@ def where():
 
 
 class Trace:
-    """Counts launches, copies between host and device and waits of the host inside the `with`."""
+    """Counts launches, copies between host and device and waits of the host inside the `with`.
+
+    Kernels of a CUDA graph count when it is captured; `graphs` are its launches.
+    """
 
     def __init__(self):
+        self.graphs = 0
         self.kernels, self.events = collections.Counter(), collections.Counter()
 
     def _hear(self, what, name, size):
         if what == "kernel":
             self.kernels[name] += 1
+        elif what == "graph":
+            self.graphs += 1
         elif what in ("sync", "copy") and name not in ("d2d", "other"):
             self.events["wait" if what == "sync" else name, where()] += 1
 

@@ -7,6 +7,7 @@ and written. Of compiled blocks the bytes are Inductor's own count. Prints a JSO
 import collections
 import json
 import sys
+from dataclasses import replace
 
 import torch
 from on_shim import Trace
@@ -101,38 +102,26 @@ def measured(step):
 
 
 def compiled(step):
-    """Return the kernels of a step with compiled blocks, and the bytes of one block's passes."""
-    from torch._inductor import metrics
-
-    found = {}
+    """Return the kernels of a step with compiled blocks, those that can be one combined."""
+    step.network.config = replace(step.network.config, compile="combined")
     step.network.compile_blocks()
-    for images in (4, 4):
-        metrics.reset()
+    for _ in range(2):
         parts = {name: Trace() for name in ("forward", "backward")}
         with parts["forward"]:
-            loss = step.loss(images)
+            loss = step.loss(4)
         with parts["backward"]:
             loss.backward()
-        if metrics.nodes_num_elem:
-            nodes = metrics.nodes_num_elem
-            passes = [(n, size) for n, size in nodes if "Extern" not in type(n).__name__]
-            found["block"] = sum(size for _, size in passes) / images / 1e6
-    found["kernels"] = {name: trace.kernels for name, trace in parts.items()}
-    return found
+        step.optimizer.zero_grad()
+    return {name: trace.kernels for name, trace in parts.items()}
 
 
 def shown(kernels):
-    return {
-        name: {"all": sum(each.values()), "most": each.most_common(14 if "all" in sys.argv else 0)}
-        for name, each in kernels.items()
-    }
+    return {name: sum(each.values()) for name, each in kernels.items()}
 
 
 step = Step()
 kernels, by = measured(step)
-most = sorted(by.items(), key=lambda item: -item[1])
-found = {"megabytes": sum(by.values()), "kernels": shown(kernels), "by": most[:12]}
+found = {"megabytes": sum(by.values()), "kernels": shown(kernels)}
 if "compiled" in sys.argv:
-    made = compiled(step)
-    found["compiled"] = {**made, "kernels": shown(made["kernels"])}
+    found["compiled"] = shown(compiled(step))
 print("JSON", json.dumps(found))

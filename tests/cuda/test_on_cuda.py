@@ -92,6 +92,13 @@ def test_every_command_ends(commands: dict[str, Any]) -> None:
     ]
 
 
+def test_solvers_are_recorded_as_graphs(commands: dict[str, Any]) -> None:
+    """From the second batch of a shape on; what waits for the device can't be recorded."""
+    assert commands["generate"]["graphs"] > 0
+    assert commands["evaluate"]["graphs"] > 0
+    assert commands["train"]["graphs"] == 0
+
+
 def test_extraction_waits_once_a_batch(commands: dict[str, Any]) -> None:
     """For three batches; the towers' own way to the device left out."""
     waits = commands["extract"]["waits"].items()
@@ -132,3 +139,17 @@ def test_planned_activations_are_those_of_the_cuda_allocator() -> None:
     cases = ("dit/bf16", "dit/fp32", "dit/bf16_true", "nextdit/bf16")
     for case, sizes in found(on_cuda("footprint.py", *cases)).items():
         assert sizes["planned"] == pytest.approx(sizes["peak"], rel=0.15), case
+
+
+def test_passes_and_kernels_of_a_step_are_bounded() -> None:
+    """Of `base` in bf16, eager; the copies of tokens and the loss with it."""
+    step = found(on_cuda("passes.py"))
+    assert step["megabytes"] <= 700
+    assert step["kernels"]["forward"] + step["kernels"]["backward"] <= 1400
+    assert step["kernels"]["rest"] <= 20  # norm, clipping, AdamW and average
+
+
+@pytest.mark.soak
+def test_compiled_kernels_are_bounded() -> None:
+    """Triton compiles every kernel for real."""
+    assert sum(found(on_cuda("passes.py", "compiled", limit=1800))["compiled"].values()) <= 700

@@ -58,7 +58,6 @@ def _kept() -> str:
 
 
 def main() -> None:
-    """Entry point of `blip3o-train`."""
     run_command("train", TrainConfig, train, _kept)
 
 

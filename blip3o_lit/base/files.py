@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,17 @@ def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", "utf-8")
+
+
+def read_json(path: Path, fix: str = "remove it") -> dict[str, Any]:
+    """Return a JSON object, empty where there is no file; `fix` ends the error of a damaged one."""
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): {fix}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not an object: {fix}")
+    return content
 
 
 def check_format(path: Path, version: object, known: int) -> None:
@@ -100,6 +112,15 @@ def one_at_a_time(path: Path, required: bool = True) -> Iterator[None]:
             if required:
                 raise
         yield
+
+
+def check_disk(out: Path, needed: float, what: str, fix: str) -> None:
+    """Stop before the disk is full; `what` takes `needed` bytes."""
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise UserError(
+            f"out={out} has {free / 1e9:.2f} GB free, {what} {needed / 1e9:.2f} GB: {fix}"
+        )
 
 
 def temporary_name(path: Path) -> Path:

@@ -7,6 +7,7 @@ starts another one.
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@%+-]*")
 _KEYWORDS = ("null", "true", "false")
@@ -34,6 +35,17 @@ def override(key: str, value: str | Path) -> str:
 def pasteable(key: str, value: str | Path) -> str:
     """Return `key=value` as it is typed into a shell."""
     return shlex.quote(override(key, value))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested dict as one level, keys joined with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _is_number(text: str) -> bool:

@@ -24,7 +24,6 @@ def forecast(config: TrainConfig, data: TokenDataModule, steps: int) -> list[tup
 
 
 def _memory(plan: Plan, whole: States) -> list[tuple[str, str]]:
-    """Return the bytes of the states, and of a process under each strategy."""
     rows = [
         (
             "bytes of states",
@@ -50,7 +49,6 @@ def _memory(plan: Plan, whole: States) -> list[tuple[str, str]]:
 
 
 def _time(plan: Plan, checkpoint_bytes: int, image_bytes: int) -> list[tuple[str, str]]:
-    """Return what the data path must deliver, what checkpoints take, and hours."""
     config, world = plan.config, plan.placement.world
     gpu = GPUS[config.gpu]
     peak = gpu.low if plan.placement.precision.low else gpu.full

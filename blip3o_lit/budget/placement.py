@@ -48,11 +48,7 @@ class Placement:
 
 
 def resolve(config: TrainConfig, shape: PairShape, machine: Machine) -> Placement:
-    """Decide the layout of a run.
-
-    Raises:
-        UserError: Naming the override that the machine or the other overrides rule out.
-    """
+    """Decide the layout of a run."""
     precision = _precision(config, machine)
     devices, nodes = _processes(config, machine)
     world = devices * nodes

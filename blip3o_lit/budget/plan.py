@@ -60,7 +60,6 @@ class Plan:
         return 3.0 * self.units.forward_flops * self.config.batch_size
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return the plan as labelled lines."""
         condition, target = self.shape.condition, self.shape.target
         place, batch, steps = self.placement, self.config.batch_size, self.steps
         return [

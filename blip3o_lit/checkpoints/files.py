@@ -48,7 +48,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load a checkpoint of either kind, whole, onto the CPU."""
         return _whole(Path(path))
 
 
@@ -156,7 +155,6 @@ def _read(path: Path, mapped: bool) -> dict[str, Any]:
 
 
 def _whole(path: Path, prefix: str = "") -> dict[str, Any]:
-    """Return a checkpoint of either kind with its tensors."""
     checkpoint = _read(path, mapped=False)
     return sharded_checkpoint.read(path, checkpoint, prefix) if path.is_dir() else checkpoint
 

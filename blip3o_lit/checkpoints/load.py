@@ -151,7 +151,6 @@ def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool
 
 
 def _translator(config: TrainConfig, shape: PairShape, device: str | torch.device) -> Translator:
-    """Return a translator of a config, its weights as the initialisation leaves them."""
     parts: list[nn.Module] = [build_network(config.model, shape), FlowObjective(config.flow)]
     parts += [Standardizer.identity(shape.condition), Standardizer.identity(shape.target)]
     autocast = PRECISIONS[config.precision.name].inference(device)

@@ -16,7 +16,9 @@ from typing import Any
 
 import yaml
 
+from blip3o_lit.base.files import read_json
 from blip3o_lit.base.secrets import masked
+from blip3o_lit.base.words import flatten
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.metrics_csv import read_rows
 from blip3o_lit.config.errors import UserError
@@ -152,7 +154,7 @@ def _check_network(config: TrainConfig, path: Path) -> None:
 def differences(config: TrainConfig, path: Path) -> list[tuple[str, Any, Any]]:
     """Return key, value there and value here of all that decides a run and differs."""
     saved = checkpointing.about(path)["config"]
-    now, then = (_flat(essential(part)) for part in (masked(asdict(config)), saved))
+    now, then = (flatten(essential(part)) for part in (masked(asdict(config)), saved))
     keys = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
     return [(key, then.get(key), now.get(key)) for key in keys]
 
@@ -192,28 +194,9 @@ def finished_result(
                 "a larger trainer.max_steps"
             )
         return None
-    result = _json(run_dir / "result.json")
+    result = read_json(run_dir / "result.json")
     if not result.get("finished") or step < result["step"]:
         return None  # stopped, or an earlier checkpoint by its name
     # A run that stopped early is finished for the same configuration only.
-    same = _json(run_dir / "environment.json").get("config_hash") == config_hash(config)
+    same = read_json(run_dir / "environment.json").get("config_hash") == config_hash(config)
     return result if same or result["step"] >= steps else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: remove it") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as dotted keys."""
-    out = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
-    return out

@@ -38,11 +38,7 @@ RANKED = ("train", "extract")
 def run_command(name: str, schema: type[Config], task: Callable[[Config], Any], kept: Kept) -> None:
     """Run one command: parse `sys.argv`, compose `conf/<name>.yaml`, call `task`.
 
-    Args:
-        name: The command's word; its defaults stand in `conf/<name>.yaml`.
-        schema: The dataclass that types and checks the composed config.
-        task: The command itself.
-        kept: What to say after Ctrl-C: what is kept, and how to go on.
+    `kept` is what to say after Ctrl-C: what is kept, and how to go on.
     """
     with interruptible(kept):
         _run(name, schema, task, kept)
@@ -136,7 +132,6 @@ def composed(name: str, schema: type[Config], words: Iterable[str]) -> Config:
 
 
 def _register(name: str, schema: type[Any]) -> None:
-    """Tell Hydra of a command's schema, and OmegaConf how runs are named."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 

@@ -54,11 +54,7 @@ def _jpeg(picture: Image.Image, quality: int) -> bytes:
 
 
 def opened(thumbnails: Sequence[bytes], keys: Sequence[str]) -> Tensor:
-    """Return thumbnails as pictures `[B, 3, H, W]` in 0..1.
-
-    Raises:
-        UserError: If one is damaged, naming its sample's key.
-    """
+    """Return thumbnails as pictures `[B, 3, H, W]` in 0..1; a damaged one is named by its key."""
     pictures = []
     for content, key in zip(thumbnails, keys, strict=True):
         try:

@@ -26,11 +26,7 @@ COMPARED = 256
 
 
 def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, TokenReader | None]:
-    """Return the images to score on, and the training split where the store has one.
-
-    Raises:
-        UserError: If the store lacks the split, or its tokens are not those of the checkpoint.
-    """
+    """Return the images to score on, and the training split where the store has one."""
     run = loaded.config
     data = replace(run.data, tokens=config.data.tokens or _trained_on(loaded))
     path = token_store(data)

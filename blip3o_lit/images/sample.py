@@ -14,8 +14,6 @@ LABEL = "cls"
 
 @dataclass(frozen=True)
 class Text:
-    """A caption or label."""
-
     name: str
     extension: str
     content: str

@@ -43,9 +43,6 @@ def repair(folder: Path) -> Repaired:
 
     A shard that the index lists is sound when its size, checksum and every header are right; one
     that it does not list, when every header is.
-
-    Raises:
-        UserError: If no shard is sound, or the folder can't be written.
     """
     if not folder.is_dir():
         raise UserError(f"tokens={folder} is no folder")

@@ -82,7 +82,6 @@ class MutualNeighbours(Metric):
         self.add_state("y", [], dist_reduce_fx="cat")
 
     def update(self, x_BD: Tensor, y_BE: Tensor) -> None:
-        """Add a pair of vectors per image."""
         self.x.append(F.normalize(x_BD.float(), dim=-1))
         self.y.append(F.normalize(y_BE.float(), dim=-1))
 

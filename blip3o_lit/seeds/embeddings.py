@@ -117,7 +117,6 @@ def _load(path: Path) -> Any:
 
 
 def _side(data: dict[Any, Any], side: str, mode: str, path: Path) -> Side:
-    """Return the arrays of one side, checked."""
     keys = TOKEN_KEYS if mode == "grid_64" else FULL_KEYS + TOKEN_KEYS
     names = [key.format(side) for key in keys]
     name = next((name for name in names if data.get(name) is not None), None)

@@ -39,11 +39,7 @@ def draw(config: LinearGaussianConfig) -> Problem:
 
 
 def linear_gaussian_store(config: LinearGaussianConfig) -> Path:
-    """Return the store of a configuration, built on first use.
-
-    Raises:
-        UserError: If the rank or the number of outlier channels exceeds the widths.
-    """
+    """Return the store of a configuration, built on first use."""
     images = {"train": config.images, "validation": config.validation_images}
     size = Size(images, config.grid, config.seed)
     return build("linear_gaussian", asdict(config), draw(config), size)

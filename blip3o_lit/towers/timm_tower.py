@@ -24,8 +24,6 @@ PIXEL_KEYS = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
 
 
 class TimmTower(VitTower):
-    """A ViT that timm runs."""
-
     def __init__(
         self, trunk: Any, config: TowerConfig, name: str, head: TowerHead, pixels: Pixels
     ) -> None:

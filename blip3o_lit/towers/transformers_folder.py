@@ -54,7 +54,6 @@ UNREADABLE = (
 
 
 def read_settings(source: str) -> Any:
-    """Read config.json."""
     folder = Path(source).expanduser()
     if not folder.is_dir() and (source.startswith(".") or not HUB_ID.fullmatch(source)):
         raise UserError(f"no such file or folder: {source}")

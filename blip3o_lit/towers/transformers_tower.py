@@ -89,7 +89,6 @@ def _blocks(vision: Any, name: str) -> nn.ModuleList:
 
 
 def _last_block(vision: Any, blocks: nn.ModuleList, images_B3SS: Tensor) -> Tensor:
-    """Return what the last block gives in a forward pass."""
     outputs: list[Any] = []
     hook = blocks[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:

@@ -1,7 +1,5 @@
 """What a run would cost on a number of GPUs, worked out without touching one (`plan=true`)."""
 
-from __future__ import annotations
-
 from blip3o_lit.base.units import gib, human_count, human_time
 from blip3o_lit.budget.machine import GPUS, imagined_machine
 from blip3o_lit.budget.plan import Plan, make_plan

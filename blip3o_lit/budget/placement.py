@@ -4,8 +4,6 @@
 machine that is not there and a run on one that is share one path.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from blip3o_lit.base.shape import PairShape

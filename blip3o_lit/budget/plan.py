@@ -1,7 +1,5 @@
 """What a run takes, worked out before it starts: every derived value, printed once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Who draws a translator's tokens: a decoder by name, or its training split's read-out."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from blip3o_lit.base.home import fits

@@ -1,7 +1,5 @@
 """A translator as a folder to share: config, weights, heads, read-out, solvers, a model card."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

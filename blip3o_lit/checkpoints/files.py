@@ -4,8 +4,6 @@ torch.save writes a zip archive whose every record carries a CRC-32; reading all
 the verification. A sharded checkpoint is a folder of the same name; see `sharded.py`.
 """
 
-from __future__ import annotations
-
 import errno
 import re
 import zipfile

@@ -3,8 +3,6 @@
 What is read are tensors and plain data only.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -4,8 +4,6 @@ A run directory belongs to one run. `resume=auto` looks nowhere else, and a star
 holds a run already is refused unless it goes on with that run or overwrites it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """The fitted solvers of a run or an export: `solvers.safetensors`, and whose weights it is of."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ that turns its tokens back into pixels. Only that half is built and read, from s
 Shape suffixes: B images, N tokens (CLS first where there is one), C token width, H and W pixels.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

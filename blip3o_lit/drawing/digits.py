@@ -7,8 +7,6 @@ averages of several: what generated tokens look like where they settle on no dig
 Shape suffixes: B pictures, P places, K classes, S side of a window, H and W pixels.
 """
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

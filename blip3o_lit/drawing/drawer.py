@@ -1,7 +1,5 @@
 """What draws tokens: the read-out of a training split, where it is kept, and what else can draw."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

@@ -7,8 +7,6 @@ the pixels: reduced-rank regression (Izenman 1975), not PCA, whose largest direc
 Shape suffixes: B images, N tokens, C token width, R reduced width, P patches, H and W pixels.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Drawn pictures for the eye: data URLs for a page, and one PNG of rows with their cosines."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A token store's samples as PNG files, a folder per shard beside the tokens."""
 
-from __future__ import annotations
-
 import shutil
 
 from blip3o_lit.base.progress import Report

@@ -3,8 +3,6 @@
 Shape suffixes: B pictures, S side of the tower's input, H and W pixels of a thumbnail.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 Shape suffixes: K samples, B images, N target tokens, D target width, H and W pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

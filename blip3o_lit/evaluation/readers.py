@@ -4,8 +4,6 @@ An image leaks where it is scored as held out although the run was trained on it
 the same pictures may have drawn its split anew.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

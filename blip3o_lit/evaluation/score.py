@@ -3,8 +3,6 @@
 Shape suffixes: B images, N target tokens, D target width.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 Shape suffixes: B images, M condition tokens, C condition width.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -1,7 +1,5 @@
 """From the word after `images=` to a source: folder, table, or tars."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Members of a tar whose names agree: which caption and label belong to which picture."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial

@@ -1,7 +1,5 @@
 """The file of `split.file`: which split it gives to each image of a source."""
 
-from __future__ import annotations
-
 import os
 import posixpath
 import tarfile

@@ -1,7 +1,5 @@
 """Images that a CSV or JSONL file lists, with captions, splits and labels where it has them."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Text that strangers wrote: encodings, captions of any JSON type, labels, half characters."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

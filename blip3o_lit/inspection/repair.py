@@ -1,7 +1,5 @@
 """Writes a store's index again, from the shards that are sound, and names what is lost."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

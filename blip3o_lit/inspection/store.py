@@ -3,8 +3,6 @@
 Shape suffixes: B samples, N tokens, C channels.
 """
 
-from __future__ import annotations
-
 import hashlib
 import stat
 from collections import Counter

@@ -3,8 +3,6 @@
 Shape suffixes: G groups, n vectors of a group, D and E channels, B images, K neighbours.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

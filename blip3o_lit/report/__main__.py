@@ -3,8 +3,6 @@
 python -m blip3o_lit.report DIR [--picture FILE.png | --drawings FILE.png]
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

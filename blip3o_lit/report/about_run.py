@@ -1,7 +1,5 @@
 """The sections about the run itself: training curves, configuration, machine, commands."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
 from blip3o_lit.base.words import flatten

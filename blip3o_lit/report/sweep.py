@@ -1,7 +1,5 @@
 """The page of a sweep: every run in one table, what each setting does, the best run's command."""
 
-from __future__ import annotations
-
 import csv
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Tables as plain cells: the text that is shown, and the key that a column sorts by."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ Pickles are converted first, once, into a token store beside them; an output dir
 run directory. Nothing of the seeds is imported or unpickled. `flags.py` holds the tables.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import shlex

@@ -11,8 +11,6 @@ Shapes: n samples, C channels; CLS is the first of 257 tokens.
 | COCO | `<side>_embeddings` [n, 64, 256 or 257, C] |
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,6 @@ undisturbed run.
 Shape suffixes: S samples, N tokens, C width.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

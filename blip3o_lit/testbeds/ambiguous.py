@@ -7,8 +7,6 @@ an image in the same one.
 Shapes: B batch, N tokens, C condition width, D target width, K modes.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any

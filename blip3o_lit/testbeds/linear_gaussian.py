@@ -1,7 +1,5 @@
 """The `linear_gaussian` testbed: x1 = mu + A c + B e for each token, its posterior Gaussian."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Any ViT of timm as a tower, without its classifier."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

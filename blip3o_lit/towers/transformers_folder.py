@@ -4,8 +4,6 @@ Only what transformers itself has is built: code that a repository brings is nev
 the hub is code too, and pickled weights are not read.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -5,8 +5,6 @@ From a local folder or the hub: `config.json`, `model.safetensors` (or shards of
 call hidden states differs between them.
 """
 
-from __future__ import annotations
-
 from functools import cached_property
 from typing import Any
 

@@ -5,8 +5,6 @@ it (one file, or shards with an index), a hub repository `org/name`, or one file
 `org/name/file.pt`. Only the shards that hold wanted tensors are read or downloaded.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 import re

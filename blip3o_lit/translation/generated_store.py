@@ -3,8 +3,6 @@
 A shard appears whole or not at all, so a stopped writer goes on with the first missing shard.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Shape suffixes: B pictures, N tokens, C or D token width, P embedding width, T captions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,6 +1,7 @@
 """Writing files so that no reader, and no power cut, ever sees half of one."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -47,6 +48,12 @@ def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", "utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the checksum of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path, fix: str = "remove it") -> dict[str, Any]:

@@ -6,7 +6,6 @@ from blip3o_lit.budget.plan import Plan, make_plan
 from blip3o_lit.budget.states import States, gathered_bytes, states
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
-from blip3o_lit.tokens.reading.stream import StreamReader
 
 WRITE_RATE = 1e9
 """Bytes per second at which one process is taken to write."""
@@ -18,7 +17,7 @@ def forecast(config: TrainConfig, data: TokenDataModule, steps: int) -> list[tup
     machine = imagined_machine(config.gpu, config.world or devices * config.trainer.num_nodes)
     plan = make_plan(config, data, steps, machine)
     whole = states(plan.units, plan.placement.precision, config.optimizer.name)
-    return plan.rows() + _memory(plan, whole) + _time(plan, whole.saved, stored_bytes(data))
+    return plan.rows() + _memory(plan, whole) + _time(plan, whole.saved, data.train.sample_bytes)
 
 
 def _memory(plan: Plan, whole: States) -> list[tuple[str, str]]:
@@ -72,11 +71,3 @@ def _time(plan: Plan, checkpoint_bytes: int, image_bytes: int) -> list[tuple[str
             f"({total / 3600:.2f} h, {world * total / 3600:.1f} GPU hours)",
         ),
     ]
-
-
-def stored_bytes(data: TokenDataModule) -> int:
-    """Return the bytes that the store holds of one pair of tokens."""
-    if isinstance(data.train, StreamReader):
-        return data.train.sample_bytes
-    arrays = data.train.store.index.arrays
-    return sum(arrays[name].nbytes for name in (data.train.condition, data.train.target))

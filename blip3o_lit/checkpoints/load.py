@@ -3,7 +3,6 @@
 What is read are tensors and plain data only.
 """
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from blip3o_lit.base.files import check_format
+from blip3o_lit.base.files import check_format, sha256_of
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.checkpoints.sharded import PLAIN
 from blip3o_lit.checkpoints.solvers import SOLVERS_FILE, content_hash, kept_solvers
@@ -59,9 +58,7 @@ class Loaded:
     @cached_property
     def hash(self) -> str:
         """sha256 of the weight file, or of a folder's list of checksums."""
-        file = self.file / PLAIN if self.file.is_dir() else self.file
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return sha256_of(self.file / PLAIN if self.file.is_dir() else self.file)
 
     @cached_property
     def content(self) -> str:

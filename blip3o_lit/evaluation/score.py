@@ -99,7 +99,11 @@ class Scorer:
             "worst": worst(self.reader, cosine_B),
             "examples": self._examples(cosine_B),
             "nfe_curve": self._curve(),
-            "time_bins": self._time_bins(),
+            "time_bins": time_bins(
+                self.loaded.translator,
+                self.held_out.batches(self.curve_images, "loss by time"),
+                self.config.seed,
+            ),
             "samples": self._samples(),
             "drawings": {**self.drawings.facts(), **self._picture_rows(estimators, cosine_B)},
             "swapped": self._swapped(estimators),
@@ -272,10 +276,6 @@ class Scorer:
             scores = tally.result(reference)
             points.append(point | {name: scores[name] for name in CURVE if name in scores})
         return points
-
-    def _time_bins(self) -> list[dict[str, Any]]:
-        batches = self.held_out.batches(self.curve_images, "loss by time")
-        return time_bins(self.loaded.translator, batches, self.config.seed)
 
     def _samples(self) -> dict[str, Any]:
         count, config = self.config.samples, self.config

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from blip3o_lit.base.files import write_json
 from blip3o_lit.base.home import fits
-from blip3o_lit.base.words import pasteable
+from blip3o_lit.base.words import changes, pasteable
 from blip3o_lit.cli.command import run_command
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
@@ -61,6 +61,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         whole = human_time(sum(seconds.values()))
         print(f"about {whole} on this machine, by a measured batch: {parts}")
         result = scorer.run()
+    result["ckpt"] = config.ckpt
+    result["overrides"] = list(changes(config, EvaluateConfig(config.ckpt)))
     for nfe, record in result.get("fitted_solvers", {}).items():
         print(f"fitted-{nfe}: {record['chosen']}, {record['seconds']:.0f} s to fit")
     write_json(folder / "evaluation.json", result)

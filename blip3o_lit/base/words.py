@@ -6,6 +6,8 @@ starts another one.
 
 import re
 import shlex
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,24 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def changes(config: Any, default: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the overrides that lead from `default` to `config`, two dataclasses of one type."""
+    for field in fields(config):
+        key, value = f"{prefix}{field.name}", getattr(config, field.name)
+        before = getattr(default, field.name)
+        if is_dataclass(value):
+            yield from changes(value, before, f"{key}.")
+        elif value == before:
+            continue
+        elif isinstance(value, list):
+            items = ",".join(override("", item).removeprefix("=") for item in value)
+            yield f"{key}=[{items}]"
+        elif isinstance(value, str | Path):
+            yield override(key, value)
+        else:
+            yield f"{key}={'null' if value is None else str(value).lower()}"
 
 
 def _is_number(text: str) -> bool:

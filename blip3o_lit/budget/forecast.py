@@ -49,7 +49,7 @@ def _time(plan: Plan, checkpoint_bytes: int, image_bytes: int) -> list[tuple[str
     config, world = plan.config, plan.placement.world
     gpu = GPUS[config.gpu]
     peak = gpu.low if plan.placement.precision.low else gpu.full
-    recomputed = 4 / 3 if config.model.activation_checkpointing else 1
+    recomputed = 1 + (1 - config.model.kept_activations) / 3  # of the products
     seconds = recomputed * plan.step_flops / (world * peak * config.mfu)
     images, total = config.batch_size / seconds, plan.steps * seconds
     return [

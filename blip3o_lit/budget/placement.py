@@ -7,7 +7,7 @@ machine that is not there and a run on one that is share one path.
 from dataclasses import dataclass
 
 from blip3o_lit.base.shape import PairShape
-from blip3o_lit.budget.activations import activations
+from blip3o_lit.budget.activations import Activations, activations
 from blip3o_lit.budget.machine import Machine
 from blip3o_lit.budget.states import rank_bytes, units
 from blip3o_lit.config.errors import UserError
@@ -53,11 +53,11 @@ def resolve(config: TrainConfig, shape: PairShape, machine: Machine) -> Placemen
     strategy = _strategy(config, machine, world)
     # Refuses batches that don't divide before anything is measured.
     micro_batch = batch_plan(config.batch_size, config.micro_batch_size, world).micro_batch_size
+    compiled = _compiled(config, machine)
     if config.micro_batch_size is None:
         room = machine.memory_of_process(devices) * USABLE[machine.device]
-        micro_batch = _fitting_micro_batch(
-            config, shape, machine.device, precision, strategy, world, room
-        )
+        kept = activations(config.model, config.flow, shape, precision, machine.device, compiled)
+        micro_batch = _fitting_micro_batch(config, shape, kept, precision, strategy, world, room)
     return Placement(
         device=machine.device,
         devices=devices,
@@ -66,7 +66,7 @@ def resolve(config: TrainConfig, shape: PairShape, machine: Machine) -> Placemen
         precision=precision,
         micro_batch=micro_batch,
         accumulation=config.batch_size // (world * micro_batch),
-        compiled=_compiled(config, machine),
+        compiled=compiled,
     )
 
 
@@ -142,7 +142,7 @@ def _compiled(config: TrainConfig, machine: Machine) -> bool:
 def _fitting_micro_batch(
     config: TrainConfig,
     shape: PairShape,
-    device: str,
+    kept: Activations,
     precision: Precision,
     strategy: str,
     world: int,
@@ -150,7 +150,6 @@ def _fitting_micro_batch(
 ) -> int:
     """Return the largest divisor of a process's images that fits into `room` bytes; at least 1."""
     counts = units(config.model, shape)
-    kept = activations(config.model, config.flow, shape, precision, device)
     per_process, shards = config.batch_size // world, world // config.strategy.replicas
     for micro_batch in range(per_process, 1, -1):
         if per_process % micro_batch:

@@ -12,6 +12,7 @@ from blip3o_lit.base.files import read_json, replacing, write_json
 from blip3o_lit.checkpoints.drawer import own_readout
 from blip3o_lit.checkpoints.load import CONFIG_FILE, WEIGHTS_FILE, Loaded, load
 from blip3o_lit.checkpoints.solvers import save_solvers
+from blip3o_lit.config.checks import paths_of
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.drawing.drawer import save_readout
 from blip3o_lit.tokens.store.heads import HEADS_FILE
@@ -81,9 +82,15 @@ def _shareable(loaded: Loaded) -> dict[str, Any]:
         arrays, data = TokenIndex.load(path).arrays, loaded.config.data
         pair = {"condition": arrays.get(data.condition), "target": arrays.get(data.target)}
         shared["arrays"] = {side: spec.to_dict() for side, spec in pair.items() if spec}
-    shared["tokens"]["path"] = path.name
+    for facts in (shared["tokens"], *shared["tokens"].get("stores", [])):
+        facts["path"] = Path(facts["path"]).name
     data = shared["config"]["data"]
-    data["tokens"] = Path(data["tokens"]).name if data["tokens"] else None
+    stores = paths_of("data.tokens", data["tokens"])
+    names = {Path(store).name: weight for store, weight in stores.items()}
+    if isinstance(data["tokens"], list | dict):
+        data["tokens"] = names if isinstance(data["tokens"], dict) else list(names)
+    else:
+        data["tokens"] = next(iter(names), None)
     shared["config"] |= {"resume": None, "overwrite": False}
     shared["checkpoint"] = loaded.hash
     shared["name"] = loaded.facts.get("name", loaded.folder.resolve().name)

@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from blip3o_lit.base.files import check_format
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.checkpoints import sharded as sharded_checkpoint
 from blip3o_lit.checkpoints.background import Background
 from blip3o_lit.checkpoints.in_place import (
@@ -61,28 +62,33 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         raise not_written(path, error) from error
 
 
-def is_sound(path: Path) -> bool:
+def is_sound(path: Path, rank: int = 0, world: int = 1) -> bool:
     """Whether all of a checkpoint, file or folder, reads back with its checksums.
 
-    One that can't be read (no permission, a failing disk) is a UserError: that is not damage.
+    Of several ranks each reads its share of a folder's files, the first one a file. One that can't
+    be read (no permission, a failing disk) is a UserError: that is not damage.
     """
     try:
         if not path.is_dir():
-            return _archive_is_sound(path)
+            return rank > 0 or _archive_is_sound(path)
         if not _archive_is_sound(path / sharded_checkpoint.PLAIN):
             return False
         files = read_lazily(path)["files"]
-        return all(sharded_checkpoint.measure(path / name) == files[name] for name in files)
+        own = sorted(files)[rank::world]
+        return all(sharded_checkpoint.measure(path / name) == files[name] for name in own)
     except FileNotFoundError:
         return False
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
-def check_sound(path: Path) -> None:
-    if not path.exists():
-        raise UserError(f"{path}: no such checkpoint")
-    if not is_sound(path):
+def check_sound(path: Path, ranks: FirstRank = ALONE) -> None:
+    def holds() -> bool:
+        if not path.exists():
+            raise UserError(f"{path}: no such checkpoint")
+        return is_sound(path, *ranks.share)
+
+    if not ranks.agree(holds):
         raise damaged(path)
 
 
@@ -176,15 +182,20 @@ def files_of(run_dir: Path) -> list[Path]:
         ) from error
 
 
-def newest_to_resume(run_dir: Path) -> tuple[Path | None, list[Path]]:
+def newest_to_resume(run_dir: Path, ranks: FirstRank = ALONE) -> tuple[Path | None, list[Path]]:
     """Return a run's newest sound checkpoint, and the damaged ones passed over.
 
     Never best.ckpt: a run goes on from where it was, not from where it was best.
     """
-    files = [path for path in files_of(run_dir) if path.name != "best.ckpt"]
+
+    def newest_first() -> list[str]:
+        files = [path for path in files_of(run_dir) if path.name != "best.ckpt"]
+        files.sort(key=lambda file: (file.stat().st_mtime, step_of(file)), reverse=True)
+        return [str(path) for path in files]
+
     passed_over = []
-    for path in sorted(files, key=lambda file: (file.stat().st_mtime, step_of(file)), reverse=True):
-        if is_sound(path):
+    for path in map(Path, ranks.finds(newest_first)):
+        if ranks.agree(lambda path=path: is_sound(path, *ranks.share)):
             return path, passed_over
         passed_over.append(path)
     return None, passed_over

@@ -63,7 +63,7 @@ class Loaded:
     @cached_property
     def content(self) -> str:
         """sha256 of the weights as stored and of the flow, the same in a run and its export."""
-        return content_hash(self.config.flow, _read(self.file)[1])
+        return content_hash(self.config.flow, read_weights(self.file)[1])
 
     @property
     def folder(self) -> Path:
@@ -114,7 +114,7 @@ def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool
             products get the format that they are used in.
     """
     file = find_weights(source)
-    facts, state = _read(file)
+    facts, state = read_weights(file)
     try:
         config = OmegaConf.to_object(
             OmegaConf.merge(OmegaConf.structured(TrainConfig), facts["config"])
@@ -152,7 +152,8 @@ def _translator(config: TrainConfig, shape: PairShape, device: str | torch.devic
     return Translator(*parts, autocast=autocast)  # type: ignore[arg-type]
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_weights(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what is known about a translator, and its state dict: that of its averaged weights."""
     return _read_export(file) if file.suffix == ".safetensors" else _read_checkpoint(file)
 
 

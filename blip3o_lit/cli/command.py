@@ -35,16 +35,29 @@ RANKED = ("train", "extract")
 """Commands that several processes may run together."""
 
 
-def run_command(name: str, schema: type[Config], task: Callable[[Config], Any], kept: Kept) -> None:
+def run_command(
+    name: str,
+    schema: type[Config],
+    task: Callable[[Config], Any],
+    kept: Kept,
+    check: Callable[[Config], None] | None = None,
+) -> None:
     """Run one command: parse `sys.argv`, compose `conf/<name>.yaml`, call `task`.
 
-    `kept` is what to say after Ctrl-C: what is kept, and how to go on.
+    `kept` is what to say after Ctrl-C: what is kept, and how to go on. `check` refuses what a
+    dataclass can't see, before anything is made.
     """
     with interruptible(kept):
-        _run(name, schema, task, kept)
+        _run(name, schema, task, kept, check)
 
 
-def _run(name: str, schema: type[Config], task: Callable[[Config], Any], kept: Kept) -> None:
+def _run(
+    name: str,
+    schema: type[Config],
+    task: Callable[[Config], Any],
+    kept: Kept,
+    check: Callable[[Config], None] | None,
+) -> None:
     from hydra import main as hydra_main
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -70,7 +83,7 @@ def _run(name: str, schema: type[Config], task: Callable[[Config], Any], kept: K
         if arguments.help:
             _show_help(name, arguments.overrides)
             return
-        check_arguments(name, schema, arguments)
+        check_arguments(name, schema, arguments, check)
         hydra_main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
     except UserError as error:
         fail(str(error), error.code)

@@ -1,8 +1,9 @@
 """The schema of the evaluate command."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from blip3o_lit.config.checks import above_zero, check_fields, choice
+from blip3o_lit.config.checks import above_zero, check_fields, choice, several
 from blip3o_lit.config.errors import UserError
 
 BASELINE_SETS = {
@@ -16,8 +17,11 @@ BASELINE_SETS = {
 class EvaluateDataConfig:
     """Where the held-out tokens come from."""
 
-    tokens: str | None = None
-    """A token store; null: the one that the run was trained on."""
+    tokens: Any = several(None)
+    """A token store, or several as in `train`; null: what the run was trained on."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.")
 
 
 @dataclass

@@ -64,6 +64,9 @@ class FlowConfig:
     """Scale the output by the running ratio of target to output norm; undone in sampling."""
     adaptive_noise: bool = False
     """Noise of the target's own size: 0.3 root mean square + 0.7 std, running averages."""
+    pairs: float = between(0.0, 0.0, 0.9)
+    """Share of training draws that are pairs of times t < s and train the map from t to s by two
+    half steps, for solver=map; the other shares are of the rest. 0: the network has no map."""
     condition_dropout: float = between(0.0, 0.0, 1.0)
     """Share of samples trained without their condition, which solver.guidance_scale needs."""
 
@@ -77,6 +80,12 @@ class FlowConfig:
             raise UserError(
                 f"flow.path={self.path} flow.prediction={self.prediction} says nothing about x1 at "
                 "t = 0: set flow.time_zero_share=0 or flow.prediction=sample"
+            )
+
+        if self.pairs > 0 and self.prediction != "sample":
+            raise UserError(
+                f"flow.pairs={self.pairs:g} trains maps of flow.prediction=sample: set that, not "
+                f"{self.prediction}"
             )
 
     @property

@@ -48,6 +48,10 @@ class ModelConfig:
     """rope: 2-D rotary embedding; learned: a vector added to each token; none."""
     time: str = choice("adaln", ("adaln", "tokens"))
     """Where time and pooled condition enter: adaln modulates each block; tokens adds once."""
+    time_scale: float = above_zero(1000.0)
+    """The time embedding is of time_scale * t: what is below 100 changes slowly with t."""
+    second_time: bool = False
+    """The network also takes the time s that a map ends at; flow.pairs above 0 turns it on."""
     mlp: str = choice("swiglu", ("swiglu", "gelu"))
     """Feed-forward: swiglu or gelu."""
     norm: str = choice("rms", ("rms", "layer"))
@@ -64,6 +68,9 @@ class ModelConfig:
     """Layers of a deep adapter on the condition, with a gated shortcut; 0: one linear map."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
+    activation_budget: float = between(1.0, 0.0, 1.0)
+    """Share of a block's activations to keep; the rest is recomputed. The compiler chooses which;
+    eager, attention's are kept and this share of the products'. 0: activation_checkpointing."""
     compile: str = choice("auto", ("auto", "true", "false"))
     """Compile each block in place with torch.compile; auto: on CUDA GPUs."""
 
@@ -76,6 +83,11 @@ class ModelConfig:
         self._check_heads()
         if self.architecture == "nextdit":
             self._check_nextdit()
+
+    @property
+    def kept_activations(self) -> float:
+        """`activation_budget`, by either of the two keys."""
+        return 0.0 if self.activation_checkpointing else self.activation_budget
 
     def _check_heads(self) -> None:
         """Check that width, heads and kv_heads divide each other."""

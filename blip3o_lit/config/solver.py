@@ -7,7 +7,7 @@ from blip3o_lit.config.checks import above_zero, check_fields, choice, not_negat
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.flow import FlowConfig
 
-SOLVERS = ("mean", "euler", "midpoint", "heun", "rk4", "ab2", "dopri5", "fitted")
+SOLVERS = ("mean", "euler", "midpoint", "heun", "rk4", "ab2", "dopri5", "map", "fitted")
 AB2_SHIFT = 0.4
 """Its best grid for few steps, by the worst error over Gaussian targets."""
 
@@ -20,8 +20,8 @@ class SolverConfig:
     """An estimator: the posterior mean in one evaluation, or an ODE solver that draws a sample."""
 
     name: str = choice("mean", SOLVERS)
-    """mean (1 evaluation); euler, midpoint, heun, rk4, ab2 with fixed steps; adaptive dopri5; or
-    fitted, what an evaluation fitted to the trained flow."""
+    """mean (1 evaluation); euler, midpoint, heun, rk4, ab2 with fixed steps; adaptive dopri5; map,
+    steps of the map that flow.pairs trains; or fitted, what an evaluation fitted to the flow."""
     steps: int = above_zero(10)
     """Steps of a fixed-step solver."""
     nfe: int = above_zero(4)
@@ -52,9 +52,11 @@ class SolverConfig:
 
     @classmethod
     def named(cls, name: str, **options: Any) -> Self:
-        """Return a solver on its own grid, as its file in conf/solver has it."""
-        grid = {"grid": "shift", "shift": AB2_SHIFT} if name == "ab2" else {}
-        return cls(name=name, **(grid | options))
+        """Return a solver as its file in conf/solver has it."""
+        own: dict[str, Any] = {"grid": "shift", "shift": AB2_SHIFT} if name == "ab2" else {}
+        if name == "map":
+            own["steps"] = 1
+        return cls(name=name, **(own | options))
 
     @property
     def label(self) -> str:
@@ -71,7 +73,7 @@ def needs_later_start(flow: FlowConfig, solver: SolverConfig) -> bool:
 
     A noise output has no velocity there (alpha = 0); ab2 needs the estimate of x1.
     """
-    if solver.name in ("mean", "fitted"):
+    if solver.name in ("mean", "map", "fitted"):
         return False
     return flow.prediction == "noise" or (solver.name == "ab2" and not flow.has_mean)
 
@@ -83,6 +85,11 @@ def check_solver(flow: FlowConfig, solver: SolverConfig) -> None:
         raise UserError(
             f"solver=mean {outputs}: at t = 0 this output says nothing about x1: use "
             "flow.prediction=sample, or an ODE solver (solver=heun solver.start=0.2)"
+        )
+    if solver.name == "map" and flow.pairs == 0:
+        raise UserError(
+            "solver=map needs a network that was trained with flow.pairs above 0: take an ODE "
+            "solver (solver=heun), or train one (flow.pairs=0.5, from this run by init_from=RUN)"
         )
     if needs_later_start(flow, solver) and solver.start == 0:
         raise UserError(

@@ -1,15 +1,18 @@
 """The schema of the train command: one field per group, and the keys that belong to no group."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from blip3o_lit.config.checks import above_zero, check_fields
+from blip3o_lit.config.checks import above_zero, check_fields, choice
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.extract import SplitConfig
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.config.solver import SolverConfig, check_solver
+from blip3o_lit.config.towers import PixelsConfig, TowersConfig
 from blip3o_lit.config.trainer import (
     CheckpointConfig,
     EvaluationConfig,
@@ -30,6 +33,12 @@ class TrainConfig:
     """View of the stored tokens."""
     data: DataConfig = field(default_factory=DataConfig)
     """Token store and reader."""
+    towers: TowersConfig = field(default_factory=TowersConfig)
+    """data=images: the pair of encoders."""
+    pixels: PixelsConfig = field(default_factory=PixelsConfig)
+    """data=images: how pictures become pixels."""
+    split: SplitConfig = field(default_factory=SplitConfig)
+    """data=images: which images are held out."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """Path, network output, times, loss."""
     solver: SolverConfig = field(default_factory=SolverConfig)
@@ -48,6 +57,8 @@ class TrainConfig:
     """Checkpoints."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     """Loggers beside metrics.csv."""
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """Callbacks of Lightning's or your own by name: a `_target_` and its arguments each."""
     seed: int = 0
     """Seed of weights, data order, noise and times."""
     batch_size: int = above_zero(32)
@@ -56,6 +67,13 @@ class TrainConfig:
     """Images of one forward pass of one process; accumulation is derived. null: chosen to fit."""
     resume: str | None = None
     """auto: go on with the run of this run directory; or the checkpoint or run to go on from."""
+    init_from: str | None = None
+    """Begin a new run with the averaged weights of a run, checkpoint or export, name by name; a
+    second time's embedding is left at its zero start. Not read where a checkpoint is resumed."""
+    init_strict: bool = True
+    """false: parts that are missing there, or have another size, stay at their start values."""
+    init_statistics: str = choice("kept", ("kept", "new"))
+    """Token scales with init_from: kept, those of its weights, or new, of this run's tokens."""
     overwrite: bool = False
     """Start afresh in a run directory that holds a run, whose files are removed."""
     dry_run: bool = False
@@ -68,6 +86,8 @@ class TrainConfig:
     """plan: the kind of GPU: H200, H100, A100, L40S, RTX 4090, or one of `budget/machine.py`."""
     mfu: float = above_zero(0.4)
     """plan: the share of the GPU's peak that training is taken to reach."""
+    disk: float | None = above_zero(None)
+    """plan of data=images: GB that a token store may take; null: what is free here."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -75,6 +95,12 @@ class TrainConfig:
             raise UserError(
                 f"overwrite=true starts afresh, resume={self.resume} goes on: give one of them"
             )
+        if self.init_from is not None and self.resume not in (None, "auto"):
+            raise UserError(
+                f"init_from={self.init_from} begins a run, resume={self.resume} goes on with one: "
+                "give one of them"
+            )
+        self.model.second_time |= self.flow.pairs > 0
         check_solver(self.flow, self.solver)
         if self.solver.name == "fitted":
             raise UserError("solver=fitted is fitted after training: give another one to train")

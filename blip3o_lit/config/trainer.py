@@ -1,11 +1,38 @@
 """Groups of one run: its length and devices, number format, validation, checkpoints, loggers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from blip3o_lit.config.checks import above_zero, check_fields, choice
 from blip3o_lit.config.errors import UserError
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "bf16_true", "fp16")
+INSTEAD = {
+    "accelerator": "trainer.accelerator",
+    "strategy": "strategy=ddp",
+    "devices": "trainer.devices",
+    "num_nodes": "trainer.num_nodes",
+    "precision": "precision=bf16",
+    "logger": "logger=[csv,wandb]",
+    "callbacks": "+callbacks.NAME._target_=PACKAGE.CLASS",
+    "max_epochs": "trainer.max_epochs",
+    "max_steps": "trainer.max_steps",
+    "val_check_interval": "evaluation.every",
+    "check_val_every_n_epoch": "evaluation.every",
+    "num_sanity_val_steps": "dry_run=true",
+    "log_every_n_steps": "trainer.log_every",
+    "enable_checkpointing": "checkpoint.every",
+    "enable_progress_bar": "trainer.log_every",
+    "enable_model_summary": "callbacks=model_summary",
+    "accumulate_grad_batches": "micro_batch_size",
+    "gradient_clip_val": "optimizer.clip_norm",
+    "gradient_clip_algorithm": "optimizer.clip_norm",
+    "deterministic": "trainer.deterministic",
+    "use_distributed_sampler": "batch_size",
+    "plugins": "precision=bf16 or strategy=ddp",
+    "default_root_dir": "hydra.run.dir",
+}
+"""What this project sets itself of Lightning's Trainer, and the key that decides it."""
 
 
 @dataclass
@@ -30,6 +57,10 @@ class TrainerConfig:
     """Only kernels that give the same bits each time; slower, and an error where there is none."""
     profile: list[int] | None = None
     """First and last step that rank 0 traces into `profile/` of the run; on CUDA memory too."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of Lightning's Trainer, as trainer.extra.limit_train_batches=3."""
+    memory_history: bool = False
+    """Note on CUDA which line allocates what, for the snapshot that is written on out of memory."""
 
     def __post_init__(self) -> None:
         check_fields(self, "trainer.")
@@ -38,6 +69,11 @@ class TrainerConfig:
         steps = self.profile
         if steps is not None and (len(steps) != 2 or not 0 < steps[0] <= steps[1]):
             raise UserError(f"trainer.profile={steps} must be two steps, as [10,12]")
+        for name in self.extra:
+            if name in INSTEAD:
+                raise UserError(
+                    f"trainer.extra.{name} is set by this project itself: use {INSTEAD[name]}"
+                )
 
 
 @dataclass
@@ -121,3 +157,5 @@ class LoggerConfig:
     """Run name at Weights & Biases."""
     wandb_offline: bool = False
     """Write the W&B run to disk only; WANDB_MODE=offline does the same."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Loggers of your own by name, as logger.NAME._target_=PACKAGE.CLASS logger.NAME.ARGUMENT=1."""

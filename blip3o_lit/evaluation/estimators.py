@@ -13,6 +13,7 @@ from torch import Tensor
 from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.solver import SolverConfig, check_solver, needs_later_start
 from blip3o_lit.testbeds.law import PROBLEM, Problem
+from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -39,6 +40,7 @@ def generated(loaded: Loaded, solver: SolverConfig, seed: int) -> Estimator:
 def known_problem(reader: TokenReader) -> Problem | None:
     """Return the law of the tokens where the store was drawn from a known one."""
     plain = reader.mode.name == "patch_only" and reader.condition == "eva"
+    plain &= not isinstance(reader, MixedReader)  # each of its stores has a law of its own
     path = Path(reader.store.path)
     return Problem.load(path) if plain and (path / PROBLEM).is_file() else None
 

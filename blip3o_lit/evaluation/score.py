@@ -25,6 +25,7 @@ from blip3o_lit.evaluation.solver_fits import fit_solvers, missing_budgets
 from blip3o_lit.evaluation.tally import Reference, Tally, feed
 from blip3o_lit.evaluation.verdict import check_finite, standing, verdict, verdict_note
 from blip3o_lit.report.record import FORMAT
+from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 CURVE = ("cosine", "cosine_centred", "mse", "frechet", "norm_ratio", "seconds_per_image")
@@ -94,6 +95,7 @@ class Scorer:
             "estimators": self._scores(estimators, reference, solver_reference),
             "baselines": self._scores(baselines, reference),
             "frechet_floor": reference.floor(),
+            "stores": self._stores({**estimators, **baselines}),
             "retrieval": self.image_text.retrieval(),
             "zero_shot": self.image_text.zero_shot(),
             "worst": worst(self.reader, cosine_B),
@@ -217,6 +219,21 @@ class Scorer:
             "step": facts["step"],
             "seed": self.config.seed,
         }
+
+    def _stores(self, tallies: Tallies) -> dict[str, Any]:
+        """Return the mean cosine of each store's own images; empty with one store."""
+        if not isinstance(self.reader, MixedReader):
+            return {}
+        store_B = self.reader.numbers(np.arange(self.images))
+        found: dict[str, Any] = {}
+        for number, name in enumerate(self.reader.names):
+            found[name] = {"images": int((store_B == number).sum()), "cosine": {}}
+            for estimator, tally in tallies.items():
+                cosine_B = tally.image_cosine()
+                own_B = cosine_B[store_B[: len(cosine_B)] == number]
+                if len(own_B):
+                    found[name]["cosine"][estimator] = float(own_B.mean())
+        return found
 
     def _scores(
         self, tallies: Tallies, reference: Reference, solver_reference: Reference | None = None

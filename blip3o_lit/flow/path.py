@@ -99,6 +99,15 @@ class Path:
         x1_BND = (x_BND - self.sigma(t) * out_BND) / self.alpha(t)
         return self.d_alpha(t) * x1_BND + self.d_sigma(t) * out_BND
 
+    def step(self, x_BND: Tensor, x1_BND: Tensor, t_B: Tensor, s_B: Tensor) -> Tensor:
+        """Return x_s from x_t where the estimate of x1 stays the same between t and s.
+
+        x / sigma moves by the estimate alone, so that this is exact in the noise. sigma(t) > 0.
+        """
+        t, s = over(t_B, x_BND), over(s_B, x_BND)
+        shrink = self.sigma(s) / self.sigma(t)
+        return torch.addcmul(shrink * x_BND, self.alpha(s) - self.alpha(t) * shrink, x1_BND)
+
     def gain(self, prediction: str, wanted: str, t_B: Tensor) -> Tensor:
         """Return by how much an error of the output is enlarged in `wanted` (velocity or sample).
 

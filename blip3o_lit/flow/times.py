@@ -40,12 +40,17 @@ def training_times(uniforms_B2: Tensor, config: FlowConfig) -> Tensor:
     Returns:
         float32 times [B]; but for the share at t = 0 strictly between 0 and 1.
     """
-    u = uniforms_B2[:, 0].double()
+    t = distributed(uniforms_B2[:, 0], config)
+    return torch.where(uniforms_B2[:, 1] < config.time_zero_share, 0.0, t).float()
+
+
+def distributed(uniforms_B: Tensor, config: FlowConfig) -> Tensor:
+    """Return float64 times of the configured distribution, strictly between 0 and 1."""
+    u = uniforms_B.double()
     if config.time == "logit_normal":
         t = torch.sigmoid(config.time_mean + config.time_std * torch.special.ndtri(u))
     elif config.time == "u_shaped":
         t = torch.sin(math.pi / 2 * u).square()
     else:
         t = u
-    t = shifted(t, config.time_shift).clamp(EDGE, 1 - EDGE)
-    return torch.where(uniforms_B2[:, 1] < config.time_zero_share, 0.0, t).float()
+    return shifted(t, config.time_shift).clamp(EDGE, 1 - EDGE)

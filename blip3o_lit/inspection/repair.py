@@ -21,7 +21,7 @@ from blip3o_lit.tokens.store.mapped_shard import map_tar, scan
 from blip3o_lit.tokens.store.shards import pack_offsets
 from blip3o_lit.tokens.views import GRID_64
 
-SHARD = re.compile(r"([A-Za-z0-9_-]+)-(\d{6})\.tar")
+SHARD = re.compile(r"([A-Za-z0-9_-]+)-(\d{6,})\.tar")
 STORAGES = {npy_type: name for name, npy_type in STORED.items()}
 
 

@@ -21,7 +21,7 @@ from blip3o_lit.inspection.finding import Finding
 from blip3o_lit.inspection.numbers import ArrayNumbers
 from blip3o_lit.tokens.classes import Classes
 from blip3o_lit.tokens.store.heads import HEADS_FILE, Head
-from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex, repair_command
+from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex, repair_command
 from blip3o_lit.tokens.store.int8 import dequantise, load_scales, scale_array
 from blip3o_lit.tokens.store.mapped_shard import Shard
 from blip3o_lit.tokens.store.shards import unpack_offsets
@@ -40,8 +40,7 @@ class Inspection:
         self.findings: list[Finding] = []
         specs = self.index.arrays
         self.numbers = {n: ArrayNumbers(spec) for n, spec in specs.items() if spec.kind != "scale"}
-        tokens = [name for name, spec in specs.items() if spec.kind == "tokens"]
-        self.condition = "eva" if "eva" in tokens else next(iter(tokens), "")
+        self.condition = condition_of(self.index)
         self.samples = self.captions = 0
         self._problems: Counter[str] = Counter()
         self._keys: dict[bytes, str] = {}
@@ -139,21 +138,20 @@ class Inspection:
                 says = f"sample {key} in {file}: {name} holds NaN or infinity"
                 self.note("fail", "numbers", says, "extract it again")
             if name == self.condition:
-                self.content(stored[int(spec.cls) :], key, file, split)
+                self.content(content_mark(shard, name, spec, sample), key, file, split)
         return sound
 
-    def content(self, patches: np.ndarray, key: str, file: str, split: str) -> None:
+    def content(self, mark: bytes, key: str, file: str, split: str) -> None:
         here = f"{key} in {file}"
-        mark = digest(np.ascontiguousarray(patches).data)
         other_split, place = self._contents.setdefault(mark, (split, here))
         if place == here:
             return
         if other_split != split:
             says = f"{place} ({other_split}) and {here} ({split}) hold the same tokens"
-            self.note("fail", "split leakage", says, "extract or convert again: splits by content")
+            self.note("fail", "split leakage", says, "deduplicate=true takes the training one out")
         else:
             says = f"{place} and {here} hold the same tokens"
-            self.note("warn", "duplicate content", says, "drop one of them")
+            self.note("warn", "duplicate content", says, "deduplicate=true drops one of them")
 
     def conclude(self) -> None:
         """Add the findings that need all samples."""
@@ -218,6 +216,18 @@ class Inspection:
                 cost = "not recorded" if spec.cosine is None else f"{spec.cosine:.6f}"
                 says = f"int8 with {spec.scale} scales, mean cosine to the true tokens {cost}"
                 yield Finding("ok", f"storage of {name}", says)
+
+
+def condition_of(index: TokenIndex) -> str:
+    """Return the array whose patches tell samples apart; empty without tokens."""
+    tokens = [name for name, spec in index.arrays.items() if spec.kind == "tokens"]
+    return "eva" if "eva" in tokens else next(iter(tokens), "")
+
+
+def content_mark(shard: Shard, name: str, spec: ArraySpec, sample: int) -> bytes:
+    """Return the hash of a sample's stored patches."""
+    patches = shard.stored(name, spec, sample)[int(spec.cls) :]
+    return digest(np.ascontiguousarray(patches).data)
 
 
 def shard_problem(folder: Path, entry: ShardEntry) -> str:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from blip3o_lit.base.files import check_format, read_json
-from blip3o_lit.base.words import pasteable
+from blip3o_lit.base.words import override
 from blip3o_lit.config.errors import UserError
 
 FORMAT = 1
@@ -75,11 +75,13 @@ class RunRecord:
 
     @property
     def evaluate_command(self) -> str:
-        """The shell command that evaluates this run's best checkpoint."""
+        """The shell command of the evaluation; before there is one, of the best checkpoint's."""
         folder = self.path / "checkpoints"
         files = [folder / "best.ckpt", *sorted(folder.glob("*.ckpt"), reverse=True)]
         checkpoint = next((file for file in files if file.exists()), files[0])
-        return f"python -m blip3o_lit.evaluate {pasteable('ckpt', checkpoint)} baselines=all"
+        words = self.evaluation.get("overrides", ["baselines=all"])
+        ckpt = self.evaluation.get("ckpt", checkpoint)
+        return shlex.join(["python", "-m", "blip3o_lit.evaluate", override("ckpt", ckpt), *words])
 
     def curve(self, name: str) -> Curve:
         """Return a training curve by its short name, thinned to `ROWS` points by local means.

@@ -90,6 +90,7 @@ def _gloo_for_nccl():
 
 if __name__ == "__main__":
     torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cudnn.enabled = False
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _gloo_for_nccl()
     sys.modules["on_shim"] = sys.modules["__main__"]

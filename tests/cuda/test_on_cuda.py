@@ -39,6 +39,11 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found(on_cuda("places.py", tmp_path_factory.mktemp("places"), devices=8))
 
 
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found(on_cuda("commands.py", tmp_path_factory.mktemp("commands"), **NEW))
+
+
 @pytest.mark.parametrize("name", SINGLE)
 def test_a_whole_run_saves_and_waits_for_nothing_inside_a_step(
     single: dict[str, Any], name: str
@@ -80,6 +85,20 @@ def test_ranks_wait_for_nothing_inside_a_step(ranks: dict[str, Any], name: str) 
     assert waits == []
 
 
+def test_every_command_ends(commands: dict[str, Any]) -> None:
+    """Each on what the one before left; `train` with `precision=auto`."""
+    assert [name for name, said in commands.items() if said["kernels"] > 0] == [
+        *("extract", "train", "generate", "evaluate")
+    ]
+
+
+def test_extraction_waits_once_a_batch(commands: dict[str, Any]) -> None:
+    """For three batches; the towers' own way to the device left out."""
+    waits = commands["extract"]["waits"].items()
+    inside = [count for place, count in waits if "blip3o_lit/towers/" not in place]
+    assert inside == [3]
+
+
 def test_plain_command_lines_take_eight_devices(places: dict[str, Any]) -> None:
     """Strategy, processes, and the micro-batch of a global batch of 64."""
     assert places["layouts"] == {
@@ -95,6 +114,18 @@ def test_extraction_guards_its_copies_on_their_own_device(places: dict[str, Any]
     """On device 3, from a thread whose current device is 0."""
     assert set(places["extraction"]["copy_on"]) == {3}
     assert set(places["extraction"]["event_record"]) == {3}
+
+
+def test_extraction_takes_the_device_of_its_task(places: dict[str, Any]) -> None:
+    """Of srun's fifth on a machine, of torchrun's third, of a process alone."""
+    assert places["tasks"] == ["cuda:5", "cuda:3", "cuda:0"]
+
+
+def test_a_snapshot_is_left_where_memory_runs_out(places: dict[str, Any]) -> None:
+    said, files = places["out of memory"]
+    assert "with micro_batch_size=32: try micro_batch_size=16" in said
+    assert "out-of-memory-0.pickle shows what held it" in said
+    assert files["out-of-memory-0.pickle"] > 1000
 
 
 def test_planned_activations_are_those_of_the_cuda_allocator() -> None:

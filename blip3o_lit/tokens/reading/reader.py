@@ -198,6 +198,10 @@ class TokenReader(PairReader):
         self.shard_sizes = sizes[used]
         self._shard_numbers, self._first_ids = np.array(numbers)[used], starts[used]
 
+    def viewed(self, condition: str, target: str, mode: ModeConfig) -> TokenReader:
+        """Return another view of the same split, all of it."""
+        return TokenReader(self.store, self.split, condition, target, mode)
+
     def _locate(self, ids: np.ndarray) -> list[Place]:
         ids = np.asarray(ids, np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < len(self):

@@ -1,7 +1,5 @@
 """Diffusion transformers that translate EVA-CLIP image tokens into CLIP tokens by flow matching."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"

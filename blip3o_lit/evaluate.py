@@ -137,7 +137,6 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Entry point of `blip3o-evaluate`."""
     run_command("evaluate", EvaluateConfig, evaluate, KEPT)
 
 

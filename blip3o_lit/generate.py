@@ -177,7 +177,6 @@ def _spec(loaded: Loaded, store: TokenStore, settings: dict[str, Any]) -> ArrayS
 
 
 def main() -> None:
-    """Entry point of `blip3o-generate`."""
     run_command("generate", GenerateConfig, run, SHARDS_KEPT)
 
 

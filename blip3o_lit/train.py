@@ -72,7 +72,6 @@ def _kept() -> str:
 
 
 def main() -> None:
-    """Entry point of `blip3o-train`."""
     run_command("train", TrainConfig, train, _kept, check_parts)
 
 

@@ -39,6 +39,17 @@ def pasteable(key: str, value: str | Path) -> str:
     return shlex.quote(override(key, value))
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested dict as one level, keys joined with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def changes(config: Any, default: Any, prefix: str = "") -> Iterator[str]:
     """Yield the overrides that lead from `default` to `config`, two dataclasses of one type."""
     for field in fields(config):

@@ -4,8 +4,6 @@ A rehearsal runs the real network and loss and follows every storage from its bi
 so it knows what each architecture and precision keeps.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """What a run would cost on a number of GPUs, worked out without touching one (`plan=true`)."""
 
-from __future__ import annotations
-
 from blip3o_lit.base.units import gib, human_count, human_time
 from blip3o_lit.budget.machine import GPUS, imagined_machine
 from blip3o_lit.budget.pictures import picture_rows, two_ways
@@ -29,7 +27,6 @@ def forecast(config: TrainConfig, data: TokenDataModule, steps: int) -> list[tup
 
 
 def _memory(plan: Plan, whole: States) -> list[tuple[str, str]]:
-    """Return the bytes of the states, and of a process under each strategy."""
     rows = [
         (
             "bytes of states",

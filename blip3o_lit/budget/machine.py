@@ -1,7 +1,5 @@
 """The machine that a run is laid out on: this one, or one imagined for `plan=true`."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

@@ -4,8 +4,6 @@
 machine that is not there and a run on one that is share one path.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from blip3o_lit.base.shape import PairShape
@@ -48,11 +46,7 @@ class Placement:
 
 
 def resolve(config: TrainConfig, shape: PairShape, machine: Machine) -> Placement:
-    """Decide the layout of a run.
-
-    Raises:
-        UserError: Naming the override that the machine or the other overrides rule out.
-    """
+    """Decide the layout of a run."""
     precision = _precision(config, machine)
     devices, nodes = _processes(config, machine)
     world = devices * nodes

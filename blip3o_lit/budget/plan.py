@@ -1,7 +1,5 @@
 """What a run takes, worked out before it starts: every derived value, printed once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,7 +64,6 @@ class Plan:
         return passes * self.units.forward_flops * self.config.batch_size
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return the plan as labelled lines."""
         condition, target = self.shape.condition, self.shape.target
         place, batch, steps = self.placement, self.config.batch_size, self.steps
         return [

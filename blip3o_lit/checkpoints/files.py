@@ -4,8 +4,6 @@ torch.save writes a zip archive whose every record carries a CRC-32; reading all
 the verification. A sharded checkpoint is a folder of the same name; see `sharded.py`.
 """
 
-from __future__ import annotations
-
 import errno
 import re
 import zipfile
@@ -49,7 +47,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load a checkpoint of either kind, whole, onto the CPU."""
         return _whole(Path(path))
 
 
@@ -162,7 +159,6 @@ def _read(path: Path, mapped: bool) -> dict[str, Any]:
 
 
 def _whole(path: Path, prefix: str = "") -> dict[str, Any]:
-    """Return a checkpoint of either kind with its tensors."""
     checkpoint = _read(path, mapped=False)
     return sharded_checkpoint.read(path, checkpoint, prefix) if path.is_dir() else checkpoint
 

@@ -3,9 +3,6 @@
 What is read are tensors and plain data only.
 """
 
-from __future__ import annotations
-
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -20,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from blip3o_lit.base.files import check_format
+from blip3o_lit.base.files import check_format, sha256_of
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.checkpoints.sharded import PLAIN
 from blip3o_lit.checkpoints.solvers import SOLVERS_FILE, content_hash, kept_solvers
@@ -65,9 +62,7 @@ class Loaded:
     @cached_property
     def hash(self) -> str:
         """sha256 of the weight file, or of a folder's list of checksums."""
-        file = self.file / PLAIN if self.file.is_dir() else self.file
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return sha256_of(self.file / PLAIN if self.file.is_dir() else self.file)
 
     @cached_property
     def content(self) -> str:
@@ -156,7 +151,6 @@ def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool
 
 
 def _translator(config: TrainConfig, shape: PairShape, device: str | torch.device) -> Translator:
-    """Return a translator of a config, its weights as the initialisation leaves them."""
     parts: list[nn.Module] = [build_network(config.model, shape), FlowObjective(config.flow)]
     parts += [Standardizer.identity(shape.condition), Standardizer.identity(shape.target)]
     autocast = PRECISIONS[config.precision.name].inference(device)

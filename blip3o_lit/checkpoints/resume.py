@@ -4,8 +4,6 @@ A run directory belongs to one run. `resume=auto` looks nowhere else, and a star
 holds a run already is refused unless it goes on with that run or overwrites it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -16,8 +14,10 @@ from typing import Any
 
 import yaml
 
+from blip3o_lit.base.files import read_json
 from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.secrets import masked
+from blip3o_lit.base.words import flatten
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.metrics_csv import read_rows
 from blip3o_lit.config.errors import UserError
@@ -168,7 +168,8 @@ def changed(config: TrainConfig, saved: dict[str, Any]) -> list[tuple[str, Any, 
     A key that it is older than has its default there.
     """
     now, then, defaults = (
-        _flat(essential(part)) for part in (masked(asdict(config)), saved, asdict(TrainConfig()))
+        {key: value for key, value in flatten(essential(part)).items() if value != {}}
+        for part in (masked(asdict(config)), saved, asdict(TrainConfig()))
     )
     then = {key: value for key, value in defaults.items() if key in now} | then
     keys = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
@@ -231,28 +232,9 @@ def finished_result(
                 "a larger trainer.max_steps"
             )
         return None
-    result = _json(run_dir / "result.json")
+    result = read_json(run_dir / "result.json")
     if not result.get("finished") or step < result["step"]:
         return None  # stopped, or an earlier checkpoint by its name
     # A run that stopped early is finished for the same configuration only.
-    same = _json(run_dir / "environment.json").get("config_hash") == config_hash(config)
+    same = read_json(run_dir / "environment.json").get("config_hash") == config_hash(config)
     return result if same or result["step"] >= steps else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: remove it") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as dotted keys."""
-    out = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
-    return out

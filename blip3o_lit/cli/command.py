@@ -44,12 +44,8 @@ def run_command(
 ) -> None:
     """Run one command: parse `sys.argv`, compose `conf/<name>.yaml`, call `task`.
 
-    Args:
-        name: The command's word; its defaults stand in `conf/<name>.yaml`.
-        schema: The dataclass that types and checks the composed config.
-        task: The command itself.
-        kept: What to say after Ctrl-C: what is kept, and how to go on.
-        check: Refuses what a dataclass can't see, before anything is made.
+    `kept` is what to say after Ctrl-C: what is kept, and how to go on. `check` refuses what a
+    dataclass can't see, before anything is made.
     """
     with interruptible(kept):
         _run(name, schema, task, kept, check)
@@ -163,7 +159,6 @@ def composed(
 
 
 def _register(name: str, schema: type[Any]) -> None:
-    """Tell Hydra of a command's schema, and OmegaConf how runs are named."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 

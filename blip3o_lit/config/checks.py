@@ -50,12 +50,7 @@ def paths_of(key: str, value: Any) -> dict[str, float | None]:
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
-    """Raise a UserError for the first field that has a value it does not take.
-
-    Args:
-        config: A dataclass.
-        prefix: What stands before its fields in an override, for example `flow.`.
-    """
+    """Refuse a config's first wrong value; `prefix` stands before its fields, such as `flow.`."""
     for item in fields(config):
         check = item.metadata.get("check")
         if check is not None:

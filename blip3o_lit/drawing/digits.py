@@ -7,8 +7,6 @@ averages of several: what generated tokens look like where they settle on no dig
 Shape suffixes: B pictures, P places, K classes, S side of a window, H and W pixels.
 """
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 
@@ -60,11 +58,9 @@ class DigitReader(nn.Module):
 
     @torch.inference_mode()
     def read(self, pictures_B3HW: Tensor) -> Tensor:
-        """Return what each place shows, `[B, P]`: 0 to 9, NOTHING or SPECKS.
+        """Return what each place of whole scenes shows, `[B, P]`: 0 to 9, NOTHING or SPECKS.
 
-        Args:
-            pictures_B3HW: Pictures of whole scenes in 0..1, of any size; places come in the order
-                of `scenes.PLACES`.
+        Pictures are in 0..1 and of any size; places come in the order of `scenes.PLACES`.
         """
         windows = _windows(pictures_B3HW)
         parts = [self(part.flatten(0, 1)).argmax(1) for part in windows.split(64)]
@@ -102,10 +98,6 @@ def shares(labels_BP: Tensor, places: tuple[str, ...] = HIDDEN) -> dict[str, flo
     """Return how often some places hold a readable digit, nothing, or specks; the sum is 1.
 
     A picture with specks at any of the places counts as specks, whatever else is there.
-
-    Args:
-        labels_BP: As `DigitReader.read` gives them.
-        places: Which to look at.
     """
     names = list(scenes.PLACES)
     chosen = labels_BP[:, [names.index(place) for place in places]]

@@ -7,8 +7,6 @@ the pixels: reduced-rank regression (Izenman 1975), not PCA, whose largest direc
 Shape suffixes: B images, N tokens, C token width, R reduced width, P patches, H and W pixels.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -31,12 +29,9 @@ VERSION = 1
 
 
 class Readout(nn.Module):
-    """Draws target tokens, once it is fitted on a training split.
+    """Draws target tokens, once it is fitted on a training split; a CLS token is left out.
 
-    Args:
-        shape: Grid, CLS and width of the tokens; a CLS token is left out.
-        side: Pixels of a patch's side.
-        widest: Width from which on tokens are reduced to that width.
+    `side` is in pixels per patch; tokens of a width above `widest` are reduced to it.
     """
 
     std_C: Tensor
@@ -60,11 +55,7 @@ class Readout(nn.Module):
 
     @torch.no_grad()
     def fit(self, batches: Batches) -> None:
-        """Fit in two passes, or four where tokens are reduced.
-
-        Raises:
-            UserError: If there are fewer than 2 pictures.
-        """
+        """Fit in two passes, or four where tokens are reduced."""
         moments = [ChannelMoments.of(self._grid(tokens).flatten(0, 1)) for tokens, _ in batches()]
         if moments:
             total = moments[0]
@@ -102,7 +93,6 @@ class Readout(nn.Module):
 
     @torch.no_grad()
     def draw(self, tokens_BNC: Tensor) -> Tensor:
-        """Return pictures `[B, 3, H, W]` in 0..1 of raw target tokens."""
         pixels_BPO = self.ridge.predict(self._inputs(tokens_BNC.to(self.std_C.device)))
         rows, columns = self.shape.grid
         patches = pixels_BPO.unflatten(2, (3, self.side, self.side)).unflatten(1, (rows, columns))
@@ -149,15 +139,7 @@ def fitted_readout(
 ) -> Readout:
     """Return the read-out of a training split, fitting it where `folder` does not hold it yet.
 
-    Args:
-        content_hash: Says all that decides what `batches` yields.
-        shape: Shape of the target tokens.
-        batches: Passes over the training split, never over another one.
-        folder: Where fitted read-outs are kept.
-        side: Pixels of a patch's side.
-
-    Raises:
-        UserError: If the file is damaged, or the split has fewer than 2 pictures.
+    `content_hash` says all that decides what `batches` yields: passes over that split alone.
     """
     key = f"{VERSION}/{content_hash}/{shape}/{side}"
     file = folder / f"readout-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"

@@ -5,8 +5,6 @@ hash names a safetensors file, so a second evaluation fits nothing.
 Shape suffixes: B images, M condition tokens, C condition width, N target tokens, D target width.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 Shape suffixes: B images, M condition tokens, C condition width, N target tokens, D target width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """How long the phases of an evaluation will take on this machine, from one measured batch."""
 
-from __future__ import annotations
-
 import time
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The images that are scored on, in batches on the translator's device."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

@@ -3,8 +3,6 @@
 Shape suffixes: K samples, B images, N target tokens, D target width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any

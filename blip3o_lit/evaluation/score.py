@@ -3,8 +3,6 @@
 Shape suffixes: B images, N target tokens, D target width.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,9 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
 from blip3o_lit.config.solver import SolverConfig, solver_from_label
 from blip3o_lit.evaluation.baselines import BaselineFits
-from blip3o_lit.evaluation.drawings import Drawings, row_images
+from blip3o_lit.evaluation.drawings import Drawings
 from blip3o_lit.evaluation.estimators import Estimator, exact_estimators, generated, known_problem
-from blip3o_lit.evaluation.examples import examples, worst
+from blip3o_lit.evaluation.examples import examples, ranked, worst
 from blip3o_lit.evaluation.held_out import HeldOut
 from blip3o_lit.evaluation.hidden_half import shows_scenes
 from blip3o_lit.evaluation.image_text import ImageText
@@ -32,6 +30,8 @@ from blip3o_lit.tokens.reading.reader import TokenReader
 
 CURVE = ("cosine", "cosine_centred", "mse", "frechet", "norm_ratio", "seconds_per_image")
 GENERATED = "generated"
+PICTURE_ROWS = 2
+"""Drawn rows of the best, the median and the worst images."""
 
 Tallies = dict[str, Tally]
 
@@ -102,7 +102,11 @@ class Scorer:
             "worst": worst(self.reader, cosine_B),
             "examples": self._examples(cosine_B),
             "nfe_curve": self._curve(),
-            "time_bins": self._time_bins(),
+            "time_bins": time_bins(
+                self.loaded.translator,
+                self.held_out.batches(self.curve_images, "loss by time"),
+                self.config.seed,
+            ),
             "samples": self._samples(),
             "drawings": {**self.drawings.facts(), **self._picture_rows(estimators, cosine_B)},
             "swapped": self._swapped(estimators),
@@ -263,9 +267,9 @@ class Scorer:
         """Return pictures of the best, median and worst images, with two samples of each."""
         if self.drawings.drawer is None:
             return {}
-        places = row_images(cosine_B)
-        ids = np.array([number for numbers in places.values() for number in numbers])
-        kinds = [kind for kind, numbers in places.items() for _ in numbers]
+        by_kind = ranked(cosine_B, PICTURE_ROWS)
+        ids = np.concatenate(list(by_kind.values()))
+        kinds = [kind for kind, numbers in by_kind.items() for _ in numbers]
         titles = [f"{kind}: {key}" for kind, key in zip(kinds, self.reader.keys(ids))]
         headline, config = next(iter(tallies)), self.config
         columns = {headline: tallies[headline].predict}
@@ -292,10 +296,6 @@ class Scorer:
             scores = tally.result(reference)
             points.append(point | {name: scores[name] for name in CURVE if name in scores})
         return points
-
-    def _time_bins(self) -> list[dict[str, Any]]:
-        batches = self.held_out.batches(self.curve_images, "loss by time")
-        return time_bins(self.loaded.translator, batches, self.config.seed)
 
     def _samples(self) -> dict[str, Any]:
         count, config = self.config.samples, self.config

@@ -3,8 +3,6 @@
 Shape suffixes: B images, M condition tokens, C condition width.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 
@@ -35,11 +33,7 @@ def missing_budgets(loaded: Loaded, labels: list[str]) -> list[int]:
 def fit_solvers(
     loaded: Loaded, train: TokenReader | None, budgets: list[int], seed: int, report: Report
 ) -> None:
-    """Fit solvers of these evaluations to a translator, which has them from then on.
-
-    Raises:
-        UserError: If there is no training split.
-    """
+    """Fit solvers of these evaluations to a translator, which has them from then on."""
     if not budgets:
         return
     if train is None:

@@ -140,11 +140,7 @@ class Reference:
 
 
 def feed(tallies: dict[str, Tally], reference: Reference, batch: Batch) -> dict[str, Tensor]:
-    """Add a batch to every tally; returns their predictions.
-
-    Raises:
-        UserError: If one is not finite.
-    """
+    """Add a batch to every tally; returns their predictions."""
     condition, true_BND, sample_B = batch
     if not reference.whole.images.count:
         # The first call pays for caches and kernels: it is kept out of the times.

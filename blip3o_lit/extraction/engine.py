@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from blip3o_lit.base.files import write_synced
+from blip3o_lit.base.files import check_disk, write_synced
 from blip3o_lit.base.launcher import is_task, number, tasks_of
 from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
@@ -33,7 +33,7 @@ from blip3o_lit.extraction.classes import embed_classes, read_classes
 from blip3o_lit.extraction.encoding import TEXT, TowerSet
 from blip3o_lit.extraction.pipeline import Pipeline
 from blip3o_lit.extraction.scales import stored_arrays
-from blip3o_lit.extraction.units import Ledger, UnitRecord, check_disk, check_rejects
+from blip3o_lit.extraction.units import Ledger, UnitRecord, check_rejects
 from blip3o_lit.images.item import Source
 from blip3o_lit.images.split import Splitter
 from blip3o_lit.tokens.classes import CLASSES_FILE
@@ -227,7 +227,6 @@ class Extraction:
         return index
 
     def _files(self) -> dict[str, bytes]:
-        """Return the store's small files beside index and shards, by name."""
         files = {HEADS_FILE: sorted_safetensors(*self.towers.heads())}
         scales = self.ledger.state / SCALES_FILE
         if scales.exists():

@@ -1,7 +1,5 @@
 """A picture that is still to be read: its name, caption and split, and how to decode it safely."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import re

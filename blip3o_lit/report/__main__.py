@@ -4,8 +4,6 @@ python -m blip3o_lit.report DIR [--picture FILE.png | --drawings FILE.png]
 python -m blip3o_lit.report runs [DIR]
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -1,13 +1,12 @@
 """The sections about the run itself: training curves, configuration, machine, commands."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
+from blip3o_lit.base.words import flatten
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.report import charts
 from blip3o_lit.report.record import RunRecord
-from blip3o_lit.report.tables import facts, flatten, table
+from blip3o_lit.report.tables import facts, table
 from blip3o_lit.report.templating import Section
 
 CURVES = {

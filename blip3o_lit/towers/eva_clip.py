@@ -7,8 +7,6 @@ VisionTransformer is this network. The text tower is not built: the condition ne
 target's captions come from its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast

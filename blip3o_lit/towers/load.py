@@ -4,8 +4,6 @@ Each kind's module is imported when it is first used, so the demo needs neither 
 list nor the hub.
 """
 
-from __future__ import annotations
-
 import torch
 
 from blip3o_lit.config import registry as register

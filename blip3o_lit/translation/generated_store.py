@@ -3,9 +3,6 @@
 A shard appears whole or not at all, so a stopped writer goes on with the first missing shard.
 """
 
-from __future__ import annotations
-
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from blip3o_lit.base.files import write_json
+from blip3o_lit.base.files import sha256_of, write_json
 from blip3o_lit.base.progress import Report
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.solver import SolverConfig
@@ -79,9 +76,8 @@ class GeneratedStore:
         tar, offsets = self.out / f"{name}.tar", self.out / f"{name}.idx"
         if not tar.is_file() or not offsets.is_file():
             return None
-        with tar.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return ShardEntry(tar.name, offsets.name, split, samples, tar.stat().st_size, digest)
+        size = tar.stat().st_size
+        return ShardEntry(tar.name, offsets.name, split, samples, size, sha256_of(tar))
 
     def _write_shard(self, name: str, reader: TokenReader, first: int, end: int) -> ShardEntry:
         """Generate and write the samples `first` to `end` of a reader."""

@@ -3,8 +3,6 @@
 Shape suffixes: B images, M condition tokens, C condition width, N target tokens, D target width.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 

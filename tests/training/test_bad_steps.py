@@ -10,7 +10,6 @@ from made_run import small_config
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.trainer import EvaluationConfig, TrainerConfig
-from blip3o_lit.training.module import TranslationModule
 from blip3o_lit.training.run import run_training
 
 
@@ -27,13 +26,8 @@ def train(
     config.evaluation = EvaluationConfig(every=1000, images=4)
     config.logger.tensorboard = False
 
-    def poison(module: TranslationModule) -> None:
-        if module.global_step + 1 in bad:
-            next(module.network.parameters()).grad[0] = torch.inf  # type: ignore[index]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TranslationModule, "on_after_backward", poison)
-        run_training(config, folder / "run", [])
+    config.callbacks = {"poison": {"_target_": "poison.Poison", "steps": sorted(bad)}}
+    run_training(config, folder / "run", [])
     return torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)
 
 

@@ -4,6 +4,8 @@ An image leaks where it is scored as held out although the run was trained on it
 the same pictures may have drawn its split anew.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

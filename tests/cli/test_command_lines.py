@@ -100,6 +100,13 @@ def test_commas_keep_their_meaning_in_a_sweep() -> None:
         arranged(["-m", "data.tokens=a=1,b=2"], TrainConfig)
 
 
+def test_stores_may_be_a_list_or_have_weights() -> None:
+    for word in ("data.tokens=[a,b c]", "data.tokens={a/b: 0.7, c: 0.3}"):
+        assert arranged([word], TrainConfig) == [word]
+    with pytest.raises(UserError, match="Hydra reads a list: quote the value"):
+        arranged(["resume=[a]"], TrainConfig)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -120,13 +127,6 @@ def test_commas_keep_their_meaning_in_a_sweep() -> None:
         (["--config-dir"], "expected one argument"),
     ],
 )
-def test_stores_may_be_a_list_or_have_weights() -> None:
-    for word in ("data.tokens=[a,b c]", "data.tokens={a/b: 0.7, c: 0.3}"):
-        assert arranged([word], TrainConfig) == [word]
-    with pytest.raises(UserError, match="Hydra reads a list: quote the value"):
-        arranged(["resume=[a]"], TrainConfig)
-
-
 def test_words_that_are_refused(words: list[str], said: str) -> None:
     with pytest.raises(UserError) as error:
         arranged(words, ExtractConfig)

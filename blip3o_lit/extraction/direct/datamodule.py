@@ -59,6 +59,7 @@ class PictureDataModule(TokenDataModule):
         }
         if not statistics:
             return
+        _ = store.towers  # loaded once, before threads ask for them
         images = min(data.statistics_images, len(train))
         self.condition_standardizer, self.target_standardizer = cached_standardizers(
             train.content_hash, self.shape, images, lambda: self._batches(train, images)

@@ -28,7 +28,6 @@ def doctor(config: DoctorConfig) -> None:
 
 
 def _store(tokens: str, repair: bool, deduplicate: bool) -> list[Finding]:
-    """Inspect a store, after repair and deduplication if asked, and print everything."""
     if "://" in tokens:
         raise UserError(f"tokens={tokens} is remote: doctor reads local folders, copy it first")
     from blip3o_lit.inspection.numbers import HEADER

@@ -121,7 +121,6 @@ def _print_price(config: ExtractConfig) -> None:
 
 
 def main() -> None:
-    """Entry point of `blip3o-extract`."""
     run_command("extract", ExtractConfig, extract, SHARDS_KEPT)
 
 

@@ -1,7 +1,5 @@
 """What a run would cost on a number of GPUs, worked out without touching one (`plan=true`)."""
 
-from __future__ import annotations
-
 from blip3o_lit.base.units import gib, human_count, human_time
 from blip3o_lit.budget.machine import GPUS, imagined_machine
 from blip3o_lit.budget.pictures import picture_rows
@@ -29,7 +27,6 @@ def forecast(config: TrainConfig, data: TokenDataModule, steps: int) -> list[tup
 
 
 def _memory(plan: Plan, whole: States) -> list[tuple[str, str]]:
-    """Return the bytes of the states, and of a process under each strategy."""
     rows = [
         (
             "bytes of states",
@@ -64,7 +61,7 @@ def _time(
     config, world = plan.config, plan.placement.world
     gpu = GPUS[config.gpu]
     peak = gpu.low if plan.placement.precision.low else gpu.full
-    recomputed = 4 / 3 if config.model.activation_checkpointing else 1
+    recomputed = 1 + (1 - config.model.kept_activations) / 3  # of the products
     flops = recomputed * plan.step_flops + tower_flops * config.batch_size
     seconds = flops / (world * peak * config.mfu)
     images, total = config.batch_size / seconds, plan.steps * seconds

@@ -1,7 +1,5 @@
 """What a run takes, worked out before it starts: every derived value, printed once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,7 +33,9 @@ class Plan:
     @property
     def activations(self) -> Activations:
         config, place = self.config, self.placement
-        return activations(config.model, config.flow, self.shape, place.precision, place.device)
+        return activations(
+            config.model, config.flow, self.shape, place.precision, place.device, place.compiled
+        )
 
     def state_bytes(self, strategy: str | None = None) -> int:
         """Return weights, gradients, optimizer and average on one process, in bytes."""
@@ -56,11 +56,14 @@ class Plan:
 
     @property
     def step_flops(self) -> float:
-        """Matrix arithmetic that one optimizer step asks for: three times the forward pass."""
-        return 3.0 * self.units.forward_flops * self.config.batch_size
+        """Matrix arithmetic that one optimizer step asks for: three times the forward pass.
+
+        The target of a pair takes two more.
+        """
+        passes = 3 + 2 * self.config.flow.pairs
+        return passes * self.units.forward_flops * self.config.batch_size
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return the plan as labelled lines."""
         condition, target = self.shape.condition, self.shape.target
         place, batch, steps = self.placement, self.config.batch_size, self.steps
         return [

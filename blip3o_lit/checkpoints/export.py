@@ -1,7 +1,5 @@
 """A translator as a folder to share: config, weights, heads, read-out, solvers, a model card."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile
@@ -10,7 +8,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from blip3o_lit.base.files import replacing, write_json
+from blip3o_lit.base.files import read_json, replacing, write_json
 from blip3o_lit.checkpoints.drawer import own_readout
 from blip3o_lit.checkpoints.load import CONFIG_FILE, WEIGHTS_FILE, Loaded, load
 from blip3o_lit.checkpoints.solvers import save_solvers
@@ -102,7 +100,6 @@ def _shareable(loaded: Loaded) -> dict[str, Any]:
 
 
 def model_card(loaded: Loaded, facts: dict[str, Any]) -> str:
-    """Return the README.md of an export, filled from the run and its evaluation."""
     run, condition, target = loaded.config, loaded.shape.condition, loaded.shape.target
     parameters = sum(p.numel() for p in loaded.translator.network.parameters())
     towers = facts.get("arrays", {})
@@ -151,9 +148,7 @@ not translated correctly, and nothing warns of it: only shapes are checked.
 
 
 def _scores(loaded: Loaded) -> str:
-    """Return the score table of the evaluation beside the checkpoint, or say that there is none."""
-    file = loaded.folder / "evaluation.json"
-    result = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    result = read_json(loaded.folder / "evaluation.json", "evaluate again")
     if result.get("checkpoint") != loaded.hash:
         return "Not evaluated: run `python -m blip3o_lit.evaluate` on this folder."
     lines = ["| | evaluations | " + " | ".join(SCORES) + " |", "|---" * (len(SCORES) + 2) + "|"]

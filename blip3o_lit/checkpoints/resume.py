@@ -4,8 +4,6 @@ A run directory belongs to one run. `resume=auto` looks nowhere else, and a star
 holds a run already is refused unless it goes on with that run or overwrites it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -16,7 +14,10 @@ from typing import Any
 
 import yaml
 
+from blip3o_lit.base.files import read_json
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.secrets import masked
+from blip3o_lit.base.words import flatten
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.metrics_csv import read_rows
 from blip3o_lit.config.errors import UserError
@@ -29,6 +30,7 @@ FREE_KEYS += ("micro_batch_size", "plan", "world", "gpu", "mfu", "disk")
 PICTURE_KEYS = ("towers", "pixels", "split")
 """Count where a run encodes pictures itself; before it could, a run had none of them."""
 FREE_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "log_every", "deterministic", "profile")
+FREE_TRAINER_KEYS += ("memory_history", "extra")
 FREE_DATA_KEYS = ("threads", "verify", "tower_batch")
 
 
@@ -87,19 +89,21 @@ def _is_within(path: Path, run_dir: Path) -> bool:
     return run_dir.is_dir() and any(folder.samefile(run_dir) for folder in above)
 
 
-def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
+def resolve_resume(config: TrainConfig, run_dir: Path, ranks: FirstRank = ALONE) -> Path | None:
     """Return the checkpoint to go on from, or None for a fresh start.
 
-    A path in `config.resume` becomes that of the checkpoint itself.
+    The first of several ranks decides. A path in `config.resume` becomes that of the checkpoint.
     """
-    if config.resume is None:
+    wanted: str | None = ranks.finds(lambda: config.resume)
+    config.resume = wanted
+    if wanted is None:
         return None
-    if config.resume == "auto":
-        path = _newest_of_own(run_dir)
+    if wanted == "auto":
+        path = _newest_of_own(run_dir, ranks)
         if path is not None:
             _check_network(config, path)  # sound: it was read for that
             return path
-        origin = _origin(run_dir)
+        origin = ranks.finds(lambda: _origin(run_dir))
         if origin is None:
             print(
                 f"resume=auto found no checkpoint in {run_dir}: starting fresh (hydra.run.dir "
@@ -107,23 +111,23 @@ def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
             )
             return None
         print(f"resume=auto found no checkpoint in {run_dir}: it began from {origin}")
-        config.resume = origin
-    path = _absolute(config.resume)
+        config.resume = wanted = str(origin)
+    path = _absolute(wanted)
     if path.is_dir() and path.suffix != ".ckpt":
-        newest, _ = checkpointing.newest_to_resume(path)
+        newest, _ = checkpointing.newest_to_resume(path, ranks)
         if newest is None:
             raise UserError(f"resume={path}: no sound checkpoint in this run directory")
         path = newest
     else:
-        checkpointing.check_sound(path)
+        checkpointing.check_sound(path, ranks)
     _check_network(config, path)
     config.resume = str(path)
     return path
 
 
-def _newest_of_own(run_dir: Path) -> Path | None:
+def _newest_of_own(run_dir: Path, ranks: FirstRank) -> Path | None:
     """Return the newest sound checkpoint; a folder that has only others is refused."""
-    path, damaged = checkpointing.newest_to_resume(run_dir)
+    path, damaged = checkpointing.newest_to_resume(run_dir, ranks)
     for other in damaged:
         print(f"resume=auto passes over a damaged checkpoint: {other}")
     names = ", ".join(file.name for file in checkpointing.files_of(run_dir))
@@ -144,7 +148,7 @@ def _origin(run_dir: Path) -> str | None:
 
 def _check_network(config: TrainConfig, path: Path) -> None:
     whole = ("batch_size", "optimizer.name", "seed")
-    free = ("model.compile", "model.activation_checkpointing")
+    free = ("model.compile", "model.activation_checkpointing", "model.activation_budget")
     for key, then, now in differences(config, path):
         if (key.startswith(("model.", "mode.")) and key not in free) or key in whole:
             raise UserError(
@@ -155,8 +159,19 @@ def _check_network(config: TrainConfig, path: Path) -> None:
 
 def differences(config: TrainConfig, path: Path) -> list[tuple[str, Any, Any]]:
     """Return key, value there and value here of all that decides a run and differs."""
-    saved = checkpointing.about(path)["config"]
-    now, then = (_flat(essential(part)) for part in (masked(asdict(config)), saved))
+    return changed(config, checkpointing.about(path)["config"])
+
+
+def changed(config: TrainConfig, saved: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return the same of a stored config.
+
+    A key that it is older than has its default there.
+    """
+    now, then, defaults = (
+        {key: value for key, value in flatten(essential(part)).items() if value != {}}
+        for part in (masked(asdict(config)), saved, asdict(TrainConfig()))
+    )
+    then = {key: value for key, value in defaults.items() if key in now} | then
     keys = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
     return [(key, then.get(key), now.get(key)) for key in keys]
 
@@ -218,28 +233,9 @@ def finished_result(
                 "a larger trainer.max_steps"
             )
         return None
-    result = _json(run_dir / "result.json")
+    result = read_json(run_dir / "result.json")
     if not result.get("finished") or step < result["step"]:
         return None  # stopped, or an earlier checkpoint by its name
     # A run that stopped early is finished for the same configuration only.
-    same = _json(run_dir / "environment.json").get("config_hash") == config_hash(config)
+    same = read_json(run_dir / "environment.json").get("config_hash") == config_hash(config)
     return result if same or result["step"] >= steps else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: remove it") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as dotted keys."""
-    out = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
-    return out

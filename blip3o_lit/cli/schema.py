@@ -10,9 +10,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from blip3o_lit.base.home import expanded
+from blip3o_lit.config import registry
 from blip3o_lit.config.errors import UserError, nearest
+from blip3o_lit.config.registry import config_folders, load_plugins
+from blip3o_lit.config.trainer import INSTEAD
 
 Config = TypeVar("Config")
+OPTION_OF = {
+    "model": ("architecture", registry.network),
+    "flow": ("path", registry.path),
+    "solver": ("name", registry.solver),
+}
+"""Group -> the key that a registered name sets, and where it is registered."""
+given_folders: list[Path] = []
+"""The folder of `--config-dir`, where the command line has one."""
 
 
 def conf_dir() -> Path:
@@ -28,6 +39,36 @@ def groups(folder: Path) -> dict[str, list[str]]:
         path.name: sorted(option.stem for option in path.glob("*.yaml"))
         for path in sorted(folder.iterdir())
         if path.is_dir() and not path.name.startswith((".", "_"))
+    }
+
+
+def own_folders() -> list[Path]:
+    """Return the folders of groups that installed packages and `--config-dir` add."""
+    return [*config_folders(), *given_folders]
+
+
+def own_options() -> dict[str, list[str]]:
+    """Return the options of groups for names that packages register: `model=mine` sets the name."""
+    load_plugins()
+    found = {
+        group: sorted(registry.parts.keys())
+        for group, (_, registry) in OPTION_OF.items()
+        if registry.parts
+    }
+    for folder in own_folders():
+        for group, names in groups(folder).items():
+            found[group] = sorted({*found.get(group, []), *names})
+    return found
+
+
+def all_groups() -> dict[str, list[str]]:
+    """Return each Hydra group with its options, those of other packages last."""
+    own, known = own_options(), groups(conf_dir())
+    return {
+        group: [*known.get(group, []), *(n for n in own.get(group, []) if n not in known[group])]
+        if group in known
+        else own[group]
+        for group in known | own
     }
 
 
@@ -51,6 +92,11 @@ def several_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
         if dataclasses.is_dataclass(hints[item.name]):
             inner = typing.cast(type, hints[item.name])
             yield from several_keys(inner, f"{prefix}{item.name}.")
+
+
+def open_keys(schema: type[Any]) -> tuple[str, ...]:
+    """Return the keys of a dataclass schema below which names are the user's own."""
+    return tuple(key for key, hint in _types(schema) if typing.get_origin(hint) is dict)
 
 
 def _types(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -102,6 +148,11 @@ def _at_home(value: Any) -> Any:
 def unknown_key(key: str, known: set[str]) -> str:
     """Say that a key does not exist and name the one that was meant, where that is plain."""
     guess = _near_key(key, known)
+    group, _, name = key.rpartition(".")
+    if group == "trainer" and "trainer.extra" in known:
+        from blip3o_lit.training.trainer_arguments import passed  # Lightning takes seconds
+
+        guess = f"trainer.extra.{name}" if name in passed() else guess or INSTEAD.get(name, "")
     hint = f"did you mean {guess}?" if guess else "--help lists the keys"
     return f"{key} is not a key of this command: {hint}"
 

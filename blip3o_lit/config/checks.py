@@ -1,6 +1,6 @@
 """Fields that say which values they take, and the check of a dataclass against what they say."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import field, fields
 from functools import partial
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from blip3o_lit.config.errors import UserError, one_of, positive, within
 
 
-def choice(default: str, options: Iterable[str]) -> Any:
+def choice(default: str, options: Collection[str]) -> Any:
     """A field whose value is one of `options`."""
     return _checked(default, partial(one_of, options=options))
 
@@ -50,12 +50,7 @@ def paths_of(key: str, value: Any) -> dict[str, float | None]:
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
-    """Raise a UserError for the first field that has a value it does not take.
-
-    Args:
-        config: A dataclass.
-        prefix: What stands before its fields in an override, for example `flow.`.
-    """
+    """Refuse a config's first wrong value; `prefix` stands before its fields, such as `flow.`."""
     for item in fields(config):
         check = item.metadata.get("check")
         if check is not None:

@@ -42,6 +42,8 @@ class GenerateConfig:
     """Seed of the noise."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    graphs: bool = False
+    """On CUDA: launch a solver's kernels as one CUDA graph, which pays with small batches."""
 
     def __post_init__(self) -> None:
         if not self.ckpt:

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
+from blip3o_lit.config import registry as register
 from blip3o_lit.config.checks import above_zero, between, check_fields, choice, not_negative
 from blip3o_lit.config.errors import UserError
 
-PATHS = ("linear", "trigonometric", "seed_linear", "seed_cosine")
+PATHS = register.path.built_in
 PREDICTIONS = ("velocity", "sample", "noise")
 
 
@@ -13,8 +14,8 @@ PREDICTIONS = ("velocity", "sample", "noise")
 class FlowConfig:
     """x_t = alpha(t) x1 + sigma(t) z; t = 0 is noise, t = 1 is data."""
 
-    path: str = choice("linear", PATHS)
-    """linear, trigonometric, or the seeds' seed_linear and seed_cosine."""
+    path: str = choice("linear", register.path)
+    """linear, trigonometric, the seeds' seed_linear and seed_cosine, or one of a package's."""
     sigma_min: float = between(0.0, 0.0, 0.5)
     """Noise that is left at t = 1 (linear), or the seeds' sigma_min."""
     sigma_max: float = 1.0
@@ -64,6 +65,9 @@ class FlowConfig:
     """Scale the output by the running ratio of target to output norm; undone in sampling."""
     adaptive_noise: bool = False
     """Noise of the target's own size: 0.3 root mean square + 0.7 std, running averages."""
+    pairs: float = between(0.0, 0.0, 0.9)
+    """Share of training draws that are pairs of times t < s and train the map from t to s by two
+    half steps, for solver=map; the other shares are of the rest. 0: the network has no map."""
     condition_dropout: float = between(0.0, 0.0, 1.0)
     """Share of samples trained without their condition, which solver.guidance_scale needs."""
 
@@ -79,6 +83,12 @@ class FlowConfig:
                 "t = 0: set flow.time_zero_share=0 or flow.prediction=sample"
             )
 
+        if self.pairs > 0 and self.prediction != "sample":
+            raise UserError(
+                f"flow.pairs={self.pairs:g} trains maps of flow.prediction=sample: set that, not "
+                f"{self.prediction}"
+            )
+
     @property
     def standardised_target(self) -> bool:
         """Whether target tokens are standardised; unit-norm raw tokens are not."""
@@ -92,5 +102,6 @@ class FlowConfig:
         where alpha'(0) = 0 as well.
         """
         if self.prediction == "velocity":
-            return self.path != "seed_cosine"
+            own = register.path.own(self.path)
+            return self.path != "seed_cosine" if own is None else bool(own.options.get("has_mean"))
         return self.prediction == "sample"

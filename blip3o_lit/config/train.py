@@ -1,8 +1,9 @@
 """The schema of the train command: one field per group, and the keys that belong to no group."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from blip3o_lit.config.checks import above_zero, check_fields
+from blip3o_lit.config.checks import above_zero, check_fields, choice
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import SplitConfig
@@ -10,7 +11,7 @@ from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.config.solver import SolverConfig, check_solver
+from blip3o_lit.config.solver import SolverConfig, check_solver, solver_from_label, started_later
 from blip3o_lit.config.towers import PixelsConfig, TowersConfig
 from blip3o_lit.config.trainer import (
     CheckpointConfig,
@@ -20,6 +21,15 @@ from blip3o_lit.config.trainer import (
     StrategyConfig,
     TrainerConfig,
 )
+
+
+def part_names(config: "TrainConfig") -> dict[str, str]:
+    """Return by kind what a run is built from and another package may have registered."""
+    return {
+        "network": config.model.architecture,
+        "path": config.flow.path,
+        "solver": config.solver.name,
+    }
 
 
 @dataclass
@@ -56,6 +66,8 @@ class TrainConfig:
     """Checkpoints."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     """Loggers beside metrics.csv."""
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """Callbacks of Lightning's or your own by name: a `_target_` and its arguments each."""
     seed: int = 0
     """Seed of weights, data order, noise and times."""
     batch_size: int = above_zero(32)
@@ -64,6 +76,13 @@ class TrainConfig:
     """Images of one forward pass of one process; accumulation is derived. null: chosen to fit."""
     resume: str | None = None
     """auto: go on with the run of this run directory; or the checkpoint or run to go on from."""
+    init_from: str | None = None
+    """Begin a new run with the averaged weights of a run, checkpoint or export, name by name; a
+    second time's embedding is left at its zero start. Not read where a checkpoint is resumed."""
+    init_strict: bool = True
+    """false: parts that are missing there, or have another size, stay at their start values."""
+    init_statistics: str = choice("kept", ("kept", "new"))
+    """Token scales with init_from: kept, those of its weights, or new, of this run's tokens."""
     overwrite: bool = False
     """Start afresh in a run directory that holds a run, whose files are removed."""
     dry_run: bool = False
@@ -85,9 +104,20 @@ class TrainConfig:
             raise UserError(
                 f"overwrite=true starts afresh, resume={self.resume} goes on: give one of them"
             )
+        if self.init_from is not None and self.resume not in (None, "auto"):
+            raise UserError(
+                f"init_from={self.init_from} begins a run, resume={self.resume} goes on with one: "
+                "give one of them"
+            )
+        self.model.second_time |= self.flow.pairs > 0
         check_solver(self.flow, self.solver)
         if self.solver.name == "fitted":
             raise UserError("solver=fitted is fitted after training: give another one to train")
+        for label in self.evaluation.estimators:
+            solver = started_later(self.flow, solver_from_label(label), self.solver.start)
+            check_solver(self.flow, solver)
+            if solver.name == "fitted":
+                raise UserError(f"evaluation.estimators=[{label}]: it is fitted after training")
         if self.flow.cls_weight != 1 and self.mode.name != "cls_patch":
             raise UserError(
                 f"flow.cls_weight={self.flow.cls_weight:g}: mode={self.mode.name} has no CLS token "

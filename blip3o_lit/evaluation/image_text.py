@@ -4,8 +4,6 @@ Every number stands beside that of the true tokens, of a constant token and of c
 Shape suffixes: B images, N target tokens, D target width, P embedding width, K classes.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path

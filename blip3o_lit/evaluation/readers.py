@@ -4,8 +4,6 @@ An image leaks where it is scored as held out although the run was trained on it
 the same pictures may have drawn its split anew.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,11 +32,7 @@ COMPARED = 256
 
 
 def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, TokenReader | None]:
-    """Return the images to score on, and the training split where the store has one.
-
-    Raises:
-        UserError: If the store lacks the split, or its tokens are not those of the checkpoint.
-    """
+    """Return the images to score on, and the training split where the store has one."""
     run = loaded.config
     pictures = run.data.name == "images"
     if not pictures:

@@ -6,25 +6,32 @@ Shape suffixes: B images, M condition tokens, C condition width, N target tokens
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip3o_lit.base.shape import TokenShape
+from blip3o_lit.config import registry as register
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.evaluation.estimators import Batch, Estimator
 from blip3o_lit.evaluation.verdict import REMEDY
 from blip3o_lit.metrics.breadth import Breadth
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.metrics.frechet import Moments, frechet_distance
+from blip3o_lit.metrics.manifolds import Manifolds
+from blip3o_lit.metrics.paired import compare
 
 _HALVES = 2
 
 
 class Tally:
-    """Running scores of one estimator or baseline; with `breadth`, more than the cosine's."""
+    """Running scores of one estimator or baseline; with `breadth`, more than the cosine's.
+
+    `metrics` are those that other packages have registered.
+    """
 
     def __init__(
         self,
@@ -33,11 +40,16 @@ class Tally:
         shape: TokenShape,
         device: torch.device,
         breadth: bool = True,
+        metrics: Iterable[str] = (),
     ) -> None:
         self.predict = predict
         self.scores = TokenScores(mean_ND, shape).to(device)
         self.moments = Moments(shape.width).to(device)
         self.breadth = Breadth(shape, device) if breadth else None
+        self.own: dict[str, Any] = {}
+        for name in metrics if breadth else ():
+            metric = register.metric.build(name, shape)
+            self.own[name] = metric.to(device) if isinstance(metric, nn.Module) else metric
         self.nfe, self.seconds, self.images = 0, 0.0, 0
         self.maps: dict[str, Any] = {}
 
@@ -54,10 +66,17 @@ class Tally:
         self.moments.update(generated_BND[:, int(self.scores.shape.cls) :].double().mean(1))
         if self.breadth is not None:
             self.breadth.update(generated_BND, true_BND)
+        for metric in self.own.values():
+            metric.update(generated_BND, true_BND)
         return generated_BND
 
     def image_cosine(self) -> np.ndarray:
         return torch.cat(self.scores.image_cosine).cpu().numpy()
+
+    def compared_with(self, other: Tally) -> dict[str, Any]:
+        """Compare the cosines on the images that both have."""
+        images = min(self.images, other.images)
+        return compare(self.image_cosine()[:images], other.image_cosine()[:images])
 
     def result(self, reference: Reference) -> dict[str, Any]:
         """Return the scores, and keep the maps over positions apart, in `maps`."""
@@ -68,6 +87,10 @@ class Tally:
             scores["frechet"] = frechet_distance(self.moments.compute(), truth)
         if self.breadth is not None:
             scores |= self.breadth.compute(reference.whole.tokens)
+        for name, metric in self.own.items():
+            if name in scores:
+                raise UserError(f"metrics=[{name}]: a score of this package has that name")
+            scores[name] = float(metric.compute())
         scores["seconds_per_image"] = self.seconds / self.images
         return scores
 
@@ -88,6 +111,7 @@ class Reference:
         self.first = int(shape.cls)
         self.whole = PatchMoments(shape.width, device)
         self.halves = [PatchMoments(shape.width, device) for _ in range(_HALVES)]
+        self.manifolds = Manifolds().to(device)
 
     def add(self, true_BND: Tensor, sample_B: Tensor) -> None:
         patches_BND = true_BND[:, self.first :].double()
@@ -95,9 +119,14 @@ class Reference:
         half_B = sample_B.to(patches_BND.device) % _HALVES
         for number, half in enumerate(self.halves):
             half.update(patches_BND[half_B == number])
+        pooled_BD = patches_BND.mean(1)
+        self.manifolds.update(pooled_BD[half_B == 0], pooled_BD[half_B == 1])
 
     def floor(self) -> dict[str, Any]:
-        """Return the Frechet distances between the halves: what no estimator need beat."""
+        """Return Frechet distances, precision and recall between the halves.
+
+        No estimator need be better.
+        """
         even, odd = self.halves
         images = int(odd.images.count)
         if images < _HALVES:
@@ -106,15 +135,12 @@ class Reference:
             "frechet": frechet_distance(even.images.compute(), odd.images.compute()),
             "frechet_token": frechet_distance(even.tokens.compute(), odd.tokens.compute()),
             "images_a_half": images,
+            **self.manifolds.compute(),
         }
 
 
 def feed(tallies: dict[str, Tally], reference: Reference, batch: Batch) -> dict[str, Tensor]:
-    """Add a batch to every tally; returns their predictions.
-
-    Raises:
-        UserError: If one is not finite.
-    """
+    """Add a batch to every tally; returns their predictions."""
     condition, true_BND, sample_B = batch
     if not reference.whole.images.count:
         # The first call pays for caches and kernels: it is kept out of the times.

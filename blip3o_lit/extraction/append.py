@@ -22,8 +22,8 @@ from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.extraction.encoding import TowerSet
 from blip3o_lit.images.item import Item
 from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex
+from blip3o_lit.tokens.store.int8 import load_scales
 from blip3o_lit.tokens.store.mapped_shard import Shard
-from blip3o_lit.tokens.store.storage import load_scales
 
 REJECTS_FILE = "rejects.jsonl"
 RECIPE_FILE = "extraction.json"

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from blip3o_lit.base.files import write_synced
+from blip3o_lit.base.files import check_disk, write_synced
 from blip3o_lit.base.launcher import is_task, number, tasks_of
 from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
@@ -33,13 +33,13 @@ from blip3o_lit.extraction.classes import embed_classes, read_classes
 from blip3o_lit.extraction.encoding import TEXT, TowerSet
 from blip3o_lit.extraction.pipeline import Pipeline
 from blip3o_lit.extraction.scales import stored_arrays
-from blip3o_lit.extraction.units import Ledger, UnitRecord, check_disk, check_rejects
+from blip3o_lit.extraction.units import Ledger, UnitRecord, check_rejects
 from blip3o_lit.images.item import Source
 from blip3o_lit.images.split import Splitter
 from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex
-from blip3o_lit.tokens.store.storage import SCALES_FILE
+from blip3o_lit.tokens.store.int8 import SCALES_FILE
 from blip3o_lit.towers.tower import Tower
 
 REJECTS_AFTER = 1000
@@ -227,7 +227,6 @@ class Extraction:
         return index
 
     def _files(self) -> dict[str, bytes]:
-        """Return the store's small files beside index and shards, by name."""
         files = {HEADS_FILE: sorted_safetensors(*self.towers.heads())}
         scales = self.ledger.state / SCALES_FILE
         if scales.exists():
@@ -283,7 +282,10 @@ def device_of(device: str) -> str:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        device = f"cuda:{number(os.environ, 'LOCAL_RANK')}"
+        # torchrun numbers this machine's processes, or srun; of several GPUs srun may show one.
+        task = "LOCAL_RANK" not in os.environ and is_task(os.environ)
+        local = number(os.environ, "SLURM_LOCALID" if task else "LOCAL_RANK")
+        device = f"cuda:{local % max(1, torch.cuda.device_count())}"
     if device != "cpu" and not re.fullmatch(r"cuda:\d+", device):
         raise UserError(f"extract.device={device} is not auto, cpu, cuda or cuda:N")
     if device != "cpu" and not torch.cuda.is_available():

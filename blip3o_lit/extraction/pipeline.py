@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.cuda import Event
 
+from blip3o_lit.base.files import check_disk
 from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.extraction.append import CONTENT, Held, content_of
 from blip3o_lit.extraction.encoding import TowerSet, to_numpy
-from blip3o_lit.extraction.units import Ledger, Unit, UnitRecord, check_disk
+from blip3o_lit.extraction.units import Ledger, Unit, UnitRecord
 from blip3o_lit.images.item import Item, Lost, Part, Reject, decode
 from blip3o_lit.images.split import Splitter
 from blip3o_lit.tokens.reading.loader import ordered
@@ -33,8 +34,6 @@ MOST_LANES = 8
 
 @dataclass(frozen=True)
 class Ready:
-    """A decoded, split and resized image."""
-
     item: Item
     split: str
     inputs: dict[str, Tensor]
@@ -130,7 +129,6 @@ class Pipeline:
     def _load(
         self, step: tuple[Unit, Item | Lost | None]
     ) -> tuple[Unit, Ready | Lost | Known | None]:
-        """Read, decode, split and resize one image."""
         unit, entry = step
         if not isinstance(entry, Item):
             return unit, entry

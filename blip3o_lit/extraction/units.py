@@ -56,7 +56,6 @@ class UnitRecord:
         return self.seen - len(self.lost) + self.rejects - self.known
 
     def add(self, other: UnitRecord) -> None:
-        """Count another unit's work as this one's."""
         self.seen += other.seen
         self.shards += other.shards
         self.lost += other.lost
@@ -227,7 +226,6 @@ class Unit:
         self._shards: dict[str, ShardWriter] = {}
 
     def shard(self, split: str) -> ShardWriter:
-        """Return the open shard of a split."""
         if split not in self._shards:
             check_split(split)
             folder, name = self.ledger.out, f"{split}-{self.name}"
@@ -244,15 +242,6 @@ class Unit:
         record = UnitRecord(self.seen, self.last, entries, self.lost, self.known)
         write_synced(self.path, json.dumps(asdict(record), sort_keys=True).encode())
         return record
-
-
-def check_disk(out: Path, needed: float, what: str, fix: str) -> None:
-    """Stop before the disk is full; `what` takes `needed` bytes."""
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise UserError(
-            f"out={out} has {free / 1e9:.2f} GB free, {what} {needed / 1e9:.2f} GB: {fix}"
-        )
 
 
 def check_rejects(work: UnitRecord, images: int, limit: float, file: Path | None = None) -> None:

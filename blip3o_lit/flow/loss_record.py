@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,6 +35,20 @@ class LossRecord:
     out_BND: Tensor
     x1_hat_BND: Tensor
     """The estimate of x1, in the tokens that the caller gave."""
+    rows_P: Tensor | None
+    """The draws that trained a map; None where there is none to train."""
+
+    def data_mean(self, values_B: Tensor) -> Tensor:
+        """Average over the draws whose target is data; not a number without any."""
+        if self.rows_P is None:
+            return values_B.mean()
+        count = len(values_B) - len(self.rows_P)
+        return values_B.index_fill(0, self.rows_P, 0).sum() / (count or torch.nan)
+
+    @property
+    def pairs_mse(self) -> Tensor | None:
+        """Mean squared error of the maps."""
+        return None if self.rows_P is None else self.mse_B[self.rows_P].mean()
 
     @property
     def mse(self) -> Tensor:
@@ -52,4 +67,5 @@ class LossRecord:
         implied_BND = self.path.velocity_from(
             self.prediction, self.out_BND, self.x_BND, self.t_B, check=False
         )
-        return F.cosine_similarity(implied_BND.flatten(1), velocity_BND.flatten(1)).mean()
+        cosine_B = F.cosine_similarity(implied_BND.flatten(1), velocity_BND.flatten(1))
+        return self.data_mean(cosine_B)

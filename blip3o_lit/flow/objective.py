@@ -10,7 +10,7 @@ The caller takes the first step; with data.scale=raw or flow.normalise=l2 its x1
 `to_flow` gives unit norm where asked for, times target_norm_scale: by default y1 = x1.
 
 Shapes: x_BND, z_BND, t_B; B batch, N tokens, D target width. A network is any callable
-(x_BND, t_B, condition) -> out_BND.
+(x_BND, t_B, condition) -> out_BND, with the end s_B of a map as a fourth argument for flow.pairs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.flow.loss_record import LossRecord
+from blip3o_lit.flow.pairs import Pairs, half_steps
 from blip3o_lit.flow.path import over, path_named
 
-Network = Callable[[Tensor, Tensor, Any], Tensor]
+Network = Callable[..., Tensor]
 Restore = Callable[[Tensor], Tensor]
 
 # Largest weight of flow.weighting: 1 / 0.05^2, JiT's clamp of the noise level (arXiv:2511.13720).
@@ -97,19 +98,23 @@ class FlowObjective(nn.Module):
         x_BND: Tensor,
         t_B: Tensor,
         adapt_to_BND: Tensor | None = None,
+        s_B: Tensor | None = None,
     ) -> Tensor:
         """Return the output in units of its unscaled target, float32.
 
         The only place where scales are put on an output: output_scale and the adaptive factor are
         part of the model, velocity_scale was on the training target and is divided out. In training
-        the adaptive factor moves first, by this output and its target `adapt_to_BND`.
+        the adaptive factor moves first, by this output and its target `adapt_to_BND`. With `s_B`
+        it is the output of the maps from t to s.
         """
         if self.config.prediction == "sample" and self.config.time_zero_input == "zero":
             # x_0 is independent of x1 given the condition, so E[x1|x_0, c] = E[x1|c]: noise here
-            # would only be something to unlearn.
-            x_BND = x_BND.masked_fill(over(t_B == 0, x_BND), 0)
+            # would only be something to unlearn. A map that starts there does need it.
+            mean_B = t_B == 0 if s_B is None else (t_B == 0) & (s_B == 0)
+            x_BND = x_BND.masked_fill(over(mean_B, x_BND), 0)
         scale = self.config.output_scale / self.config.velocity_scale
-        out_BND = scaled(network(x_BND, t_B, condition).float(), scale)
+        ends = () if s_B is None else (s_B,)
+        out_BND = scaled(network(x_BND, t_B, condition, *ends).float(), scale)
         if not self.config.adaptive_scale:
             return out_BND
         if self.training and adapt_to_BND is not None:
@@ -146,6 +151,7 @@ class FlowObjective(nn.Module):
         t_B: Tensor,
         restore: Restore | None = None,
         drop_B: Tensor | None = None,
+        pairs: Pairs | None = None,
     ) -> LossRecord:
         """Return the training loss of a batch.
 
@@ -164,6 +170,8 @@ class FlowObjective(nn.Module):
             restore: The caller's tokens to raw tokens; None where they are the same.
             drop_B: Samples trained without their condition: it is set to zero, in standardised
                 space the mean token.
+            pairs: The draws that train the map, of a batch of at least one image: their target is
+                what the network itself says by two half steps, for all terms alike.
         """
         config, path, prediction = self.config, self.path, self.config.prediction
         if drop_B is not None:
@@ -174,9 +182,14 @@ class FlowObjective(nn.Module):
             self._move_noise_factor(y1_BND)
         z_BND = self.scaled_noise(z_BND)
         x_BND = path.interpolate(y1_BND, z_BND, t_B)
+        s_B = None
+        if pairs is not None:
+            s_B = t_B.index_copy(0, pairs.rows_P, pairs.s_P)
+            y1_BND = self._with_half_steps(network, condition, x_BND, y1_BND, t_B, s_B, pairs)
+            x1_BND = self.to_tokens(y1_BND)
         target_BND = path.output(prediction, y1_BND, z_BND, t_B)
 
-        out_BND = self.predict(network, condition, x_BND, t_B, adapt_to_BND=target_BND)
+        out_BND = self.predict(network, condition, x_BND, t_B, target_BND, s_B)
         error_BN = F.mse_loss(out_BND, target_BND, reduction="none").mean(-1)
         total = config.velocity_scale**2 * (self._weight(t_B) * self._token_mean(error_BN)).mean()
 
@@ -205,7 +218,35 @@ class FlowObjective(nn.Module):
             target_BND=target_BND,
             out_BND=out_BND.detach(),
             x1_hat_BND=x1_hat_BND.detach(),
+            rows_P=None if pairs is None else pairs.rows_P,
         )
+
+    def _with_half_steps(
+        self,
+        network: Network,
+        condition: Any,
+        x_BND: Tensor,
+        y1_BND: Tensor,
+        t_B: Tensor,
+        s_B: Tensor,
+        pairs: Pairs,
+    ) -> Tensor:
+        """Return the points y1 with the pairs' targets in their places.
+
+        The network is called without any pair, too: processes that share its weights wait for each
+        other in it.
+        """
+        rows_P = pairs.rows_P if len(pairs.rows_P) else pairs.rows_P.new_zeros(1)
+        condition = condition[rows_P]
+        with torch.no_grad():
+            encode = getattr(network, "encode", None)
+            condition = condition if encode is None else encode(condition)
+
+        def output(x_PND: Tensor, t_P: Tensor, s_P: Tensor) -> Tensor:
+            return self.predict(network, condition, x_PND, t_P, s_B=s_P)
+
+        target_PND = half_steps(output, self.path, x_BND[rows_P], t_B[rows_P], s_B[rows_P])
+        return y1_BND.index_copy(0, pairs.rows_P, target_PND[: len(pairs.rows_P)])
 
     def _raw_terms(
         self, x1_hat_BND: Tensor, x1_BND: Tensor, t_B: Tensor, restore: Restore

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from blip3o_lit.config.errors import UserError, one_of
-from blip3o_lit.config.flow import PATHS
+from blip3o_lit.config import registry as register
+from blip3o_lit.config.errors import UserError
 
 Curve = Callable[[Tensor], Tensor]
 
@@ -98,6 +98,15 @@ class Path:
             return self.d_alpha(t) * out_BND + self.d_sigma(t) * noise_BND
         x1_BND = (x_BND - self.sigma(t) * out_BND) / self.alpha(t)
         return self.d_alpha(t) * x1_BND + self.d_sigma(t) * out_BND
+
+    def step(self, x_BND: Tensor, x1_BND: Tensor, t_B: Tensor, s_B: Tensor) -> Tensor:
+        """Return x_s from x_t where the estimate of x1 stays the same between t and s.
+
+        x / sigma moves by the estimate alone, so that this is exact in the noise. sigma(t) > 0.
+        """
+        t, s = over(t_B, x_BND), over(s_B, x_BND)
+        shrink = self.sigma(s) / self.sigma(t)
+        return torch.addcmul(shrink * x_BND, self.alpha(s) - self.alpha(t) * shrink, x1_BND)
 
     def gain(self, prediction: str, wanted: str, t_B: Tensor) -> Tensor:
         """Return by how much an error of the output is enlarged in `wanted` (velocity or sample).
@@ -217,7 +226,7 @@ _BUILDERS: dict[str, Callable[[float, float], Path]] = {
 
 
 def path_named(name: str, sigma_min: float = 0.0, sigma_max: float = 1.0) -> Path:
-    """Return a path by its option name, one of `config.flow.PATHS`.
+    """Return a path by its option name, one of `config.flow.PATHS` or registered.
 
     Args:
         name: The name.
@@ -227,5 +236,7 @@ def path_named(name: str, sigma_min: float = 0.0, sigma_max: float = 1.0) -> Pat
     Raises:
         UserError: If no path has this name.
     """
-    one_of("flow.path", name, PATHS)
-    return _BUILDERS[name](sigma_min, sigma_max)
+    if name in _BUILDERS:
+        return _BUILDERS[name](sigma_min, sigma_max)
+    made = register.path.build(name, sigma_min, sigma_max)
+    return replace(made, name=name)

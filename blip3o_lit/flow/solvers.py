@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from blip3o_lit.config import registry as register
 from blip3o_lit.config.solver import SolverConfig, check_solver
 from blip3o_lit.flow.multistep import multistep
 from blip3o_lit.flow.objective import FlowObjective, Network
@@ -98,8 +99,10 @@ def integrate(
         )
         return list(torch.unbind(cast(Tensor, states))[1:])
     states, x_BND = [], x0_BND
+    own = register.solver.own(method)
+    step = STEPS[method] if own is None else own.build
     for start, end in zip(grid_S, grid_S[1:]):
-        x_BND = STEPS[method](field, x_BND, start, end - start)
+        x_BND = step(field, x_BND, start, end - start)
         states.append(x_BND)
     return states
 
@@ -117,7 +120,8 @@ def sample(
     """Generate tokens from noise.
 
     `mean` evaluates once at t = 0 and returns the posterior mean E[x1|c]; every other solver
-    returns a draw from p(x1|c). A network with an `encode` method encodes its condition once.
+    returns a draw from p(x1|c), `map` by steps of the map that flow.pairs trains. A network with an
+    `encode` method encodes its condition once.
 
     A sample output has no velocity at sigma = 0, and a useless one where sigma is below the change
     of one step (the network's error is divided by sigma). A stage that falls on such a t = 1 is
@@ -146,6 +150,11 @@ def sample(
     x_BND = first * objective.scaled_noise(noise_BND.float())
     if solver.name == "mean":
         states = [model.estimate(x_BND, 0.0)]
+    elif solver.name == "map":
+        grid_S, states = time_grid(solver), []
+        for t, s in zip(grid_S, grid_S[1:]):
+            x_BND = model.mapped(x_BND, t, s)
+            states.append(x_BND)
     elif scheme is not None:
         states = scheme.states(model.estimate, x_BND)
     else:
@@ -185,15 +194,21 @@ class Evaluations:
     def estimate(self, x_BND: Tensor, t: float) -> Tensor:
         return self.objective.estimate(self._guided, self.condition, x_BND, _times(x_BND, t), False)
 
-    def _guided(self, x_BND: Tensor, t_B: Tensor, condition: Any) -> Tensor:
-        out_BND = self._counted(x_BND, t_B, condition)
+    def mapped(self, x_BND: Tensor, t: float, s: float) -> Tensor:
+        """Return the state at s, by one step of the trained map."""
+        t_B, s_B = _times(x_BND, t), _times(x_BND, s)
+        out_BND = self.objective.predict(self._guided, self.condition, x_BND, t_B, s_B=s_B)
+        return self.objective.path.step(x_BND, out_BND, t_B, s_B)
+
+    def _guided(self, x_BND: Tensor, t_B: Tensor, condition: Any, *ends: Tensor) -> Tensor:
+        out_BND = self._counted(x_BND, t_B, condition, *ends)
         if self.null is None:
             return out_BND
-        return torch.lerp(self._counted(x_BND, t_B, self.null), out_BND, self.guidance)
+        return torch.lerp(self._counted(x_BND, t_B, self.null, *ends), out_BND, self.guidance)
 
-    def _counted(self, x_BND: Tensor, t_B: Tensor, condition: Any) -> Tensor:
+    def _counted(self, x_BND: Tensor, t_B: Tensor, condition: Any, *ends: Tensor) -> Tensor:
         self.evaluations += 1
-        return self.network(x_BND, t_B, condition).float()
+        return self.network(x_BND, t_B, condition, *ends).float()
 
 
 def _times(x_BND: Tensor, t: float) -> Tensor:

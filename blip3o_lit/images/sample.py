@@ -1,7 +1,5 @@
 """Members of a tar whose names agree: which caption and label belong to which picture."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -13,8 +11,6 @@ LABEL = "cls"
 
 @dataclass(frozen=True)
 class Text:
-    """A caption or label."""
-
     name: str
     extension: str
     content: str

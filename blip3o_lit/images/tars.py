@@ -10,7 +10,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from blip3o_lit.base.remote import open_remote, resumed
+from blip3o_lit.base.remote import PAUSES, open_remote, resumed
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.images.folder import CAPTION_BYTES, CAPTIONS, caption_of
 from blip3o_lit.images.item import EXTENSIONS, MAX_BYTES, Item, Lost, with_split
@@ -50,6 +50,8 @@ class StrictTarInfo(tarfile.TarInfo):
 
 @dataclass(frozen=True)
 class TarPart:
+    """One tar of a source, whose number of images is not known before it is read."""
+
     url: str
     """A path, or an address with one of `SCHEMES`."""
     name: str
@@ -60,13 +62,15 @@ class TarPart:
     length: None = None
     by_place: bool = False
     """Of a local tar: pictures are read when they are asked for, from their places in the file."""
+    pauses: tuple[float, ...] = PAUSES
+    """Seconds before a broken connection is opened again."""
 
     @property
     def is_remote(self) -> bool:
         return "://" in self.url
 
     def entries(self, skip: int = 0) -> Iterator[Item | Lost]:
-        for entry in resumed(self._read, self.url, skip):
+        for entry in resumed(self._read, self.url, skip, self.pauses):
             yield with_split(entry, self.splits)
 
     def _read(self, skip: int) -> Iterator[Item | Lost]:

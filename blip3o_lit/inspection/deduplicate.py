@@ -5,8 +5,6 @@ one, so that scores stay comparable. Shards are written again under new names, a
 with the new index in a single step. What leaves is named in rejects.jsonl.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator

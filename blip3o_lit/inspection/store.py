@@ -3,8 +3,6 @@
 Shape suffixes: B samples, N tokens, C channels.
 """
 
-from __future__ import annotations
-
 import hashlib
 import stat
 from collections import Counter
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_lit.base.files import sha256_of
 from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.drawing.thumbnail import opened
@@ -23,15 +22,10 @@ from blip3o_lit.inspection.numbers import ArrayNumbers
 from blip3o_lit.tokens.classes import Classes
 from blip3o_lit.tokens.store.heads import HEADS_FILE, Head
 from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex, repair_command
+from blip3o_lit.tokens.store.int8 import dequantise, load_scales, scale_array
 from blip3o_lit.tokens.store.mapped_shard import Shard
 from blip3o_lit.tokens.store.shards import unpack_offsets
-from blip3o_lit.tokens.store.storage import (
-    TORCH_TYPES,
-    dequantise,
-    finite,
-    load_scales,
-    scale_array,
-)
+from blip3o_lit.tokens.store.storage import TORCH_TYPES, finite
 
 READ_SAMPLES = 16
 NAMED = 5
@@ -247,14 +241,9 @@ def shard_problem(folder: Path, entry: ShardEntry) -> str:
         return f"{entry.file} is no regular file"
     if facts.st_size != entry.bytes:
         return f"{entry.file} has {facts.st_size} bytes, index.json promises {entry.bytes}"
-    if file_hash(path) != entry.sha256:
+    if sha256_of(path) != entry.sha256:
         return f"{entry.file} has another sha256 than index.json says: its content changed"
     return ""
-
-
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(content: bytes | memoryview) -> bytes:

@@ -3,8 +3,6 @@
 Shape suffixes: B images, N tokens (CLS first where there is one), D token width.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.metrics.frechet import Moments, frechet_distance
+from blip3o_lit.metrics.manifolds import Manifolds
 from blip3o_lit.metrics.norms import CosineByNorm
 from blip3o_lit.metrics.structure import LinearCka, MutualNeighbours
 
@@ -25,6 +24,7 @@ class Breadth:
         self.cka_image, self.cka_token = LinearCka().to(device), LinearCka().to(device)
         self.neighbours = MutualNeighbours().to(device)
         self.by_norm = CosineByNorm().to(device)
+        self.manifolds = Manifolds().to(device)
 
     def update(self, generated_BND: Tensor, true_BND: Tensor) -> None:
         generated, true = generated_BND[:, self.first :], true_BND[:, self.first :]
@@ -34,6 +34,7 @@ class Breadth:
         self.cka_token.update(generated, true)
         self.neighbours.update(generated_BD, true_BD)
         self.by_norm.update(generated, true)
+        self.manifolds.update(generated_BD, true_BD)
 
     def compute(self, true_tokens: Moments) -> dict[str, Any]:
         return {
@@ -42,4 +43,5 @@ class Breadth:
             "mutual_knn": self.neighbours.compute(),
             "frechet_token": frechet_distance(self.tokens.compute(), true_tokens.compute()),
             "cosine_by_norm": self.by_norm.compute(),
+            **self.manifolds.compute(),
         }

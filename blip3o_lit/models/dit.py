@@ -16,7 +16,7 @@ from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.models.block import Block, Branch
 from blip3o_lit.models.initialisation import Rules, narrow_normal
 from blip3o_lit.models.layers import DeepAdapter, TimeEmbedding
-from blip3o_lit.models.network import EncodedCondition, Network
+from blip3o_lit.models.network import SPAN_SCALE, EncodedCondition, Network
 from blip3o_lit.models.norms import modulate, norm_layer
 
 
@@ -56,7 +56,9 @@ class DiT(Network):
             self.positions = nn.Parameter(torch.empty(target.tokens, width))
             if not self.aligned:
                 self.positions_condition = nn.Parameter(torch.empty(source.tokens, width))
-        self.time = TimeEmbedding(width)  # model.time says where it enters
+        self.time = TimeEmbedding(width, config.time_scale)  # model.time says where it enters
+        if config.second_time:
+            self.span = TimeEmbedding(width, SPAN_SCALE)
         self.modulation: nn.Linear | None = None
         self.output_norm: nn.Module | None = None
         if config.time == "adaln":
@@ -72,9 +74,8 @@ class DiT(Network):
         self.init_weights()
 
     def initial_rules(self) -> Rules:
-        rules: Rules = dict.fromkeys(("time.first.weight", "time.second.weight"), narrow_normal)
-        rules |= dict.fromkeys(("cls_condition", "positions", "positions_condition"), narrow_normal)
-        rules["modulation.weight"] = 0.0
+        own = ("cls_condition", "positions", "positions_condition")
+        rules: Rules = {"modulation.weight": 0.0, **dict.fromkeys(own, narrow_normal)}
         if self.config.zero_init_output:
             rules["output.weight"] = 0.0
         for name, module in self.named_modules():
@@ -103,14 +104,20 @@ class DiT(Network):
             tokens_BNW = torch.cat((cls_BNW, tokens_BNW), 1)
         return EncodedCondition(tokens_BNW, pooled_BW, None)
 
-    def forward(self, x_BND: Tensor, t_B: Tensor, condition: Tensor | EncodedCondition) -> Tensor:
+    def forward(
+        self,
+        x_BND: Tensor,
+        t_B: Tensor,
+        condition: Tensor | EncodedCondition,
+        s_B: Tensor | None = None,
+    ) -> Tensor:
         encoded = self.encoded(condition)
         x_BNW = self.input(x_BND.to(self.input.weight.dtype))
         if encoded.tokens is not None:
             x_BNW = x_BNW + encoded.tokens
         if self.positions is not None:
             x_BNW = x_BNW + self.positions.to(x_BNW.dtype)
-        signal_B1W = (self.time(t_B) + encoded.pooled)[:, None]
+        signal_B1W = (self.embedded_times(t_B, s_B) + encoded.pooled)[:, None]
         if self.modulation is None:
             x_BNW = x_BNW + signal_B1W.to(x_BNW.dtype)
             x_BNW = self.run_blocks(x_BNW, [None] * len(self.blocks), encoded)

@@ -181,25 +181,25 @@ class DeepAdapter(nn.Module):
         return torch.addcmul(shortcut_BMW, self.gate.sigmoid().to(deep_BMW.dtype), deep_BMW)
 
 
-def sinusoid(t_B: Tensor, channels: int) -> Tensor:
-    """Cosines and sines of 1000 t, fp32 [B, channels]; frequencies fall from 1 to 1e-4."""
+def sinusoid(t_B: Tensor, channels: int, scale: float = 1000.0) -> Tensor:
+    """Cosines and sines of scale * t, fp32 [B, channels]; frequencies fall from 1 to 1e-4."""
     half = channels // 2
     rate = -math.log(1e4) / half
     frequency = torch.exp(rate * torch.arange(half, dtype=torch.float32, device=t_B.device))
-    angle = 1000.0 * t_B.float()[:, None] * frequency
+    angle = scale * t_B.float()[:, None] * frequency
     return torch.cat((angle.cos(), angle.sin()), -1)
 
 
 class TimeEmbedding(nn.Module):
     """Embedding of the flow time t in [0, 1]: sinusoid, then a two-layer MLP."""
 
-    def __init__(self, width: int, channels: int = 256) -> None:
+    def __init__(self, width: int, scale: float = 1000.0, channels: int = 256) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels, self.scale = channels, scale
         self.first = nn.Linear(channels, width)
         self.second = nn.Linear(width, width)
 
     def forward(self, t_B: Tensor) -> Tensor:
         """Embed [B] to [B, W]; the sinusoids are fp32, then cast to the weights' dtype."""
-        features = sinusoid(t_B, self.channels).to(self.first.weight.dtype)
+        features = sinusoid(t_B, self.channels, self.scale).to(self.first.weight.dtype)
         return self.second(F.silu(self.first(features)))

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.models.initialisation import Rules, apply_rules, rules_of_layers
-from blip3o_lit.models.layers import rope_table
+from blip3o_lit.models.initialisation import Rules, apply_rules, narrow_normal, rules_of_layers
+from blip3o_lit.models.layers import TimeEmbedding, rope_table
+from blip3o_lit.models.recomputation import recomputed
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one cross-attention, each [B, M, G, K]."""
@@ -34,20 +34,31 @@ class EncodedCondition(NamedTuple):
     """conditioning=cross: keys and values of each block."""
 
 
+SPAN_SCALE = 10.0
+"""Of the embedding of s - t: a map to s learns from shorter ones, so it has to change slowly."""
+
+
 class Network(nn.Module):
     """A transformer from (x_t, t, condition) to its raw output; `DiT` and `NextDiT` are the two.
 
-    Condition, target and x_t are standardised tokens.
+    Condition, target and x_t are standardised tokens. With model.second_time the output is that of
+    the map from t to s. The embedding of s - t starts at zero, so that its network starts out as
+    one without it.
     """
 
     blocks: nn.ModuleList
+    time: TimeEmbedding
+    span: TimeEmbedding | None
     rope: Tensor | None
     rope_condition: Tensor | None
     rope_base = 100.0
+    compiled = False
+    """Whether blocks run through torch.compile."""
 
     def __init__(self, config: ModelConfig, shape: PairShape) -> None:
         super().__init__()
         self.config, self.shape = config, shape
+        self.span = None
         for name, table in self._rope_tables().items():
             self.register_buffer(name, table, persistent=False)
 
@@ -73,7 +84,9 @@ class Network(nn.Module):
         """
         if seed is None:
             seed = int(torch.randint(2**62, (), device="cpu"))
-        apply_rules(self, rules_of_layers(self) | self.initial_rules(), seed)
+        rules: Rules = dict.fromkeys(("time.first.weight", "time.second.weight"), narrow_normal)
+        rules |= {"span.first.weight": narrow_normal, "span.second.weight": 0.0}
+        apply_rules(self, rules_of_layers(self) | rules | self.initial_rules(), seed)
         self.fill_buffers()
 
     def initial_rules(self) -> Rules:
@@ -100,26 +113,43 @@ class Network(nn.Module):
             return condition
         return type(self).encode(self, condition)
 
-    def forward(self, x_BND: Tensor, t_B: Tensor, condition: Tensor | EncodedCondition) -> Tensor:
+    def forward(
+        self,
+        x_BND: Tensor,
+        t_B: Tensor,
+        condition: Tensor | EncodedCondition,
+        s_B: Tensor | None = None,
+    ) -> Tensor:
         """Return the raw output [B, N, D], in the dtype of `x_BND`.
 
         Args:
             x_BND: Noisy target tokens x_t.
             t_B: Times in [0, 1], 0 is noise.
             condition: Condition tokens [B, M, C], or what `encode` made of them.
+            s_B: Times that the map ends at, with model.second_time; None: t, the flow's estimate.
         """
         raise NotImplementedError
+
+    def embedded_times(self, t_B: Tensor, s_B: Tensor | None) -> Tensor:
+        """Embed [B] times, and how far the map goes, to [B, width of the embedding]."""
+        signal = self.time(t_B)
+        if self.span is None:
+            assert s_B is None, "the network has no second time"
+            return signal
+        return signal + self.span(torch.zeros_like(t_B) if s_B is None else s_B - t_B)
 
     def run_blocks(
         self, x_BNW: Tensor, modulation: Sequence[Tensor | None], encoded: EncodedCondition
     ) -> Tensor:
         """Apply the blocks in turn, each with its own modulation, keys and values."""
-        recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
+        budget = self.config.kept_activations
+        if self.compiled and budget:  # the compiler has been told
+            budget = 1.0
         rope = None if self.rope is None else self.rope.to(x_BNW.dtype)
         keys_values = encoded.keys_values or [None] * len(self.blocks)
         for block, rows, pair in zip(self.blocks, modulation, keys_values):
-            if recompute:
-                x_BNW = checkpoint(block, x_BNW, rows, rope, pair, use_reentrant=False)  # type: ignore[assignment]
+            if budget < 1 and torch.is_grad_enabled():
+                x_BNW = recomputed(block, budget, x_BNW, rows, rope, pair)
             else:
                 x_BNW = block(x_BNW, rows, rope, pair)
         return x_BNW
@@ -130,11 +160,18 @@ class Network(nn.Module):
         Before a network is sharded: the gathering of weights stays outside the graph.
         """
         import torch._dynamo  # seconds
+        import torch._functorch.config
 
         # Graphs are not cut at DDP's buckets: a block is a small part of the network.
         torch._dynamo.config.optimize_ddp = False
+        budget = self.config.kept_activations or 1.0
+        if torch._functorch.config.activation_memory_budget != budget:
+            torch._dynamo.reset()  # graphs of an earlier network keep what that one was to keep
+            torch._functorch.config.activation_memory_budget = budget
+        self.compiled = True
+        options = {"combo_kernels": True} if self.config.compile == "combined" else None
         for block in self.blocks:
-            block.compile(backend=backend, fullgraph=True)
+            block.compile(backend=backend, fullgraph=True, options=options)
 
     def forward_flops(self, batch: int = 1) -> int:
         """Matmul FLOPs of a forward call with an unencoded condition; training costs 3 times it."""

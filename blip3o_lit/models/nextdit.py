@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.models.initialisation import Rules, narrow_normal
+from blip3o_lit.models.initialisation import Rules
 from blip3o_lit.models.layers import SwiGLU, TimeEmbedding, attend
-from blip3o_lit.models.network import EncodedCondition, KeysValues, Network
+from blip3o_lit.models.network import SPAN_SCALE, EncodedCondition, KeysValues, Network
 from blip3o_lit.models.norms import RMSNorm, rotate
 from blip3o_lit.models.official import from_official, to_official
 
@@ -100,7 +100,9 @@ class NextDiT(Network):
         self.caption_second = nn.Linear(width, width)
         self.pool_norm = nn.LayerNorm(width, EPS)
         self.pool = nn.Linear(width, signal)
-        self.time = TimeEmbedding(signal)
+        self.time = TimeEmbedding(signal, config.time_scale)
+        if config.second_time:
+            self.span = TimeEmbedding(signal, SPAN_SCALE)
         # One matmul makes the scales and gates of all blocks and of the output norm.
         self.modulation = nn.Linear(signal, (4 * config.depth + 1) * width)
         self.blocks = nn.ModuleList(NextDiTBlock(config) for _ in range(config.depth))
@@ -109,8 +111,7 @@ class NextDiT(Network):
         self.init_weights()
 
     def initial_rules(self) -> Rules:
-        rules: Rules = dict.fromkeys(("time.first.weight", "time.second.weight"), narrow_normal)
-        rules |= {"modulation.weight": 0.0, "output.weight": 0.0}
+        rules: Rules = {"modulation.weight": 0.0, "output.weight": 0.0}
         return rules | {f"blocks.{i}.cross_gate": 0.0 for i in range(len(self.blocks))}
 
     def encode(self, condition_BMC: Tensor) -> EncodedCondition:
@@ -120,10 +121,19 @@ class NextDiT(Network):
         pairs = tuple(block.keys_values(tokens_BMW, self.rope_condition) for block in self.blocks)  # type: ignore[operator]
         return EncodedCondition(None, pooled_BT, pairs)
 
-    def forward(self, x_BND: Tensor, t_B: Tensor, condition: Tensor | EncodedCondition) -> Tensor:
+    def forward(
+        self,
+        x_BND: Tensor,
+        t_B: Tensor,
+        condition: Tensor | EncodedCondition,
+        s_B: Tensor | None = None,
+    ) -> Tensor:
         encoded = self.encoded(condition)
         x_BNW = self.input(x_BND.to(self.input.weight.dtype))
-        signal_B1T = (self.time(1 - t_B.float()) + encoded.pooled)[:, None]
+        # The time that the released weights count, from data to noise: a map's span is negative.
+        reversed_s_B = None if s_B is None else 1 - s_B.float()
+        times_BT = self.embedded_times(1 - t_B.float(), reversed_s_B)
+        signal_B1T = (times_BT + encoded.pooled)[:, None]
         rows_B1RW = self.modulation(F.silu(signal_B1T)).to(x_BNW.dtype)
         rows_B1RW = rows_B1RW.unflatten(-1, (-1, self.config.width))
         by_block, last_B1W = rows_B1RW[:, :, :-1].split(4, 2), rows_B1RW[:, :, -1]
@@ -145,7 +155,8 @@ class NextDiT(Network):
                     f"{tuple(own[name].shape)}; set model.width, model.heads, model.kv_heads or "
                     "model.ffn_dim_multiplier (1: FFN 4864, 1.5: 7168) to fit"
                 )
-        self.load_state_dict(translated)
+        span = {name: tensor for name, tensor in own.items() if name.startswith("span.")}
+        self.load_state_dict(span | translated)
 
     def official_state(self) -> dict[str, Tensor]:
         """Return the weights under the official names and in the official layout."""

@@ -1,7 +1,5 @@
 """Sections of evaluations that asked for more: samples, times, another run, and all the rest."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from blip3o_lit.report import charts

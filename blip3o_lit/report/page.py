@@ -4,8 +4,6 @@ To add a section, write a function that takes a `RunRecord` and returns a `Secti
 the run has nothing for it; name it here, and write its macro in `templates/sections.html.j2`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from blip3o_lit.report import about_run, captions, drawings, further, held_out

@@ -1,7 +1,5 @@
 """Names, order and number formats of the scores; which rows a table has and which comes first."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +114,8 @@ def estimator(key: str) -> str:
     names["fitted"] = "Fitted solver"
     label = names.get(name, name.capitalize())
     if steps:
-        label += f", {steps} {'evaluations' if name == 'fitted' else 'steps'}"
+        unit = "evaluation" if name in ("fitted", "map") else "step"
+        label += f", {steps} {unit}{'' if steps == '1' else 's'}"
     return f"{label}, guidance {guidance}" if guidance else label
 
 

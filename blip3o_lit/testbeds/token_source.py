@@ -1,7 +1,5 @@
 """From the data group to the token store it names; the demo and the testbeds build themselves."""
 
-from __future__ import annotations
-
 from blip3o_lit.config.checks import paths_of
 from blip3o_lit.config.data import DataConfig
 

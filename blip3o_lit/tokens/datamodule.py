@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
@@ -71,13 +72,13 @@ class TokenDataModule(pl.LightningDataModule):
         limits = [n for n in (data.validation_subset, validation_images) if n]
         self._validation_limit = min(limits) if limits else None
 
-    def open(self) -> None:
-        """Open the store, choose both splits and compute or load their statistics."""
+    def open(self, ranks: FirstRank = ALONE) -> None:
+        """Open the store, choose both splits and load their statistics; the first rank's work."""
         data, limit = self.data, self._validation_limit
         sides = (data.condition, data.target, self.mode)
         batches: Callable[[int], Iterable[Batch]]
         if len(self.stores) > 1:
-            self._open_several()
+            self._open_several(ranks)
             return
         if is_url(self.store_path):
             remote = RemoteStore(str(self.store_path), data.verify)
@@ -97,10 +98,10 @@ class TokenDataModule(pl.LightningDataModule):
         self.facts = {"path": self.store_path, "hash": self.train.content_hash}
         images = min(data.statistics_images, len(self.train))
         self.condition_standardizer, self.target_standardizer = cached_standardizers(
-            self.train.content_hash, self.shape, images, partial(batches, images)
+            self.train.content_hash, self.shape, images, partial(batches, images), ranks
         )
 
-    def _open_several(self) -> None:
+    def _open_several(self, ranks: FirstRank) -> None:
         """Open stores that are read as one; those of equal content are one."""
         data = self.data
         sides = (data.condition, data.target, self.mode)
@@ -125,8 +126,9 @@ class TokenDataModule(pl.LightningDataModule):
                 return mixture_moments(train, images, data.threads)
             return pair_moments(reader_batches(train, images, data.threads), train.shape)
 
-        standardizers = kept_standardizers(train.content_hash, self.shape, images, moments)
-        self.condition_standardizer, self.target_standardizer = standardizers
+        self.condition_standardizer, self.target_standardizer = kept_standardizers(
+            train.content_hash, self.shape, images, moments, ranks
+        )
 
     def steps_for(self, max_steps: int, max_epochs: int | None) -> int:
         """Set and return the run's optimizer steps; `max_epochs`, where given, wins.

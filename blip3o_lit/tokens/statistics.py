@@ -9,6 +9,8 @@ Shape suffixes: B samples, N tokens, R rows (tokens of several samples), C chann
 from __future__ import annotations
 
 import hashlib
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blip3o_lit.base.files import one_at_a_time, replacing
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.home import home
 from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.config.errors import UserError
@@ -192,24 +195,41 @@ def cached_standardizers(
     shape: PairShape,
     images: int,
     batches: Callable[[], Iterable[Batch]],
+    ranks: FirstRank = ALONE,
 ) -> tuple[Standardizer, Standardizer]:
     """Return the standardizers of condition and target, computing them once per content.
 
-    `batches`, which covers `images` images, is called when nothing is cached.
+    `batches`, which covers `images` images, is called when nothing is cached, by the first rank.
+    Ranks whose cache is another one are given the file.
     """
-    return kept_standardizers(content_hash, shape, images, lambda: pair_moments(batches(), shape))
+    return kept_standardizers(
+        content_hash, shape, images, lambda: pair_moments(batches(), shape), ranks
+    )
 
 
 def kept_standardizers(
-    content_hash: str, shape: PairShape, images: int, moments: Callable[[], Pair]
+    content_hash: str,
+    shape: PairShape,
+    images: int,
+    moments: Callable[[], Pair],
+    ranks: FirstRank = ALONE,
 ) -> tuple[Standardizer, Standardizer]:
     """Return standardizers as `cached_standardizers` does, from moments of both sides."""
     name = hashlib.sha256(f"{content_hash}/{images}/{VERSION}".encode()).hexdigest()[:32]
     file = home() / "statistics" / f"{name}.safetensors"
+
+    def computed() -> str:
+        if not file.is_file():
+            with one_at_a_time(file, required=False):  # of all processes of this machine one
+                if not file.is_file():
+                    _compute(file, moments(), shape)
+        # Rows repeat: little is left of them.
+        return "" if ranks.alone else b64encode(zlib.compress(file.read_bytes(), 1)).decode()
+
+    packed = ranks.finds(computed)
     if not file.is_file():
-        with one_at_a_time(file, required=False):  # Of all ranks one computes, the others wait.
-            if not file.is_file():
-                _compute(file, moments(), shape)
+        with replacing(file) as temporary:
+            temporary.write_bytes(zlib.decompress(b64decode(packed)))
     try:
         saved = load_file(file)
     except SafetensorError as error:

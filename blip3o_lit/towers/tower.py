@@ -3,8 +3,6 @@
 Shape suffixes: B images, N tokens (CLS first where there is one), C token width, P projected.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,11 +22,17 @@ from blip3o_lit import __version__
 from blip3o_lit.base.secrets import masked
 from blip3o_lit.budget.plan import Plan
 from blip3o_lit.checkpoints.files import FORMAT
+from blip3o_lit.checkpoints.initial import InitialWeights
+from blip3o_lit.config.registry import origins
+from blip3o_lit.config.solver import SolverConfig, solver_from_label, started_later
+from blip3o_lit.config.train import part_names
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.objective import FlowObjective
+from blip3o_lit.flow.pairs import UNIFORMS, pair_times
 from blip3o_lit.flow.times import training_times
 from blip3o_lit.metrics.cosine import TokenScores
+from blip3o_lit.models.float8 import float8_blocks
 from blip3o_lit.models.initialisation import is_sharded, local
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.optimizer import make_optimizer
@@ -34,17 +41,25 @@ from blip3o_lit.tokens.reading.batches import align_checkpoint
 from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.training.ema import ramped_decay, update_average
+from blip3o_lit.training.own_parts import check_plain
 from blip3o_lit.training.schedule import learning_rate_factor
+from blip3o_lit.training.timed_losses import TimedLosses
 from blip3o_lit.translation.translator import Translator
 
+SAMPLED_SCORES = ("cosine", "norm_ratio")
 LOGGED_SCORES = ("cosine", "cosine_centred", "mse", "r2", "norm_ratio")
 
 
 class TranslationModule(LightningModule):
     """Trains a translator; `ema` is the fp32 weight average that validation and inference use."""
 
-    def __init__(self, plan: Plan, data: TokenDataModule) -> None:
-        """Build the network from the run's seed and take the scales of `data`, which is open."""
+    def __init__(
+        self, plan: Plan, data: TokenDataModule, initial: InitialWeights | None = None
+    ) -> None:
+        """Build the network from the run's seed and take the scales of `data`, which is open.
+
+        What `initial` holds is put in the place of either.
+        """
         super().__init__()
         self.config, self.shape, self.steps = plan.config, plan.shape, plan.steps
         self.precision = plan.placement.precision
@@ -54,6 +69,9 @@ class TranslationModule(LightningModule):
             self.network = build_network(self.config.model, self.shape)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.network.to(self.precision.weights)
+        self.initial = initial
+        if self.config.precision.float8:
+            float8_blocks(self.network)
         if not self.sharded:
             self._start(torch.device("cpu"))
         self.objective = FlowObjective(self.config.flow)
@@ -67,12 +85,19 @@ class TranslationModule(LightningModule):
             self.target_standardizer = Standardizer.identity(self.shape.target)
         else:
             self.target_standardizer = data.target_standardizer
+        if initial is not None:
+            initial.put("condition_standardizer", self.condition_standardizer)
+            initial.put("target_standardizer", self.target_standardizer)
+            initial.put("objective", self.objective)
         self.scores = TokenScores(data.target_standardizer.mean_NC, self.shape.target)
         self.held = data.validation if isinstance(data.validation, MixedReader) else None
         mean_ND = data.target_standardizer.mean_NC
         self.store_scores = nn.ModuleList(
             TokenScores(mean_ND, self.shape.target) for _ in (self.held.names if self.held else ())
         )
+        checks = self.config.evaluation
+        self.losses = TimedLosses(checks.loss_times) if checks.loss_times else None
+        self.sampled = nn.ModuleList(copy.deepcopy(self.scores) for _ in checks.estimators)
         self.gradient_norm: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
 
@@ -82,6 +107,9 @@ class TranslationModule(LightningModule):
         for network in (self.network, self.ema):
             network.to_empty(device=device)
         self.network.init_weights(self.config.seed)
+        if self.initial is not None:
+            self.initial.put("network", self.network)
+            self.initial = None  # its memory
         self.ema.fill_buffers()
         for average, weight in zip(self.ema.parameters(), self.network.parameters()):
             average.copy_(weight)
@@ -119,13 +147,18 @@ class TranslationModule(LightningModule):
         device, token_shape = x1_BND.device, tuple(x1_BND.shape[1:])
         who = (batch["sample"], batch["epoch"])
         z_BND = draws.noise(seed, Stream.TRAINING_NOISE, *who, token_shape, device=device)
-        uniforms_B3 = draws.uniforms(seed, Stream.TRAINING_TIMES, *who, count=3)
-        t_B = training_times(uniforms_B3[:, :2], flow).to(device, non_blocking=True)
-        drop_B = None
+        count = 3 + UNIFORMS if flow.pairs > 0 else 3
+        uniforms_BU = draws.uniforms(seed, Stream.TRAINING_TIMES, *who, count=count)
+        t_B, pairs, drop_B = training_times(uniforms_BU[:, :2], flow), None, None
+        if flow.pairs > 0:
+            t_B, pairs = pair_times(uniforms_BU[:, 3:], t_B, flow)
+            pairs = pairs.to(device)
         if flow.condition_dropout > 0:
-            drop_B = (uniforms_B3[:, 2] < flow.condition_dropout).to(device, non_blocking=True)
-        restore = self.target_standardizer.restore
-        loss = self.objective.loss(self.network, condition, x1_BND, z_BND, t_B, restore, drop_B)
+            drop_B = (uniforms_BU[:, 2] < flow.condition_dropout).to(device, non_blocking=True)
+        t_B, restore = t_B.to(device, non_blocking=True), self.target_standardizer.restore
+        loss = self.objective.loss(
+            self.network, condition, x1_BND, z_BND, t_B, restore, drop_B, pairs
+        )
         for buffer in self.objective.buffers():  # Scales that it adapts to its batches.
             if self.trainer.world_size > 1:  # Lightning's own mean has a barrier.
                 dist.all_reduce(buffer)
@@ -133,7 +166,10 @@ class TranslationModule(LightningModule):
         self._add_to_mean("train/loss", loss.total)
         if (self.global_step + 1) % self.config.trainer.log_every == 0:
             estimate, true = restore(loss.x1_hat_BND), batch["target"].float()
-            self._add_to_mean("train/cosine", F.cosine_similarity(estimate, true, dim=-1).mean())
+            cosine_B = F.cosine_similarity(estimate, true, dim=-1).mean(1)
+            self._add_to_mean("train/cosine", loss.data_mean(cosine_B))
+            if loss.pairs_mse is not None:
+                self._add_to_mean("train/pairs_loss", loss.pairs_mse)
             self._add_to_mean("train/velocity_cosine", loss.velocity_cosine)
             self._add_to_mean("train/norm_ratio", loss.norm_ratio)
             for name, term in loss.extra.items():
@@ -164,8 +200,9 @@ class TranslationModule(LightningModule):
         return means
 
     def on_validation_epoch_start(self) -> None:
-        for scores in (self.scores, *self.store_scores):
-            scores.reset()  # type: ignore[operator]
+        for metric in (self.scores, self.losses, *self.store_scores, *self.sampled):
+            if metric is not None:
+                metric.reset()  # type: ignore[operator]
         self.ema.eval()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -178,15 +215,38 @@ class TranslationModule(LightningModule):
             for number, scores in enumerate(self.store_scores):
                 own_B = (store_B == number).to(batch["valid"].device) & batch["valid"]
                 scores.update(sample.x1_BND, batch["target"], own_B)  # type: ignore[operator]
+        if self.losses is not None:
+            self.losses.update(self.translator, batch)
+        images = self.config.evaluation.estimator_images
+        if batch_idx * len(batch["sample"]) * self.trainer.world_size >= images:
+            return  # on all ranks alike
+        counted_B = batch["valid"] & (batch["sample"] < images).to(batch["valid"].device)
+        for solver, scores in zip(self.estimators, self.sampled):
+            sample = self.translator.generate(batch["condition"], batch["sample"], 0, solver)
+            scores.update(sample.x1_BND, batch["target"], counted_B)  # type: ignore[operator]
+
+    @cached_property
+    def estimators(self) -> list[SolverConfig]:
+        """The solvers of evaluation.estimators."""
+        flow, start = self.config.flow, self.config.solver.start
+        labels = self.config.evaluation.estimators
+        return [started_later(flow, solver_from_label(label), start) for label in labels]
 
     def on_validation_epoch_end(self) -> None:
+        logged: dict[str, Any] = {}
         names = [f"{name}/" for name in (self.held.names if self.held else ())]
         for prefix, metric in zip(["", *names], (self.scores, *self.store_scores)):
             scores = metric.compute()  # type: ignore[operator]
             low, high = scores["cosine_ci95"]
-            logged = {name: scores[name] for name in LOGGED_SCORES if scores[name] is not None}
-            for name, value in (logged | {"cosine_low": low, "cosine_high": high}).items():
-                self.log(f"val/{prefix}{name}", float(value), logger=False, sync_dist=True)
+            values = {name: scores[name] for name in LOGGED_SCORES if scores[name] is not None}
+            values |= {"cosine_low": low, "cosine_high": high}
+            logged |= {f"{prefix}{name}": value for name, value in values.items()}
+        logged |= self.losses.compute() if self.losses is not None else {}
+        for label, metric in zip(self.config.evaluation.estimators, self.sampled):
+            sampled = metric.compute()  # type: ignore[operator]
+            logged |= {f"{name}_{label}": sampled[name] for name in SAMPLED_SCORES}
+        for name, value in logged.items():
+            self.log(f"val/{name}", float(value), logger=False, sync_dist=True)
 
     def configure_gradient_clipping(
         self,
@@ -234,6 +294,7 @@ class TranslationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what it takes to rebuild the translator: plain data only."""
+        check_plain(checkpoint.get("callbacks", {}))
         checkpoint["blip3o"] = {
             "format": FORMAT,
             "version": __version__,
@@ -241,4 +302,5 @@ class TranslationModule(LightningModule):
             "shape": self.shape.to_dict(),
             "tokens": self.store_facts,
             "step": self.global_step,
+            "parts": origins(part_names(self.config)),
         }

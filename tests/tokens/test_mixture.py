@@ -19,7 +19,7 @@ from blip3o_lit.tokens.reading.loader import TokenLoader
 from blip3o_lit.tokens.reading.mixture import MixedOrder, MixedReader, StoreSet, interleaved, shares
 from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.reader import TokenStore
-from blip3o_lit.tokens.store.recode import recode
+from blip3o_lit.tokens.store.copy_as import copy_as
 from blip3o_lit.tokens.store.shards import TokenWriter
 
 MODE = ModeConfig("cls_patch")
@@ -183,7 +183,7 @@ def test_unequal_stores_are_refused_by_the_difference(pair, tmp_path, change, sa
 
 
 def test_int8_and_fp16_stores_mix(pair, tmp_path):
-    recode(TokenStore.open(pair[1]), tmp_path / "int8", "int8")
+    copy_as(TokenStore.open(pair[1]), tmp_path / "int8", "int8")
     reader = mixed({pair[0]: None, str(tmp_path / "int8"): None})
     tokens = reader.read(np.arange(31))["condition"]
     assert tokens.dtype == torch.float16

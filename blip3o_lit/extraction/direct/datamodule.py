@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.extraction.direct.store import PIXELS, PictureReader, PictureStore
 from blip3o_lit.extraction.engine import device_of
@@ -36,7 +37,7 @@ class PictureDataModule(TokenDataModule):
         )
         self.config = config
 
-    def open(self, statistics: bool = True) -> None:
+    def open(self, ranks: FirstRank = ALONE, statistics: bool = True) -> None:
         """List the pictures and compute or load the statistics.
 
         Without `statistics` nothing is decoded and no weights are read: enough for a plan.
@@ -62,7 +63,7 @@ class PictureDataModule(TokenDataModule):
         _ = store.towers  # loaded once, before threads ask for them
         images = min(data.statistics_images, len(train))
         self.condition_standardizer, self.target_standardizer = cached_standardizers(
-            train.content_hash, self.shape, images, lambda: self._batches(train, images)
+            train.content_hash, self.shape, images, lambda: self._batches(train, images), ranks
         )
 
     def _batches(self, reader: PictureReader, images: int) -> Iterator[Batch]:

@@ -170,7 +170,7 @@ class PictureReader(TokenReader):
             for start in range(0, count, size):
                 piece = {k: v[start : start + size].to(towers.device) for k, v in pixels.items()}
                 tokens = towers.tokens_of(piece)
-                for (side, view), array in zip(self.views.items(), self.sides):
+                for (side, view), array in zip(self.views.items(), self.array_names):
                     tokens_BNC = tokens[array][:, view.first :]
                     parts[side].append(view.compute(tokens_BNC) if view.computes else tokens_BNC)
         finally:

@@ -140,7 +140,7 @@ class MixedReader(TokenReader):
         self.readers, self.names, self.weights = readers, names, weights
         self.store = MixedStore([reader.store for reader in readers])  # type: ignore[assignment]
         self.index, self.split, self.mode = self.store.index, first.split, first.mode
-        self.sides, self.limits, self.views = first.sides, first.limits, first.views
+        self.array_names, self.limits, self.views = first.array_names, first.limits, first.views
         self.condition, self.target, self.shape = first.condition, first.target, first.shape
         self.shard_sizes = np.concatenate([reader.shard_sizes for reader in readers])
         sizes = np.array([len(reader) for reader in readers])

@@ -27,7 +27,8 @@ from blip3o_lit.tokens.store.index import (
     check_array_name,
     check_split,
 )
-from blip3o_lit.tokens.store.storage import encode, load_scales, save_scales, with_token_scales
+from blip3o_lit.tokens.store.int8 import load_scales, save_scales, with_token_scales
+from blip3o_lit.tokens.store.storage import encode
 
 OFFSETS_MAGIC = b"tokidx01"
 
@@ -156,7 +157,7 @@ class ShardWriter:
 class TokenWriter:
     """Writes a store into a folder: samples in, shards and, last of all, index.json out.
 
-    `storage.fit_int8` gives the specs of int8 arrays and their channel `scales` `[K, C]`;
+    `int8.fit_int8` gives the specs of int8 arrays and their channel `scales` `[K, C]`;
     `reduced` is `grid_64` for a store of 64 averaged tokens. With `thumbnails` every sample has a
     JPEG.
 

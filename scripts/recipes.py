@@ -37,6 +37,9 @@ CONFIRMED = "baselines=all solvers=[ab2-4,ab2-8,heun-10] curve=[] samples=0 imag
 """How the default is scored at its preset's size, on 512 held-out images."""
 GUESSED = "baselines=none solvers=[ab2-4,ab2-8,heun-10] curve=[] samples=0 images=256"
 """The same where the target must be guessed."""
+MAPPED = "baselines=none solvers=[ab2-8,map-1,map-2,map-4,heun-10,heun-50] curve=[] samples=0 "
+MAPPED += "images=512"
+"""How a recipe with maps is scored."""
 NO_MEAN = "flow.time_zero_share=0"
 
 
@@ -143,6 +146,7 @@ PARTS = (
     _part("u_shaped", "U-shaped times", "flow.time=u_shaped"),
     _part("logit_normal", "logit-normal times", "flow.time=logit_normal"),
     _part("shift_3", "times shifted towards noise by 3", "flow.time_shift=3"),
+    _part("time_10", "time embedding of 10 t", "model.time_scale=10", UNSURE),
     Recipe("cosine", "cosine term of weight 0.1", "flow.cosine_weight=0.1"),
     Recipe("cosine_1", "cosine term of weight 1", "flow.cosine_weight=1.0", UNSURE),
     _part("raw", "tokens as stored, not standardised", "data.scale=raw"),
@@ -154,6 +158,9 @@ PARTS = (
     _part("dropout", "guidance training: condition dropped in a tenth",
           "flow.condition_dropout=0.1", REAL),
 )  # fmt: skip
+MAPS = Recipe("maps", "maps: half of the draws are pairs of times",
+              f"{PLAIN} flow.pairs=0.5 model.time_scale=10",
+              ("linear_gaussian", "demo_masked", "ambiguous"), SEEDS, MAPPED)  # fmt: skip
 _SEED_PATCH = (
     f"experiment=seed_patch {QUIET} {SMALL} data=demo model.mlp_width=384 trainer.max_epochs=null "
     "trainer.max_steps=300 batch_size=16 micro_batch_size=16 optimizer.lr=2e-3 "
@@ -185,7 +192,16 @@ WIDTHS = tuple(
     for output in ("sample", "velocity")
     if width != 128  # the plain recipe and the velocity row are 128 wide, the target's own width
 )
-CLAIMED = (DEFAULT, BASE, *SEED_RECIPES, CONFIRMED_DEMO, CONFIRMED_MASKED, PLAIN_DEMO, PLAIN_MASKED)
+CLAIMED = (
+    DEFAULT,
+    BASE,
+    MAPS,
+    *SEED_RECIPES,
+    CONFIRMED_DEMO,
+    CONFIRMED_MASKED,
+    PLAIN_DEMO,
+    PLAIN_MASKED,
+)
 RECIPES = (*CLAIMED, *PARTS, *WIDTHS)
 RUNS = tuple(
     sorted(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from statistics import mean
 from typing import Any
 
-from recipes import BASE, CONFIRMED_MASKED, DEFAULT, ON, PLAIN_MASKED, SEED_RECIPES, Recipe
+from recipes import BASE, CONFIRMED_MASKED, DEFAULT, MAPS, ON, PLAIN_MASKED, SEED_RECIPES, Recipe
 from results_found import Found, interval, over_seeds, scores_of, table
 
 FEW = ("mean", "ab2-4")
@@ -48,6 +48,7 @@ def claims(found: Found) -> list[str]:
         *_masked(found),
         *_few_steps(found),
         *_fitted(found),
+        *_maps(found),
     ]
     if not rows:
         return []
@@ -196,6 +197,45 @@ def _fitted(found: Found) -> list[Row]:
     errors = [s["coverage"]["fitted-4"]["weight_error"] for s in several]
     what = "ambiguous: largest weight error of fitted-4"
     return [*rows, (what, "<= 0.05", errors, lambda v: v <= 0.05)]
+
+
+def _maps(found: Found) -> list[Row]:
+    """Hold samples of one evaluation against the truth and against many evaluations."""
+    several, gaussian, masked = (
+        scores_of(found, MAPS, testbed)
+        for testbed in ("ambiguous", "linear_gaussian", "demo_masked")
+    )
+    blocks = [s["coverage"]["map-1"] for s in several]
+    apart = [
+        s["estimators"]["map-1"]["frechet_token"] / s["frechet_floor"]["frechet_token"]
+        for s in several
+    ]
+    kept = [
+        s["estimators"]["map-1"]["variance_ratio"] / s["optimum"]["sample"]["variance_ratio"]
+        for s in gaussian
+    ]
+    beside = [
+        s["estimators"]["map-1"]["frechet_token"] / s["estimators"]["heun-50"]["frechet_token"]
+        for s in masked
+    ]
+    means = [
+        s["estimators"]["mean"]["cosine"] / s["optimum"]["mean"]["cosine"]
+        for s in (*several, *gaussian)
+    ]
+    return [
+        ("ambiguous: token Frechet of map-1 over that of two true halves", "<= 2", apart,
+         lambda v: v <= 2),
+        ("ambiguous: largest weight error of map-1", "<= 0.03",
+         [block["weight_error"] for block in blocks], lambda v: v <= 0.03),
+        ("ambiguous: share of modes that map-1 covers", "1",
+         [block["covered"] / len(block["weights"]) for block in blocks], lambda v: v == 1),
+        ("linear_gaussian: variance of map-1 over the exact sampler's", "within 3 %", kept,
+         lambda v: abs(v - 1) <= 0.03),
+        ("demo_masked: token Frechet of map-1 over that of heun-50", "<= 1.25", beside,
+         lambda v: v <= 1.25),
+        ("trained with maps: mean's cosine over the exact mean's", ">= 0.995", means,
+         lambda v: v >= 0.995),
+    ]  # fmt: skip
 
 
 def _has_fitted(scores: dict[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from blip3o_lit.base.units import gib, human_count, human_time
 from blip3o_lit.budget.machine import GPUS, imagined_machine
-from blip3o_lit.budget.pictures import picture_rows, two_ways
+from blip3o_lit.budget.pictures import picture_rows
 from blip3o_lit.budget.plan import Plan, make_plan
 from blip3o_lit.budget.states import States, gathered_bytes, states
 from blip3o_lit.config.train import TrainConfig
@@ -22,7 +22,7 @@ def forecast(config: TrainConfig, data: TokenDataModule, steps: int) -> list[tup
     rows = plan.rows() + _memory(plan, whole)
     if isinstance(data, PictureDataModule):
         rows += picture_rows(plan, data)
-        return rows + _time(plan, whole.saved, None, two_ways(plan, data).tower_flops)
+        return rows + _time(plan, whole.saved, None, data.tower_flops)
     return rows + _time(plan, whole.saved, data.train.sample_bytes)
 
 

@@ -73,7 +73,7 @@ def two_ways(plan: Plan, data: PictureDataModule) -> TwoWays:
     images = data.train.store.listing.images
     free = shutil.disk_usage(".").free
     return TwoWays(
-        tower_flops=sum(cost.flops for cost in data.costs),
+        tower_flops=data.tower_flops,
         train_flops=plan.step_flops / config.batch_size,
         images=images,
         seen=plan.steps * config.batch_size,

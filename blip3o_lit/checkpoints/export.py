@@ -91,6 +91,8 @@ def _shareable(loaded: Loaded) -> dict[str, Any]:
         data["tokens"] = names if isinstance(data["tokens"], dict) else list(names)
     else:
         data["tokens"] = next(iter(names), None)
+    if data.get("images"):
+        data["images"] = Path(data["images"]).name
     shared["config"] |= {"resume": None, "overwrite": False}
     shared["checkpoint"] = loaded.hash
     shared["name"] = loaded.facts.get("name", loaded.folder.resolve().name)

@@ -205,8 +205,9 @@ def check_tokens(path: Path, facts: dict[str, Any]) -> None:
                     "with the same data.tokens, or start a new run"
                 )
         raise UserError(
-            f"resume={path}: it was trained on other data (store, mode, condition, target or "
-            "subset): resume with the same data and mode, or start a new run"
+            f"resume={path}: it was trained on other data (store, mode, condition, target, subset"
+            f"{', towers or pixels' if 'images' in facts else ''}): resume with the same data and "
+            "mode, or start a new run"
         )
 
 

@@ -95,7 +95,7 @@ class DataConfig:
     """A token store: a directory with index.json, or the URL of one. Several: `[a, b]`, each sample
     once an epoch, or with weights `{a: 0.7, b: 0.3}`, shares of an epoch of the same length."""
     images: str | None = None
-    """Of name=images: a folder, a .csv, .tsv or .jsonl, or demo, as in `extract`."""
+    """Of name=images: a folder, local tars, a .csv, .tsv or .jsonl, or demo, as in `extract`."""
     tower_batch: int | None = above_zero(None)
     """Of name=images: images that the towers take at a time; null: the micro-batch."""
     condition: str = "eva"
@@ -134,7 +134,7 @@ class DataConfig:
         if (self.name == "images") != bool(self.images) or (self.images and self.tokens):
             raise UserError(
                 "data=images and data.images=SRC belong together, without data.tokens: a folder, "
-                "a table or demo"
+                "tars, a table or demo"
             )
         if self.name == "tokens" and not self.tokens:
             raise UserError(

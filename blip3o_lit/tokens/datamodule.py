@@ -154,8 +154,8 @@ class TokenDataModule(pl.LightningDataModule):
             stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         return batch_plan(self.batch_size, self.micro_batch_size, world_size), rank, stream
 
-    tower_bytes = 0
-    """Memory that a process needs for the data's own networks: a token store has none."""
+    tower_bytes = tower_flops = 0
+    """Memory of the data's own networks on a process, and their arithmetic per image."""
 
     def compile_towers(self) -> None:
         """Compile the data's own networks."""

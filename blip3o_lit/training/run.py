@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -95,7 +96,8 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
     if resumed:
         if isinstance(data.train, TokenReader):  # a stream goes on in another store too
             check_tokens(resumed, data.facts)
-        result = finished_result(config, run_dir, resumed, steps)
+        # Ranks that the first one starts come when it has written its own files already.
+        result = first.finds(partial(finished_result, config, run_dir, resumed, steps))
         if result is not None:
             if launch().first:
                 run_files.say_finished(run_dir, result)

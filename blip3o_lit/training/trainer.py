@@ -72,7 +72,8 @@ class Callbacks:
         if launch().first:
             peak = place.world * peak_flops(device, plan.device_name, place.precision)
         tokens = config.batch_size * data.shape.target.tokens
-        self.log = RunLog(every, tokens, plan.step_flops, peak)
+        flops = plan.step_flops + data.tower_flops * config.batch_size
+        self.log = RunLog(every, tokens, flops, peak)
         self.stop = StopAtStep()
         self.checkpoints = Checkpoints(
             run_dir / "checkpoints",

@@ -112,6 +112,13 @@ def test_commas_keep_their_meaning_in_a_sweep() -> None:
         arranged(["-m", "data.tokens=a=1,b=2"], TrainConfig)
 
 
+def test_stores_may_be_a_list_or_have_weights() -> None:
+    for word in ("data.tokens=[a,b c]", "data.tokens={a/b: 0.7, c: 0.3}"):
+        assert arranged([word], TrainConfig) == [word]
+    with pytest.raises(UserError, match="Hydra reads a list: quote the value"):
+        arranged(["resume=[a]"], TrainConfig)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -61,7 +61,12 @@ def test_the_page_has_what_was_found(
     assert page.read_text() == once
     speed = f"| base, eager | 2 | {found['base_eager']['images_per_s']:.1f} |"
     for words in (
-        *("1 x CPU, torch", "toy sizes", "**Failed or not reached: nextdit_eager.**", speed),
+        *(
+            "1 x CPU, torch",
+            "toy sizes: it tests",
+            "**Failed or not reached: nextdit_eager.**",
+            speed,
+        ),
         *("| scores | 2.0e-09 | mse |", "| `base`, heun-10, batch 1 | bare ", "| extraction, "),
     ):
         assert once.count(words) == 1, words

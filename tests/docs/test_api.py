@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from documented import DOCS, blocks
+from PIL import Image
 
 from blip3o_lit.api import compose, train
 from blip3o_lit.config.errors import UserError
@@ -51,3 +53,15 @@ def test_words_are_those_of_the_command_line(tmp_path: Path) -> None:
         compose("trian")  # type: ignore[call-overload]
     with pytest.raises(UserError, match="several processes are started by the command alone"):
         train(compose("train", "trainer.devices=2"), tmp_path / "run")
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for shade in range(3):
+        Image.new("RGB", (80, 60), (80 * shade, 9, 9)).save(f"photos/{shade}.png")
+    for number, block in enumerate(blocks(DOCS / "python.md", "python")):
+        exec(compile(block, f"python.md {number}", "exec"), {})  # the page's own text
+    assert Path("outputs/notebook/report.html").is_file()
+    assert Path("outputs/notebook-export/model.safetensors").is_file()
+    assert Path("outputs/photo-tokens/index.json").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +63,9 @@ def home(monkeypatch: pytest.MonkeyPatch, shared_home: Path) -> None:
     monkeypatch.setenv("BLIP3O_HOME", str(shared_home))
 
 
-def run_config(images: Path | None = None, tokens: Path | None = None, **changes) -> TrainConfig:
+def run_config(
+    images: Path | str | None = None, tokens: Path | None = None, **changes
+) -> TrainConfig:
     data = DataConfig(name="tokens", tokens=str(tokens))
     if images is not None:
         data = DataConfig(name="images", images=str(images))
@@ -161,3 +164,26 @@ def test_the_cheaper_way():
     assert replace(ways, disk=150.0).storage == "int8"
     assert replace(ways, disk=50.0).cheaper == "images"
     assert replace(ways, seen=60).cheaper == "images"
+
+
+def test_tars_are_read_in_any_order(photos, tmp_path):
+    names = sorted(path.name for path in photos.iterdir())
+    for number, part in enumerate((names[:20], names[20:])):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
+            for name in part:
+                archive.add(photos / name, name)
+    source = str(tmp_path / "{0..1}.tar")
+    towers = {name: demo.load(name) for name in demo.NAMES}
+    engine = EngineConfig(device="cpu")
+    settings = ExtractConfig(images=source, storage="float32", split=SPLIT, extract=engine)
+    extract(open_source(source, 256), towers, tmp_path / "tokens", settings)
+    tokens = TokenStore.open(tmp_path / "tokens")
+    pictures = PictureStore(run_config(images=Path(source)), "cpu")
+    assert pictures.index.splits == tokens.index.splits
+    one, two = PictureReader(pictures, "train"), TokenReader(tokens, "train")
+    ids = np.random.default_rng(0).permutation(len(two))
+    assert one.keys(ids) == two.keys(ids)
+    assert one.captions(ids) == two.captions(ids)
+    assert np.allclose(one.read(ids)["target"], two.read(ids)["target"], atol=2e-4)
+    with pytest.raises(UserError, match="is behind an address"):
+        PictureStore(run_config(images="file:///a.tar"), "cpu")

@@ -14,6 +14,8 @@ from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
+from blip3o_lit.tokens.reading.batches import BatchPlan
+from blip3o_lit.tokens.reading.loader import TokenLoader
 from blip3o_lit.tokens.reading.mixture import MixedOrder, MixedReader, StoreSet, interleaved, shares
 from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.reader import TokenStore
@@ -132,6 +134,11 @@ def test_ranks_and_a_resumption_read_the_same_samples(pair):
     resumed = data.train_dataloader()
     resumed.load_state_dict({**loader.state_dict(), "steps": 5, "samples": 30})
     assert sum((b["sample"].tolist() for b in resumed), []) == order.at(30, 42)[0].tolist()
+    ranks = [
+        [b["sample"].tolist() for b in TokenLoader(data.train, order, BatchPlan(6, 2, 3), 4, rank)]
+        for rank in (0, 1)
+    ]
+    assert sum((one + two for one, two in zip(*ranks)), []) == order.at(0, 24)[0].tolist()
     other = module({pair[0]: 1, pair[1]: 3}).train_dataloader()
     with pytest.raises(UserError, match="other data"):
         other.load_state_dict(loader.state_dict())

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def sharded_checkpoint(folder: Path, step: int) -> Path:
     return path
 
 
-def be_a_rank(rank: int, port: str, folder: Path, homes: list[str]) -> None:
+def be_a_rank(rank: int, port: str, folder: Path, homes: list[str], done: Barrier) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {"TORCHELASTIC_RUN_ID": "first", "BLIP3O_HOME": homes[rank]}
@@ -67,6 +68,7 @@ def be_a_rank(rank: int, port: str, folder: Path, homes: list[str]) -> None:
     except UserError as error:
         found["refused"] = str(error)
     (folder / f"{rank}.json").write_text(json.dumps(found))
+    done.wait(120)  # the first rank serves the store
 
 
 def test_one_rank_decides_and_measures_and_each_verifies_its_share(tmp_path: Path) -> None:
@@ -81,7 +83,11 @@ def test_one_rank_decides_and_measures_and_each_verifies_its_share(tmp_path: Pat
         port = str(free.getsockname()[1])
     homes = [str(tmp_path / name) for name in ("home 0", "home 1")]
     context = multiprocessing.get_context("forkserver")
-    ranks = [context.Process(target=be_a_rank, args=(r, port, tmp_path, homes)) for r in range(2)]
+    done = context.Barrier(2)
+    ranks = [
+        context.Process(target=be_a_rank, args=(rank, port, tmp_path, homes, done))
+        for rank in range(2)
+    ]
     for rank in ranks:
         rank.start()
     for rank in ranks:

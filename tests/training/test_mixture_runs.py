@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from quick_run import PROBLEM, config, differences, state
 
+from blip3o_lit.base.files import write_json
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.load import load
 from blip3o_lit.checkpoints.metrics_csv import read_rows
@@ -18,6 +19,7 @@ from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.trainer import TrainerConfig
 from blip3o_lit.evaluation.readers import open_readers, trained_images
 from blip3o_lit.evaluation.score import Scorer
+from blip3o_lit.report.page import write_report
 from blip3o_lit.testbeds.linear_gaussian import linear_gaussian_store
 from blip3o_lit.training.run import run_training
 
@@ -71,5 +73,8 @@ def test_a_run_on_two_stores(stores, tmp_path, monkeypatch, shared_home):
     assert sorted(report["stores"]) == names
     cosines = [report["stores"][name]["cosine"] for name in names]
     assert cosines[0].keys() == {"mean", "mean_token", "ridge"}
+    write_json(straight / "evaluation.json", report)
+    page = write_report(straight).read_text("utf-8")
+    assert all(name in page for name in ("By store", *names))
     both = sum(cosine["mean"] for cosine in cosines) / 2
     assert report["estimators"]["mean"]["cosine"] == pytest.approx(both, abs=1e-6)

@@ -60,6 +60,7 @@ class PictureDataModule(TokenDataModule):
         }
         if not statistics:
             return
+        _ = store.towers  # loaded once, before threads ask for them
         images = min(data.statistics_images, len(train))
         self.condition_standardizer, self.target_standardizer = cached_standardizers(
             train.content_hash, self.shape, images, lambda: self._batches(train, images), ranks
@@ -80,6 +81,10 @@ class PictureDataModule(TokenDataModule):
     def tower_bytes(self) -> int:
         return sum(cost.bytes for cost in self.costs)
 
+    @property
+    def tower_flops(self) -> int:
+        return sum(cost.flops for cost in self.costs)
+
     def compile_towers(self) -> None:
         self.train.store.towers.compile()
 
@@ -89,5 +94,8 @@ class PictureDataModule(TokenDataModule):
         device = next(v.device for key, v in batch.items() if key.startswith(PIXELS))
         if towers.device != device:
             towers.move(device)
+            for view in self.train.views.values():
+                if view.head is not None:
+                    view.head.to(device)
         with torch.autocast(device.type, enabled=False):
             return self.train.encode(batch)

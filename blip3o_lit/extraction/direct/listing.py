@@ -11,7 +11,7 @@ import json
 import string
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from blip3o_lit.base.files import one_at_a_time, write_json
@@ -22,6 +22,7 @@ from blip3o_lit.config.extract import SplitConfig
 from blip3o_lit.config.towers import PixelsConfig
 from blip3o_lit.images.item import Item, Lost, Reject, Source, decode
 from blip3o_lit.images.split import Splitter
+from blip3o_lit.images.tars import TarPart
 from blip3o_lit.tokens.reading.loader import ordered
 
 VERSION = 1
@@ -51,15 +52,21 @@ class PictureShard:
 class Listing:
     """What every entry of a source is: of a split, or lost."""
 
-    def __init__(self, source: Source, split: SplitConfig, pixels: PixelsConfig) -> None:
-        unlisted = next((part.name for part in source.parts if part.length is None), None)
-        if unlisted is not None:
-            raise UserError(
-                f"data.images={source.name}: {unlisted} is a tar, which is read in its own order "
-                "alone: unpack it, or extract a token store"
-            )
+    def __init__(self, source: Source, split: SplitConfig, pixels: PixelsConfig, size: int) -> None:
+        """List a source whose shards have `size` entries at most, before they are split."""
         self.source, self.split, self.pixels = source, split, pixels
-        self.entries = [list(part.entries()) for part in source.parts]
+        self.entries: list[list[Item | Lost]] = []
+        """By shard: of all splits together, as an extraction cuts them."""
+        for part in source.parts:
+            if isinstance(part, TarPart):
+                if part.is_remote:
+                    raise UserError(
+                        f"data.images={source.name}: {part.url} is behind an address, where no "
+                        "picture is read out of order: copy it, or extract a token store"
+                    )
+                part = replace(part, by_place=True)
+            entries = list(part.entries())
+            self.entries += [entries[i : i + size] for i in range(0, len(entries), size)]
         rule = [split.by, split.fraction, split.seed, asdict(pixels), VERSION]
         text = json.dumps([source.fingerprint, source.name == "demo", rule])
         self.hash = hashlib.sha256(text.encode()).hexdigest()
@@ -67,7 +74,10 @@ class Listing:
 
     @property
     def images(self) -> int:
-        return sum(len(entries) for entries in self.entries)
+        """Pictures, unreadable ones included."""
+        return sum(
+            isinstance(entry, Item) or entry.image for part in self.entries for entry in part
+        )
 
     def shards(self, threads: int) -> list[PictureShard]:
         """Return the shards in the order of an extraction's index."""
@@ -105,7 +115,7 @@ class Listing:
         def look(entry: Item | Lost) -> tuple[str, str]:
             """Return an entry's split, or why it is lost."""
             if isinstance(entry, Lost):
-                return "", f"{entry.source}: {entry.reason}"
+                return "", f"{entry.source}: {entry.reason}" if entry.image else ""
             try:
                 image = decode(entry.read(), self.pixels)
             except Reject as error:
@@ -124,11 +134,10 @@ class Listing:
                     code = ""
                     for _ in entries:
                         split, reason = next(found)
-                        if reason:
-                            lost.append(reason)
-                        elif split not in names:
+                        lost += [reason] if reason else []
+                        if split and split not in names:
                             names.append(split)
-                        code += LETTERS[names.index(split)] if not reason else LOST
+                        code += LETTERS[names.index(split)] if split else LOST
                         work.advance(1)
                     codes.append(code)
         finally:

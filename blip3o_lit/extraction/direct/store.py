@@ -61,7 +61,7 @@ class PictureStore:
     def __init__(self, config: TrainConfig, device: str, real: bool = True) -> None:
         self.config, self.device = config, device
         self.path = Path(config.data.images or "")
-        self.listing = Listing(pictures_of(config), config.split, config.pixels)
+        self.listing = Listing(pictures_of(config), config.split, config.pixels, SHARD_IMAGES)
         changes = config.pixels.changes()
         shapes = load_pair(config.towers, "meta")
         plain = TowerSet(shapes, False, "float32", device="meta", pixels=changes)  # type: ignore[arg-type]

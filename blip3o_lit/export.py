@@ -10,13 +10,21 @@ KEPT = "the export may lack files: give the same line again"
 
 
 def export(config: ExportConfig) -> Path | None:
-    """Write config.json, model.safetensors and README.md, and upload them where asked."""
+    """Write config.json, model.safetensors and README.md, and upload them where asked.
+
+    Or, by `format`, graphs that run without this package.
+    """
     from blip3o_lit.checkpoints.export import push, write_export
     from blip3o_lit.checkpoints.load import load
 
     loaded = load(config.ckpt, as_stored=True)
     out = Path(config.out) if config.out else None
-    if out is not None:
+    if out is not None and config.format != "safetensors":
+        from blip3o_lit.checkpoints.graphs import write_graphs
+
+        for name, inputs in write_graphs(loaded, out, config.format, config.graph_solver).items():
+            print(f"graph: {out / name}, of {' and '.join(inputs)}")
+    elif out is not None:
         write_export(loaded, out)
         print(f"exported: {out}")
         print(f"next: python -m blip3o_lit.generate {pasteable('ckpt', out)} tokens=DIR out=DIR")

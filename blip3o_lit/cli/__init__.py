@@ -1,1 +1,1 @@
-"""The front of all commands: overrides, schema, help, Ctrl-C; all that knows Hydra."""
+"""The front of all commands: overrides, schema, help, Ctrl-C; all that composes with Hydra."""

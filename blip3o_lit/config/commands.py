@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from blip3o_lit.config.checks import above_zero, check_fields
+from blip3o_lit.config.checks import above_zero, check_fields, choice
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.config.solver import SolverConfig, solver_from_label
 from blip3o_lit.config.towers import PixelsConfig, TowersConfig
 
 
@@ -69,6 +69,10 @@ class ExportConfig:
     """A checkpoint file or a run directory."""
     out: str = ""
     """Folder for config.json, model.safetensors, heads, readout, solvers.safetensors, README.md."""
+    format: str = choice("safetensors", ("safetensors", "torch_export", "onnx"))
+    """safetensors, which this package loads; torch_export or onnx: graphs that run without it."""
+    graph_solver: str = "heun-4"
+    """The solver that becomes a graph beside the posterior mean, as solver-steps."""
     push_to_hub: str | None = None
     """Repository of the Hugging Face Hub to upload to, ORG/NAME."""
     private: bool = True
@@ -79,6 +83,12 @@ class ExportConfig:
             raise UserError("ckpt=PATH is missing: name a checkpoint or a run directory")
         if not self.out and not self.push_to_hub:
             raise UserError("out=DIR is missing: give it, or push_to_hub=ORG/NAME")
+        check_fields(self)
+        solver = solver_from_label(self.graph_solver)
+        if solver.name in ("mean", "dopri5"):
+            raise UserError(f"graph_solver={self.graph_solver}: name one of fixed steps, as heun-4")
+        if self.format != "safetensors" and self.push_to_hub:
+            raise UserError(f"format={self.format}: push_to_hub takes format=safetensors alone")
 
 
 @dataclass

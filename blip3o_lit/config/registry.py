@@ -2,7 +2,7 @@
 
 A package names its module in the entry-point group `blip3o_lit.plugins`; importing it runs the
 decorators below, as `@register.network("mine")`. It is imported when a name is asked for that this
-package lacks, never because a checkpoint says so.
+package lacks. A checkpoint names a part, never a module: only what is installed is imported.
 """
 
 from __future__ import annotations

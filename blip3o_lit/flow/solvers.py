@@ -49,12 +49,18 @@ def time_grid(config: SolverConfig) -> list[float]:
 
     uniform: u; cosine: (1 - cos pi u)/2; shift: the noise-level shift of times.py.
     """
-    u = torch.linspace(0, 1, config.steps + 1, dtype=torch.float64)
-    if config.grid == "cosine":
+    return list(_grid(config.grid, config.steps, config.shift, config.start))
+
+
+@lru_cache
+def _grid(name: str, steps: int, shift: float, start: float) -> tuple[float, ...]:
+    """Return a grid; kept, so that a graph is traced around its numbers."""
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    if name == "cosine":
         u = (1 - torch.cos(math.pi * u)) / 2
-    elif config.grid == "shift":
-        u = shifted(u, config.shift)
-    return (config.start + (1 - config.start) * u).tolist()
+    elif name == "shift":
+        u = shifted(u, shift)
+    return tuple((start + (1 - start) * u).tolist())
 
 
 def _euler(field: Field, x: Tensor, t: float, h: float) -> Tensor:

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from blip3o_lit.base.launcher import launch
 from blip3o_lit.base.words import override, pasteable
+from blip3o_lit.cli.schema import given_folders
 from blip3o_lit.cli.sweeps.jobs import CONSOLE_FILE, Job
 from blip3o_lit.cli.sweeps.page import refresh
 from blip3o_lit.config.errors import UserError, positive
@@ -98,7 +99,8 @@ class ProcessLauncher(Launcher):
         own = [w for w in self.config.hydra.overrides.hydra if not w.startswith(OWN_KEYS)]
         start = self.command or [sys.executable, "-m", f"blip3o_lit.{self.config.hydra.job.name}"]
         place = override("hydra.run.dir", folder)
-        return Job(number, folder, overrides, [*start, *overrides, *own, place])
+        flags = [f"--config-dir={given}" for given in given_folders]
+        return Job(number, folder, overrides, [*start, *flags, *overrides, *own, place])
 
     def run(self, jobs: list[Job], prune: Callable[[Job], bool] = lambda job: False) -> None:
         """Run jobs of one sweep to their end, in their order.

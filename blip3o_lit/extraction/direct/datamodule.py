@@ -1,7 +1,5 @@
 """The data module over pictures: towers on the run's device in front of the network."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import cached_property
 

@@ -4,8 +4,6 @@ Splits by content need every picture decoded once, and so does the list of those
 that pass finds is kept in the cache folder, one character a picture.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import string

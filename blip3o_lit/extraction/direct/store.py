@@ -3,8 +3,6 @@
 Shape suffixes: B images, N tokens, C channels, S side of the input.
 """
 
-from __future__ import annotations
-
 import hashlib
 from functools import cached_property
 from pathlib import Path

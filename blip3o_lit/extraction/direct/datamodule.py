@@ -42,7 +42,7 @@ class PictureDataModule(TokenDataModule):
         """
         config, data = self.config, self.data
         device = "cpu" if config.trainer.accelerator in ("cpu", "mps") else device_of("auto")
-        store = PictureStore(config, device, real=statistics)
+        store = PictureStore(config, device, statistics, ranks)
         sides = (data.condition, data.target, self.mode)
         self.train = train = PictureReader(store, TRAIN, *sides, data.max_shards, data.subset)
         self.validation = None

@@ -1,7 +1,5 @@
 """Straight from pictures, or by a token store: what each of the two costs (`plan=true`)."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.extraction.direct.store import PictureReader, PictureStore
 from blip3o_lit.extraction.engine import device_of
 from blip3o_lit.testbeds.token_source import token_stores
 from blip3o_lit.tokens.classes import CLASSES_FILE
@@ -25,9 +26,6 @@ from blip3o_lit.tokens.reading.mixture import StoreSet
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.remote_store import RemoteStore, is_url
-
-if TYPE_CHECKING:
-    from blip3o_lit.extraction.direct.store import PictureReader
 
 COMPARED = 256
 """Images of equal keys whose tokens are compared: keys alone may be mere numbers."""
@@ -75,8 +73,6 @@ def _of_pictures(
     run: TrainConfig, config: EvaluateConfig
 ) -> tuple[PictureReader, PictureReader | None]:
     """Return both readers of a run's own pictures, which its towers encode at each reading."""
-    from blip3o_lit.extraction.direct.store import PictureReader, PictureStore
-
     data = run.data
     store = PictureStore(run, device_of(config.device))
     sides = (data.condition, data.target, run.mode)

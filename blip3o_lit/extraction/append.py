@@ -4,8 +4,6 @@ The new shards have names of their own and come into view with the new index, wh
 of the old one in a single step; whoever reads the old one reads on.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

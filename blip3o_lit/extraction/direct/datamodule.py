@@ -1,7 +1,5 @@
 """The data module over pictures: towers on the run's device in front of the network."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -44,7 +42,7 @@ class PictureDataModule(TokenDataModule):
         """
         config, data = self.config, self.data
         device = "cpu" if config.trainer.accelerator in ("cpu", "mps") else device_of("auto")
-        store = PictureStore(config, device, real=statistics)
+        store = PictureStore(config, device, statistics, ranks)
         sides = (data.condition, data.target, self.mode)
         self.train = train = PictureReader(store, TRAIN, *sides, data.max_shards, data.subset)
         self.validation = None

@@ -4,8 +4,6 @@ Splits by content need every picture decoded once, and so does the list of those
 that pass finds is kept in the cache folder, one character a picture.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import string
@@ -15,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from blip3o_lit.base.files import one_at_a_time, write_json
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.home import home
 from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
@@ -79,9 +78,11 @@ class Listing:
             isinstance(entry, Item) or entry.image for part in self.entries for entry in part
         )
 
-    def shards(self, threads: int) -> list[PictureShard]:
-        """Return the shards in the order of an extraction's index."""
-        names, codes = self._known(threads)
+    def shards(self, threads: int, ranks: FirstRank = ALONE) -> list[PictureShard]:
+        """Return the shards in the order of an extraction's index; the first rank looks."""
+        names, codes = ranks.finds(lambda: list(self._known(threads)))
+        if [len(code) for code in codes] != [len(entries) for entries in self.entries]:
+            raise UserError(f"data.images={self.source.name}: this rank sees other images there")
         shards = []
         order = {"train": "0", "validation": "1"}
         for split in sorted(names, key=lambda name: order.get(name, "2" + name)):

@@ -3,8 +3,6 @@
 Shape suffixes: B images, N tokens, C channels, S side of the input.
 """
 
-from __future__ import annotations
-
 import hashlib
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.towers import TowersConfig
@@ -58,7 +57,9 @@ class PictureStore:
     `split.fraction` asks for.
     """
 
-    def __init__(self, config: TrainConfig, device: str, real: bool = True) -> None:
+    def __init__(
+        self, config: TrainConfig, device: str, real: bool = True, ranks: FirstRank = ALONE
+    ) -> None:
         self.config, self.device = config, device
         self.path = Path(config.data.images or "")
         self.listing = Listing(pictures_of(config), config.split, config.pixels, SHARD_IMAGES)
@@ -68,7 +69,7 @@ class PictureStore:
         self.shapes = plain
         self.shards: list[PictureShard] = []
         if real:
-            self.shards = self.listing.shards(config.data.threads)
+            self.shards = self.listing.shards(config.data.threads, ranks)
             entries = [self._entry(number) for number in range(len(self.shards))]
         else:
             entries = self._estimated()

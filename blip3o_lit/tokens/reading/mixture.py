@@ -6,8 +6,6 @@ into further epochs of its own, so none of its samples comes twice before all ha
 interleaved evenly: every stretch of the order has each store's share, to within a sample or two.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -23,7 +23,7 @@ from blip3o_lit.tokens.reading.loader import TokenLoader
 from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.packed import restored
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.store.recode import recode
+from blip3o_lit.tokens.store.copy_as import copy_as
 
 BASE = 3.0
 """Images a second that `base` trains on two cores."""
@@ -58,7 +58,7 @@ def run() -> list[dict[str, Any]]:
         step = BATCH * sum(spec.nbytes for spec in ARRAYS.values())
         order = np.random.default_rng(0).permutation(SAMPLES).reshape(-1, BATCH)
 
-        recode(store, folder / "int8", "int8")
+        copy_as(store, folder / "int8", "int8")
         small = TokenReader(TokenStore.open(folder / "int8"), "train")
 
         def read(source: TokenReader) -> None:

@@ -24,7 +24,7 @@ from blip3o_lit.tokens.reading.loader import TokenLoader
 from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.packed import on_device
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.store.recode import recode
+from blip3o_lit.tokens.store.copy_as import copy_as
 
 EPOCHS = 4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,7 +84,7 @@ def run() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder)
-        recode(TokenStore.open(folder), folder / "int8", "int8")
+        copy_as(TokenStore.open(folder), folder / "int8", "int8")
         shard = folder / "train-000000.tar"
         cases = {
             "fp16": taken(folder, threads),

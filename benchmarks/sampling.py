@@ -14,9 +14,8 @@ import torch
 
 from benchmarks.timing import interleaved, result
 from benchmarks.training import SHAPE, TOKENS, model_config
-from blip3o_lit.checkpoints.load import solver_from_label
 from blip3o_lit.config.flow import FlowConfig
-from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.config.solver import SolverConfig, solver_from_label
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.solvers import sample
 from blip3o_lit.metrics.cosine import TokenScores

@@ -33,7 +33,7 @@ from blip3o_lit.config.trainer import (
 from blip3o_lit.extraction.demo import demo_source
 from blip3o_lit.extraction.engine import extract
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.store.recode import recode
+from blip3o_lit.tokens.store.copy_as import copy_as
 from blip3o_lit.tokens.store.shards import ArraySpec, TokenWriter
 from blip3o_lit.towers import demo
 from blip3o_lit.training.run import run_training
@@ -70,7 +70,7 @@ def synthetic(folder: Path) -> list[dict[str, Any]]:
     true = TokenReader(store, "train", mode=mode).read(ids)["target"].double()
     print("  random tokens, 257 x 1024, two arrays")
     for storage, target in TARGETS.items():
-        index = recode(store, folder / storage, storage)
+        index = copy_as(store, folder / storage, storage)
         reader = TokenReader(TokenStore.open(folder / storage), "train", mode=mode)
         cosine = mean_cosine(reader.read(ids)["target"], true)
         size = sum(shard.bytes for shard in index.shards) / SAMPLES
@@ -91,7 +91,7 @@ def trained(folder: Path) -> list[dict[str, Any]]:
     results, scores, lines = [], {}, []
     for storage in ("float32", *TARGETS):
         if storage != "float32":
-            recode(store, folder / storage, storage)
+            copy_as(store, folder / storage, storage)
         run_training(training(folder / storage), folder / f"run-{storage}", [])
         translator = load(folder / f"run-{storage}").translator
         batch = TokenReader(TokenStore.open(folder / storage), "validation").read(ids)

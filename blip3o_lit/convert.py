@@ -28,7 +28,6 @@ def convert(config: ConvertConfig) -> None:
 
 
 def main() -> None:
-    """Entry point of `blip3o-convert`."""
     run_command("convert", ConvertConfig, convert, SHARDS_KEPT)
 
 

@@ -20,15 +20,14 @@ def doctor(config: DoctorConfig) -> None:
         findings = show(machine_findings(), "this machine")
         print(f"tab completion (bash; zsh, fish alike): {COMPLETION}")
     else:
-        findings = _store(config.tokens, config.repair)
+        findings = _store(config.tokens, config.repair, config.deduplicate)
     counts = {level: sum(f.level == level for f in findings) for level in ("ok", "warn", "fail")}
     print(", ".join(f"{count} {level}" for level, count in counts.items()))
     if counts["fail"]:
         sys.exit(UserError.code)
 
 
-def _store(tokens: str, repair: bool) -> list[Finding]:
-    """Inspect a store, after repairing it if asked, and print everything."""
+def _store(tokens: str, repair: bool, deduplicate: bool) -> list[Finding]:
     if "://" in tokens:
         raise UserError(f"tokens={tokens} is remote: doctor reads local folders, copy it first")
     from blip3o_lit.inspection.numbers import HEADER
@@ -43,6 +42,10 @@ def _store(tokens: str, repair: bool) -> list[Finding]:
         done += [Finding("ok", "found", f"{name} is in the index now") for name in result.unlisted]
         done += [Finding("warn", "lost", line) for line in result.lost]
         show(done, "repair")
+    if deduplicate:
+        from blip3o_lit.inspection.deduplicate import deduplicate as without_copies
+
+        show([Finding("ok", "deduplicate", str(without_copies(folder)))], "deduplication")
     inspection = inspect(folder)
     show(inspection.findings, str(folder))
     rows = [numbers.row(name) for name, numbers in inspection.numbers.items()]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from blip3o_lit.base.files import write_json
 from blip3o_lit.base.home import fits
-from blip3o_lit.base.words import pasteable
+from blip3o_lit.base.words import changes, pasteable
 from blip3o_lit.cli.command import run_command
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
@@ -41,6 +41,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from blip3o_lit.evaluation.readers import open_readers
     from blip3o_lit.evaluation.score import Scorer
     from blip3o_lit.report.page import write_report
+    from blip3o_lit.translation.graphs import Graphs
 
     if not config.out and not Path(config.ckpt).expanduser().exists():
         find_weights(config.ckpt)  # says what is wrong, unless it is a model of the hub
@@ -54,6 +55,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     rival = load(config.vs, device) if config.vs else None
     if rival is not None and rival.shape != loaded.shape:
         raise UserError(f"vs={config.vs} translates other token shapes than ckpt={config.ckpt}")
+    for one in (loaded, rival) if config.graphs else ():
+        if one is not None:
+            one.translator.graphs = Graphs(one.device)
     with phases() as report, batch_limit("batch_size", config.batch_size):
         scorer = Scorer(loaded, held, train, config, fits(), report, rival)
         seconds = phase_seconds(scorer)
@@ -61,6 +65,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         whole = human_time(sum(seconds.values()))
         print(f"about {whole} on this machine, by a measured batch: {parts}")
         result = scorer.run()
+    result["ckpt"] = config.ckpt
+    result["overrides"] = list(changes(config, EvaluateConfig(config.ckpt)))
     for nfe, record in result.get("fitted_solvers", {}).items():
         print(f"fitted-{nfe}: {record['chosen']}, {record['seconds']:.0f} s to fit")
     write_json(folder / "evaluation.json", result)
@@ -105,13 +111,14 @@ def show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     title = f"{result['images']} {result['split']} images, mode {result['mode']}"
-    table = Table("", "nfe", *COLUMNS.values(), title=title)
+    own = [name for name in result.get("metrics", []) if name not in COLUMNS]
+    table = Table("", "nfe", *COLUMNS.values(), *own, title=title)
     rows = {**result["estimators"], **result["baselines"]}
     rows |= {f"closed form {name}": scores for name, scores in result.get("optimum", {}).items()}
     for name, scores in sorted(rows.items(), key=lambda item: -item[1]["cosine"]):
         if scores["images"] != result["images"]:
             name = f"{name} ({scores['images']} images)"
-        cells = [scores.get(column) for column in COLUMNS]
+        cells = [scores.get(column) for column in (*COLUMNS, *own)]
         numbers = ["" if cell is None else f"{cell:.4g}" for cell in cells]
         table.add_row(name, str(scores.get("nfe", "")), *numbers)
     console = Console()
@@ -130,7 +137,6 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Entry point of `blip3o-evaluate`."""
     run_command("evaluate", EvaluateConfig, evaluate, KEPT)
 
 

@@ -26,7 +26,6 @@ def export(config: ExportConfig) -> Path | None:
 
 
 def main() -> None:
-    """Entry point of `blip3o-export`."""
     run_command("export", ExportConfig, export, KEPT)
 
 

@@ -49,6 +49,8 @@ def extract(config: ExtractConfig) -> None:
         print(f"{out}: this worker's part is done; the last worker writes index.json")
         return
     print(f"{out}" + (" (was complete already)" if outcome.already else ""))
+    if config.append:
+        print(f"  {'appended':<20}{outcome.added:,} samples")
     rate = outcome.images / outcome.seconds if outcome.seconds else 0.0
     read = f"{outcome.images:,} in {outcome.seconds:,.0f} s, {rate:,.1f}/s"
     for name, value in [("images read now", read), *_rows(outcome.index, out)]:
@@ -119,7 +121,6 @@ def _print_price(config: ExtractConfig) -> None:
 
 
 def main() -> None:
-    """Entry point of `blip3o-extract`."""
     run_command("extract", ExtractConfig, extract, SHARDS_KEPT)
 
 

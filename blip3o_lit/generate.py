@@ -1,32 +1,23 @@
 """Generated tokens as shards: `python -m blip3o_lit.generate ckpt=RUN tokens=DIR out=DIR`.
 
 With images=PATH captions=FILE in place of tokens and out, it prints the best captions of pictures.
-
-The generated store has the keys, captions and shard boundaries of its source. A shard appears whole
-or not at all, so a stopped command goes on with the first missing shard.
-
-Shape suffixes: B images, N target tokens, D target width.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip3o_lit.base.files import claimed, write_json
+from blip3o_lit.base.files import claimed
 from blip3o_lit.cli.command import SHARDS_KEPT, run_command
 from blip3o_lit.config.commands import GenerateConfig
 from blip3o_lit.config.errors import UserError, one_of
 
 if TYPE_CHECKING:
     from blip3o_lit.checkpoints.load import Loaded
-    from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
-    from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry
-
-SETTINGS_FILE = "generate.json"
+    from blip3o_lit.tokens.reading.reader import TokenStore
+    from blip3o_lit.tokens.store.index import ArraySpec
 
 
 def run(config: GenerateConfig) -> None:
@@ -37,19 +28,24 @@ def run(config: GenerateConfig) -> None:
         generate(config)
 
 
-def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
-    """Print and return the best captions of each picture, by cosine."""
+def caption(
+    config: GenerateConfig, line_seconds: float = 10.0
+) -> dict[str, list[tuple[str, float]]]:
+    """Print and return the best captions of each picture, by cosine; see `Work`."""
     import torch
 
     from blip3o_lit.base.progress import Work
     from blip3o_lit.budget.out_of_memory import batch_limit
     from blip3o_lit.inference import BLIP3oInference
     from blip3o_lit.towers.load import load_tower
+    from blip3o_lit.translation.graphs import Graphs
     from blip3o_lit.translation.pictures import embed_captions, picture_files, rank_captions
 
     assert config.images
     captions = _captions(config)
     model = BLIP3oInference(config.ckpt, config.device)
+    if config.graphs:
+        model.translator.graphs = Graphs(model.device)
     pretrained, device = config.towers.pretrained, str(model.device)
     condition = load_tower(config.towers.condition, pretrained, device)
     target = load_tower(config.towers.target, pretrained, device)
@@ -58,7 +54,7 @@ def caption(config: GenerateConfig) -> dict[str, list[tuple[str, float]]]:
     best: dict[str, list[tuple[str, float]]] = {}
     # A batch at a time: the tokens of one picture are megabytes.
     limit = batch_limit("batch_size", config.batch_size)
-    with Work("captioning", len(files), "pictures") as work, limit:
+    with Work("captioning", len(files), "pictures", line_seconds) as work, limit:
         for start in range(0, len(files), config.batch_size):
             part = files[start : start + config.batch_size]
             generated = model.from_images(
@@ -111,9 +107,12 @@ def generate(config: GenerateConfig) -> Path:
     from blip3o_lit.checkpoints.load import best_device, load
     from blip3o_lit.drawing.store_drawings import DRAWINGS, draw_store
     from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
-    from blip3o_lit.tokens.store.index import TokenIndex
+    from blip3o_lit.translation.generated_store import GeneratedStore
+    from blip3o_lit.translation.graphs import Graphs
 
     loaded = load(config.ckpt, best_device() if config.device == "auto" else config.device)
+    if config.graphs:
+        loaded.translator.graphs = Graphs(loaded.device)
     store = TokenStore.open(config.tokens)
     out = Path(config.out)
     splits = [config.split] if config.split else list(store.index.splits)
@@ -138,45 +137,25 @@ def generate(config: GenerateConfig) -> Path:
         "seed": config.seed,
         "split": config.split,
     }
-    spec = _spec(loaded, store, settings)
-    entries: list[ShardEntry] = []
+    generated = GeneratedStore(
+        out,
+        data.target,
+        _spec(loaded, store, settings),
+        settings,
+        loaded.translator,
+        config.solver,
+        config.seed,
+        config.batch_size,
+    )
     limit = batch_limit("batch_size", config.batch_size)
     with claimed(out, "out"), phases() as report, limit:
-        _claim(out, settings)
-        write_json(out / SETTINGS_FILE, settings)
-        for split, reader in readers.items():
-            first = 0
-            for number, samples in enumerate(reader.shard_sizes.tolist()):
-                name = f"{split}-{number:06d}"
-                entry = _finished(out, name, split, samples)
-                if entry is None:
-                    ids = (first, first + samples)
-                    entry = _write_shard(out, name, reader, ids, loaded, config, spec)
-                entries.append(entry)
-                first += samples
-                report(split, first, len(reader))
-        reduced = mode.name if mode.name == "grid_64" else None
-        index = TokenIndex({data.target: spec}, entries, reduced, store.index.split_rule)
-        index.write(out)
+        index = generated.write(readers, report)
         if drawer is not None:
             draw_store(TokenStore.open(out), data.target, drawer, config.batch_size, report)
-    print(f"{index.samples} generated samples in {len(entries)} shards: {out}")
+    print(f"{index.samples} generated samples in {len(index.shards)} shards: {out}")
     if drawer is not None:
         print(f"drawings: {out / DRAWINGS}")
     return out
-
-
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder that holds anything but the start of this very generation."""
-    file = out / SETTINGS_FILE
-    if not file.is_file():
-        if (out / "index.json").exists():
-            raise UserError(f"{out} holds another token store: choose another out=")
-        return
-    if json.loads(file.read_text("utf-8")) != settings:
-        raise UserError(
-            f"{out} holds tokens of another checkpoint, store, solver or seed: choose another out="
-        )
 
 
 def _spec(loaded: Loaded, store: TokenStore, settings: dict[str, Any]) -> ArraySpec:
@@ -197,53 +176,7 @@ def _spec(loaded: Loaded, store: TokenStore, settings: dict[str, Any]) -> ArrayS
     )
 
 
-def _finished(out: Path, name: str, split: str, samples: int) -> ShardEntry | None:
-    """Return the entry of a shard that an earlier call finished, or None."""
-    from blip3o_lit.tokens.store.index import ShardEntry
-
-    tar, offsets = out / f"{name}.tar", out / f"{name}.idx"
-    if not tar.is_file() or not offsets.is_file():
-        return None
-    with tar.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return ShardEntry(tar.name, offsets.name, split, samples, tar.stat().st_size, digest)
-
-
-def _write_shard(
-    out: Path,
-    name: str,
-    reader: TokenReader,
-    ids: tuple[int, int],
-    loaded: Loaded,
-    config: GenerateConfig,
-    spec: ArraySpec,
-) -> ShardEntry:
-    """Generate and write the samples of one source shard."""
-    import numpy as np
-    import torch
-
-    from blip3o_lit.tokens.store.shards import ShardWriter
-
-    data = loaded.config.data
-    device = next(loaded.translator.network.parameters()).device
-    writer = ShardWriter(out, name, reader.split, {data.target: spec})
-    try:
-        for start in range(ids[0], ids[1], config.batch_size):
-            batch = np.arange(start, min(start + config.batch_size, ids[1]))
-            condition = reader.read(batch)["condition"].to(device)
-            sample_B = torch.from_numpy(batch)
-            result = loaded.translator.generate(condition, sample_B, config.seed, config.solver)
-            tokens = result.x1_BND.cpu().numpy()
-            for key, metadata, value in zip(reader.keys(batch), reader.metadata(batch), tokens):
-                writer.add(key, {data.target: value}, metadata)
-        return writer.close()
-    except BaseException:
-        writer.abort()
-        raise
-
-
 def main() -> None:
-    """Entry point of `blip3o-generate`."""
     run_command("generate", GenerateConfig, run, SHARDS_KEPT)
 
 

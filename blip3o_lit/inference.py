@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip3o_lit.base.home import fits
-from blip3o_lit.checkpoints.load import best_device, load, solver_from_label
+from blip3o_lit.checkpoints.load import best_device, load
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
-from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.config.solver import SolverConfig, solver_from_label
 from blip3o_lit.config.towers import PixelsConfig, TowersConfig
 from blip3o_lit.training.environment import own_defaults
 

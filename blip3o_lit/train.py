@@ -24,6 +24,20 @@ def train(config: TrainConfig) -> float | None:
     return run_training(config, run_directory(), command_line_overrides())
 
 
+def check_parts(config: TrainConfig) -> None:
+    """Refuse arguments that Lightning's Trainer lacks, and callbacks and loggers that don't exist.
+
+    Lightning is imported for that where a config has any of them.
+    """
+    if config.trainer.extra or config.callbacks or config.logger.extra:
+        import blip3o_lit.metrics  # noqa: F401
+        from blip3o_lit.training.own_parts import check_own_parts
+        from blip3o_lit.training.trainer_arguments import check_extra
+
+        check_extra(config.trainer.extra)
+        check_own_parts(config)
+
+
 def _refuse_unsafe_multirun(config: TrainConfig) -> None:
     """Refuse several devices inside a sweep: ranks would re-run the sweep with other configs."""
     if not in_multirun():
@@ -58,8 +72,7 @@ def _kept() -> str:
 
 
 def main() -> None:
-    """Entry point of `blip3o-train`."""
-    run_command("train", TrainConfig, train, _kept)
+    run_command("train", TrainConfig, train, _kept, check_parts)
 
 
 if __name__ == "__main__":

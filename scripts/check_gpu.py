@@ -27,11 +27,12 @@ from blip3o_lit.base.files import write_json
 from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.metrics_csv import read_rows
+from blip3o_lit.config import registry
 from blip3o_lit.config.data import DataConfig, LinearGaussianConfig
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.config.solver import SOLVERS, SolverConfig
+from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import (
     CheckpointConfig,
@@ -47,14 +48,18 @@ from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.models.baselines import Ridge
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.optimizer import make_optimizer
+from blip3o_lit.models.precision import cast_weights
 from blip3o_lit.tokens.store.shards import ArraySpec
 from blip3o_lit.training.run import run_training
+from blip3o_lit.translation.graphs import Graphs
 
 DEVICE = torch.device(os.environ.get("DEVICE", "cuda"))
 CUDA, SMALL = DEVICE.type == "cuda", os.environ.get("SMALL") == "1"
 SHAPE = PairShape(TokenShape((4, 4), False, 48), TokenShape((4, 4), False, 32))
 NETWORK = ModelConfig(width=64, depth=2, heads=4, kv_heads=2, mlp_width=128)
 PROBLEM = LinearGaussianConfig(images=72, validation_images=20, condition_width=6, target_width=4)
+SOLVERS = [name for name in registry.solver.built_in if name not in ("fitted", "map")]
+"""Those two need a network that was trained for them."""
 LIMIT = 480
 """Seconds after which no further part is begun."""
 
@@ -123,7 +128,9 @@ def check_losses() -> dict[str, float]:
 def check_samples() -> dict[str, float]:
     """Compare what every solver makes of the same noise, dopri5 too."""
     found = {}
-    for name in sorted(set(SOLVERS) - {"fitted"}):  # which is fitted to a trained network
+    for name in sorted(
+        {*registry.solver.built_in} - {"fitted", "map"}
+    ):  # which is fitted to a trained network
         made = []
         for device in (torch.device("cpu"), DEVICE):
             condition_BNC, _, z_BND, _ = batch(device)
@@ -134,6 +141,21 @@ def check_samples() -> dict[str, float]:
                 solver = SolverConfig(name, 4)
                 made.append(sample(objective, network, condition_BNC, z_BND, solver).x1_BND)
         found[name] = (close(made[1], made[0]), 1e-2 if name == "dopri5" else 2e-3)
+    return held(found)
+
+
+def check_graphs() -> dict[str, float]:
+    """Compare samplers as CUDA graphs with bare ones, on other inputs than those of the record."""
+    found, network = {}, lively(NETWORK, DEVICE)
+    for name in [name for name in SOLVERS if name != "dopri5"] if CUDA else ():
+        graphs, objective = Graphs(DEVICE), FlowObjective(FlowConfig())
+        worst, (condition_BNC, _, z_BND, _) = 0.0, batch(DEVICE)
+        for times in (1.0, 0.5, 2.0):  # bare, recorded, launched again
+            inputs = (objective, network, condition_BNC, times * z_BND, SolverConfig(name, 6))
+            with torch.inference_mode():
+                expected = sample(*inputs).x1_BND.cpu()
+                worst = max(worst, close(graphs.sample(*inputs, None).x1_BND, expected))
+        found[name] = (worst, 1e-5)
     return held(found)
 
 
@@ -253,7 +275,7 @@ NETWORKS = {"base": 64, "large": 32, "nextdit": 64}
 """Images of a step."""
 
 
-def timed_train(name: str, compiled: bool) -> Callable[[Path], dict[str, float]]:
+def timed_train(name: str, compiled: str) -> Callable[[Path], dict[str, float]]:
     """Return a part that trains as `train` does, on a store, and reads what its rows say."""
 
     def part(folder: Path) -> dict[str, float]:
@@ -345,19 +367,50 @@ def eva_clip(folder: Path) -> dict[str, float]:
     return {name: images / seconds_a_call(call, DEVICE, 3) for name, call in calls.items()}
 
 
+def samplers(folder: Path) -> dict[str, dict[str, float]]:
+    """Time heun-10 of `base` in bf16, bare and as one CUDA graph: images a second by batch."""
+    from benchmarks.gpu import SHAPE as TOKENS
+    from benchmarks.gpu import seconds_a_call, sized
+
+    with torch.device(DEVICE):
+        network, objective = (
+            build_network(sized("base", DEVICE), TOKENS),
+            FlowObjective(FlowConfig()),
+        )
+    cast_weights(network.requires_grad_(False), torch.bfloat16)
+    found: dict[str, dict[str, float]] = {}
+    for images in (1, 8, 64) if CUDA else (1,):
+        sides = (TOKENS.condition, TOKENS.target)
+        tokens = [torch.randn(images, s.tokens, s.width, device=DEVICE) for s in sides]
+        inputs = (objective, network, *tokens, SolverConfig("heun", 10))
+        calls: dict[str, Callable[..., Any]] = {"bare": lambda i=inputs: sample(*i)}
+        if CUDA:
+            graphs = Graphs(DEVICE)
+            calls["graph"] = lambda i=inputs, g=graphs: g.sample(*i, None)
+        with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16):
+            found[str(images)] = {
+                name: images / seconds_a_call(call, DEVICE, 5) for name, call in calls.items()
+            }
+    return found
+
+
+COMPILED = (("eager", "false"), ("compiled", "true"), ("combined", "combined"))
+"""Kinds of training, and their words of model.compile."""
 CHECKS: dict[str, Callable[[Path], Any]] = {
     "losses": lambda folder: check_losses(),
     "samples": lambda folder: check_samples(),
+    "graphs": lambda folder: check_graphs(),
     "scores": lambda folder: check_scores(),
     "resume": check_resume,
     "ranks": check_ranks,
 }
 TABLE: dict[str, Callable[[Path], Any]] = {
-    f"{name}_{'compiled' if compiled else 'eager'}": timed_train(name, compiled)
+    f"{name}_{kind}": timed_train(name, word)
     for name in NETWORKS
-    for compiled in ((False, True) if CUDA else (False,))
+    for kind, word in (COMPILED if CUDA else COMPILED[:1])
+    if kind != "combined" or name == "base"
 }
-PARTS = CHECKS | TABLE | {"extraction": eva_clip} | {n: benchmark(n) for n in ("gpu", "cuda_graph")}
+PARTS = CHECKS | TABLE | {"extraction": eva_clip, "samplers": samplers, "gpu": benchmark("gpu")}
 """Everything that is checked comes before anything that is timed."""
 
 

@@ -6,8 +6,8 @@ counted and do nothing, streams and events do nothing. `cuda/stub.c` stands in f
 Triton asks for. `cuda/on_shim.py` starts a script there and lets it trace what the host does.
 
 What it can't show: values (a kernel's result is whatever its memory held: zeros in new memory),
-times, cuDNN, cuSOLVER, NCCL (gloo stands in, whose copies through the host are in the traces), CUDA
-graphs, the profiler, and whether copies from pageable memory wait.
+times, cuDNN, cuSOLVER, NCCL (gloo stands in, whose copies through the host are in the traces), the
+profiler, and whether copies from pageable memory wait. Of CUDA graphs it shows that they capture.
 """
 
 from __future__ import annotations

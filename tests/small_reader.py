@@ -4,19 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from blip3o_lit.drawing import digits
 from blip3o_lit.drawing.digits import DigitReader, digit_reader
 
 
-def few_scenes(patch: pytest.MonkeyPatch) -> None:
-    """Let readers be fitted on few scenes."""
-    patch.setattr(digits, "SCENES", 400)
-    patch.setattr(digits, "BATCH", 64)
-
-
 def small_reader(folder: Path) -> DigitReader:
-    with pytest.MonkeyPatch.context() as patch:
-        few_scenes(patch)
-        return digit_reader(folder)
+    """Fit a reader on few scenes and keep it in `folder`, where the real one would lie."""
+    return digit_reader(folder, scene_count=400, batch_size=64)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from blip3o_lit.tokens.store.int8 import fit_int8
 from blip3o_lit.tokens.store.shards import ArraySpec, TokenIndex, TokenWriter
-from blip3o_lit.tokens.store.storage import fit_int8
 
 EVA = ArraySpec("tokens", "float16", (17, 6), cls=True, grid=(4, 4), tower="eva-test")
 CLIP = ArraySpec("tokens", "float16", (17, 4), cls=True, grid=(4, 4), tower="clip-test")

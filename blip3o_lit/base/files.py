@@ -1,8 +1,10 @@
 """Writing files so that no reader, and no power cut, ever sees half of one."""
 
 import fcntl
+import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -46,6 +48,23 @@ def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", "utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the checksum of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, fix: str = "remove it") -> dict[str, Any]:
+    """Return a JSON object, empty where there is no file; `fix` ends the error of a damaged one."""
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): {fix}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not an object: {fix}")
+    return content
 
 
 def check_format(path: Path, version: object, known: int) -> None:
@@ -100,6 +119,15 @@ def one_at_a_time(path: Path, required: bool = True) -> Iterator[None]:
             if required:
                 raise
         yield
+
+
+def check_disk(out: Path, needed: float, what: str, fix: str) -> None:
+    """Stop before the disk is full; `what` takes `needed` bytes."""
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise UserError(
+            f"out={out} has {free / 1e9:.2f} GB free, {what} {needed / 1e9:.2f} GB: {fix}"
+        )
 
 
 def temporary_name(path: Path) -> Path:

@@ -9,8 +9,6 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-PLAIN_SECONDS = 10.0
-"""Seconds between two lines where no terminal is attached."""
 UNITS = {"mlp": "steps", "regression": "steps"}
 """What a phase counts, where that is not images."""
 Report = Callable[[str, int, int], None]
@@ -18,10 +16,14 @@ Report = Callable[[str, int, int], None]
 
 
 class Work:
-    """Counts units of work, as a context manager: `with Work("reading", 2560, "samples")`."""
+    """Counts units of work, as a context manager: `with Work("reading", 2560, "samples")`.
 
-    def __init__(self, label: str, total: int, unit: str) -> None:
+    Where no terminal is attached, `line_seconds` pass between two lines.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, line_seconds: float = 10.0) -> None:
         self.label, self.total, self.unit = label, total, unit
+        self.line_seconds = line_seconds
         self.done = self._skipped = 0
         self._started = self._shown = time.monotonic()
         console = Console(stderr=True)
@@ -55,7 +57,7 @@ class Work:
         self.done += count
         self._bar.update(self._task, completed=self.done, total=self.total, note=note)
         now = time.monotonic()
-        if self._bar.disable and now - self._shown >= PLAIN_SECONDS:
+        if self._bar.disable and now - self._shown >= self.line_seconds:
             self._shown = now
             rate = (self.done - self._skipped) / (now - self._started)
             left = (self.total - self.done) / rate if rate else 0.0

@@ -4,8 +4,6 @@ A rehearsal runs the real network and loss and follows every storage from its bi
 so it knows what each architecture and precision keeps.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -104,27 +102,36 @@ def activations(
     shape: PairShape,
     precision: Precision,
     device: str = "cpu",
+    compiled: bool = False,
 ) -> Activations:
     """Measure what a network keeps for its backward pass on a kind of device.
 
     No device is touched: kernels are the CPU's but for norms, of which a GPU keeps less. What is
     kept grows by the same amount with each image and each block, so 2 and 3 blocks on 1 and 2
-    images tell it all. One block more stands for gradients on their way and, with activation
-    checkpointing, for the block recomputed.
+    images tell it all. One block more stands for gradients on their way and, where some of it is
+    recomputed, for that. A compiler is taken to keep what `model.activation_budget` allows.
     """
+    budget = model.kept_activations
+    if compiled and 0 < budget < 1:
+        ends = [
+            activations(replace(model, activation_budget=end), flow, shape, precision, device)
+            for end in (0.0, 1.0)
+        ]
+        image = round(ends[0].image + budget * (ends[1].image - ends[0].image))
+        return Activations(ends[1].fixed, image)
 
-    def block_and_total(images: int, checkpointing: bool) -> tuple[int, int]:
-        part = replace(model, activation_checkpointing=checkpointing)
+    def block_and_total(images: int, budget: float) -> tuple[int, int]:
+        part = replace(model, activation_checkpointing=False, activation_budget=budget)
         two = _rehearse(replace(part, depth=2), flow, shape, images, precision, device)
         three = _rehearse(replace(part, depth=3), flow, shape, images, precision, device)
         block = three - two
         return block, two + block * (model.depth - 2)
 
-    block_1, total_1 = block_and_total(1, model.activation_checkpointing)
-    block_2, total_2 = block_and_total(2, model.activation_checkpointing)
-    if model.activation_checkpointing:
-        block_1, _ = block_and_total(1, False)
-        block_2, _ = block_and_total(2, False)
+    block_1, total_1 = block_and_total(1, budget)
+    block_2, total_2 = block_and_total(2, budget)
+    if budget < 1:
+        block_1, _ = block_and_total(1, 1.0)
+        block_2, _ = block_and_total(2, 1.0)
     image = total_2 - total_1
     return Activations(max(0, total_1 - image), image + block_2 - block_1)
 

@@ -1,14 +1,13 @@
 """What a run would cost on a number of GPUs, worked out without touching one (`plan=true`)."""
 
-from __future__ import annotations
-
 from blip3o_lit.base.units import gib, human_count, human_time
 from blip3o_lit.budget.machine import GPUS, imagined_machine
+from blip3o_lit.budget.pictures import picture_rows
 from blip3o_lit.budget.plan import Plan, make_plan
 from blip3o_lit.budget.states import States, gathered_bytes, states
 from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.extraction.direct.datamodule import PictureDataModule
 from blip3o_lit.tokens.datamodule import TokenDataModule
-from blip3o_lit.tokens.reading.stream import StreamReader
 
 WRITE_RATE = 1e9
 """Bytes per second at which one process is taken to write."""
@@ -20,11 +19,14 @@ def forecast(config: TrainConfig, data: TokenDataModule, steps: int) -> list[tup
     machine = imagined_machine(config.gpu, config.world or devices * config.trainer.num_nodes)
     plan = make_plan(config, data, steps, machine)
     whole = states(plan.units, plan.placement.precision, config.optimizer.name)
-    return plan.rows() + _memory(plan, whole) + _time(plan, whole.saved, stored_bytes(data))
+    rows = plan.rows() + _memory(plan, whole)
+    if isinstance(data, PictureDataModule):
+        rows += picture_rows(plan, data)
+        return rows + _time(plan, whole.saved, None, data.tower_flops)
+    return rows + _time(plan, whole.saved, data.train.sample_bytes)
 
 
 def _memory(plan: Plan, whole: States) -> list[tuple[str, str]]:
-    """Return the bytes of the states, and of a process under each strategy."""
     rows = [
         (
             "bytes of states",
@@ -49,21 +51,30 @@ def _memory(plan: Plan, whole: States) -> list[tuple[str, str]]:
     return rows
 
 
-def _time(plan: Plan, checkpoint_bytes: int, image_bytes: int) -> list[tuple[str, str]]:
-    """Return what the data path must deliver, what checkpoints take, and hours."""
+def _time(
+    plan: Plan, checkpoint_bytes: int, image_bytes: int | None, tower_flops: float = 0.0
+) -> list[tuple[str, str]]:
+    """Return what the data path must deliver, what checkpoints take, and hours.
+
+    `tower_flops` come to each image of a run that encodes pictures itself.
+    """
     config, world = plan.config, plan.placement.world
     gpu = GPUS[config.gpu]
     peak = gpu.low if plan.placement.precision.low else gpu.full
-    recomputed = 4 / 3 if config.model.activation_checkpointing else 1
-    seconds = recomputed * plan.step_flops / (world * peak * config.mfu)
+    recomputed = 1 + (1 - config.model.kept_activations) / 3  # of the products
+    flops = recomputed * plan.step_flops + tower_flops * config.batch_size
+    seconds = flops / (world * peak * config.mfu)
     images, total = config.batch_size / seconds, plan.steps * seconds
+    delivered = ""
+    if image_bytes is not None:
+        rate = images * image_bytes / 1e9
+        delivered = f", {rate:.2f} GB/s in all, {rate / world:.3f} a rank"
     return [
         ("speed", f"{config.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s on {world} x {config.gpu}"),
         (
             "data",
             f"{human_count(images * plan.shape.target.tokens)} target tokens/s, "
-            f"{images:.0f} images/s, {images * image_bytes / 1e9:.2f} GB/s in all, "
-            f"{images * image_bytes / 1e9 / world:.3f} a rank",
+            f"{images:.0f} images/s" + delivered,
         ),
         (
             "checkpoint",
@@ -76,11 +87,3 @@ def _time(plan: Plan, checkpoint_bytes: int, image_bytes: int) -> list[tuple[str
             f"({total / 3600:.2f} h, {world * total / 3600:.1f} GPU hours)",
         ),
     ]
-
-
-def stored_bytes(data: TokenDataModule) -> int:
-    """Return the bytes that the store holds of one pair of tokens."""
-    if isinstance(data.train, StreamReader):
-        return data.train.sample_bytes
-    arrays = data.train.store.index.arrays
-    return sum(arrays[name].nbytes for name in (data.train.condition, data.train.target))

@@ -1,7 +1,5 @@
 """The machine that a run is laid out on: this one, or one imagined for `plan=true`."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil
@@ -58,6 +56,7 @@ class Machine:
     bf16: bool = True
     """Whether the device computes products of this format."""
     tf32: bool = True
+    float8: bool = False
     compiles: bool = False
     """Whether `model.compile=auto` compiles here."""
     precision: str = "bf16"
@@ -86,6 +85,7 @@ def this_machine(accelerator: str) -> Machine:
             memory=torch.cuda.get_device_properties(0).total_memory,
             bf16=torch.cuda.is_bf16_supported(False),
             tf32=torch.cuda.get_device_capability(0) >= (8, 0),
+            float8=torch.cuda.get_device_capability(0) >= (8, 9),
             compiles=_has_compilers(),
         )
     apple = accelerator != "cpu" and torch.backends.mps.is_available()
@@ -100,7 +100,7 @@ def imagined_machine(gpu: str, processes: int) -> Machine:
         raise UserError(f"gpu={gpu} is unknown: choose from {', '.join(GPUS)}")
     memory = int(GPUS[gpu].memory)
     return Machine(
-        "cuda", gpu, processes, memory, "plan", processes=processes, nodes=1, compiles=True
+        "cuda", gpu, processes, memory, "plan", processes, nodes=1, float8=True, compiles=True
     )
 
 

@@ -1,7 +1,5 @@
 """What helps when memory runs out: the next batch size, and the option that saves most."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace

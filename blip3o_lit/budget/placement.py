@@ -4,12 +4,10 @@
 machine that is not there and a run on one that is share one path.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from blip3o_lit.base.shape import PairShape
-from blip3o_lit.budget.activations import activations
+from blip3o_lit.budget.activations import Activations, activations
 from blip3o_lit.budget.machine import Machine
 from blip3o_lit.budget.states import rank_bytes, units
 from blip3o_lit.config.errors import UserError
@@ -48,22 +46,18 @@ class Placement:
 
 
 def resolve(config: TrainConfig, shape: PairShape, machine: Machine) -> Placement:
-    """Decide the layout of a run.
-
-    Raises:
-        UserError: Naming the override that the machine or the other overrides rule out.
-    """
+    """Decide the layout of a run."""
     precision = _precision(config, machine)
     devices, nodes = _processes(config, machine)
     world = devices * nodes
     strategy = _strategy(config, machine, world)
     # Refuses batches that don't divide before anything is measured.
     micro_batch = batch_plan(config.batch_size, config.micro_batch_size, world).micro_batch_size
+    compiled = _compiled(config, machine)
     if config.micro_batch_size is None:
         room = machine.memory_of_process(devices) * USABLE[machine.device]
-        micro_batch = _fitting_micro_batch(
-            config, shape, machine.device, precision, strategy, world, room
-        )
+        kept = activations(config.model, config.flow, shape, precision, machine.device, compiled)
+        micro_batch = _fitting_micro_batch(config, shape, kept, precision, strategy, world, room)
     return Placement(
         device=machine.device,
         devices=devices,
@@ -72,7 +66,7 @@ def resolve(config: TrainConfig, shape: PairShape, machine: Machine) -> Placemen
         precision=precision,
         micro_batch=micro_batch,
         accumulation=config.batch_size // (world * micro_batch),
-        compiled=_compiled(config, machine),
+        compiled=compiled,
     )
 
 
@@ -91,6 +85,8 @@ def _precision(config: TrainConfig, machine: Machine) -> Precision:
         raise UserError(f"{word}: this GPU has no TF32: use precision=fp16 or fp32")
     if precision.low and not precision.loss_scale and not machine.bf16:
         raise UserError(f"{word}: this GPU has no bf16: use precision=fp16")
+    if config.precision.float8 and not machine.float8:
+        raise UserError("precision.float8=true: this device has no such products: leave it out")
     return precision
 
 
@@ -142,13 +138,15 @@ def _strategy(config: TrainConfig, machine: Machine, world: int) -> str:
 
 def _compiled(config: TrainConfig, machine: Machine) -> bool:
     word = config.model.compile
-    return machine.compiles if word == "auto" else word == "true"
+    if word == "combined" and machine.device != "cuda":
+        raise UserError(f"model.compile=combined needs a CUDA GPU, this run is on {machine.device}")
+    return machine.compiles if word == "auto" else word != "false"
 
 
 def _fitting_micro_batch(
     config: TrainConfig,
     shape: PairShape,
-    device: str,
+    kept: Activations,
     precision: Precision,
     strategy: str,
     world: int,
@@ -156,7 +154,6 @@ def _fitting_micro_batch(
 ) -> int:
     """Return the largest divisor of a process's images that fits into `room` bytes; at least 1."""
     counts = units(config.model, shape)
-    kept = activations(config.model, config.flow, shape, precision, device)
     per_process, shards = config.batch_size // world, world // config.strategy.replicas
     for micro_batch in range(per_process, 1, -1):
         if per_process % micro_batch:

@@ -1,8 +1,6 @@
 """What a run takes, worked out before it starts: every derived value, printed once."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blip3o_lit.base.shape import PairShape
@@ -35,7 +33,9 @@ class Plan:
     @property
     def activations(self) -> Activations:
         config, place = self.config, self.placement
-        return activations(config.model, config.flow, self.shape, place.precision, place.device)
+        return activations(
+            config.model, config.flow, self.shape, place.precision, place.device, place.compiled
+        )
 
     def state_bytes(self, strategy: str | None = None) -> int:
         """Return weights, gradients, optimizer and average on one process, in bytes."""
@@ -64,7 +64,6 @@ class Plan:
         return passes * self.units.forward_flops * self.config.batch_size
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return the plan as labelled lines."""
         condition, target = self.shape.condition, self.shape.target
         place, batch, steps = self.placement, self.config.batch_size, self.steps
         return [
@@ -99,11 +98,16 @@ class Plan:
         ]
 
 
+def _beside_towers(machine: Machine, tower_bytes: int) -> Machine:
+    """Return a machine without the memory that each device's towers take."""
+    return replace(machine, memory=max(1, machine.memory - tower_bytes)) if tower_bytes else machine
+
+
 def make_plan(config: TrainConfig, data: TokenDataModule, steps: int, machine: Machine) -> Plan:
     """Lay a run out on a machine; `data` is open."""
     return Plan(
         config=config,
-        placement=resolve(config, data.shape, machine),
+        placement=resolve(config, data.shape, _beside_towers(machine, data.tower_bytes)),
         device_name=machine.name,
         shape=data.shape,
         store=data.store_path,

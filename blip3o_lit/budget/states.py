@@ -1,7 +1,5 @@
 """Bytes of what lasts from step to step: weights, gradients, optimizer, average; by strategy."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 

@@ -3,8 +3,6 @@
 A copy takes the memory of one checkpoint of this process, and keeps it for the next.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any

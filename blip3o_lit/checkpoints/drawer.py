@@ -1,7 +1,5 @@
 """Who draws a translator's tokens: a decoder by name, or its training split's read-out."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from blip3o_lit.base.home import fits
@@ -15,15 +13,7 @@ from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex
 
 
 def drawer_of(loaded: Loaded, decoder: str | None) -> Drawer:
-    """Return what draws a translator's tokens.
-
-    Args:
-        loaded: The translator.
-        decoder: A folder or hub id; None: the linear read-out.
-
-    Raises:
-        UserError: If the decoder is of another tower, or no read-out is to be had.
-    """
+    """Return what draws a translator's tokens: the decoder of a folder or hub id, or a read-out."""
     if decoder is not None:
         return load_decoder(decoder, _target(loaded, decoder), loaded.shape.target)
     readout = own_readout(loaded)

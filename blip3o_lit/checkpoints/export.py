@@ -1,7 +1,5 @@
 """A translator as a folder to share: config, weights, heads, read-out, solvers, a model card."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile
@@ -10,10 +8,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from blip3o_lit.base.files import replacing, write_json
+from blip3o_lit.base.files import read_json, replacing, write_json
 from blip3o_lit.checkpoints.drawer import own_readout
 from blip3o_lit.checkpoints.load import CONFIG_FILE, WEIGHTS_FILE, Loaded, load
 from blip3o_lit.checkpoints.solvers import save_solvers
+from blip3o_lit.config.checks import paths_of
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.drawing.drawer import save_readout
 from blip3o_lit.tokens.store.heads import HEADS_FILE
@@ -83,9 +82,17 @@ def _shareable(loaded: Loaded) -> dict[str, Any]:
         arrays, data = TokenIndex.load(path).arrays, loaded.config.data
         pair = {"condition": arrays.get(data.condition), "target": arrays.get(data.target)}
         shared["arrays"] = {side: spec.to_dict() for side, spec in pair.items() if spec}
-    shared["tokens"]["path"] = path.name
+    for facts in (shared["tokens"], *shared["tokens"].get("stores", [])):
+        facts["path"] = Path(facts["path"]).name
     data = shared["config"]["data"]
-    data["tokens"] = Path(data["tokens"]).name if data["tokens"] else None
+    stores = paths_of("data.tokens", data["tokens"])
+    names = {Path(store).name: weight for store, weight in stores.items()}
+    if isinstance(data["tokens"], list | dict):
+        data["tokens"] = names if isinstance(data["tokens"], dict) else list(names)
+    else:
+        data["tokens"] = next(iter(names), None)
+    if data.get("images"):
+        data["images"] = Path(data["images"]).name
     shared["config"] |= {"resume": None, "overwrite": False}
     shared["checkpoint"] = loaded.hash
     shared["name"] = loaded.facts.get("name", loaded.folder.resolve().name)
@@ -93,7 +100,6 @@ def _shareable(loaded: Loaded) -> dict[str, Any]:
 
 
 def model_card(loaded: Loaded, facts: dict[str, Any]) -> str:
-    """Return the README.md of an export, filled from the run and its evaluation."""
     run, condition, target = loaded.config, loaded.shape.condition, loaded.shape.target
     parameters = sum(p.numel() for p in loaded.translator.network.parameters())
     towers = facts.get("arrays", {})
@@ -142,9 +148,7 @@ not translated correctly, and nothing warns of it: only shapes are checked.
 
 
 def _scores(loaded: Loaded) -> str:
-    """Return the score table of the evaluation beside the checkpoint, or say that there is none."""
-    file = loaded.folder / "evaluation.json"
-    result = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    result = read_json(loaded.folder / "evaluation.json", "evaluate again")
     if result.get("checkpoint") != loaded.hash:
         return "Not evaluated: run `python -m blip3o_lit.evaluate` on this folder."
     lines = ["| | evaluations | " + " | ".join(SCORES) + " |", "|---" * (len(SCORES) + 2) + "|"]

@@ -4,8 +4,6 @@ torch.save writes a zip archive whose every record carries a CRC-32; reading all
 the verification. A sharded checkpoint is a folder of the same name; see `sharded.py`.
 """
 
-from __future__ import annotations
-
 import errno
 import re
 import zipfile
@@ -17,6 +15,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from blip3o_lit.base.files import check_format
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.checkpoints import sharded as sharded_checkpoint
 from blip3o_lit.checkpoints.background import Background
 from blip3o_lit.checkpoints.in_place import (
@@ -48,7 +47,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load a checkpoint of either kind, whole, onto the CPU."""
         return _whole(Path(path))
 
 
@@ -64,28 +62,33 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         raise not_written(path, error) from error
 
 
-def is_sound(path: Path) -> bool:
+def is_sound(path: Path, rank: int = 0, world: int = 1) -> bool:
     """Whether all of a checkpoint, file or folder, reads back with its checksums.
 
-    One that can't be read (no permission, a failing disk) is a UserError: that is not damage.
+    Of several ranks each reads its share of a folder's files, the first one a file. One that can't
+    be read (no permission, a failing disk) is a UserError: that is not damage.
     """
     try:
         if not path.is_dir():
-            return _archive_is_sound(path)
+            return rank > 0 or _archive_is_sound(path)
         if not _archive_is_sound(path / sharded_checkpoint.PLAIN):
             return False
         files = read_lazily(path)["files"]
-        return all(sharded_checkpoint.measure(path / name) == files[name] for name in files)
+        own = sorted(files)[rank::world]
+        return all(sharded_checkpoint.measure(path / name) == files[name] for name in own)
     except FileNotFoundError:
         return False
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
-def check_sound(path: Path) -> None:
-    if not path.exists():
-        raise UserError(f"{path}: no such checkpoint")
-    if not is_sound(path):
+def check_sound(path: Path, ranks: FirstRank = ALONE) -> None:
+    def holds() -> bool:
+        if not path.exists():
+            raise UserError(f"{path}: no such checkpoint")
+        return is_sound(path, *ranks.share)
+
+    if not ranks.agree(holds):
         raise damaged(path)
 
 
@@ -156,7 +159,6 @@ def _read(path: Path, mapped: bool) -> dict[str, Any]:
 
 
 def _whole(path: Path, prefix: str = "") -> dict[str, Any]:
-    """Return a checkpoint of either kind with its tensors."""
     checkpoint = _read(path, mapped=False)
     return sharded_checkpoint.read(path, checkpoint, prefix) if path.is_dir() else checkpoint
 
@@ -180,15 +182,20 @@ def files_of(run_dir: Path) -> list[Path]:
         ) from error
 
 
-def newest_to_resume(run_dir: Path) -> tuple[Path | None, list[Path]]:
+def newest_to_resume(run_dir: Path, ranks: FirstRank = ALONE) -> tuple[Path | None, list[Path]]:
     """Return a run's newest sound checkpoint, and the damaged ones passed over.
 
     Never best.ckpt: a run goes on from where it was, not from where it was best.
     """
-    files = [path for path in files_of(run_dir) if path.name != "best.ckpt"]
+
+    def newest_first() -> list[str]:
+        files = [path for path in files_of(run_dir) if path.name != "best.ckpt"]
+        files.sort(key=lambda file: (file.stat().st_mtime, step_of(file)), reverse=True)
+        return [str(path) for path in files]
+
     passed_over = []
-    for path in sorted(files, key=lambda file: (file.stat().st_mtime, step_of(file)), reverse=True):
-        if is_sound(path):
+    for path in map(Path, ranks.finds(newest_first)):
+        if ranks.agree(lambda path=path: is_sound(path, *ranks.share)):
             return path, passed_over
         passed_over.append(path)
     return None, passed_over

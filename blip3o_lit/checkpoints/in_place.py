@@ -4,8 +4,6 @@ A sharded checkpoint is a folder. Two folders can't be exchanged in one move, so
 aside under a hidden name first; `tidy` brings it back if the process was killed just then.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

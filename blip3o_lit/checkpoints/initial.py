@@ -1,7 +1,5 @@
 """What a new run begins with: the weights of another one, name by name."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass, field
 

@@ -3,12 +3,9 @@
 What is read are tensors and plain data only.
 """
 
-from __future__ import annotations
-
-import hashlib
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,12 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from blip3o_lit.base.files import check_format
+from blip3o_lit.base.files import check_format, sha256_of
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.checkpoints.sharded import PLAIN
 from blip3o_lit.checkpoints.solvers import SOLVERS_FILE, content_hash, kept_solvers
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.config.registry import check_origins
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.drawing.drawer import READOUT_FILE
 from blip3o_lit.flow.objective import FlowObjective
@@ -58,12 +55,14 @@ class Loaded:
     as_stored: bool
     """Whether every weight has the format that it has in that file."""
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.translator.network.parameters()).device
+
     @cached_property
     def hash(self) -> str:
         """sha256 of the weight file, or of a folder's list of checksums."""
-        file = self.file / PLAIN if self.file.is_dir() else self.file
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return sha256_of(self.file / PLAIN if self.file.is_dir() else self.file)
 
     @cached_property
     def content(self) -> str:
@@ -120,6 +119,7 @@ def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool
     """
     file = find_weights(source)
     facts, state = read_weights(file)
+    check_origins(str(file), facts.get("parts"))
     try:
         config = OmegaConf.to_object(
             OmegaConf.merge(OmegaConf.structured(TrainConfig), facts["config"])
@@ -151,7 +151,6 @@ def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool
 
 
 def _translator(config: TrainConfig, shape: PairShape, device: str | torch.device) -> Translator:
-    """Return a translator of a config, its weights as the initialisation leaves them."""
     parts: list[nn.Module] = [build_network(config.model, shape), FlowObjective(config.flow)]
     parts += [Standardizer.identity(shape.condition), Standardizer.identity(shape.target)]
     autocast = PRECISIONS[config.precision.name].inference(device)
@@ -204,19 +203,3 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def solver_from_label(label: str) -> SolverConfig:
-    """Return the solver that a label stands for: `mean`, `heun-10`, `heun-10@1.5`, `fitted-4`."""
-    plain, at, scale = label.partition("@")
-    name, dash, steps = plain.partition("-")
-    if dash and not (steps.isdigit() and int(steps)):
-        raise UserError(f"solver {label!r}: write a name and its steps, for example heun-10")
-    try:
-        guidance = float(scale) if at else 1.0
-    except ValueError:
-        raise UserError(f"solver {label!r}: write a guidance scale as in heun-10@1.5") from None
-    solver = SolverConfig.named(name, guidance_scale=guidance)
-    if not dash:
-        return solver
-    return replace(solver, **{"nfe" if name == "fitted" else "steps": int(steps)})

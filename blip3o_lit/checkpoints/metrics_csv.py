@@ -1,7 +1,5 @@
 """metrics.csv: one row per logged step, appended and never lost, also over a resumed run."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping
 from pathlib import Path

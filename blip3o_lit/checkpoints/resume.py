@@ -4,8 +4,6 @@ A run directory belongs to one run. `resume=auto` looks nowhere else, and a star
 holds a run already is refused unless it goes on with that run or overwrites it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -16,7 +14,10 @@ from typing import Any
 
 import yaml
 
+from blip3o_lit.base.files import read_json
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.secrets import masked
+from blip3o_lit.base.words import flatten
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.metrics_csv import read_rows
 from blip3o_lit.config.errors import UserError
@@ -25,15 +26,20 @@ from blip3o_lit.config.train import TrainConfig
 log = logging.getLogger("blip3o_lit")
 # Keys that do not change what a run computes: they may differ between a run and its resumption.
 FREE_KEYS = ("resume", "overwrite", "dry_run", "logger", "checkpoint", "strategy")
-FREE_KEYS += ("micro_batch_size", "plan", "world", "gpu", "mfu")
+FREE_KEYS += ("micro_batch_size", "plan", "world", "gpu", "mfu", "disk")
+PICTURE_KEYS = ("towers", "pixels", "split")
+"""Count where a run encodes pictures itself; before it could, a run had none of them."""
 FREE_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "log_every", "deterministic", "profile")
-FREE_DATA_KEYS = ("threads", "verify")
+FREE_TRAINER_KEYS += ("memory_history", "extra")
+FREE_DATA_KEYS = ("threads", "verify", "tower_batch")
 
 
 def essential(config: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a plain config that decides what a run computes."""
     trainer = _without(config.get("trainer", {}), FREE_TRAINER_KEYS)
     data = _without(config.get("data", {}), FREE_DATA_KEYS)
+    if not data.get("images"):
+        data, config = _without(data, ("images",)), _without(config, PICTURE_KEYS)
     return _without(config, FREE_KEYS) | {"trainer": trainer, "data": data}
 
 
@@ -83,19 +89,21 @@ def _is_within(path: Path, run_dir: Path) -> bool:
     return run_dir.is_dir() and any(folder.samefile(run_dir) for folder in above)
 
 
-def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
+def resolve_resume(config: TrainConfig, run_dir: Path, ranks: FirstRank = ALONE) -> Path | None:
     """Return the checkpoint to go on from, or None for a fresh start.
 
-    A path in `config.resume` becomes that of the checkpoint itself.
+    The first of several ranks decides. A path in `config.resume` becomes that of the checkpoint.
     """
-    if config.resume is None:
+    wanted: str | None = ranks.finds(lambda: config.resume)
+    config.resume = wanted
+    if wanted is None:
         return None
-    if config.resume == "auto":
-        path = _newest_of_own(run_dir)
+    if wanted == "auto":
+        path = _newest_of_own(run_dir, ranks)
         if path is not None:
             _check_network(config, path)  # sound: it was read for that
             return path
-        origin = _origin(run_dir)
+        origin = ranks.finds(lambda: _origin(run_dir))
         if origin is None:
             print(
                 f"resume=auto found no checkpoint in {run_dir}: starting fresh (hydra.run.dir "
@@ -103,23 +111,23 @@ def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
             )
             return None
         print(f"resume=auto found no checkpoint in {run_dir}: it began from {origin}")
-        config.resume = origin
-    path = _absolute(config.resume)
+        config.resume = wanted = str(origin)
+    path = _absolute(wanted)
     if path.is_dir() and path.suffix != ".ckpt":
-        newest, _ = checkpointing.newest_to_resume(path)
+        newest, _ = checkpointing.newest_to_resume(path, ranks)
         if newest is None:
             raise UserError(f"resume={path}: no sound checkpoint in this run directory")
         path = newest
     else:
-        checkpointing.check_sound(path)
+        checkpointing.check_sound(path, ranks)
     _check_network(config, path)
     config.resume = str(path)
     return path
 
 
-def _newest_of_own(run_dir: Path) -> Path | None:
+def _newest_of_own(run_dir: Path, ranks: FirstRank) -> Path | None:
     """Return the newest sound checkpoint; a folder that has only others is refused."""
-    path, damaged = checkpointing.newest_to_resume(run_dir)
+    path, damaged = checkpointing.newest_to_resume(run_dir, ranks)
     for other in damaged:
         print(f"resume=auto passes over a damaged checkpoint: {other}")
     names = ", ".join(file.name for file in checkpointing.files_of(run_dir))
@@ -140,7 +148,7 @@ def _origin(run_dir: Path) -> str | None:
 
 def _check_network(config: TrainConfig, path: Path) -> None:
     whole = ("batch_size", "optimizer.name", "seed")
-    free = ("model.compile", "model.activation_checkpointing")
+    free = ("model.compile", "model.activation_checkpointing", "model.activation_budget")
     for key, then, now in differences(config, path):
         if (key.startswith(("model.", "mode.")) and key not in free) or key in whole:
             raise UserError(
@@ -160,7 +168,8 @@ def changed(config: TrainConfig, saved: dict[str, Any]) -> list[tuple[str, Any, 
     A key that it is older than has its default there.
     """
     now, then, defaults = (
-        _flat(essential(part)) for part in (masked(asdict(config)), saved, asdict(TrainConfig()))
+        {key: value for key, value in flatten(essential(part)).items() if value != {}}
+        for part in (masked(asdict(config)), saved, asdict(TrainConfig()))
     )
     then = {key: value for key, value in defaults.items() if key in now} | then
     keys = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
@@ -177,13 +186,35 @@ def say_resumed(config: TrainConfig, path: Path) -> None:
         log.warning(message)
 
 
-def check_tokens(path: Path, content_hash: str) -> None:
+def check_tokens(path: Path, facts: dict[str, Any]) -> None:
     """Refuse a checkpoint that was trained on other tokens, before anything is written."""
-    if checkpointing.about(path)["tokens"].get("hash") != content_hash:
+    there = checkpointing.about(path)["tokens"]
+    if there.get("hash") != facts["hash"]:
+        if "images" in facts and there.get("images", facts["images"]) != facts["images"]:
+            raise UserError(
+                f"resume={path}: the images of {facts['path']}, their captions or split.* have "
+                "changed since: restore them, or start a new run"
+            )
+        then, now = (_stores(each) for each in (there, facts))
+        for store in sorted(then.keys() | now.keys()) if len(then) + len(now) > 2 else ():
+            if then.get(store) != now.get(store):
+                what = "is new" if store not in then else "is not among the stores now"
+                what = "or its weight has changed" if store in then and store in now else what
+                raise UserError(
+                    f"resume={path}: of the stores that it was trained on, {store} {what}: resume "
+                    "with the same data.tokens, or start a new run"
+                )
         raise UserError(
-            f"resume={path}: it was trained on other data (store, mode, condition, target or "
-            "subset): resume with the same data and mode, or start a new run"
+            f"resume={path}: it was trained on other data (store, mode, condition, target, subset"
+            f"{', towers or pixels' if 'images' in facts else ''}): resume with the same data and "
+            "mode, or start a new run"
         )
+
+
+def _stores(facts: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the stores of a run's record by path, with content hash and weight."""
+    listed = facts.get("stores") or [{**facts, "weight": None}]
+    return {str(each["path"]): (each["hash"], each["weight"]) for each in listed}
 
 
 def finished_result(
@@ -202,28 +233,9 @@ def finished_result(
                 "a larger trainer.max_steps"
             )
         return None
-    result = _json(run_dir / "result.json")
+    result = read_json(run_dir / "result.json")
     if not result.get("finished") or step < result["step"]:
         return None  # stopped, or an earlier checkpoint by its name
     # A run that stopped early is finished for the same configuration only.
-    same = _json(run_dir / "environment.json").get("config_hash") == config_hash(config)
+    same = read_json(run_dir / "environment.json").get("config_hash") == config_hash(config)
     return result if same or result["step"] >= steps else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: remove it") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as dotted keys."""
-    out = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value
-    return out

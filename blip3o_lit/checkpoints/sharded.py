@@ -5,8 +5,6 @@ with size and CRC-32 of each of those files, is `plain.ckpt`. A folder gets its 
 is on the disk.
 """
 
-from __future__ import annotations
-
 import zlib
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The fitted solvers of a run or an export: `solvers.safetensors`, and whose weights it is of."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping
@@ -43,11 +41,7 @@ def save_solvers(fitted: FittedSolvers, content: str, folder: Path) -> None:
 
 
 def kept_solvers(file: Path, content: str) -> FittedSolvers:
-    """Return what a file holds for the weights of that content: nothing where it is of others.
-
-    Raises:
-        UserError: If it is damaged.
-    """
+    """Return what a file holds for the weights of that content: nothing where it is of others."""
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}

@@ -7,7 +7,7 @@ the right one.
 import argparse
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -27,14 +27,23 @@ from omegaconf.errors import OmegaConfBaseException
 
 from blip3o_lit.base.words import pasteable
 from blip3o_lit.cli.literals import check_word, literal, unreadable
-from blip3o_lit.cli.schema import conf_dir, groups, keys, text_keys, typed, unknown_key
+from blip3o_lit.cli.schema import (
+    all_groups,
+    conf_dir,
+    keys,
+    open_keys,
+    several_keys,
+    text_keys,
+    typed,
+    unknown_key,
+)
 from blip3o_lit.cli.sweeps.plugins import PLUGIN_GROUPS
 from blip3o_lit.config.errors import UserError, one_of
 
 MOST_RUNS = 100_000
 MOST_TRIED = 64
 """Values of one key that are composed before a sweep starts, to see that they are right."""
-OPTIONAL_GROUPS = ("experiment", "debug", "hparams_search")
+OPTIONAL_GROUPS = ("callbacks", "experiment", "debug", "hparams_search")
 
 
 def read_line(words: list[str], schema: type[Any]) -> tuple[argparse.Namespace, list[str]]:
@@ -57,21 +66,48 @@ def read_line(words: list[str], schema: type[Any]) -> tuple[argparse.Namespace, 
         hint = f"write {name}={value or 'VALUE'}" if name in known else "overrides are key=value"
         raise UserError(f"{unknown[0]} is no flag of this command: {hint}")
     flags = [word for word in words if word not in arguments.overrides]
-    texts = set(text_keys(schema))
-    arguments.overrides = [literal(w, texts, arguments.multirun) for w in arguments.overrides]
+    texts, many = set(text_keys(schema)), set(several_keys(schema))
+    sweep, words = arguments.multirun, [opened(word, schema) for word in arguments.overrides]
+    arguments.overrides = [literal(word, texts, sweep, many) for word in words]
     return arguments, flags + arguments.overrides
 
 
-def check_arguments(name: str, schema: type[Any], arguments: argparse.Namespace) -> None:
-    """Check a command's overrides; composing is tried once, so errors come as one line."""
+def opened(word: str, schema: type[Any]) -> str:
+    """Return a word that sets a name of the user's own as Hydra takes it: with `++`.
+
+    `logger.NAME.KEY` is a logger of the user's own, which stands in `logger.extra`.
+    """
+    key, equals, value = word.lstrip("+").partition("=")
+    known = set(keys(schema))
+    if "logger.extra" in known and key.startswith("logger.") and key.count(".") > 1:
+        own = not key.startswith("logger.extra.")
+        key = key.replace("logger.", "logger.extra.", 1) if own else key
+    return f"++{key}={value}" if equals and is_open(key, schema) else word
+
+
+def is_open(key: str, schema: type[Any]) -> bool:
+    return key.startswith(tuple(f"{place}." for place in open_keys(schema)))
+
+
+def check_arguments(
+    name: str,
+    schema: type[Any],
+    arguments: argparse.Namespace,
+    check: Callable[[Any], None] | None = None,
+) -> None:
+    """Check a command's overrides; composing is tried once, so errors come as one line.
+
+    `check` looks at a typed config for what dataclasses can't see.
+    """
     if arguments.hydra_help or arguments.shell_completion:
         return
-    options = groups(conf_dir()) | PLUGIN_GROUPS
+    options = all_groups() | PLUGIN_GROUPS
     known = set(keys(schema))
     overrides = [_parsed(word, known | set(options)) for word in arguments.overrides]
     _check_runs(overrides)
     for override in overrides:
-        _check_override(override, known, options)
+        if not is_open(override.key_or_group, schema):
+            _check_override(override, known, options)
     if not arguments.multirun:
         swept = [override for override in overrides if override.is_sweep_override()]
         swept += [item for item in overrides if item.key_or_group == "hparams_search"]
@@ -82,7 +118,9 @@ def check_arguments(name: str, schema: type[Any], arguments: argparse.Namespace)
     with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
         for words in _single_jobs(overrides):
             try:
-                typed(compose(name, overrides=words), schema)
+                config = typed(compose(name, overrides=words), schema)
+                if check is not None:
+                    check(config)
             except (HydraException, OmegaConfBaseException, ValueError, OverflowError) as error:
                 raise UserError(_one_line(error, known) + _dollar(overrides)) from error
 

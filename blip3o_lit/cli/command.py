@@ -35,20 +35,29 @@ RANKED = ("train", "extract")
 """Commands that several processes may run together."""
 
 
-def run_command(name: str, schema: type[Config], task: Callable[[Config], Any], kept: Kept) -> None:
+def run_command(
+    name: str,
+    schema: type[Config],
+    task: Callable[[Config], Any],
+    kept: Kept,
+    check: Callable[[Config], None] | None = None,
+) -> None:
     """Run one command: parse `sys.argv`, compose `conf/<name>.yaml`, call `task`.
 
-    Args:
-        name: The command's word; its defaults stand in `conf/<name>.yaml`.
-        schema: The dataclass that types and checks the composed config.
-        task: The command itself.
-        kept: What to say after Ctrl-C: what is kept, and how to go on.
+    `kept` is what to say after Ctrl-C: what is kept, and how to go on. `check` refuses what a
+    dataclass can't see, before anything is made.
     """
     with interruptible(kept):
-        _run(name, schema, task, kept)
+        _run(name, schema, task, kept, check)
 
 
-def _run(name: str, schema: type[Config], task: Callable[[Config], Any], kept: Kept) -> None:
+def _run(
+    name: str,
+    schema: type[Config],
+    task: Callable[[Config], Any],
+    kept: Kept,
+    check: Callable[[Config], None] | None,
+) -> None:
     from hydra import main as hydra_main
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -74,7 +83,7 @@ def _run(name: str, schema: type[Config], task: Callable[[Config], Any], kept: K
         if arguments.help:
             _show_help(name, arguments.overrides)
             return
-        check_arguments(name, schema, arguments)
+        check_arguments(name, schema, arguments, check)
         hydra_main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
     except UserError as error:
         fail(str(error), error.code)
@@ -94,6 +103,7 @@ def _run(name: str, schema: type[Config], task: Callable[[Config], Any], kept: K
 def _prepare(name: str, schema: type[Any]) -> Namespace:
     """Make Hydra and the process ready for a command; return its flags and overrides."""
     from blip3o_lit.cli.arguments import read_line
+    from blip3o_lit.cli.own_groups import add_own_groups
     from blip3o_lit.cli.sweeps.plugins import register_plugins
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -108,6 +118,7 @@ def _prepare(name: str, schema: type[Any]) -> Namespace:
     if "${" in os.getcwd():
         raise UserError(f"{os.getcwd()}: Hydra can't work in a folder with ${{ in its name")
     arguments, sys.argv[1:] = read_line(sys.argv[1:], schema)
+    add_own_groups(arguments.config_dir)
     return arguments
 
 
@@ -124,19 +135,30 @@ def _call(task: Callable[[Config], Any], config: Config) -> Any:
         raise UserError(line) from error
 
 
-def composed(name: str, schema: type[Config], words: Iterable[str]) -> Config:
+def composed(
+    name: str, schema: type[Config], words: Iterable[str], config_dir: str | None = None
+) -> Config:
     """Return the config that a command line gives, for scripts that run commands themselves."""
     from hydra import compose, initialize_config_dir
 
+    from blip3o_lit.cli.arguments import check_arguments, read_line
+    from blip3o_lit.cli.own_groups import add_own_groups
     from blip3o_lit.cli.schema import conf_dir, typed
+    from blip3o_lit.cli.sweeps.plugins import register_plugins
 
+    words = list(words)
+    if flags := [word for word in words if word.startswith("-")]:
+        raise UserError(f"{flags[0]} is a flag of the command line: compose takes key=value")
     _register(name, schema)
+    register_plugins()
+    add_own_groups(config_dir)
+    arguments, _ = read_line(words, schema)
+    check_arguments(name, schema, arguments)
     with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-        return typed(compose(name, overrides=list(words)), schema)
+        return typed(compose(name, overrides=arguments.overrides), schema)
 
 
 def _register(name: str, schema: type[Any]) -> None:
-    """Tell Hydra of a command's schema, and OmegaConf how runs are named."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
@@ -162,7 +184,7 @@ def _show_help(name: str, overrides: list[str]) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from blip3o_lit.cli.schema import conf_dir, groups
+    from blip3o_lit.cli.schema import all_groups, conf_dir
 
     if any("=" not in word for word in overrides):
         raise UserError("--help lists all keys: it takes overrides (key=value), but no names")
@@ -172,7 +194,7 @@ def _show_help(name: str, overrides: list[str]) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(str(error).splitlines()[0]) from error
     template = string.Template(config.hydra.help.template)
-    options = "".join(f"{key}: {', '.join(names)}\n" for key, names in groups(conf_dir()).items())
+    options = "".join(f"{key}: {', '.join(names)}\n" for key, names in all_groups().items())
     shown = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     print(template.substitute(APP_CONFIG_GROUPS=options, CONFIG=OmegaConf.to_yaml(shown)))
 

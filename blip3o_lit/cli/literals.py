@@ -33,7 +33,9 @@ def check_word(word: str) -> None:
         raise UserError(f"{word!r} is not UTF-8: rename that file or folder") from None
 
 
-def literal(word: str, text_keys: set[str], multirun: bool) -> str:
+def literal(
+    word: str, text_keys: set[str], multirun: bool, several_keys: set[str] | None = None
+) -> str:
     """Return a word of the command line as Hydra is to see it.
 
     Refuses what Hydra would read in a way that was hardly meant.
@@ -58,6 +60,8 @@ def literal(word: str, text_keys: set[str], multirun: bool) -> str:
     if item.is_sweep_override() and is_folder:
         return start + quoted(text)  # Hydra has one folder a sweep
     if item.is_sweep_override() and multirun:
+        return word
+    if isinstance(value, list | dict) and match["key"] in (several_keys or ()):
         return word
     if isinstance(value, list | dict) or item.is_sweep_override():
         reading, way_on = _reading(value, text)

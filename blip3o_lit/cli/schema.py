@@ -10,9 +10,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from blip3o_lit.base.home import expanded
+from blip3o_lit.config import registry
 from blip3o_lit.config.errors import UserError, nearest
+from blip3o_lit.config.registry import config_folders, load_plugins
+from blip3o_lit.config.trainer import INSTEAD
 
 Config = TypeVar("Config")
+OPTION_OF = {
+    "model": ("architecture", registry.network),
+    "flow": ("path", registry.path),
+    "solver": ("name", registry.solver),
+}
+"""Group -> the key that a registered name sets, and where it is registered."""
+given_folders: list[Path] = []
+"""The folder of `--config-dir`, where the command line has one."""
 
 
 def conf_dir() -> Path:
@@ -31,6 +42,36 @@ def groups(folder: Path) -> dict[str, list[str]]:
     }
 
 
+def own_folders() -> list[Path]:
+    """Return the folders of groups that installed packages and `--config-dir` add."""
+    return [*config_folders(), *given_folders]
+
+
+def own_options() -> dict[str, list[str]]:
+    """Return the options of groups for names that packages register: `model=mine` sets the name."""
+    load_plugins()
+    found = {
+        group: sorted(registry.parts.keys())
+        for group, (_, registry) in OPTION_OF.items()
+        if registry.parts
+    }
+    for folder in own_folders():
+        for group, names in groups(folder).items():
+            found[group] = sorted({*found.get(group, []), *names})
+    return found
+
+
+def all_groups() -> dict[str, list[str]]:
+    """Return each Hydra group with its options, those of other packages last."""
+    own, known = own_options(), groups(conf_dir())
+    return {
+        group: [*known.get(group, []), *(n for n in own.get(group, []) if n not in known[group])]
+        if group in known
+        else own[group]
+        for group in known | own
+    }
+
+
 def keys(schema: type[Any]) -> Iterator[str]:
     """Yield every override key of a dataclass schema, groups before their members."""
     yield from (key for key, _ in _types(schema))
@@ -39,6 +80,23 @@ def keys(schema: type[Any]) -> Iterator[str]:
 def text_keys(schema: type[Any]) -> Iterator[str]:
     """Yield the keys of a dataclass schema whose values are texts, such as paths."""
     yield from (key for key, hint in _types(schema) if hint in (str, str | None))
+    yield from several_keys(schema)
+
+
+def several_keys(schema: type[Any], prefix: str = "") -> Iterator[str]:
+    """Yield the keys whose value is one text, a list of them, or numbers by text."""
+    hints = typing.get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        if item.metadata.get("several"):
+            yield prefix + item.name
+        if dataclasses.is_dataclass(hints[item.name]):
+            inner = typing.cast(type, hints[item.name])
+            yield from several_keys(inner, f"{prefix}{item.name}.")
+
+
+def open_keys(schema: type[Any]) -> tuple[str, ...]:
+    """Return the keys of a dataclass schema below which names are the user's own."""
+    return tuple(key for key, hint in _types(schema) if typing.get_origin(hint) is dict)
 
 
 def _types(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -72,16 +130,29 @@ def _expand(config: Any, prefix: str = "") -> None:
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             _expand(value, f"{prefix}{item.name}.")
-        elif isinstance(value, str) and value.startswith("~"):
+        elif isinstance(value, str) or item.metadata.get("several"):
             try:
-                setattr(config, item.name, str(expanded(value)))
+                setattr(config, item.name, _at_home(value))
             except UserError as error:
                 raise UserError(f"{prefix}{item.name}={error}") from None
+
+
+def _at_home(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    if isinstance(value, dict):
+        return {_at_home(key): item for key, item in value.items()}
+    return str(expanded(value)) if isinstance(value, str) and value.startswith("~") else value
 
 
 def unknown_key(key: str, known: set[str]) -> str:
     """Say that a key does not exist and name the one that was meant, where that is plain."""
     guess = _near_key(key, known)
+    group, _, name = key.rpartition(".")
+    if group == "trainer" and "trainer.extra" in known:
+        from blip3o_lit.training.trainer_arguments import passed  # Lightning takes seconds
+
+        guess = f"trainer.extra.{name}" if name in passed() else guess or INSTEAD.get(name, "")
     hint = f"did you mean {guess}?" if guess else "--help lists the keys"
     return f"{key} is not a key of this command: {hint}"
 

@@ -1,6 +1,6 @@
 """Fields that say which values they take, and the check of a dataclass against what they say."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import field, fields
 from functools import partial
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from blip3o_lit.config.errors import UserError, one_of, positive, within
 
 
-def choice(default: str, options: Iterable[str]) -> Any:
+def choice(default: str, options: Collection[str]) -> Any:
     """A field whose value is one of `options`."""
     return _checked(default, partial(one_of, options=options))
 
@@ -28,13 +28,29 @@ def between(default: float, low: float, high: float) -> Any:
     return _checked(default, partial(within, low=low, high=high))
 
 
-def check_fields(config: Any, prefix: str = "") -> None:
-    """Raise a UserError for the first field that has a value it does not take.
+def several(default: None) -> Any:
+    """A field of paths: one, a list of them, or each with its weight."""
+    return field(default=default, metadata={"check": paths_of, "several": True})
 
-    Args:
-        config: A dataclass.
-        prefix: What stands before its fields in an override, for example `flow.`.
-    """
+
+def paths_of(key: str, value: Any) -> dict[str, float | None]:
+    """Return the weight of each path that a field of `several` names; None without weights."""
+    if value is None or isinstance(value, str):
+        return {value: None} if value else {}
+    paths = list(value) if isinstance(value, list | dict) else []
+    if not paths or not all(isinstance(path, str) and path for path in paths):
+        raise UserError(f"{key}={value}: give a folder, '[A,B]' or '{{A: 0.7, B: 0.3}}'")
+    if isinstance(value, list):
+        return dict.fromkeys(paths)
+    for path, weight in value.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not 0 < weight < float("inf"):
+            raise UserError(f"{key}: the weight of {path} is {weight}: give a number above 0")
+    return {path: float(weight) for path, weight in value.items()}
+
+
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Refuse a config's first wrong value; `prefix` stands before its fields, such as `flow.`."""
     for item in fields(config):
         check = item.metadata.get("check")
         if check is not None:

@@ -42,6 +42,8 @@ class GenerateConfig:
     """Seed of the noise."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    graphs: bool = False
+    """On CUDA: launch a solver's kernels as one CUDA graph, which pays with small batches."""
 
     def __post_init__(self) -> None:
         if not self.ckpt:
@@ -88,6 +90,10 @@ class DoctorConfig:
     repair: bool = False
     """Write the store's index again from its sound shards, naming what is lost."""
 
+    deduplicate: bool = False
+    """Take out of the store the samples whose tokens another one has."""
+
     def __post_init__(self) -> None:
-        if self.repair and self.tokens is None:
-            raise UserError("repair=true needs tokens=DIR, the store to repair")
+        for word in ("repair", "deduplicate"):
+            if getattr(self, word) and self.tokens is None:
+                raise UserError(f"{word}=true needs tokens=DIR, the store to work on")

@@ -1,8 +1,9 @@
 """Data group: which token store a run reads, and how; the testbeds with a known law."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from blip3o_lit.config.checks import above_zero, check_fields, choice
+from blip3o_lit.config.checks import above_zero, check_fields, choice, several
 from blip3o_lit.config.errors import UserError, within
 
 
@@ -84,12 +85,19 @@ class AmbiguousConfig(SyntheticConfig):
 class DataConfig:
     """Where tokens come from and how they are read."""
 
-    name: str = choice("demo", ("demo", "demo_masked", "tokens", "linear_gaussian", "ambiguous"))
+    name: str = choice(
+        "demo", ("demo", "demo_masked", "tokens", "images", "linear_gaussian", "ambiguous")
+    )
     """demo: handwritten-digit scenes, built on first use; demo_masked: the same, the condition sees
-    their left half; tokens: a directory; or a testbed with a known law: linear_gaussian,
-    ambiguous."""
-    tokens: str | None = None
-    """A token store: a directory with index.json, or the URL of one."""
+    their left half; tokens: a directory; images: pictures, which the towers encode in front of the
+    network; or a testbed with a known law: linear_gaussian, ambiguous."""
+    tokens: Any = several(None)
+    """A token store: a directory with index.json, or the URL of one. Several: `[a, b]`, each sample
+    once an epoch, or with weights `{a: 0.7, b: 0.3}`, shares of an epoch of the same length."""
+    images: str | None = None
+    """Of name=images: a folder, local tars, a .csv, .tsv or .jsonl, or demo, as in `extract`."""
+    tower_batch: int | None = above_zero(None)
+    """Of name=images: images that the towers take at a time; null: the micro-batch."""
     condition: str = "eva"
     """The stored array that conditions the flow."""
     target: str = "clip"
@@ -122,6 +130,11 @@ class DataConfig:
         if self.condition == self.target:
             raise UserError(
                 f"data.condition={self.condition} equals data.target: choose two arrays"
+            )
+        if (self.name == "images") != bool(self.images) or (self.images and self.tokens):
+            raise UserError(
+                "data=images and data.images=SRC belong together, without data.tokens: a folder, "
+                "tars, a table or demo"
             )
         if self.name == "tokens" and not self.tokens:
             raise UserError(

@@ -1,7 +1,7 @@
 """The one error that a user can cause, and the helpers that make its message useful."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 CLOSE = 0.75
 """From this share of common letters on, a word misspells another: no guess beats a far one."""
@@ -39,11 +39,11 @@ def _letters_apart(one: str, other: str) -> int:
     return sum(a != b for a, b in zip(one, other))
 
 
-def one_of(key: str, value: str, options: Iterable[str]) -> None:
+def one_of(key: str, value: str, options: Collection[str]) -> None:
     """Raise a UserError that names the nearest option, unless `value` is one of `options`."""
-    choices = list(options)
-    if value in choices:
+    if value in options:
         return
+    choices = list(options)
     guess = nearest(str(value), choices)
     hint = f"did you mean {key}={guess}? " if guess else ""
     raise UserError(f"{key}={value} is not an option: {hint}choose from {', '.join(choices)}")

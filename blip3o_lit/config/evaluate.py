@@ -1,9 +1,11 @@
 """The schema of the evaluate command."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from blip3o_lit.config.checks import above_zero, check_fields, choice
-from blip3o_lit.config.errors import UserError
+from blip3o_lit.config import registry as register
+from blip3o_lit.config.checks import above_zero, check_fields, choice, several
+from blip3o_lit.config.errors import UserError, one_of
 
 BASELINE_SETS = {
     "none": (),
@@ -16,8 +18,11 @@ BASELINE_SETS = {
 class EvaluateDataConfig:
     """Where the held-out tokens come from."""
 
-    tokens: str | None = None
-    """A token store; null: the one that the run was trained on."""
+    tokens: Any = several(None)
+    """A token store, or several as in `train`; null: what the run was trained on."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.")
 
 
 @dataclass
@@ -42,6 +47,10 @@ class EvaluateConfig:
     """Training steps of MLP and noise-free transformer: the run's own number, but at most these."""
     baseline_images: int = above_zero(20000)
     """Training images that mean token and ridge are fitted on; all of them if fewer exist."""
+    own_baselines: list[str] = field(default_factory=list)
+    """Baselines that installed packages register, beside those."""
+    metrics: list[str] = field(default_factory=list)
+    """Scores that installed packages register, beside this one's own."""
     solvers: list[str] = field(default_factory=lambda: ["heun-10", "ab2-4"])
     """Estimators beside the posterior mean, as solver-steps, or guided: heun-10@1.5, mean@1.5;
     fitted-4 has 4 evaluations, and is fitted on the training split where none is stored."""
@@ -75,10 +84,16 @@ class EvaluateConfig:
     """Seed of the sampling noise; each image has the same noise for every estimator."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    graphs: bool = False
+    """On CUDA: launch a solver's kernels as one CUDA graph, which pays with small batches."""
 
     def __post_init__(self) -> None:
         if not self.ckpt:
             raise UserError("ckpt=PATH is missing: name a checkpoint or a run directory")
         check_fields(self)
+        for name in self.own_baselines:
+            one_of("own_baselines", name, register.baseline)
+        for name in self.metrics:
+            one_of("metrics", name, register.metric)
         if self.drawn_images < 0:
             raise UserError(f"drawn_images={self.drawn_images} must be 0 or more")

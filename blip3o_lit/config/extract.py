@@ -73,10 +73,15 @@ class ExtractConfig:
     """Class names for zero-shot: a .txt, one per line, or a .json of names and their prompts."""
     max_reject_fraction: float = between(0.1, 0.0, 1.0)
     """Stop when more images than this share can't be read."""
+    append: bool = False
+    """Add to a finished store in `out` the images that it does not hold; the others stay as they
+    are, each in its split."""
     dry_run: bool = False
     """Print what it would take (arithmetic, hours, memory, disk) and stop; reads no weights."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.append and self.classes:
+            raise UserError(f"append=true keeps the store's classes: leave classes={self.classes}")
         if self.images == "":
             raise UserError("images= is empty: give a folder, tars, a .csv or .jsonl, or demo")

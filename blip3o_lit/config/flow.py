@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
+from blip3o_lit.config import registry as register
 from blip3o_lit.config.checks import above_zero, between, check_fields, choice, not_negative
 from blip3o_lit.config.errors import UserError
 
-PATHS = ("linear", "trigonometric", "seed_linear", "seed_cosine")
+PATHS = register.path.built_in
 PREDICTIONS = ("velocity", "sample", "noise")
 
 
@@ -13,8 +14,8 @@ PREDICTIONS = ("velocity", "sample", "noise")
 class FlowConfig:
     """x_t = alpha(t) x1 + sigma(t) z; t = 0 is noise, t = 1 is data."""
 
-    path: str = choice("linear", PATHS)
-    """linear, trigonometric, or the seeds' seed_linear and seed_cosine."""
+    path: str = choice("linear", register.path)
+    """linear, trigonometric, the seeds' seed_linear and seed_cosine, or one of a package's."""
     sigma_min: float = between(0.0, 0.0, 0.5)
     """Noise that is left at t = 1 (linear), or the seeds' sigma_min."""
     sigma_max: float = 1.0
@@ -101,5 +102,6 @@ class FlowConfig:
         where alpha'(0) = 0 as well.
         """
         if self.prediction == "velocity":
-            return self.path != "seed_cosine"
+            own = register.path.own(self.path)
+            return self.path != "seed_cosine" if own is None else bool(own.options.get("has_mean"))
         return self.prediction == "sample"

@@ -1,8 +1,10 @@
 """Model group: the size and the switches of the transformers."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from blip3o_lit.config import registry as register
 from blip3o_lit.config.checks import above_zero, between, check_fields, choice
 from blip3o_lit.config.errors import UserError
 
@@ -23,8 +25,9 @@ DIT_SWITCHES = (
 class ModelConfig:
     """A diffusion transformer."""
 
-    architecture: str = choice("dit", ("dit", "nextdit"))
-    """dit: AdaLN-Zero transformer; nextdit: the Lumina-Next block of the official BLIP3-o."""
+    architecture: str = choice("dit", register.network)
+    """dit: AdaLN-Zero transformer; nextdit: the Lumina-Next block of the official BLIP3-o; or a
+    package's."""
     width: int = above_zero(768)
     """Channels of a hidden token; a multiple of heads."""
     depth: int = above_zero(12)
@@ -68,8 +71,14 @@ class ModelConfig:
     """Layers of a deep adapter on the condition, with a gated shortcut; 0: one linear map."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
-    compile: str = choice("auto", ("auto", "true", "false"))
-    """Compile each block in place with torch.compile; auto: on CUDA GPUs."""
+    activation_budget: float = between(1.0, 0.0, 1.0)
+    """Share of a block's activations to keep; the rest is recomputed. The compiler chooses which;
+    eager, attention's are kept and this share of the products'. 0: activation_checkpointing."""
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Keys of a package's own network, as model.options.KEY=1."""
+    compile: str = choice("auto", ("auto", "true", "combined", "false"))
+    """Compile each block in place with torch.compile; auto: on CUDA GPUs. combined: on CUDA, with
+    kernels that need not wait for each other as one, which torch calls experimental."""
 
     def __post_init__(self) -> None:
         if self.mlp_width == 0:
@@ -77,9 +86,18 @@ class ModelConfig:
             self.mlp_width = self.multiple_of * math.ceil(wanted / self.multiple_of)
         self.compile = str(self.compile).lower()  # a truth value in YAML and in older checkpoints
         check_fields(self, "model.")
+        given = self.options
+        self.options = register.network.with_defaults(self.architecture, given, "model.options.")
+        if self.compile == "combined" and self.dropout:
+            raise UserError("model.compile=combined has no random numbers: use true, or no dropout")
         self._check_heads()
         if self.architecture == "nextdit":
             self._check_nextdit()
+
+    @property
+    def kept_activations(self) -> float:
+        """`activation_budget`, by either of the two keys."""
+        return 0.0 if self.activation_checkpointing else self.activation_budget
 
     def _check_heads(self) -> None:
         """Check that width, heads and kv_heads divide each other."""
@@ -102,10 +120,10 @@ class ModelConfig:
                 "model.architecture=nextdit reads the condition by attention; "
                 "use model.conditioning=cross"
             )
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in DIT_SWITCHES and value != field.default:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in DIT_SWITCHES and value != item.default:
                 raise UserError(
-                    f"model.{field.name}={value} is a switch of model.architecture=dit; "
+                    f"model.{item.name}={value} is a switch of model.architecture=dit; "
                     "remove it for nextdit"
                 )

@@ -1,16 +1,18 @@
 """Solver group: how target tokens are generated from noise."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from blip3o_lit.config import registry as register
 from blip3o_lit.config.checks import above_zero, check_fields, choice, not_negative
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.flow import FlowConfig
 
-SOLVERS = ("mean", "euler", "midpoint", "heun", "rk4", "ab2", "dopri5", "map", "fitted")
 AB2_SHIFT = 0.4
 """Its best grid for few steps, by the worst error over Gaussian targets."""
 
+LATER_START = 0.2
+"""Where an ODE starts that has no value at t = 0, unless the run says otherwise."""
 MAP_STEPS = (1, 2, 4, 8, 16, 32, 64)
 """Steps of solver=map: the ways that flow.pairs trains are 1, 1/2, ... 1/64 of the whole."""
 MOST_FITTED = 40
@@ -21,9 +23,10 @@ MOST_FITTED = 40
 class SolverConfig:
     """An estimator: the posterior mean in one evaluation, or an ODE solver that draws a sample."""
 
-    name: str = choice("mean", SOLVERS)
+    name: str = choice("mean", register.solver)
     """mean (1 evaluation); euler, midpoint, heun, rk4, ab2 with fixed steps; adaptive dopri5; map,
-    steps of the map that flow.pairs trains; or fitted, what an evaluation fitted to the flow."""
+    steps of the map that flow.pairs trains; fitted, what an evaluation fitted to the flow; or one
+    of a package's."""
     steps: int = above_zero(10)
     """Steps of a fixed-step solver."""
     nfe: int = above_zero(4)
@@ -84,6 +87,29 @@ def needs_later_start(flow: FlowConfig, solver: SolverConfig) -> bool:
     if solver.name in ("mean", "map", "fitted"):
         return False
     return flow.prediction == "noise" or (solver.name == "ab2" and not flow.has_mean)
+
+
+def solver_from_label(label: str) -> SolverConfig:
+    """Return the solver that a label stands for: `mean`, `heun-10`, `heun-10@1.5`, `fitted-4`."""
+    plain, at, scale = label.partition("@")
+    name, dash, steps = plain.partition("-")
+    if dash and not (steps.isdigit() and int(steps)):
+        raise UserError(f"solver {label!r}: write a name and its steps, for example heun-10")
+    try:
+        guidance = float(scale) if at else 1.0
+    except ValueError:
+        raise UserError(f"solver {label!r}: write a guidance scale as in heun-10@1.5") from None
+    solver = SolverConfig.named(name, guidance_scale=guidance)
+    if not dash:
+        return solver
+    return replace(solver, **{"nfe" if name == "fitted" else "steps": int(steps)})
+
+
+def started_later(flow: FlowConfig, solver: SolverConfig, start: float) -> SolverConfig:
+    """Return a solver that begins where it has a value: at `start`, unless that is 0."""
+    if not needs_later_start(flow, solver):
+        return solver
+    return replace(solver, start=start or LATER_START)
 
 
 def check_solver(flow: FlowConfig, solver: SolverConfig) -> None:

@@ -2,21 +2,21 @@
 
 from dataclasses import asdict, dataclass, field
 
+from blip3o_lit.config import registry as register
 from blip3o_lit.config.checks import above_zero, check_fields, choice
 from blip3o_lit.config.errors import UserError
 
 TRANSFORMERS = ("transformers", "huggingface")
 """Two words for one kind; the second is older."""
-KINDS = ("open_clip", "timm", *TRANSFORMERS, "eva_clip", "demo")
 
 
 @dataclass
 class TowerConfig:
     """One tower: an architecture, its weights and which of its tokens to take."""
 
-    kind: str = choice("demo", KINDS)
-    """Who builds it: open_clip, timm, transformers (or its old word, huggingface), eva_clip (ours)
-    or demo."""
+    kind: str = choice("demo", register.tower)
+    """Who builds it: open_clip, timm, transformers (or its old word, huggingface), eva_clip (ours),
+    demo, or one of a package's."""
     model: str | None = None
     """Architecture, for example ViT-L-14-quickgelu; or, with its weights, local-dir:FOLDER or
     hf-hub:ORG/NAME (open_clip)."""
@@ -35,7 +35,8 @@ class TowerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "towers.*.")
-        if self.image_size and self.kind not in ("open_clip", "timm"):
+        fixed = self.kind in register.tower.built_in and self.kind not in ("open_clip", "timm")
+        if self.image_size and fixed:
             raise UserError(
                 f"towers.*.image_size={self.image_size}: kind={self.kind} has one size only"
             )

@@ -1,15 +1,18 @@
 """The schema of the train command: one field per group, and the keys that belong to no group."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from blip3o_lit.config.checks import above_zero, check_fields, choice
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.extract import SplitConfig
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
-from blip3o_lit.config.solver import SolverConfig, check_solver
+from blip3o_lit.config.solver import SolverConfig, check_solver, solver_from_label, started_later
+from blip3o_lit.config.towers import PixelsConfig, TowersConfig
 from blip3o_lit.config.trainer import (
     CheckpointConfig,
     EvaluationConfig,
@@ -18,6 +21,15 @@ from blip3o_lit.config.trainer import (
     StrategyConfig,
     TrainerConfig,
 )
+
+
+def part_names(config: "TrainConfig") -> dict[str, str]:
+    """Return by kind what a run is built from and another package may have registered."""
+    return {
+        "network": config.model.architecture,
+        "path": config.flow.path,
+        "solver": config.solver.name,
+    }
 
 
 @dataclass
@@ -30,6 +42,12 @@ class TrainConfig:
     """View of the stored tokens."""
     data: DataConfig = field(default_factory=DataConfig)
     """Token store and reader."""
+    towers: TowersConfig = field(default_factory=TowersConfig)
+    """data=images: the pair of encoders."""
+    pixels: PixelsConfig = field(default_factory=PixelsConfig)
+    """data=images: how pictures become pixels."""
+    split: SplitConfig = field(default_factory=SplitConfig)
+    """data=images: which images are held out."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """Path, network output, times, loss."""
     solver: SolverConfig = field(default_factory=SolverConfig)
@@ -48,6 +66,8 @@ class TrainConfig:
     """Checkpoints."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     """Loggers beside metrics.csv."""
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """Callbacks of Lightning's or your own by name: a `_target_` and its arguments each."""
     seed: int = 0
     """Seed of weights, data order, noise and times."""
     batch_size: int = above_zero(32)
@@ -75,6 +95,8 @@ class TrainConfig:
     """plan: the kind of GPU: H200, H100, A100, L40S, RTX 4090, or one of `budget/machine.py`."""
     mfu: float = above_zero(0.4)
     """plan: the share of the GPU's peak that training is taken to reach."""
+    disk: float | None = above_zero(None)
+    """plan of data=images: GB that a token store may take; null: what is free here."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -91,6 +113,11 @@ class TrainConfig:
         check_solver(self.flow, self.solver)
         if self.solver.name == "fitted":
             raise UserError("solver=fitted is fitted after training: give another one to train")
+        for label in self.evaluation.estimators:
+            solver = started_later(self.flow, solver_from_label(label), self.solver.start)
+            check_solver(self.flow, solver)
+            if solver.name == "fitted":
+                raise UserError(f"evaluation.estimators=[{label}]: it is fitted after training")
         if self.flow.cls_weight != 1 and self.mode.name != "cls_patch":
             raise UserError(
                 f"flow.cls_weight={self.flow.cls_weight:g}: mode={self.mode.name} has no CLS token "

@@ -1,11 +1,38 @@
 """Groups of one run: its length and devices, number format, validation, checkpoints, loggers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from blip3o_lit.config.checks import above_zero, check_fields, choice
+from blip3o_lit.config.checks import above_zero, between, check_fields, choice
 from blip3o_lit.config.errors import UserError
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "bf16_true", "fp16")
+INSTEAD = {
+    "accelerator": "trainer.accelerator",
+    "strategy": "strategy=ddp",
+    "devices": "trainer.devices",
+    "num_nodes": "trainer.num_nodes",
+    "precision": "precision=bf16",
+    "logger": "logger=[csv,wandb]",
+    "callbacks": "+callbacks.NAME._target_=PACKAGE.CLASS",
+    "max_epochs": "trainer.max_epochs",
+    "max_steps": "trainer.max_steps",
+    "val_check_interval": "evaluation.every",
+    "check_val_every_n_epoch": "evaluation.every",
+    "num_sanity_val_steps": "dry_run=true",
+    "log_every_n_steps": "trainer.log_every",
+    "enable_checkpointing": "checkpoint.every",
+    "enable_progress_bar": "trainer.log_every",
+    "enable_model_summary": "callbacks=model_summary",
+    "accumulate_grad_batches": "micro_batch_size",
+    "gradient_clip_val": "optimizer.clip_norm",
+    "gradient_clip_algorithm": "optimizer.clip_norm",
+    "deterministic": "trainer.deterministic",
+    "use_distributed_sampler": "batch_size",
+    "plugins": "precision=bf16 or strategy=ddp",
+    "default_root_dir": "hydra.run.dir",
+}
+"""What this project sets itself of Lightning's Trainer, and the key that decides it."""
 
 
 @dataclass
@@ -30,6 +57,10 @@ class TrainerConfig:
     """Only kernels that give the same bits each time; slower, and an error where there is none."""
     profile: list[int] | None = None
     """First and last step that rank 0 traces into `profile/` of the run; on CUDA memory too."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of Lightning's Trainer, as trainer.extra.limit_train_batches=3."""
+    memory_history: bool = False
+    """Note on CUDA which line allocates what, for the snapshot that is written on out of memory."""
 
     def __post_init__(self) -> None:
         check_fields(self, "trainer.")
@@ -38,6 +69,11 @@ class TrainerConfig:
         steps = self.profile
         if steps is not None and (len(steps) != 2 or not 0 < steps[0] <= steps[1]):
             raise UserError(f"trainer.profile={steps} must be two steps, as [10,12]")
+        for name in self.extra:
+            if name in INSTEAD:
+                raise UserError(
+                    f"trainer.extra.{name} is set by this project itself: use {INSTEAD[name]}"
+                )
 
 
 @dataclass
@@ -49,9 +85,13 @@ class PrecisionConfig:
 
     auto is bf16 where the device computes it faster, else fp32.
     """
+    float8: bool = False
+    """Products of the blocks in float8 beside bf16, by torchao (Ada, Hopper or newer GPUs)."""
 
     def __post_init__(self) -> None:
         check_fields(self, "precision.")
+        if self.float8 and self.name not in ("auto", "bf16", "bf16_true"):
+            raise UserError(f"precision.float8=true goes with precision=bf16, not {self.name}")
 
 
 @dataclass
@@ -80,6 +120,12 @@ class EvaluationConfig:
     """Steps between two validations."""
     images: int = above_zero(64)
     """Validation images to generate; the `evaluate` command uses the whole split."""
+    loss_times: int = between(4, 0, 64)
+    """Fixed times at which those images' loss is taken too, each with the same noise; 0: none."""
+    estimators: list[str] = field(default_factory=list)
+    """Further estimators that are validated beside the run's solver, as [heun-10]."""
+    estimator_images: int = above_zero(16)
+    """Images of those."""
     patience: int | None = above_zero(None)
     """Stop after so many validations without a better cosine; null never stops."""
     overfit_at_least: float | None = None
@@ -121,3 +167,5 @@ class LoggerConfig:
     """Run name at Weights & Biases."""
     wandb_offline: bool = False
     """Write the W&B run to disk only; WANDB_MODE=offline does the same."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Loggers of your own by name, as logger.NAME._target_=PACKAGE.CLASS logger.NAME.ARGUMENT=1."""

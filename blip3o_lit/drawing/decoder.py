@@ -6,10 +6,7 @@ that turns its tokens back into pixels. Only that half is built and read, from s
 Shape suffixes: B images, N tokens (CLS first where there is one), C token width, H and W pixels.
 """
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +16,10 @@ from torch import Tensor, nn
 from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.store.index import ArraySpec
-from blip3o_lit.towers.weight_files import assign, find, first_line, read
+from blip3o_lit.towers.weight_files import assign, find, first_line, read, weight_files
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = WEIGHTS + ".index.json"
 SCALES = ("encoder_mean", "encoder_std")
 """What turns the network's output into pixels in 0..1."""
 EPSILON = {"dinov2": 1e-6, "siglip2": 1e-6, "mae": 1e-12}
@@ -33,14 +29,9 @@ NAMES = {"dinov2": ("dinov2", "reg"), "siglip2": ("siglip2",), "mae": ("mae",)}
 
 
 class TokenDecoder(nn.Module):
-    """Draws the tokens of one encoder.
+    """Draws the tokens of one encoder by diffusers' `RAEDecoder`, without their CLS token.
 
-    Args:
-        network: The decoder half, diffusers' `RAEDecoder`.
-        cls: Whether a CLS token comes first, which is left out.
-        epsilon: Of the encoder's final norm.
-        mean_3: What the network's pixels are shifted by.
-        std_3: And scaled by.
+    `epsilon` is of the encoder's final norm; the network's pixels times std plus mean are in 0..1.
     """
 
     mean_1311: Tensor
@@ -57,7 +48,6 @@ class TokenDecoder(nn.Module):
 
     @torch.inference_mode()
     def draw(self, tokens_BNC: Tensor) -> Tensor:
-        """Return pictures `[B, 3, H, W]` in 0..1 of raw target tokens."""
         patches = tokens_BNC[:, int(self.cls) :].to(self.mean_1311)
         normed = F.layer_norm(patches, patches.shape[-1:], eps=self.epsilon)
         pixels = self.network.unpatchify(self.network(normed).logits)
@@ -65,15 +55,9 @@ class TokenDecoder(nn.Module):
 
 
 def load_decoder(source: str, spec: ArraySpec, shape: TokenShape) -> TokenDecoder:
-    """Read a decoder that fits the target tokens.
+    """Read the decoder of a folder or hub id, refused where it does not fit the target tokens.
 
-    Args:
-        source: A folder as diffusers saves an `AutoencoderRAE`, or a hub id.
-        spec: Whose tokens they are, from the token index.
-        shape: Shape of the tokens in the mode in use.
-
-    Raises:
-        UserError: If it can't be read, or is the decoder of another tower.
+    `spec` says whose tokens they are, `shape` which of them the mode in use has.
     """
     config = _config(source)
     _check(source, config, spec, shape)
@@ -97,7 +81,14 @@ def load_decoder(source: str, spec: ArraySpec, shape: TokenShape) -> TokenDecode
             patch_size=config["patch_size"],
             image_size=grid * config["patch_size"],
         )
-    tensors = _tensors(source)
+    try:
+        files = weight_files(source, _wanted, (WEIGHTS,), (f"{WEIGHTS}.index.json",))
+    except UserError as error:
+        raise UserError(
+            f"decoder={error}; pickled weights are not read: save it anew with "
+            "AutoencoderRAE.save_pretrained"
+        ) from error
+    tensors = dict(read(files, _wanted))
     scales = [tensors.pop(name) for name in SCALES if name in tensors]
     if len(scales) < len(SCALES):
         raise UserError(f"decoder={source}: its weights lack {' or '.join(SCALES)}")
@@ -174,31 +165,3 @@ def _check(source: str, config: dict[str, Any], spec: ArraySpec, shape: TokenSha
 def _wanted(name: str) -> bool:
     own = name.startswith("decoder.") and name != "decoder.decoder_pos_embed"
     return own or name in SCALES
-
-
-def _tensors(source: str) -> dict[str, Tensor]:
-    """Read the decoder half of the weights: of a sharded file, the shards that hold it."""
-    return dict(read(_files(source), _wanted))
-
-
-def _files(source: str) -> list[Path]:
-    single = find(source, WEIGHTS)
-    if single is not None:
-        return [single]
-    index = find(source, INDEX)
-    if index is None:
-        raise UserError(
-            f"decoder={source} holds no {WEIGHTS}: pickled weights are not read; save it anew "
-            "with AutoencoderRAE.save_pretrained"
-        )
-    try:
-        places = json.loads(index.read_text("utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is damaged: {first_line(error)}") from error
-    names = sorted({file for name, file in places.items() if _wanted(name)})
-    if any(Path(name).name != name for name in names):
-        raise UserError(f"{index}: names files outside its folder; not read")
-    files = [find(source, name) for name in names]
-    if None in files:
-        raise UserError(f"decoder={source}: {names[files.index(None)]} of {INDEX} is missing")
-    return [file for file in files if file is not None]

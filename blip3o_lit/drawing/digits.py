@@ -7,8 +7,6 @@ averages of several: what generated tokens look like where they settle on no dig
 Shape suffixes: B pictures, P places, K classes, S side of a window, H and W pixels.
 """
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 
@@ -60,11 +58,9 @@ class DigitReader(nn.Module):
 
     @torch.inference_mode()
     def read(self, pictures_B3HW: Tensor) -> Tensor:
-        """Return what each place shows, `[B, P]`: 0 to 9, NOTHING or SPECKS.
+        """Return what each place of whole scenes shows, `[B, P]`: 0 to 9, NOTHING or SPECKS.
 
-        Args:
-            pictures_B3HW: Pictures of whole scenes in 0..1, of any size; places come in the order
-                of `scenes.PLACES`.
+        Pictures are in 0..1 and of any size; places come in the order of `scenes.PLACES`.
         """
         windows = _windows(pictures_B3HW)
         parts = [self(part.flatten(0, 1)).argmax(1) for part in windows.split(64)]
@@ -73,24 +69,23 @@ class DigitReader(nn.Module):
     def forward(self, windows_B1SS: Tensor) -> Tensor:
         return self.layers(windows_B1SS)
 
-    def fit(self, seed: int = 0) -> None:
-        """Train on scenes of the training split alone."""
+    def fit(self, pictures_B3HW: Tensor, labels_BP: Tensor, batch_size: int = BATCH) -> None:
+        """Train on scenes and what their places show, as `scenes_of` gives them."""
         self.train()
-        pictures, labels_BP = scenes_of("train", SCENES)
-        windows = _windows(pictures)
-        rng = torch.Generator().manual_seed(seed)
+        windows = _windows(pictures_B3HW)
+        rng = torch.Generator().manual_seed(0)
         digits, empty = windows[labels_BP != NOTHING], windows[labels_BP == NOTHING]
         named = labels_BP[labels_BP != NOTHING]
         few = len(digits) // 2
         optimizer = torch.optim.AdamW(self.parameters(), lr=RATE, weight_decay=1e-2)
-        steps = EPOCHS * ((len(digits) + 2 * few) // BATCH)
+        steps = EPOCHS * ((len(digits) + 2 * few) // batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
         for _ in range(EPOCHS):
             grounds = empty[torch.randperm(len(empty), generator=rng)[:few]]
             inputs = torch.cat([digits, grounds, specks_of(digits, empty, few, rng)])
             classes = torch.cat([named, named.new_tensor([NOTHING, SPECKS]).repeat_interleave(few)])
             order = torch.randperm(len(inputs), generator=rng)
-            for ids in order.split(BATCH)[: steps // EPOCHS]:
+            for ids in order.split(batch_size)[: steps // EPOCHS]:
                 noise = NOISE * torch.randn(inputs[ids].shape, generator=rng)
                 loss = F.cross_entropy(self(inputs[ids] + noise), classes[ids])
                 optimizer.zero_grad()
@@ -103,10 +98,6 @@ def shares(labels_BP: Tensor, places: tuple[str, ...] = HIDDEN) -> dict[str, flo
     """Return how often some places hold a readable digit, nothing, or specks; the sum is 1.
 
     A picture with specks at any of the places counts as specks, whatever else is there.
-
-    Args:
-        labels_BP: As `DigitReader.read` gives them.
-        places: Which to look at.
     """
     names = list(scenes.PLACES)
     chosen = labels_BP[:, [names.index(place) for place in places]]
@@ -175,16 +166,20 @@ def specks_of(digits_B1SS: Tensor, empty_B1SS: Tensor, count: int, rng: torch.Ge
     return torch.cat(kinds)[:count]
 
 
-def digit_reader(folder: Path) -> DigitReader:
-    """Return the reader, fitting it where `folder` does not hold it yet.
-
-    Raises:
-        UserError: If the file is damaged.
-    """
+def reader_file(folder: Path) -> Path:
+    """Return where `folder` keeps the reader once it is fitted."""
     key = f"{VERSION}/{scenes.VERSION}/{SCENES}/{EPOCHS}/{BATCH}/{RATE}"
-    file = folder / f"digits-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    return folder / f"digits-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+
+
+def digit_reader(folder: Path, scene_count: int = SCENES, batch_size: int = BATCH) -> DigitReader:
+    """Return the reader, fitted on training scenes alone where `folder` does not hold it yet."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         reader = DigitReader()
-    load_or_fit(reader, file, reader.fit)
+    load_or_fit(
+        reader,
+        reader_file(folder),
+        lambda: reader.fit(*scenes_of("train", scene_count), batch_size),
+    )
     return reader.eval().requires_grad_(False)

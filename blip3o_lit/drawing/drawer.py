@@ -1,7 +1,5 @@
 """What draws tokens: the read-out of a training split, where it is kept, and what else can draw."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator
@@ -38,12 +36,7 @@ class Drawer(Protocol):
 def split_readout(train: TokenReader, folder: Path) -> Readout:
     """Return the read-out of a training split, fitted on images evenly spaced over it.
 
-    Args:
-        train: The training split, and no other; its store has thumbnails.
-        folder: Where fitted read-outs are kept.
-
-    Raises:
-        UserError: If a thumbnail is damaged, or there are fewer than 2 images.
+    `train` is that split and no other, of a store with thumbnails; `folder` keeps what is fitted.
     """
     count = min(IMAGES, len(train))
     ids = np.unique(np.linspace(0, len(train) - 1, count).round().astype(np.int64))
@@ -69,11 +62,7 @@ def save_readout(readout: Readout, folder: Path) -> None:
 
 
 def kept_readout(folder: Path, shape: TokenShape) -> Readout | None:
-    """Return the read-out that a run directory or an export holds, or None.
-
-    Raises:
-        UserError: If it is damaged, or of other tokens.
-    """
+    """Return the read-out that a run directory or an export holds, or None."""
     file = folder / READOUT_FILE
     if not file.is_file():
         return None

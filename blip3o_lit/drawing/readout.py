@@ -7,8 +7,6 @@ the pixels: reduced-rank regression (Izenman 1975), not PCA, whose largest direc
 Shape suffixes: B images, N tokens, C token width, R reduced width, P patches, H and W pixels.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,26 +23,24 @@ from blip3o_lit.tokens.statistics import ChannelMoments
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Each call starts one pass: raw tokens [B, N, C] and their pictures [B, 3, H, W] in 0..1."""
 WIDEST = 128
-"""Width from which on tokens are reduced; nine times it is the width of the regression."""
+"""Nine times it is the width of the regression."""
 VERSION = 1
 """Raised when the same tokens and pictures would give another read-out."""
 
 
 class Readout(nn.Module):
-    """Draws target tokens, once it is fitted on a training split.
+    """Draws target tokens, once it is fitted on a training split; a CLS token is left out.
 
-    Args:
-        shape: Grid, CLS and width of the tokens; a CLS token is left out.
-        side: Pixels of a patch's side.
+    `side` is in pixels per patch; tokens of a width above `widest` are reduced to it.
     """
 
     std_C: Tensor
     directions_CR: Tensor
 
-    def __init__(self, shape: TokenShape, side: int = 4) -> None:
+    def __init__(self, shape: TokenShape, side: int = 4, widest: int = WIDEST) -> None:
         super().__init__()
-        self.shape, self.side = shape, side
-        width = min(shape.width, WIDEST)
+        self.shape, self.side, self.widest = shape, side, widest
+        width = min(shape.width, widest)
         self.register_buffer("std_C", torch.ones(shape.width))
         self.register_buffer("directions_CR", torch.eye(shape.width)[:, :width].contiguous())
         self.ridge = Ridge(self._regression(9 * width, self._patch))
@@ -59,18 +55,14 @@ class Readout(nn.Module):
 
     @torch.no_grad()
     def fit(self, batches: Batches) -> None:
-        """Fit in two passes, or four where tokens are reduced.
-
-        Raises:
-            UserError: If there are fewer than 2 pictures.
-        """
+        """Fit in two passes, or four where tokens are reduced."""
         moments = [ChannelMoments.of(self._grid(tokens).flatten(0, 1)) for tokens, _ in batches()]
         if moments:
             total = moments[0]
             for part in moments[1:]:
                 total = total.merge(part)
             self.std_C.copy_(total.std_C)
-        if self.shape.width > WIDEST:
+        if self.shape.width > self.widest:
             self.directions_CR.copy_(self._telling_directions(batches))
         self.ridge.fit(
             lambda: ((self._inputs(tokens), self._pixels(given)) for tokens, given in batches())
@@ -95,13 +87,12 @@ class Readout(nn.Module):
             scaled = self._scaled(tokens)
             predicted = ((scaled - scaled.mean(0)).double() @ weight_CO).flatten(0, 1)
             spread_OO.addmm_(predicted.T, predicted)
-        principal_OR = torch.linalg.eigh(spread_OO).eigenvectors.flip(1)[:, :WIDEST]
+        principal_OR = torch.linalg.eigh(spread_OO).eigenvectors.flip(1)[:, : self.widest]
         directions_CR = weight_CO @ principal_OR
         return (directions_CR / directions_CR.norm(dim=0).clamp_min(1e-12)).float()
 
     @torch.no_grad()
     def draw(self, tokens_BNC: Tensor) -> Tensor:
-        """Return pictures `[B, 3, H, W]` in 0..1 of raw target tokens."""
         pixels_BPO = self.ridge.predict(self._inputs(tokens_BNC.to(self.std_C.device)))
         rows, columns = self.shape.grid
         patches = pixels_BPO.unflatten(2, (3, self.side, self.side)).unflatten(1, (rows, columns))
@@ -148,15 +139,7 @@ def fitted_readout(
 ) -> Readout:
     """Return the read-out of a training split, fitting it where `folder` does not hold it yet.
 
-    Args:
-        content_hash: Says all that decides what `batches` yields.
-        shape: Shape of the target tokens.
-        batches: Passes over the training split, never over another one.
-        folder: Where fitted read-outs are kept.
-        side: Pixels of a patch's side.
-
-    Raises:
-        UserError: If the file is damaged, or the split has fewer than 2 pictures.
+    `content_hash` says all that decides what `batches` yields: passes over that split alone.
     """
     key = f"{VERSION}/{content_hash}/{shape}/{side}"
     file = folder / f"readout-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"

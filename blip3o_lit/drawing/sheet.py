@@ -1,7 +1,5 @@
 """Drawn pictures for the eye: data URLs for a page, and one PNG of rows with their cosines."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence
@@ -55,27 +53,20 @@ def png_bytes(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def data_url(picture_3HW: Tensor) -> str:
-    """Return a picture for a page, at most `SIDE` large: the page enlarges it."""
-    image = image_of(picture_3HW, side=1)
-    image.thumbnail((SIDE, SIDE))
-    content = png_bytes(image)
-    return "data:image/png;base64," + base64.b64encode(content).decode()
+def data_url(image: Image.Image) -> str:
+    """Return an image as a PNG that a page holds itself."""
+    return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode()
 
 
 def report_row(row: Row) -> dict[str, object]:
-    """Return a row as `evaluation.json` keeps it, for the report."""
-    return {
-        "title": row.title,
-        "drawings": [
-            {
-                "label": drawing.label,
-                "picture": data_url(drawing.picture_3HW),
-                **({} if drawing.cosine is None else {"cosine": drawing.cosine}),
-            }
-            for drawing in row.drawings
-        ],
-    }
+    """Return a row as `evaluation.json` keeps it; the page enlarges its pictures."""
+    drawings = []
+    for drawing in row.drawings:
+        image = image_of(drawing.picture_3HW, side=1)
+        image.thumbnail((SIDE, SIDE))
+        cosine = {} if drawing.cosine is None else {"cosine": drawing.cosine}
+        drawings.append({"label": drawing.label, "picture": data_url(image), **cosine})
+    return {"title": row.title, "drawings": drawings}
 
 
 def sheet(rows: Sequence[Row], side: int = SIDE) -> Image.Image:

@@ -1,7 +1,5 @@
 """A token store's samples as PNG files, a folder per shard beside the tokens."""
 
-from __future__ import annotations
-
 import shutil
 
 from blip3o_lit.base.progress import Report
@@ -15,15 +13,7 @@ DRAWINGS = "drawings"
 def draw_store(
     store: TokenStore, array: str, drawer: Drawer, batch_size: int, report: Report
 ) -> None:
-    """Write `drawings/SHARD/KEY.png` for every sample; finished shards are left as they are.
-
-    Args:
-        store: The tokens.
-        array: Which of its arrays is drawn.
-        drawer: What draws it.
-        batch_size: Samples drawn at once.
-        report: Is told how many samples are done.
-    """
+    """Write `drawings/SHARD/KEY.png` for every sample; finished shards are left as they are."""
     done = 0
     for number, entry in enumerate(store.index.shards):
         folder = store.path / DRAWINGS / entry.file.removesuffix(".tar")
@@ -35,7 +25,7 @@ def draw_store(
             places = [Place(store.shard(number), sample) for sample in range(entry.samples)]
             for start in range(0, entry.samples, batch_size):
                 part = places[start : start + batch_size]
-                pictures = drawer.draw(store.gather(part, array))
+                pictures = drawer.draw(store.read(part, array))
                 for (shard, sample), picture in zip(part, pictures.cpu(), strict=True):
                     image_of(picture).save(unfinished / f"{shard.key(sample)}.png")
             unfinished.rename(folder)

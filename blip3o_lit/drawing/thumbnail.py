@@ -3,8 +3,6 @@
 Shape suffixes: B pictures, S side of the tower's input, H and W pixels of a thumbnail.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 
@@ -54,11 +52,7 @@ def _jpeg(picture: Image.Image, quality: int) -> bytes:
 
 
 def opened(thumbnails: Sequence[bytes], keys: Sequence[str]) -> Tensor:
-    """Return thumbnails as pictures `[B, 3, H, W]` in 0..1.
-
-    Raises:
-        UserError: If one is damaged, naming its sample's key.
-    """
+    """Return thumbnails as pictures `[B, 3, H, W]` in 0..1; a damaged one is named by its key."""
     pictures = []
     for content, key in zip(thumbnails, keys, strict=True):
         try:

@@ -5,8 +5,6 @@ hash names a safetensors file, so a second evaluation fits nothing.
 Shape suffixes: B images, M condition tokens, C condition width, N target tokens, D target width.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from torch import Tensor
 from blip3o_lit.base.progress import Report
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.checkpoints.load import Loaded
+from blip3o_lit.config import registry as register
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.evaluation.estimators import Estimator
@@ -58,7 +57,7 @@ class BaselineFits:
         self.bf16 = PRECISIONS[self.run.precision.name].products == torch.bfloat16
         self.condition = loaded.translator.condition_standardizer
         self.target = loaded.translator.target_standardizer
-        self.device = next(loaded.translator.network.parameters()).device
+        self.device = loaded.device
         digest = hashlib.sha256(train.content_hash.encode())
         for tensor in (*self.condition.buffers(), *self.target.buffers()):
             digest.update(tensor.float().cpu().numpy().tobytes())
@@ -93,8 +92,10 @@ class BaselineFits:
 
     def settings(self, name: str) -> dict[str, Any]:
         """Return what a fit depends on beside its data."""
-        if name in ("mean_token", "ridge"):
-            return {"images": self.config.baseline_images}
+        own = register.baseline.own(name)
+        if name in ("mean_token", "ridge") or own is not None:
+            where = {"package": own.package, "version": own.version} if own is not None else {}
+            return {"images": self.config.baseline_images, **where}
         run = self.run
         settings: dict[str, Any] = {"steps": self.steps, "batch_size": run.batch_size}
         settings |= {"bf16": self.bf16, "seed": run.seed}
@@ -104,7 +105,7 @@ class BaselineFits:
         return settings
 
     def _fit(self, name: str, baseline: Baseline) -> None:
-        if isinstance(baseline, MeanToken | Ridge):
+        if not isinstance(baseline, PatchMLP | Regression):
             baseline.fit(lambda: self._in_order(name))
             return
         draws = np.random.default_rng(self.run.seed)
@@ -146,4 +147,6 @@ class BaselineFits:
 def _unfitted(name: str, model: ModelConfig, shape: PairShape) -> Baseline:
     if name == "regression":
         return Regression(model, shape)
+    if register.baseline.own(name) is not None:
+        return register.baseline.build(name, shape)
     return {"mean_token": MeanToken, "ridge": Ridge, "mlp": PatchMLP}[name](shape)

@@ -3,8 +3,6 @@
 Shape suffixes: K samples, B images, N target tokens, D target width, H and W pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,23 +24,14 @@ from blip3o_lit.evaluation.hidden_half import HiddenHalf
 from blip3o_lit.metrics.cosine import cosine
 from blip3o_lit.tokens.reading.reader import TokenReader
 
-KINDS = ("best", "median", "worst")
-ROWS = 2
-"""Images of each kind."""
 TRUE = "true"
 
 
 class Drawings:
-    """Draws what estimators predict for some of the images.
+    """Draws what estimators predict for some of the first `images` of `held`.
 
-    Args:
-        held: The images that are scored.
-        train: The training split, which alone the read-out is fitted on.
-        config: `decoder`, `drawn_images`.
-        images: Of `held`, the first that every estimator predicts.
-        folder: Where fitted read-outs are kept.
-        report: Is told of fits.
-        masked: Whether the condition tower saw the left half of demo scenes alone.
+    The read-out is fitted on `train` alone and kept in `folder`. `masked`: the condition tower saw
+    the left half of demo scenes alone.
     """
 
     def __init__(
@@ -79,7 +68,6 @@ class Drawings:
             report("digit reader", SCENES, SCENES)
 
     def add(self, predictions: Mapping[str, Tensor], true_BND: Tensor, sample_B: Tensor) -> None:
-        """Draw the chosen images of a batch."""
         if self.drawer is None:
             return
         rows = np.flatnonzero(np.isin(sample_B.numpy(), self.ids))
@@ -148,10 +136,7 @@ class Drawings:
     ) -> list[dict[str, object]]:
         """Return a row per image: its thumbnail, its true tokens, and each estimator's tokens.
 
-        Args:
-            batch: The images.
-            titles: One per image.
-            estimators: By the label of their column.
+        Rows have the `titles`, columns the names of the estimators.
         """
         condition, true_BND, sample_B = batch
         ids = sample_B.numpy()
@@ -172,17 +157,6 @@ class Drawings:
                 drawings.append(Drawing(label, pictures[number], value))
             rows.append(report_row(Row(title, drawings)))
         return rows
-
-
-def row_images(cosine_B: np.ndarray) -> dict[str, list[int]]:
-    """Return the numbers of the best, median and worst images."""
-    order = np.argsort(cosine_B, kind="stable")
-    count = min(ROWS, len(order))
-    middle = (len(order) - count) // 2
-    best, median, worst = order[::-1][:count], order[middle : middle + count], order[:count]
-    return {
-        kind: numbers.tolist() for kind, numbers in zip(KINDS, (best, median, worst), strict=True)
-    }
 
 
 def _why_not(held: TokenReader, train: TokenReader | None, config: EvaluateConfig) -> str:

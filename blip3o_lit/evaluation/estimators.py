@@ -3,32 +3,27 @@
 Shape suffixes: B images, M condition tokens, C condition width, N target tokens, D target width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from blip3o_lit.checkpoints.load import Loaded
-from blip3o_lit.config.solver import SolverConfig, check_solver, needs_later_start
+from blip3o_lit.config.solver import SolverConfig, check_solver, started_later
 from blip3o_lit.testbeds.law import PROBLEM, Problem
+from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Raw condition [B, M, C] and raw target [B, N, D] on the device, sample ids [B] on the CPU."""
 Estimator = Callable[[Tensor, Tensor], tuple[Tensor, int]]
 """(raw condition [B, M, C], sample ids [B]) -> (raw target tokens [B, N, D], evaluations)."""
-LATER_START = 0.2
-"""Where an ODE starts that has no value at t = 0, unless the run says otherwise."""
 
 
 def generated(loaded: Loaded, solver: SolverConfig, seed: int) -> Estimator:
     run = loaded.config
-    if needs_later_start(run.flow, solver):
-        solver = replace(solver, start=run.solver.start or LATER_START)
+    solver = started_later(run.flow, solver, run.solver.start)
     check_solver(run.flow, solver)
 
     def generate(condition_BMC: Tensor, sample_B: Tensor) -> tuple[Tensor, int]:
@@ -41,6 +36,7 @@ def generated(loaded: Loaded, solver: SolverConfig, seed: int) -> Estimator:
 def known_problem(reader: TokenReader) -> Problem | None:
     """Return the law of the tokens where the store was drawn from a known one."""
     plain = reader.mode.name == "patch_only" and reader.condition == "eva"
+    plain &= not isinstance(reader, MixedReader)  # each of its stores has a law of its own
     path = Path(reader.store.path)
     return Problem.load(path) if plain and (path / PROBLEM).is_file() else None
 

@@ -3,10 +3,6 @@
 Shape suffixes: B images, P embedding width.
 """
 
-from __future__ import annotations
-
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ from PIL import Image
 from torchmetrics.utilities import dim_zero_cat
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.drawing.sheet import data_url
 from blip3o_lit.images.item import Reject, decode, file_bytes
 from blip3o_lit.metrics.retrieval import NO_CAPTION, Retrieval
 from blip3o_lit.tokens.reading.reader import TokenReader
@@ -49,29 +46,33 @@ def examples(
     """
     if pictures is not None and not Path(pictures).expanduser().is_dir():
         raise UserError(f"pictures={pictures} is no folder: name the one that images= named")
-    order = np.argsort(cosine_B, kind="stable")
-    count = min(EXAMPLES, len(order))
-    middle = (len(order) - count) // 2
-    ranks = {
-        "best": order[::-1][:count],
-        "median": order[middle : middle + count],
-        "worst": order[:count],
-    }
     nearest = {
         source: _nearest_captions(embeddings)
         for source, embeddings in recall.items()
         if embeddings.captioned
     }
     groups = {}
-    for name, ids in ranks.items():
+    for name, ids in ranked(cosine_B, EXAMPLES).items():
         groups[name] = _rows(held, cosine_B, ids)
         for row, number in zip(groups[name], ids.tolist()):
             for source, nearest_B in nearest.items():
                 row[f"caption_{source}"] = held.captions(nearest_B[[number]])[0]
             picture = _picture(row["source"], pictures)
             if picture is not None:
-                row["picture"] = _data_url(picture)
+                row["picture"] = data_url(picture)
     return groups
+
+
+def ranked(cosine_B: np.ndarray, count: int) -> dict[str, np.ndarray]:
+    """Return the numbers of so many best, median and worst images."""
+    order = np.argsort(cosine_B, kind="stable")
+    count = min(count, len(order))
+    middle = (len(order) - count) // 2
+    return {
+        "best": order[::-1][:count],
+        "median": order[middle : middle + count],
+        "worst": order[:count],
+    }
 
 
 def _rows(held: TokenReader, cosine_B: np.ndarray, ids: np.ndarray) -> list[dict[str, Any]]:
@@ -109,9 +110,3 @@ def _picture(source: str, folder: str | None) -> Image.Image | None:
         return None
     image.thumbnail((SIDE, SIDE))
     return image
-
-
-def _data_url(picture: Image.Image) -> str:
-    out = io.BytesIO()
-    picture.save(out, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

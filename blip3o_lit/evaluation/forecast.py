@@ -1,14 +1,11 @@
 """How long the phases of an evaluation will take on this machine, from one measured batch."""
 
-from __future__ import annotations
-
 import time
 
 import numpy as np
 
-from blip3o_lit.checkpoints.load import solver_from_label
 from blip3o_lit.config.evaluate import BASELINE_SETS
-from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.config.solver import SolverConfig, solver_from_label
 from blip3o_lit.evaluation.estimators import generated
 from blip3o_lit.evaluation.probes import BINS
 from blip3o_lit.evaluation.score import Scorer
@@ -25,14 +22,14 @@ def phase_seconds(scorer: Scorer) -> dict[str, float]:
     config, loaded = scorer.config, scorer.loaded
     solvers = {*config.solvers, *config.curve}
     labels = {label: solver_from_label(label) for label in sorted(solvers)}
-    one = scorer.read(np.arange(1))
+    one = scorer.held_out.read(np.arange(1))
     nfe = {
         label: generated(loaded, solver, config.seed)(one[0], one[2])[1]
         for label, solver in labels.items()
     }
     first = SolverConfig() if loaded.config.flow.has_mean else labels[config.solvers[0]]
     estimate = generated(loaded, first, config.seed)
-    condition, _, sample_B = scorer.read(np.arange(min(config.batch_size, scorer.images)))
+    condition, _, sample_B = scorer.held_out.read(np.arange(min(config.batch_size, scorer.images)))
     seconds, evaluations = 0.0, 1
     for _ in range(2):
         start = time.perf_counter()

@@ -3,8 +3,6 @@
 Shape suffixes: K samples, B images, P places, H and W pixels.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

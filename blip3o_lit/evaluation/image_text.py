@@ -4,8 +4,6 @@ Every number stands beside that of the true tokens, of a constant token and of c
 Shape suffixes: B images, N target tokens, D target width, P embedding width, K classes.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -196,7 +194,7 @@ def _tower_embedding(train: TokenReader, device: torch.device) -> Callable[[np.n
     """Return what gives the tower's own image embeddings `[B, P]` of ids, by its CLS token."""
     store, name = train.store, train.target
     projected = store.index.arrays[name].projected
-    whole = TokenReader(store, train.split, name, name, ModeConfig("cls_patch", projected))
+    whole = train.viewed(name, name, ModeConfig("cls_patch", projected))
     head = None if projected else store.head(name).to(device)
 
     def embed(ids: np.ndarray) -> Tensor:

@@ -3,9 +3,8 @@
 Shape suffixes: K samples, B images, N target tokens, D target width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,12 @@ from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
 from blip3o_lit.metrics.calibration import Calibration
 from blip3o_lit.metrics.cosine import cosine
+from blip3o_lit.testbeds.ambiguous import coverage
 from blip3o_lit.translation.translator import Translator
 
 BINS = 8
+COVERAGE_IMAGES = 1024
+"""Images that mode coverage is counted on, at most."""
 _EDGE = 1e-3
 """Times stay this far from both ends, where not every output has a value."""
 
@@ -95,3 +97,13 @@ def samples(
         watch(samples_KBND)
         metric.update(samples_KBND, mean(condition, sample_B)[0], true_BND)
     return metric.compute()
+
+
+def mode_coverage(estimators: dict[str, Estimator], store: Path, batch: Batch) -> dict[str, Any]:
+    """Return which modes of the store's known law each estimator draws."""
+    condition, _, sample_B = batch
+    shares = {}
+    for name, estimate in estimators.items():
+        tokens_BND, _ = estimate(condition, sample_B)
+        shares[name] = coverage(store, condition.cpu(), tokens_BND.cpu())
+    return shares

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,42 +16,93 @@ from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
-from blip3o_lit.testbeds.token_source import token_store
+from blip3o_lit.config.mode import ModeConfig
+from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.extraction.engine import device_of
+from blip3o_lit.testbeds.token_source import token_stores
 from blip3o_lit.tokens.classes import CLASSES_FILE
+from blip3o_lit.tokens.reading.mixture import StoreSet
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.remote_store import RemoteStore, is_url
+
+if TYPE_CHECKING:
+    from blip3o_lit.extraction.direct.store import PictureReader
 
 COMPARED = 256
 """Images of equal keys whose tokens are compared: keys alone may be mere numbers."""
 
 
 def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, TokenReader | None]:
-    """Return the images to score on, and the training split where the store has one.
-
-    Raises:
-        UserError: If the store lacks the split, or its tokens are not those of the checkpoint.
-    """
+    """Return the images to score on, and the training split where the store has one."""
     run = loaded.config
-    data = replace(run.data, tokens=config.data.tokens or _trained_on(loaded))
-    path = token_store(data)
-    store = _remote(path, config, data) if is_url(path) else TokenStore.open(path, data.verify)
+    pictures = run.data.name == "images"
+    if not pictures:
+        data = replace(run.data, tokens=config.data.tokens or _trained_on(loaded))
+    elif config.data.tokens:
+        data = replace(run.data, name="tokens", images=None, tokens=config.data.tokens)
+    else:
+        data = run.data
+    paths = {str(data.images): None} if data.images else token_stores(data)
+    path = " + ".join(paths)
     sides = (data.condition, data.target, run.mode)
     train = None
-    if "train" in store.index.splits:
-        train = TokenReader(store, "train", *sides, max_shards=data.max_shards, limit=data.subset)
-    if not config.same_data:
-        held = TokenReader(store, config.split, *sides, limit=data.validation_subset)
-    elif train is not None:
-        held = train
+    if data.images:
+        held, train = _of_pictures(run, config)
+    elif len(paths) > 1:
+        held, train = _several(StoreSet(paths, data.verify), config, data, run.mode)
     else:
-        raise UserError(f"same_data=true: {store.path} has no train split")
+        store = _remote(path, config, data) if is_url(path) else TokenStore.open(path, data.verify)
+        if "train" in store.index.splits:
+            train = TokenReader(
+                store, "train", *sides, max_shards=data.max_shards, limit=data.subset
+            )
+        if not config.same_data:
+            held = TokenReader(store, config.split, *sides, limit=data.validation_subset)
+        elif train is not None:
+            held = train
+        else:
+            raise UserError(f"same_data=true: {path} has no train split")
     if held.shape != loaded.shape:
         raise UserError(
-            f"{store.path} has tokens {held.shape.to_dict()}, but {loaded.file} was trained on "
+            f"{path} has tokens {held.shape.to_dict()}, but {loaded.file} was trained on "
             f"{loaded.shape.to_dict()}: set data.tokens to a matching store"
         )
     return held, train
+
+
+def _of_pictures(
+    run: TrainConfig, config: EvaluateConfig
+) -> tuple[PictureReader, PictureReader | None]:
+    """Return both readers of a run's own pictures, which its towers encode at each reading."""
+    from blip3o_lit.extraction.direct.store import PictureReader, PictureStore
+
+    data = run.data
+    store = PictureStore(run, device_of(config.device))
+    sides = (data.condition, data.target, run.mode)
+    train = None
+    if "train" in store.index.splits:
+        train = PictureReader(store, "train", *sides, data.max_shards, data.subset)
+    if config.same_data and train is not None:
+        return train, train
+    return PictureReader(store, config.split, *sides, limit=data.validation_subset), train
+
+
+def _several(
+    stores: StoreSet, config: EvaluateConfig, data: DataConfig, mode: ModeConfig
+) -> tuple[TokenReader, TokenReader | None]:
+    """Return both readers of several stores; each gives an equal part of limited images."""
+    sides = (data.condition, data.target, mode)
+    stores.check(sides[:2])
+    train = None
+    if stores.with_split("train"):
+        train = stores.reader("train", *sides, data.max_shards, data.subset, weighted=True)
+    limits = [n for n in (data.validation_subset, config.images) if n]
+    limit = min(limits) if limits else None
+    if config.same_data and train is None:
+        raise UserError(f"same_data=true: {stores.stores[0].path} has no train split")
+    split = "train" if config.same_data else config.split
+    return stores.reader(split, *sides, limit=limit), train
 
 
 def trained_images(loaded: Loaded, held: TokenReader) -> int | None:
@@ -58,13 +110,14 @@ def trained_images(loaded: Loaded, held: TokenReader) -> int | None:
 
     At least this many leaked; None where the run's own store is not at hand.
     """
-    run, path = loaded.config, Path(str(loaded.facts["tokens"]["path"]))
-    if not (path / "index.json").is_file():
+    run, facts = loaded.config, loaded.facts["tokens"]
+    paths = [str(store["path"]) for store in facts.get("stores") or [facts]]
+    if not all((Path(path) / "index.json").is_file() for path in paths):
         return None
-    store = TokenStore.open(path)
-    if "train" not in store.index.splits:
+    stores = StoreSet(dict.fromkeys(paths))
+    if not stores.with_split("train"):
         return None
-    own = TokenReader(store, "train", run.data.condition, run.data.target, run.mode)
+    own = stores.reader("train", run.data.condition, run.data.target, run.mode)
     if own.shape != held.shape:
         return 0
     own_keys, held_keys = own.keys(np.arange(len(own))), held.keys(np.arange(len(held)))
@@ -91,13 +144,15 @@ def _remote(url: str, config: EvaluateConfig, data: DataConfig) -> TokenStore:
     return remote.local_split(config.split, data.validation_subset or config.images)
 
 
-def _trained_on(loaded: Loaded) -> str | None:
-    """Return the run's own store.
+def _trained_on(loaded: Loaded) -> Any:
+    """Return the run's own store, or stores.
 
     Its config may name it relative to a working directory that is not today's; then the full path
     counts.
     """
     configured, full = loaded.config.data.tokens, loaded.facts["tokens"]["path"]
+    if isinstance(configured, list | dict):
+        return configured
     if configured and not (Path(configured) / "index.json").is_file() and Path(full).is_dir():
         return full
     return configured

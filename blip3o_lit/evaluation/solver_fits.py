@@ -3,16 +3,13 @@
 Shape suffixes: B images, M condition tokens, C condition width.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 
 from blip3o_lit.base.progress import Report
-from blip3o_lit.checkpoints.load import Loaded, solver_from_label
+from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.solver import SolverConfig, needs_later_start
-from blip3o_lit.evaluation.estimators import LATER_START
+from blip3o_lit.config.solver import LATER_START, SolverConfig, needs_later_start, solver_from_label
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.fitted import SolverFit
@@ -36,11 +33,7 @@ def missing_budgets(loaded: Loaded, labels: list[str]) -> list[int]:
 def fit_solvers(
     loaded: Loaded, train: TokenReader | None, budgets: list[int], seed: int, report: Report
 ) -> None:
-    """Fit solvers of these evaluations to a translator, which has them from then on.
-
-    Raises:
-        UserError: If there is no training split.
-    """
+    """Fit solvers of these evaluations to a translator, which has them from then on."""
     if not budgets:
         return
     if train is None:

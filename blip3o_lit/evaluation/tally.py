@@ -6,13 +6,15 @@ Shape suffixes: B images, M condition tokens, C condition width, N target tokens
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip3o_lit.base.shape import TokenShape
+from blip3o_lit.config import registry as register
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.evaluation.estimators import Batch, Estimator
 from blip3o_lit.evaluation.verdict import REMEDY
@@ -20,12 +22,16 @@ from blip3o_lit.metrics.breadth import Breadth
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.metrics.frechet import Moments, frechet_distance
 from blip3o_lit.metrics.manifolds import Manifolds
+from blip3o_lit.metrics.paired import compare
 
 _HALVES = 2
 
 
 class Tally:
-    """Running scores of one estimator or baseline; with `breadth`, more than the cosine's."""
+    """Running scores of one estimator or baseline; with `breadth`, more than the cosine's.
+
+    `metrics` are those that other packages have registered.
+    """
 
     def __init__(
         self,
@@ -34,11 +40,16 @@ class Tally:
         shape: TokenShape,
         device: torch.device,
         breadth: bool = True,
+        metrics: Iterable[str] = (),
     ) -> None:
         self.predict = predict
         self.scores = TokenScores(mean_ND, shape).to(device)
         self.moments = Moments(shape.width).to(device)
         self.breadth = Breadth(shape, device) if breadth else None
+        self.own: dict[str, Any] = {}
+        for name in metrics if breadth else ():
+            metric = register.metric.build(name, shape)
+            self.own[name] = metric.to(device) if isinstance(metric, nn.Module) else metric
         self.nfe, self.seconds, self.images = 0, 0.0, 0
         self.maps: dict[str, Any] = {}
 
@@ -55,10 +66,17 @@ class Tally:
         self.moments.update(generated_BND[:, int(self.scores.shape.cls) :].double().mean(1))
         if self.breadth is not None:
             self.breadth.update(generated_BND, true_BND)
+        for metric in self.own.values():
+            metric.update(generated_BND, true_BND)
         return generated_BND
 
     def image_cosine(self) -> np.ndarray:
         return torch.cat(self.scores.image_cosine).cpu().numpy()
+
+    def compared_with(self, other: Tally) -> dict[str, Any]:
+        """Compare the cosines on the images that both have."""
+        images = min(self.images, other.images)
+        return compare(self.image_cosine()[:images], other.image_cosine()[:images])
 
     def result(self, reference: Reference) -> dict[str, Any]:
         """Return the scores, and keep the maps over positions apart, in `maps`."""
@@ -69,6 +87,10 @@ class Tally:
             scores["frechet"] = frechet_distance(self.moments.compute(), truth)
         if self.breadth is not None:
             scores |= self.breadth.compute(reference.whole.tokens)
+        for name, metric in self.own.items():
+            if name in scores:
+                raise UserError(f"metrics=[{name}]: a score of this package has that name")
+            scores[name] = float(metric.compute())
         scores["seconds_per_image"] = self.seconds / self.images
         return scores
 
@@ -118,11 +140,7 @@ class Reference:
 
 
 def feed(tallies: dict[str, Tally], reference: Reference, batch: Batch) -> dict[str, Tensor]:
-    """Add a batch to every tally; returns their predictions.
-
-    Raises:
-        UserError: If one is not finite.
-    """
+    """Add a batch to every tally; returns their predictions."""
     condition, true_BND, sample_B = batch
     if not reference.whole.images.count:
         # The first call pays for caches and kernels: it is kept out of the times.

@@ -1,7 +1,5 @@
 """What an evaluation comes to: one phrase, one line beside the baselines, and a guard."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -48,10 +48,9 @@ class TowerSet:
         self.target = list(self.towers.values())[-1]
         self.device, self.storage = torch.device(device), storage
         self.pixels, self.thumbnails = dict(pixels or {}), thumbnails
-        self._tokens = {
-            name: torch.compile(tower.tokens) if compile else tower.tokens
-            for name, tower in self.towers.items()
-        }
+        self._tokens = {name: tower.tokens for name, tower in self.towers.items()}
+        if compile:
+            self.compile()
         self._inputs = {name: self._input(name) for name in self.towers}
         self._views: dict[str, View] = {}
         if store == "grid_64":
@@ -137,18 +136,31 @@ class TowerSet:
             name: self._to_device(torch.stack([sample[name] for sample in inputs]))
             for name in inputs[0]
         }
+        outputs = {name: self._to_host(x_BNC) for name, x_BNC in self.tokens_of(pixels).items()}
+        if self._speaks:
+            text_BP = self.target.encode_text(captions)
+            assert text_BP is not None
+            outputs[TEXT] = self._to_host(text_BP)
+        return outputs
+
+    def tokens_of(self, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run every tower once on inputs `[B, 3, S, S]`; returns `[B, N, C]` on their device."""
         outputs = {}
         for name, tokens_of in self._tokens.items():
             tokens_BNC = tokens_of(pixels[self._inputs[name]])
             if name in self._views:
                 view = self._views[name]
                 tokens_BNC = view.compute(tokens_BNC[:, view.first :])
-            outputs[name] = self._to_host(tokens_BNC)
-        if self._speaks:
-            text_BP = self.target.encode_text(captions)
-            assert text_BP is not None
-            outputs[TEXT] = self._to_host(text_BP)
+            outputs[name] = tokens_BNC
         return outputs
+
+    def compile(self) -> None:
+        """Run the towers through torch.compile from now on."""
+        self._tokens = {name: torch.compile(tower.tokens) for name, tower in self.towers.items()}
+
+    def move(self, device: torch.device) -> None:
+        self.towers = {name: tower.to(device) for name, tower in self.towers.items()}
+        self.device = device
 
     def _to_device(self, pixels_B3SS: Tensor) -> Tensor:
         if self.device.type == "cuda":

@@ -23,22 +23,23 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from blip3o_lit.base.files import write_synced
+from blip3o_lit.base.files import check_disk, write_synced
 from blip3o_lit.base.launcher import is_task, number, tasks_of
 from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
+from blip3o_lit.extraction.append import RECIPE_FILE, REJECTS_FILE, OldStore
 from blip3o_lit.extraction.classes import embed_classes, read_classes
 from blip3o_lit.extraction.encoding import TEXT, TowerSet
 from blip3o_lit.extraction.pipeline import Pipeline
 from blip3o_lit.extraction.scales import stored_arrays
-from blip3o_lit.extraction.units import Ledger, UnitRecord, check_disk, check_rejects
+from blip3o_lit.extraction.units import Ledger, UnitRecord, check_rejects
 from blip3o_lit.images.item import Source
 from blip3o_lit.images.split import Splitter
 from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex
-from blip3o_lit.tokens.store.storage import SCALES_FILE
+from blip3o_lit.tokens.store.int8 import SCALES_FILE
 from blip3o_lit.towers.tower import Tower
 
 REJECTS_AFTER = 1000
@@ -56,6 +57,8 @@ class Outcome:
     seconds: float
     already: bool = False
     """Whether the store was complete before."""
+    added: int = 0
+    """Samples that an append brought."""
 
 
 class Extraction:
@@ -68,10 +71,12 @@ class Extraction:
         engine = config.extract
         self.source, self.out, self.config = source, out, config
         self.worker, self.workers = worker_of(engine.shard)
+        grows = config.append and (out / "index.json").exists()
+        self.old = OldStore(out) if grows else None
         self.splitter = Splitter(config.split.by, config.split.fraction, config.split.seed)
         self.towers = TowerSet(
             towers,
-            source.captions,
+            source.captions if self.old is None else TEXT in self.old.arrays,
             "float16" if config.storage == "int8" else config.storage,
             config.store,
             device_of(engine.device),
@@ -79,6 +84,8 @@ class Extraction:
             config.pixels.changes(),
             config.thumbnails,
         )
+        if self.old is not None:
+            self.old.check(self.towers, config)
         self.classes = dict(source.classes)
         if config.classes:
             self.classes = read_classes(Path(config.classes).expanduser())
@@ -87,14 +94,16 @@ class Extraction:
                 raise UserError(f"classes={config.classes}: {target.info.name} has no text side")
         rules = [source.split_rule, "" if source.all_split else self.splitter.words]
         self.split_rule = "; else ".join(rule for rule in rules if rule)
-        self.ledger = Ledger(out, source, self._recipe(), engine.shard_samples)
+        self.ledger = Ledger(out, source, self._recipe(), engine.shard_samples, self.old)
 
     def _recipe(self) -> dict[str, Any]:
         """Return all that decides the content of the store."""
         arrays = {name: spec.to_dict() for name, spec in self.towers.arrays.items()}
         captions = arrays.pop(TEXT, None)
         prompts = json.dumps(self.classes).encode()
+        appended = {} if self.old is None else {"append to": self.old.index.hash}
         return {
+            **appended,
             "images": self.source.name,
             "content of images": self.source.fingerprint,
             "towers": arrays,
@@ -118,8 +127,12 @@ class Extraction:
         if self.ledger.finished:
             return Outcome(TokenIndex.load(self.out), 0, 0.0, already=True)
         towers, ledger, config = self.towers, self.ledger, self.config
-        arrays, scales = stored_arrays(towers, self.source, config, ledger.state)
-        pipeline = Pipeline(towers, ledger, self.splitter, config, arrays, scales)
+        held = None
+        if self.old is None:
+            arrays, scales = stored_arrays(towers, self.source, config, ledger.state)
+        else:
+            arrays, scales, held = self.old.arrays, self.old.scales(), self.old.held()
+        pipeline = Pipeline(towers, ledger, self.splitter, config, arrays, scales, held)
         try:
             images = self._work(pipeline)
         except OSError as error:
@@ -129,7 +142,8 @@ class Extraction:
                 ) from error
             raise
         index = ledger.finish(partial(self._write_store, arrays))
-        return Outcome(index, images, time.perf_counter() - began)
+        added = index.samples - self.old.index.samples if self.old and index else 0
+        return Outcome(index, images, time.perf_counter() - began, added=added)
 
     def _work(self, pipeline: Pipeline) -> int:
         """Run the pipeline with progress; returns the images read."""
@@ -145,7 +159,8 @@ class Extraction:
         total = max(sum(length or 0 for length in lengths), before)
         what = f"the tokens of {total - before} images take"
         fix = "free some, choose another folder or store=grid_64"
-        check_disk(self.out, (total - before) * self.towers.sample_bytes, what, fix)
+        if self.old is None:  # how many pictures of an append are new is not known yet
+            check_disk(self.out, (total - before) * self.towers.sample_bytes, what, fix)
         written = 0
         with Work("extracting", total, "images") as work:
             work.skip(before)
@@ -169,10 +184,16 @@ class Extraction:
         if stored + work.rejects != work.images:
             raise RuntimeError(f"{stored} stored and {work.rejects} rejected of {work.images}")
         beside = [asdict(entry) for entry in self.source.beside]
-        rejects = self.out / "rejects.jsonl"
-        lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in (*beside, *work.lost)]
+        rejects = self.out / REJECTS_FILE
+        earlier = [] if self.old is None else self.old.rejects()
+        entries = (*earlier, *beside, *work.lost)
+        lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in entries]
+        lines = list(dict.fromkeys(lines)) if earlier else lines
         write_synced(rejects, "".join(lines).encode())
         check_rejects(work, work.images, self.config.max_reject_fraction, rejects)
+        if self.old is not None:
+            lost = sum(bool(json.loads(line)["image"]) for line in lines)
+            return self._append(self.old, work, lost)
         if not work.shards:
             reasons = [f"{entry['source']}: {entry['reason']}" for entry in (*work.lost, *beside)]
             raise UserError(
@@ -182,7 +203,7 @@ class Extraction:
             leftover.unlink(missing_ok=True)
         for name, content in self._files().items():
             write_synced(self.out / name, content)
-        self.ledger.write_recipe(self.out / "extraction.json")
+        self.ledger.write_recipe(self.out / RECIPE_FILE)
         order = {"train": "0", "validation": "1"}
         shards = sorted(work.shards, key=lambda s: (order.get(s.split, "2" + s.split), s.file))
         reduced = None if self.config.store == "full" else self.config.store
@@ -192,8 +213,20 @@ class Extraction:
         self.ledger.clear()
         return index
 
+    def _append(self, old: OldStore, work: UnitRecord, rejects: int) -> TokenIndex:
+        """Put the index with the new shards in the place of the old one."""
+        index = old.grown(work.shards, self.split_rule, rejects)
+        this = {"images": self.source.name, "content of images": self.source.fingerprint}
+        last = this | {"index": index.hash}
+        appends = [*old.recipe.get("appends", []), last]
+        content = old.recipe | {"appends": list({a["index"]: a for a in appends}.values())}
+        recipe = json.dumps(content, sort_keys=True, indent=1).encode()
+        write_synced(self.out / RECIPE_FILE, recipe)
+        index.write(self.out)
+        self.ledger.clear()
+        return index
+
     def _files(self) -> dict[str, bytes]:
-        """Return the store's small files beside index and shards, by name."""
         files = {HEADS_FILE: sorted_safetensors(*self.towers.heads())}
         scales = self.ledger.state / SCALES_FILE
         if scales.exists():
@@ -249,7 +282,10 @@ def device_of(device: str) -> str:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        device = f"cuda:{number(os.environ, 'LOCAL_RANK')}"
+        # torchrun numbers this machine's processes, or srun; of several GPUs srun may show one.
+        task = "LOCAL_RANK" not in os.environ and is_task(os.environ)
+        local = number(os.environ, "SLURM_LOCALID" if task else "LOCAL_RANK")
+        device = f"cuda:{local % max(1, torch.cuda.device_count())}"
     if device != "cpu" and not re.fullmatch(r"cuda:\d+", device):
         raise UserError(f"extract.device={device} is not auto, cpu, cuda or cuda:N")
     if device != "cpu" and not torch.cuda.is_available():

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.cuda import Event
 
+from blip3o_lit.base.files import check_disk
 from blip3o_lit.config.extract import ExtractConfig
+from blip3o_lit.extraction.append import CONTENT, Held, content_of
 from blip3o_lit.extraction.encoding import TowerSet, to_numpy
-from blip3o_lit.extraction.units import Ledger, Unit, UnitRecord, check_disk
+from blip3o_lit.extraction.units import Ledger, Unit, UnitRecord
 from blip3o_lit.images.item import Item, Lost, Part, Reject, decode
 from blip3o_lit.images.split import Splitter
 from blip3o_lit.tokens.reading.loader import ordered
@@ -32,12 +34,16 @@ MOST_LANES = 8
 
 @dataclass(frozen=True)
 class Ready:
-    """A decoded, split and resized image."""
-
     item: Item
     split: str
     inputs: dict[str, Tensor]
     thumbnail: bytes | None
+    content: str
+    """Hash of its file; empty for a drawn one."""
+
+
+class Known:
+    """A picture that the store holds already."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,10 @@ class Batch:
 
 
 class Pipeline:
-    """Runs missing units of work; `scales` are the channel scales of int8 arrays."""
+    """Runs missing units of work; `scales` are the channel scales of int8 arrays.
+
+    Pictures that are `held` are passed over.
+    """
 
     def __init__(
         self,
@@ -63,8 +72,9 @@ class Pipeline:
         config: ExtractConfig,
         arrays: dict[str, ArraySpec],
         scales: dict[str, np.ndarray],
+        held: Held | None = None,
     ) -> None:
-        self.towers, self.ledger, self.splitter = towers, ledger, splitter
+        self.towers, self.ledger, self.splitter, self.held = towers, ledger, splitter, held
         self.engine, self.pixels = config.extract, config.pixels
         self.arrays, self.scales = arrays, scales
 
@@ -116,26 +126,37 @@ class Pipeline:
         thumbnails = self.towers.thumbnails
         return Unit(self.ledger, part_number, number, self.arrays, self.scales, thumbnails)
 
-    def _load(self, step: tuple[Unit, Item | Lost | None]) -> tuple[Unit, Ready | Lost | None]:
-        """Read, decode, split and resize one image."""
+    def _load(
+        self, step: tuple[Unit, Item | Lost | None]
+    ) -> tuple[Unit, Ready | Lost | Known | None]:
         unit, entry = step
         if not isinstance(entry, Item):
             return unit, entry
         try:
-            image = decode(entry.read(), self.pixels)
+            raw = entry.read()
+            content = content_of(raw)
+            if self.held is not None:
+                if content in self.held:
+                    return unit, Known()
+                entry = self.held.named(entry, content)
+            image = decode(raw, self.pixels)
         except Reject as error:
             return unit, Lost(entry.source, str(error))
         split = entry.split or self.splitter(image)
         inputs = self.towers.prepare(image)
-        return unit, Ready(entry, split, inputs, self.towers.thumbnail(inputs))
+        return unit, Ready(entry, split, inputs, self.towers.thumbnail(inputs), content)
 
-    def _batches(self, entries: Iterator[tuple[Unit, Ready | Lost | None]]) -> Iterator[Batch]:
+    def _batches(
+        self, entries: Iterator[tuple[Unit, Ready | Lost | Known | None]]
+    ) -> Iterator[Batch]:
         """Gather full batches; a unit's last one may be smaller, and closes the unit."""
         ready: list[Ready] = []
         count = 0
         for unit, entry in entries:
             if isinstance(entry, Lost):
                 unit.lost.append(asdict(entry))
+            elif isinstance(entry, Known):
+                unit.known += 1
             elif entry is not None:
                 ready.append(entry)
             count += entry is not None
@@ -161,6 +182,8 @@ class Pipeline:
             item = ready.item
             sample = {name: array[row] for name, array in arrays.items()}
             facts = {"caption": item.caption, "source": item.source, **item.extra}
+            if ready.content:
+                facts[CONTENT] = ready.content
             shard = batch.unit.shard(ready.split)
             shard.add(item.sample_key, sample, facts, ready.thumbnail)
         return batch.entries, batch.unit.close() if batch.closes else None

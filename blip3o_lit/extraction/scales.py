@@ -14,7 +14,7 @@ from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.extraction.encoding import TowerSet, to_numpy
 from blip3o_lit.images.item import Item, Reject, Source, decode
 from blip3o_lit.tokens.store.index import ArraySpec
-from blip3o_lit.tokens.store.storage import fit_int8, load_scales, save_scales, with_token_scales
+from blip3o_lit.tokens.store.int8 import fit_int8, load_scales, save_scales, with_token_scales
 
 IMAGES = 128
 """Images of the first pass; their tokens are in memory at once."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from blip3o_lit.base.files import write_synced
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.extraction.append import OldStore
 from blip3o_lit.images.item import Source
 from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex, check_split
 from blip3o_lit.tokens.store.shards import ShardWriter
@@ -41,6 +42,8 @@ class UnitRecord:
     shards: list[ShardEntry] = field(default_factory=list)
     lost: list[dict[str, Any]] = field(default_factory=list)
     """Source and reason of what could not be used, and whether an image was lost with it."""
+    known: int = 0
+    """Images that an append found in the store."""
 
     @property
     def rejects(self) -> int:
@@ -50,26 +53,38 @@ class UnitRecord:
     @property
     def images(self) -> int:
         """Images that were stored or lost."""
-        return self.seen - len(self.lost) + self.rejects
+        return self.seen - len(self.lost) + self.rejects - self.known
 
     def add(self, other: UnitRecord) -> None:
-        """Count another unit's work as this one's."""
         self.seen += other.seen
         self.shards += other.shards
         self.lost += other.lost
+        self.known += other.known
 
 
 class Ledger:
-    """The records of one output folder; `recipe` is all that decides the store's content."""
+    """The records of one output folder; `recipe` is all that decides the store's content.
+
+    `old` is the store that the folder holds and that the source is appended to.
+    """
 
     def __init__(
-        self, out: Path, source: Source, recipe: dict[str, Any], shard_samples: int
+        self,
+        out: Path,
+        source: Source,
+        recipe: dict[str, Any],
+        shard_samples: int,
+        old: OldStore | None = None,
     ) -> None:
         """Open the folder for this recipe, or find that it is finished."""
-        self.out, self.source, self.recipe = out, source, recipe
+        self.out, self.source, self.recipe, self.old = out, source, recipe, old
         self.shard_samples = shard_samples
         self.state = out / STATE
-        self.finished = (out / "index.json").exists()
+        self.first = 0 if old is None else old.first_unit
+        self.finished = (out / "index.json").exists() and old is None
+        if old is not None:
+            self._open_append(old)
+            return
         if self.finished:
             self._same(out / "extraction.json", "a finished token store")
             self.clear()
@@ -80,13 +95,36 @@ class Ledger:
             self._same(plan, "an unfinished extraction")
         self.write_recipe(plan)
 
+    def _open_append(self, old: OldStore) -> None:
+        """Go on with an append that was stopped, or begin it; what is known is looked up later."""
+        plan = self.state / "plan.json"
+        records = [json.loads(path.read_bytes()) for path in self.state.glob("unit-*.json")]
+        listed = {shard.file for shard in old.index.shards}
+        made = {shard["file"] for record in records for shard in record["shards"]}
+        if made and made <= listed:  # it was stopped after its last step but for clearing up
+            self.clear()
+        self.finished = old.has_all_of(self.source.name, self.source.fingerprint)
+        if self.finished:
+            self.clear()
+            return
+        self.state.mkdir(parents=True, exist_ok=True)
+        if plan.exists() and records and not made <= listed:
+            fix = f"repeat the line that began it, or remove {self.state} to begin anew"
+            self._same(plan, "an unfinished append", fix)
+        self.write_recipe(plan)
+
     def write_recipe(self, path: Path) -> None:
         write_synced(path, json.dumps(self.recipe, sort_keys=True, indent=1).encode())
 
     def clear(self) -> None:
         shutil.rmtree(self.state, ignore_errors=True)
 
-    def _same(self, path: Path, what: str) -> None:
+    def _same(
+        self,
+        path: Path,
+        what: str,
+        fix: str = "choose another folder, or repeat the line that began it",
+    ) -> None:
         try:
             old = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -95,8 +133,7 @@ class Ledger:
         differing = [key for key in recipe if old.get(key) != recipe[key]]
         if differing:
             raise UserError(
-                f"out={self.out} holds {what} made with another {', '.join(differing)}: "
-                "choose another folder, or repeat the line that began it"
+                f"out={self.out} holds {what} made with another {', '.join(differing)}: {fix}"
             )
 
     def unit_name(self, part_number: int, unit: int) -> str:
@@ -108,11 +145,11 @@ class Ledger:
                     f"{parts[part_number].name} has over {unit * self.shard_samples} "
                     "images: raise extract.shard_samples"
                 )
-            return f"{part_number * UNITS_PER_TAR + unit:06d}"
+            return f"{self.first + part_number * UNITS_PER_TAR + unit:06d}"
         splits = [part.split for part in parts]
         if all(splits):  # numbered within their split
             part_number = splits[:part_number].count(splits[part_number])
-        return f"{part_number:06d}"
+        return f"{self.first + part_number:06d}"
 
     def record_path(self, part_number: int, unit: int) -> Path:
         split = self.source.parts[part_number].split or "all"
@@ -155,11 +192,16 @@ class Ledger:
         for number in range(len(self.source.parts)):
             records = self.done(number)
             if not records or not records[-1].last:
-                finished = (self.out / "index.json").exists()
-                return TokenIndex.load(self.out) if finished else None
+                return self._finished_by_others()
             for record in records:
                 whole.add(record)
         return write_store(whole)
+
+    def _finished_by_others(self) -> TokenIndex | None:
+        if not (self.out / "index.json").exists():
+            return None
+        index = TokenIndex.load(self.out)
+        return None if self.old is not None and index.hash == self.old.index.hash else index
 
 
 class Unit:
@@ -178,13 +220,12 @@ class Unit:
         self.arrays, self.scales, self.thumbnails = arrays, scales, thumbnails
         self.name = ledger.unit_name(part_number, number)
         self.path = ledger.record_path(part_number, number)
-        self.seen = 0
+        self.seen = self.known = 0
         self.last = False
         self.lost: list[dict[str, Any]] = []
         self._shards: dict[str, ShardWriter] = {}
 
     def shard(self, split: str) -> ShardWriter:
-        """Return the open shard of a split."""
         if split not in self._shards:
             check_split(split)
             folder, name = self.ledger.out, f"{split}-{self.name}"
@@ -198,18 +239,9 @@ class Unit:
     def close(self) -> UnitRecord:
         """Bring the shards to disk, then the record: from now on the unit is finished."""
         entries = [self._shards[split].close() for split in sorted(self._shards)]
-        record = UnitRecord(self.seen, self.last, entries, self.lost)
+        record = UnitRecord(self.seen, self.last, entries, self.lost, self.known)
         write_synced(self.path, json.dumps(asdict(record), sort_keys=True).encode())
         return record
-
-
-def check_disk(out: Path, needed: float, what: str, fix: str) -> None:
-    """Stop before the disk is full; `what` takes `needed` bytes."""
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise UserError(
-            f"out={out} has {free / 1e9:.2f} GB free, {what} {needed / 1e9:.2f} GB: {fix}"
-        )
 
 
 def check_rejects(work: UnitRecord, images: int, limit: float, file: Path | None = None) -> None:

@@ -12,6 +12,7 @@ Shapes: x_BND, grid_S; B batch, N tokens, D target width, S grid points.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ def multistep(
     return states
 
 
+@lru_cache
 def coefficients(path: Path, start: float, end: float) -> tuple[float, float, float]:
     """Return what a step multiplies the state, the estimate and the estimate's slope by.
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from blip3o_lit.config.errors import UserError, one_of
-from blip3o_lit.config.flow import PATHS
+from blip3o_lit.config import registry as register
+from blip3o_lit.config.errors import UserError
 
 Curve = Callable[[Tensor], Tensor]
 
@@ -226,7 +226,7 @@ _BUILDERS: dict[str, Callable[[float, float], Path]] = {
 
 
 def path_named(name: str, sigma_min: float = 0.0, sigma_max: float = 1.0) -> Path:
-    """Return a path by its option name, one of `config.flow.PATHS`.
+    """Return a path by its option name, one of `config.flow.PATHS` or registered.
 
     Args:
         name: The name.
@@ -236,5 +236,7 @@ def path_named(name: str, sigma_min: float = 0.0, sigma_max: float = 1.0) -> Pat
     Raises:
         UserError: If no path has this name.
     """
-    one_of("flow.path", name, PATHS)
-    return _BUILDERS[name](sigma_min, sigma_max)
+    if name in _BUILDERS:
+        return _BUILDERS[name](sigma_min, sigma_max)
+    made = register.path.build(name, sigma_min, sigma_max)
+    return replace(made, name=name)

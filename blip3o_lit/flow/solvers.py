@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from blip3o_lit.config import registry as register
 from blip3o_lit.config.solver import SolverConfig, check_solver
 from blip3o_lit.flow.multistep import multistep
 from blip3o_lit.flow.objective import FlowObjective, Network
+from blip3o_lit.flow.path import Path
 from blip3o_lit.flow.scheme import Scheme
 from blip3o_lit.flow.times import shifted
 
@@ -98,8 +101,10 @@ def integrate(
         )
         return list(torch.unbind(cast(Tensor, states))[1:])
     states, x_BND = [], x0_BND
+    own = register.solver.own(method)
+    step = STEPS[method] if own is None else own.build
     for start, end in zip(grid_S, grid_S[1:]):
-        x_BND = STEPS[method](field, x_BND, start, end - start)
+        x_BND = step(field, x_BND, start, end - start)
         states.append(x_BND)
     return states
 
@@ -143,7 +148,7 @@ def sample(
     check_solver(objective.config, solver)
     model = Evaluations(objective, network, condition, solver.guidance_scale)
     start = solver.start if scheme is None else float(scheme.times_K[0])
-    first = objective.path.sigma(torch.tensor(start, dtype=torch.float64)).item()
+    first, _ = noise_at(objective.path, start)
     x_BND = first * objective.scaled_noise(noise_BND.float())
     if solver.name == "mean":
         states = [model.estimate(x_BND, 0.0)]
@@ -209,7 +214,7 @@ class Evaluations:
 
 
 def _times(x_BND: Tensor, t: float) -> Tensor:
-    return torch.full((len(x_BND),), t, dtype=torch.float32, device=x_BND.device)
+    return torch.full((x_BND.shape[0],), t, dtype=torch.float32, device=x_BND.device)
 
 
 def solved(
@@ -238,6 +243,13 @@ def _singular_end(objective: FlowObjective, solver: SolverConfig, grid_S: list[f
     """Whether a stage would fall on a t = 1 where the sample output gives no velocity."""
     if objective.config.prediction != "sample" or solver.name in ("euler", "midpoint"):
         return False
-    end = torch.ones((), dtype=torch.float64)
     last_step = LAST_STRETCH if solver.name == "dopri5" else grid_S[-1] - grid_S[-2]
-    return bool(objective.path.sigma(end) < last_step * objective.path.d_sigma(end).abs())
+    sigma, d_sigma = noise_at(objective.path, 1.0)
+    return sigma < last_step * abs(d_sigma)
+
+
+@lru_cache
+def noise_at(path: Path, t: float) -> tuple[float, float]:
+    """Return sigma and its derivative at one time; kept, so that a graph is traced around them."""
+    time = torch.tensor(t, dtype=torch.float64)
+    return path.sigma(time).item(), path.d_sigma(time).item()

@@ -1,7 +1,5 @@
 """Images of a folder and its subfolders, each with a caption file beside it or none."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field
 from functools import partial

@@ -1,7 +1,5 @@
 """A picture that is still to be read: its name, caption and split, and how to decode it safely."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import re
@@ -155,9 +153,8 @@ def slices(items: list[Item | Lost], size: int) -> list[Part]:
     return parts
 
 
-def file_bytes(path: Path, limit: int | None = None) -> bytes:
+def file_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
     """Read an image file, or another of at most `limit` bytes, or raise a Reject."""
-    limit = MAX_BYTES if limit is None else limit
     try:
         facts = path.stat()
         if stat.S_ISDIR(facts.st_mode):

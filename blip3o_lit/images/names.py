@@ -1,7 +1,5 @@
 """What a file's name says: a picture, one that isn't read, or something beside pictures."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from pathlib import PurePosixPath

@@ -1,7 +1,5 @@
 """From the word after `images=` to a source: folder, table, or tars."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from dataclasses import replace
@@ -20,17 +18,10 @@ from blip3o_lit.images.tars import tar_parts
 def open_source(
     images: str, shard_samples: int, splits: str | None = None, out: str | None = None
 ) -> Source:
-    """Return the images that `images=` names.
+    """Return the images that `images=` names: a folder, a table, or tars with braces or `*`.
 
-    Args:
-        images: A folder, a .csv, .tsv or .jsonl file, or tars: paths or addresses, with braces or
-            `*`.
-        shard_samples: Entries of one unit of work.
-        splits: A table of `path` and `split`; it wins over every other rule.
-        out: The folder of the store that is being made, which is no source.
-
-    Raises:
-        UserError: If there is no such thing, or nothing in it.
+    A unit of work has `shard_samples` entries. `splits` is a table of `path` and `split`, which
+    wins over every other rule; `out` the folder of the store that is being made: no source.
     """
     split_file = Path(os.path.expanduser(splits)) if splits else None
     by_name = read_splits(split_file) if split_file else {}

@@ -4,8 +4,6 @@ CLIP's own pipeline calls `convert("RGB")` alone: it leaves a phone's pictures o
 the colours hidden below transparent pixels, and clips 16-bit grey to white.
 """
 
-from __future__ import annotations
-
 import io
 from functools import lru_cache
 from typing import Any

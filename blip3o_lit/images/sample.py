@@ -1,10 +1,7 @@
 """Members of a tar whose names agree: which caption and label belong to which picture."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 from blip3o_lit.images.item import Item, Lost
 from blip3o_lit.images.names import Passed, plain, stem_of
@@ -14,8 +11,6 @@ LABEL = "cls"
 
 @dataclass(frozen=True)
 class Text:
-    """A caption or label."""
-
     name: str
     extension: str
     content: str
@@ -26,8 +21,8 @@ class Sample:
     """Members that agree up to the first dot of their name, as they come."""
 
     name: str
-    pictures: list[tuple[str, bytes]] = field(default_factory=list)
-    """Names and contents."""
+    pictures: list[tuple[str, Callable[[], bytes], int]] = field(default_factory=list)
+    """Names, how each is read, and sizes."""
     texts: list[Text] = field(default_factory=list)
     lost: list[tuple[int, Lost]] = field(default_factory=list)
     """What is refused, and the number of pictures before it."""
@@ -36,7 +31,7 @@ class Sample:
 
     @property
     def size(self) -> int:
-        pictures = sum(len(content) for _, content in self.pictures)
+        pictures = sum(size for _, _, size in self.pictures)
         return pictures + sum(len(text.content) for text in self.texts)
 
     def lose(self, lost: Lost) -> None:
@@ -46,7 +41,7 @@ class Sample:
         """Yield its pictures and refused members in order; count texts that belong to none."""
         several = self.cut or len(self.pictures) > 1
         used: set[str] = set()
-        for number, (name, content) in enumerate(self.pictures):
+        for number, (name, read, _) in enumerate(self.pictures):
             yield from (lost for place, lost in self.lost if place == number)
             near = [text for text in self.texts if not several or self._near(text, name)]
             used |= {text.name for text in near}
@@ -54,7 +49,7 @@ class Sample:
             caption = next((t.content for t in near if t.extension != LABEL and t.content), "")
             classes = next((t.content for t in near if t.extension == LABEL and t.content), "")
             extra = {"label": classes} if classes else {}
-            yield Item(f"{label}/{plain(name)}", partial(bytes, content), caption, extra=extra)
+            yield Item(f"{label}/{plain(name)}", read, caption, extra=extra)
         yield from (lost for place, lost in self.lost if place == len(self.pictures))
         if self.pictures or self.cut or any(lost.image for _, lost in self.lost):
             for text in self.texts:

@@ -5,8 +5,6 @@ cell is compared with its right and its lower neighbour. It survives another enc
 colour profile; unlike images that share it share a split too, which does no harm.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

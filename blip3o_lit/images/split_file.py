@@ -1,7 +1,5 @@
 """The file of `split.file`: which split it gives to each image of a source."""
 
-from __future__ import annotations
-
 import os
 import posixpath
 import tarfile
@@ -44,12 +42,8 @@ def assigned(
 ) -> dict[str, str]:
     """Return the split of each image that the rows of a split file name.
 
-    Args:
-        splits: What `read_splits` returned.
-        file: The split file.
-        names: Images of the source.
-        prefixes: What may stand before a name: folders, and their endings, of which all rows have
-            to use the same.
+    `prefixes` may stand before a name: folders, and their endings, of which all rows have to use
+    the same.
     """
     known = set(names)
     if splits.keys() <= known:

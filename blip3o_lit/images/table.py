@@ -1,9 +1,6 @@
 """Images that a CSV or JSONL file lists, with captions, splits and labels where it has them."""
 
-from __future__ import annotations
-
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -11,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from blip3o_lit.base.files import sha256_of
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.images.item import Item, Lost, file_bytes
 from blip3o_lit.images.text import column, first_text, label_of, read_text
@@ -135,8 +133,7 @@ def table_items(table: Path) -> tuple[list[Item | Lost], str]:
         raise UserError(
             f"images={table} has no column of paths{listed}: name one path, image or filename"
         )
-    with open(table, "rb") as file:
-        return items, hashlib.file_digest(file, "sha256").hexdigest()
+    return items, sha256_of(table)
 
 
 def _item(table: Path, row: dict[str, Any], where: str) -> Item | Lost:

@@ -1,7 +1,5 @@
 """From words with braces and wildcards to the paths and addresses of tars."""
 
-from __future__ import annotations
-
 import glob
 import os
 from pathlib import Path

@@ -6,10 +6,11 @@ import hashlib
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from blip3o_lit.base.remote import open_remote, resumed
+from blip3o_lit.base.remote import PAUSES, open_remote, resumed
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.images.folder import CAPTION_BYTES, CAPTIONS, caption_of
 from blip3o_lit.images.item import EXTENSIONS, MAX_BYTES, Item, Lost, with_split
@@ -49,6 +50,8 @@ class StrictTarInfo(tarfile.TarInfo):
 
 @dataclass(frozen=True)
 class TarPart:
+    """One tar of a source, whose number of images is not known before it is read."""
+
     url: str
     """A path, or an address with one of `SCHEMES`."""
     name: str
@@ -57,13 +60,17 @@ class TarPart:
     """Of the images that a file names."""
     split: str = ""
     length: None = None
+    by_place: bool = False
+    """Of a local tar: pictures are read when they are asked for, from their places in the file."""
+    pauses: tuple[float, ...] = PAUSES
+    """Seconds before a broken connection is opened again."""
 
     @property
     def is_remote(self) -> bool:
         return "://" in self.url
 
     def entries(self, skip: int = 0) -> Iterator[Item | Lost]:
-        for entry in resumed(self._read, self.url, skip):
+        for entry in resumed(self._read, self.url, skip, self.pauses):
             yield with_split(entry, self.splits)
 
     def _read(self, skip: int) -> Iterator[Item | Lost]:
@@ -71,7 +78,10 @@ class TarPart:
             with (
                 open_remote(self.url) if self.is_remote else open(self.url, "rb") as file,
                 tarfile.open(
-                    fileobj=file, mode="r|", tarinfo=StrictTarInfo, ignore_zeros=True
+                    fileobj=file,
+                    mode="r:" if self.by_place else "r|",
+                    tarinfo=StrictTarInfo,
+                    ignore_zeros=True,
                 ) as archive,
             ):
                 yield from islice(Members(archive, self).entries(), skip, None)
@@ -138,9 +148,12 @@ class Members:
         if reason:
             sample.lose(self._lost(name, reason, picture or bool(unread(name))))
         elif picture:
-            self.places[name] = link or (member.offset_data, member.size)
-            content = self._content(member) if link is None else self._again(*link)
-            sample.pictures.append((name, content))
+            place = self.places[name] = link or (member.offset_data, member.size)
+            if link or self.part.by_place:
+                read = partial(self._at, *place)
+            else:
+                read = partial(bytes, self._content(member))
+            sample.pictures.append((name, read, place[1]))
         elif extension in (*CAPTIONS, LABEL):
             content = self._content(member)
             if extension in CAPTIONS and not is_text(content):
@@ -162,7 +175,7 @@ class Members:
         place = self.places.get(PurePosixPath(member.linkname).as_posix())
         return None if self.part.is_remote else place
 
-    def _again(self, start: int, size: int) -> bytes:
+    def _at(self, start: int, size: int) -> bytes:
         with open(self.part.url, "rb") as file:
             file.seek(start)
             return file.read(size)

@@ -1,7 +1,5 @@
 """Text that strangers wrote: encodings, captions of any JSON type, labels, half characters."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -37,11 +35,7 @@ def is_text(content: bytes) -> bool:
 
 
 def read_text(file: Path) -> str:
-    """Return a text file's content, without its byte-order mark.
-
-    Raises:
-        UserError: If it can't be read, or is in no encoding that its first bytes tell.
-    """
+    """Return a text file's content, without its byte-order mark."""
     try:
         content = file.read_bytes()  # once: it may be a pipe, `classes=<(ls photos)`
     except OSError as error:
@@ -69,10 +63,8 @@ def whole(text: str) -> str:
 def text_of(value: Any) -> str:
     """Return a cell or a JSON value as text: of a list its first that is not empty.
 
-    Empty text, null and not-a-number are an empty string; whole floats lose their point.
-
-    Raises:
-        ValueError: If it is an object or a list in a list.
+    Empty text, null and not-a-number are an empty string; whole floats lose their point. An object,
+    or a list in a list, is a ValueError.
     """
     if isinstance(value, list):
         if any(isinstance(item, (list, dict, tuple)) for item in value):
@@ -112,9 +104,7 @@ def column(name: str) -> str:
 def json_text(content: str, names: tuple[str, ...]) -> str:
     """Return the text of a JSON document: itself, or the first of an object's fields that has any.
 
-    Raises:
-        ValueError: If it is no JSON, or its text is no text.
-        RecursionError: If it is nested absurdly deep.
+    A ValueError says that it is no JSON or no text, a RecursionError that it is nested too deep.
     """
     data = json.loads(content)
     if not isinstance(data, dict):

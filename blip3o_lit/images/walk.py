@@ -1,7 +1,5 @@
 """What lies below a folder: every entry is a picture, a tar, a caption, or is named and counted."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What doctor finds, and how it says so: a table on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Checks of the machine and its packages; nothing that might be harmful is imported."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import platform

@@ -3,8 +3,6 @@
 Shape suffixes: B samples, N tokens, C channels, P text width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

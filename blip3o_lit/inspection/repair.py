@@ -1,7 +1,5 @@
 """Writes a store's index again, from the shards that are sound, and names what is lost."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -12,18 +10,18 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from blip3o_lit.base.files import write_synced
+from blip3o_lit.base.files import sha256_of, write_synced
 from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.inspection.store import file_hash, shard_problem
+from blip3o_lit.inspection.store import shard_problem
 from blip3o_lit.tokens.store import tar
 from blip3o_lit.tokens.store.index import STORED, ArraySpec, ShardEntry, TokenIndex
+from blip3o_lit.tokens.store.int8 import SCALES_FILE, scale_array, scale_hash
 from blip3o_lit.tokens.store.mapped_shard import map_tar, scan
 from blip3o_lit.tokens.store.shards import pack_offsets
-from blip3o_lit.tokens.store.storage import SCALES_FILE, scale_array, scale_hash
 from blip3o_lit.tokens.views import GRID_64
 
-SHARD = re.compile(r"([A-Za-z0-9_-]+)-(\d{6})\.tar")
+SHARD = re.compile(r"([A-Za-z0-9_-]+)-(\d{6,})\.tar")
 STORAGES = {npy_type: name for name, npy_type in STORED.items()}
 
 
@@ -43,9 +41,6 @@ def repair(folder: Path) -> Repaired:
 
     A shard that the index lists is sound when its size, checksum and every header are right; one
     that it does not list, when every header is.
-
-    Raises:
-        UserError: If no shard is sound, or the folder can't be written.
     """
     if not folder.is_dir():
         raise UserError(f"tokens={folder} is no folder")
@@ -59,10 +54,12 @@ def repair(folder: Path) -> Repaired:
         if not sound:
             raise UserError(f"{folder} has no sound shard: extract or convert again")
         rejects = data.get("rejects")
+        grids = {spec.grid for spec in arrays.values() if spec.kind == "tokens"}
+        reduced = "grid_64" if grids == {GRID_64} else None
         index = TokenIndex(
             arrays,
             sound,
-            data["reduced"] if "reduced" in data else _reduced(arrays),
+            data.get("reduced", reduced),
             str(data.get("split_rule", "")),
             rejects if type(rejects) is int else 0,
             thumbnails,
@@ -148,14 +145,9 @@ def _sound(
     offsets = scan(map_tar(path), arrays, thumbnails, name, promise)
     if entry is None:
         idx_name, size = path.with_suffix(".idx").name, path.stat().st_size
-        entry = ShardEntry(name, idx_name, parts[1], len(offsets), size, file_hash(path))
+        entry = ShardEntry(name, idx_name, parts[1], len(offsets), size, sha256_of(path))
     write_synced(folder / entry.offsets, pack_offsets(offsets, entry.sha256))
     return entry
-
-
-def _reduced(arrays: dict[str, ArraySpec]) -> str | None:
-    grids = {spec.grid for spec in arrays.values() if spec.kind == "tokens"}
-    return "grid_64" if grids == {GRID_64} else None
 
 
 def _arrays_of_shards(folder: Path) -> tuple[dict[str, ArraySpec], bool]:

@@ -3,8 +3,6 @@
 Shape suffixes: B samples, N tokens, C channels.
 """
 
-from __future__ import annotations
-
 import hashlib
 import stat
 from collections import Counter
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_lit.base.files import sha256_of
 from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.drawing.thumbnail import opened
@@ -22,16 +21,11 @@ from blip3o_lit.inspection.finding import Finding
 from blip3o_lit.inspection.numbers import ArrayNumbers
 from blip3o_lit.tokens.classes import Classes
 from blip3o_lit.tokens.store.heads import HEADS_FILE, Head
-from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex, repair_command
+from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex, repair_command
+from blip3o_lit.tokens.store.int8 import dequantise, load_scales, scale_array
 from blip3o_lit.tokens.store.mapped_shard import Shard
 from blip3o_lit.tokens.store.shards import unpack_offsets
-from blip3o_lit.tokens.store.storage import (
-    TORCH_TYPES,
-    dequantise,
-    finite,
-    load_scales,
-    scale_array,
-)
+from blip3o_lit.tokens.store.storage import TORCH_TYPES, finite
 
 READ_SAMPLES = 16
 NAMED = 5
@@ -46,8 +40,7 @@ class Inspection:
         self.findings: list[Finding] = []
         specs = self.index.arrays
         self.numbers = {n: ArrayNumbers(spec) for n, spec in specs.items() if spec.kind != "scale"}
-        tokens = [name for name, spec in specs.items() if spec.kind == "tokens"]
-        self.condition = "eva" if "eva" in tokens else next(iter(tokens), "")
+        self.condition = condition_of(self.index)
         self.samples = self.captions = 0
         self._problems: Counter[str] = Counter()
         self._keys: dict[bytes, str] = {}
@@ -145,21 +138,20 @@ class Inspection:
                 says = f"sample {key} in {file}: {name} holds NaN or infinity"
                 self.note("fail", "numbers", says, "extract it again")
             if name == self.condition:
-                self.content(stored[int(spec.cls) :], key, file, split)
+                self.content(content_mark(shard, name, spec, sample), key, file, split)
         return sound
 
-    def content(self, patches: np.ndarray, key: str, file: str, split: str) -> None:
+    def content(self, mark: bytes, key: str, file: str, split: str) -> None:
         here = f"{key} in {file}"
-        mark = digest(np.ascontiguousarray(patches).data)
         other_split, place = self._contents.setdefault(mark, (split, here))
         if place == here:
             return
         if other_split != split:
             says = f"{place} ({other_split}) and {here} ({split}) hold the same tokens"
-            self.note("fail", "split leakage", says, "extract or convert again: splits by content")
+            self.note("fail", "split leakage", says, "deduplicate=true takes the training one out")
         else:
             says = f"{place} and {here} hold the same tokens"
-            self.note("warn", "duplicate content", says, "drop one of them")
+            self.note("warn", "duplicate content", says, "deduplicate=true drops one of them")
 
     def conclude(self) -> None:
         """Add the findings that need all samples."""
@@ -226,6 +218,18 @@ class Inspection:
                 yield Finding("ok", f"storage of {name}", says)
 
 
+def condition_of(index: TokenIndex) -> str:
+    """Return the array whose patches tell samples apart; empty without tokens."""
+    tokens = [name for name, spec in index.arrays.items() if spec.kind == "tokens"]
+    return "eva" if "eva" in tokens else next(iter(tokens), "")
+
+
+def content_mark(shard: Shard, name: str, spec: ArraySpec, sample: int) -> bytes:
+    """Return the hash of a sample's stored patches."""
+    patches = shard.stored(name, spec, sample)[int(spec.cls) :]
+    return digest(np.ascontiguousarray(patches).data)
+
+
 def shard_problem(folder: Path, entry: ShardEntry) -> str:
     """Compare a tar's size and checksum with the index; empty when both are right."""
     path = folder / entry.file
@@ -237,14 +241,9 @@ def shard_problem(folder: Path, entry: ShardEntry) -> str:
         return f"{entry.file} is no regular file"
     if facts.st_size != entry.bytes:
         return f"{entry.file} has {facts.st_size} bytes, index.json promises {entry.bytes}"
-    if file_hash(path) != entry.sha256:
+    if sha256_of(path) != entry.sha256:
         return f"{entry.file} has another sha256 than index.json says: its content changed"
     return ""
-
-
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(content: bytes | memoryview) -> bytes:

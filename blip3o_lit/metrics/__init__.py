@@ -4,8 +4,6 @@ The room imports torchmetrics without its optional companions, which would slow 
 start for metrics that nobody here uses.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 import sys

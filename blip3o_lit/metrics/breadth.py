@@ -3,8 +3,6 @@
 Shape suffixes: B images, N tokens (CLS first where there is one), D token width.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -8,8 +8,6 @@ If samples and truth are drawn from the same posterior, independently, then
 Shape suffixes: K samples, B images, N tokens, D token width.
 """
 
-from __future__ import annotations
-
 from itertools import combinations
 from typing import Any
 

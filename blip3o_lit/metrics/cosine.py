@@ -4,8 +4,6 @@ Everything is computed in raw token space and in float64.
 Shape suffixes: B images, N tokens (CLS first where there is one), D token width.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -6,8 +6,6 @@ only read beside the floor: the distance between two halves of the true set.
 Shape suffixes: B vectors, D channels.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric

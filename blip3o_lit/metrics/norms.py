@@ -5,8 +5,6 @@ tokens hides whether those come out right.
 Shape suffixes: B images, N tokens, D token width, R ranges.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

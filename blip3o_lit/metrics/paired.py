@@ -1,7 +1,5 @@
 """Is one model better than another on the same images? A paired comparison of per-image scores."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -6,8 +6,6 @@ that a constant image embedding scores what chance scores.
 Shape suffixes: B images, P embedding width, Q queries, G gallery, U distinct captions.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

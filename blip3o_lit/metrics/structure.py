@@ -3,8 +3,6 @@
 Shape suffixes: G groups, n vectors of a group, D and E channels, B images, K neighbours.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -82,7 +80,6 @@ class MutualNeighbours(Metric):
         self.add_state("y", [], dist_reduce_fx="cat")
 
     def update(self, x_BD: Tensor, y_BE: Tensor) -> None:
-        """Add a pair of vectors per image."""
         self.x.append(F.normalize(x_BD.float(), dim=-1))
         self.y.append(F.normalize(y_BE.float(), dim=-1))
 

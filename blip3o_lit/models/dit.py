@@ -100,7 +100,7 @@ class DiT(Network):
             condition_BMC = condition_BMC[:, 1:]
         tokens_BNW = self.condition(condition_BMC.to(dtype))
         if self.cls_condition is not None:
-            cls_BNW = self.cls_condition.to(tokens_BNW.dtype).expand(len(tokens_BNW), 1, -1)
+            cls_BNW = self.cls_condition.to(tokens_BNW.dtype).expand(tokens_BNW.shape[0], 1, -1)
             tokens_BNW = torch.cat((cls_BNW, tokens_BNW), 1)
         return EncodedCondition(tokens_BNW, pooled_BW, None)
 

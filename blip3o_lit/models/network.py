@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.models.initialisation import Rules, apply_rules, narrow_normal, rules_of_layers
 from blip3o_lit.models.layers import TimeEmbedding, rope_table
+from blip3o_lit.models.recomputation import recomputed
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one cross-attention, each [B, M, G, K]."""
@@ -52,6 +52,8 @@ class Network(nn.Module):
     rope: Tensor | None
     rope_condition: Tensor | None
     rope_base = 100.0
+    compiled = False
+    """Whether blocks run through torch.compile."""
 
     def __init__(self, config: ModelConfig, shape: PairShape) -> None:
         super().__init__()
@@ -140,12 +142,14 @@ class Network(nn.Module):
         self, x_BNW: Tensor, modulation: Sequence[Tensor | None], encoded: EncodedCondition
     ) -> Tensor:
         """Apply the blocks in turn, each with its own modulation, keys and values."""
-        recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
+        budget = self.config.kept_activations
+        if self.compiled and budget:  # the compiler has been told
+            budget = 1.0
         rope = None if self.rope is None else self.rope.to(x_BNW.dtype)
         keys_values = encoded.keys_values or [None] * len(self.blocks)
         for block, rows, pair in zip(self.blocks, modulation, keys_values):
-            if recompute:
-                x_BNW = checkpoint(block, x_BNW, rows, rope, pair, use_reentrant=False)  # type: ignore[assignment]
+            if budget < 1 and torch.is_grad_enabled():
+                x_BNW = recomputed(block, budget, x_BNW, rows, rope, pair)
             else:
                 x_BNW = block(x_BNW, rows, rope, pair)
         return x_BNW
@@ -156,11 +160,18 @@ class Network(nn.Module):
         Before a network is sharded: the gathering of weights stays outside the graph.
         """
         import torch._dynamo  # seconds
+        import torch._functorch.config
 
         # Graphs are not cut at DDP's buckets: a block is a small part of the network.
         torch._dynamo.config.optimize_ddp = False
+        budget = self.config.kept_activations or 1.0
+        if torch._functorch.config.activation_memory_budget != budget:
+            torch._dynamo.reset()  # graphs of an earlier network keep what that one was to keep
+            torch._functorch.config.activation_memory_budget = budget
+        self.compiled = True
+        options = {"combo_kernels": True} if self.config.compile == "combined" else None
         for block in self.blocks:
-            block.compile(backend=backend, fullgraph=True)
+            block.compile(backend=backend, fullgraph=True, options=options)
 
     def forward_flops(self, batch: int = 1) -> int:
         """Matmul FLOPs of a forward call with an unencoded condition; training costs 3 times it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from blip3o_lit.base.shape import PairShape
+from blip3o_lit.config import registry as register
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.models.dit import DiT
 from blip3o_lit.models.network import Network
@@ -15,4 +17,10 @@ def build_network(config: ModelConfig, shape: PairShape) -> Network:
     Raises:
         UserError: If the network cannot join these two shapes.
     """
-    return {"dit": DiT, "nextdit": NextDiT}[config.architecture](config, shape)
+    own: dict[str, type[Network]] = {"dit": DiT, "nextdit": NextDiT}
+    if config.architecture in own:
+        return own[config.architecture](config, shape)
+    network = register.network.build(config.architecture, config, shape)
+    if not isinstance(network, Network):
+        raise UserError(f"model.architecture={config.architecture} is no models.network.Network")
+    return network

@@ -75,13 +75,16 @@ one machine, and two ranks, decide alike."""
 
 @cache
 def bf16_is_faster(device: str) -> bool:
-    """Whether a device computes bf16 products faster than fp32 ones, measured for 0.1 s.
+    """Whether a device computes bf16 products faster than fp32 ones, measured for 0.2 s.
 
-    CPUs without instructions for bf16 compute such products several times slower.
+    CPUs without instructions for bf16 compute such products several times slower. The formats take
+    turns, so that what else runs on the machine slows both.
     """
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16, fp32 = (product_seconds(device, dtype) for dtype in (torch.bfloat16, torch.float32))
+    formats = torch.bfloat16, torch.float32
+    turns = [[product_seconds(device, form, window=0.01) for form in formats] for _ in range(10)]
+    bf16, fp32 = (min(column) for column in zip(*turns))
     return GAIN * bf16 < fp32
 
 
@@ -89,19 +92,21 @@ def product_seconds(
     device: torch.device | str,
     dtype: torch.dtype,
     shape: tuple[int, int, int] = (1024, 256, 512),
+    window: float = 0.05,
 ) -> float:
-    """Return the best time of a matrix product in 0.05 s of them, after one to warm up.
+    """Return the best time of a matrix product in `window` seconds of them, after one to warm up.
 
     Args:
         device: Where it is computed.
         dtype: Format of both factors.
         shape: I, J, K of [I, J] @ [J, K]; by default about those of a small network.
+        window: Seconds to repeat it for.
     """
     rows, inner, columns = shape
     a = torch.randn(rows, inner, device=device).to(dtype)
     b = torch.randn(columns, inner, device=device).to(dtype)
     torch.mm(a, b.T)
-    best, end = float("inf"), time.perf_counter() + 0.05
+    best, end = float("inf"), time.perf_counter() + window
     while True:
         started = time.perf_counter()
         torch.mm(a, b.T)[0, 0].item()  # waits for an accelerator

@@ -1,15 +1,15 @@
-"""Write the report of a run or of a sweep again, or one of a run's pictures alone.
+"""Write the report of a run or of a sweep again, or one of a run's pictures alone; or list runs.
 
 python -m blip3o_lit.report DIR [--picture FILE.png | --drawings FILE.png]
+python -m blip3o_lit.report runs [DIR]
 """
-
-from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.report import runs
 from blip3o_lit.report.drawings import write_drawings
 from blip3o_lit.report.page import write_report
 from blip3o_lit.report.pictures import draw_picture
@@ -18,6 +18,9 @@ from blip3o_lit.report.sweep import is_sweep, write_sweep
 
 def main(words: list[str] | None = None) -> int:
     """Run the command and return its exit code: 2 for a mistake of the user's."""
+    words = sys.argv[1:] if words is None else words
+    if words[:1] == ["runs"]:
+        return _listed(words[1:])
     parser = argparse.ArgumentParser(prog="python -m blip3o_lit.report", description=__doc__)
     parser.add_argument("folder", type=Path, help="outputs/train/<run> or outputs/sweeps/<sweep>")
     parser.add_argument("--picture", type=Path, help="draw the main picture into this PNG instead")
@@ -36,6 +39,20 @@ def main(words: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(written)
+    return 0
+
+
+def _listed(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m blip3o_lit.report runs",
+        description="List the runs below a folder; with --prune, those that it would remove.",
+    )
+    runs.add_arguments(parser)
+    try:
+        runs.main(parser.parse_args(words))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

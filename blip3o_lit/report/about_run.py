@@ -1,13 +1,12 @@
 """The sections about the run itself: training curves, configuration, machine, commands."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
+from blip3o_lit.base.words import flatten
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.report import charts
 from blip3o_lit.report.record import RunRecord
-from blip3o_lit.report.tables import facts, flatten, table
+from blip3o_lit.report.tables import facts, table
 from blip3o_lit.report.templating import Section
 
 CURVES = {
@@ -19,12 +18,19 @@ CURVES = {
     "wait": ("Waiting for data", "share of a step", {"data wait": "data_wait"}),
 }
 """Name -> title, unit, and the column of metrics.csv of each line's label."""
+TIMED = "val/timed_loss_"
 LARGE = ("loss", "cosine")
 
 
 def training(record: RunRecord) -> Section:
     drawn, figures = {}, []
-    for name, (title, unit, columns) in CURVES.items():
+    timed = {
+        column.removeprefix(TIMED).replace("t", "t = "): column
+        for column in record.metrics
+        if column.startswith(f"{TIMED}t")
+    }
+    curves = CURVES | {"timed": ("Validation loss at fixed times", "loss", timed)}
+    for name, (title, unit, columns) in curves.items():
         lines = {label: record.curve(column) for label, column in columns.items()}
         lines = {label: points for label, points in lines.items() if points}
         if lines:

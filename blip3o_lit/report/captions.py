@@ -1,7 +1,5 @@
 """The sections about pictures: which do their tokens find and name, and which came out how."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any

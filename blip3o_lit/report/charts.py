@@ -3,8 +3,6 @@
 Ranges, ticks, labels and their overlap are Altair's own.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import altair as alt

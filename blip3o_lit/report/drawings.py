@@ -1,7 +1,5 @@
 """The section that the page opens with: rows of drawn tokens, and how near they come, in dB."""
 
-from __future__ import annotations
-
 import base64
 import io
 from pathlib import Path

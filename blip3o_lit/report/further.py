@@ -1,7 +1,5 @@
 """Sections of evaluations that asked for more: samples, times, another run, and all the rest."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from blip3o_lit.report import charts
@@ -15,7 +13,7 @@ SHOWN = {
     *("standing", "verdict_note", "estimators", "baselines", "optimum", "frechet_floor"),
     *("nfe_curve", "position_cosine", "position_std", "retrieval", "zero_shot", "worst"),
     *("examples", "samples", "drawings", "time_bins", "paired", "against", "swapped"),
-    "fitted_solvers",
+    *("fitted_solvers", "stores"),
 }
 """Blocks of `evaluation.json` that a section of their own shows."""
 DIFFERENCE = ("Difference", "95 % from", "95 % to", "p", "Share of wins", "Images")
@@ -40,6 +38,21 @@ def against(record: RunRecord) -> Section | None:
         "images": images,
     }
     return Section("against", "Against the baselines, image by image", data)
+
+
+def stores(record: RunRecord) -> Section | None:
+    """Return the cosine on each store's own images, where a run has several."""
+    blocks = {n: mapping(b) for n, b in mapping(record.evaluation.get("stores")).items()}
+    found = {name: mapping(block.get("cosine")) for name, block in blocks.items()}
+    estimators = list(dict.fromkeys(key for cosines in found.values() for key in cosines))
+    if not estimators:
+        return None
+    lines = [
+        [name, block.get("images"), *(found[name].get(key) for key in estimators)]
+        for name, block in blocks.items()
+    ]
+    heads = ["Store", "Images", *(estimator(key) for key in estimators)]
+    return Section("stores", "By store", {"numbers": table(heads, lines)})
 
 
 def samples(record: RunRecord) -> Section | None:

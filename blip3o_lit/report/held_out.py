@@ -1,7 +1,5 @@
 """The sections about held-out numbers: result, position map, sampling."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from blip3o_lit.report import charts, tradeoffs

@@ -4,8 +4,6 @@ To add a section, write a function that takes a `RunRecord` and returns a `Secti
 the run has nothing for it; name it here, and write its macro in `templates/sections.html.j2`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from blip3o_lit.report import about_run, captions, drawings, further, held_out
@@ -15,7 +13,7 @@ from blip3o_lit.report.templating import write_page
 SECTIONS = (
     *(drawings.drawings, held_out.result, held_out.positions, held_out.sampling),
     *(drawings.hidden_half, captions.retrieval, captions.images),
-    *(further.against, further.samples, further.fitted_solvers, further.times),
+    *(further.stores, further.against, further.samples, further.fitted_solvers, further.times),
     *(further.paired, further.rest),
     *(about_run.training, about_run.configuration, about_run.environment, about_run.repeat),
 )

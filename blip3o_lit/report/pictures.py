@@ -1,7 +1,5 @@
 """The main picture of a run as a PNG: where it works, what sampling costs, who it beats."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

@@ -7,7 +7,6 @@ that is there but can't be read is a mistake that the user hears about.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import shlex
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from blip3o_lit.base.files import check_format
-from blip3o_lit.base.words import pasteable
+from blip3o_lit.base.files import check_format, read_json
+from blip3o_lit.base.words import override
 from blip3o_lit.config.errors import UserError
 
 FORMAT = 1
@@ -52,7 +51,7 @@ class RunRecord:
         if not path.is_dir():
             raise UserError(f"{path} is not a run directory: name one, such as outputs/<run>")
         names = ("evaluation", "result", "environment", "job")
-        files = {name: _json(path / f"{name}.json") for name in names}
+        files = {name: read_json(path / f"{name}.json", "write it again") for name in names}
         check_format(path / "evaluation.json", files["evaluation"].get("format", FORMAT), FORMAT)
         config = path / "config.yaml"
         return cls(
@@ -76,11 +75,13 @@ class RunRecord:
 
     @property
     def evaluate_command(self) -> str:
-        """The shell command that evaluates this run's best checkpoint."""
+        """The shell command of the evaluation; before there is one, of the best checkpoint's."""
         folder = self.path / "checkpoints"
         files = [folder / "best.ckpt", *sorted(folder.glob("*.ckpt"), reverse=True)]
         checkpoint = next((file for file in files if file.exists()), files[0])
-        return f"python -m blip3o_lit.evaluate {pasteable('ckpt', checkpoint)} baselines=all"
+        words = self.evaluation.get("overrides", ["baselines=all"])
+        ckpt = self.evaluation.get("ckpt", checkpoint)
+        return shlex.join(["python", "-m", "blip3o_lit.evaluate", override("ckpt", ckpt), *words])
 
     def curve(self, name: str) -> Curve:
         """Return a training curve by its short name, thinned to `ROWS` points by local means.
@@ -115,16 +116,6 @@ def mappings(value: object) -> list[dict[str, Any]]:
 
 def _text(path: Path) -> str:
     return path.read_text("utf-8") if path.is_file() else ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_text(path)) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): write it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not an object: write it again")
-    return content
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Names, order and number formats of the scores; which rows a table has and which comes first."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,18 +1,17 @@
 """The page of a sweep: every run in one table, what each setting does, the best run's command."""
 
-from __future__ import annotations
-
 import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blip3o_lit.base.words import flatten
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.report import charts
 from blip3o_lit.report.record import RunRecord, finite, mapping
 from blip3o_lit.report.scores import headline, rows, source
-from blip3o_lit.report.tables import flatten, table
+from blip3o_lit.report.tables import table
 from blip3o_lit.report.templating import Section, write_page
 
 CURVES = 6

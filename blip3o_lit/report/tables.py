@@ -1,12 +1,11 @@
 """Tables as plain cells: the text that is shown, and the key that a column sorts by."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from blip3o_lit.base.words import flatten
 from blip3o_lit.report.record import finite
 from blip3o_lit.report.scores import MISSING, significant
 
@@ -37,17 +36,6 @@ def table(heads: Sequence[str], lines: Iterable[Sequence[object]]) -> Table:
 
 def facts(values: dict[str, Any]) -> Table:
     return table(["Name", "Value"], [(key, _fact(value)) for key, value in flatten(values).items()])
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested dict as one level, keys joined with dots."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def cell(value: object) -> Cell:

@@ -4,8 +4,6 @@ A page carries its styles, scripts and numbers itself. Its content security poli
 its own two scripts by hash and no request at all, so a name that a run brought in can't run code.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

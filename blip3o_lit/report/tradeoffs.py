@@ -1,7 +1,5 @@
 """What sampling costs and buys: scores against network evaluations, fidelity against realism."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import altair as alt

@@ -4,8 +4,6 @@ NumPy's and torch's own rebuilding functions are not called with what a file say
 stride and type is checked against the bytes that exist first.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ Pickles are converted first, once, into a token store beside them; an output dir
 run directory. Nothing of the seeds is imported or unpickled. `flags.py` holds the tables.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import shlex
@@ -319,12 +317,7 @@ def prepare(options: argparse.Namespace) -> list[Step]:
 
 
 def main(arguments: list[str], run: Callable[[Step], int] = run_step) -> int:
-    """Translate, print and run; return the exit code.
-
-    Args:
-        arguments: The words after `scripts/from_seed.py`.
-        run: How a step is run.
-    """
+    """Translate, print and run the words after `scripts/from_seed.py`; return the exit code."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--images", help="images of an extraction: a folder, tars, or demo")
     parser.add_argument("--shrink", action="store_true", help="a network of a toy's size")

@@ -11,8 +11,6 @@ Shapes: n samples, C channels; CLS is the first of 257 tokens.
 | COCO | `<side>_embeddings` [n, 64, 256 or 257, C] |
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -117,7 +115,6 @@ def _load(path: Path) -> Any:
 
 
 def _side(data: dict[Any, Any], side: str, mode: str, path: Path) -> Side:
-    """Return the arrays of one side, checked."""
     keys = TOKEN_KEYS if mode == "grid_64" else FULL_KEYS + TOKEN_KEYS
     names = [key.format(side) for key in keys]
     name = next((name for name in names if data.get(name) is not None), None)

@@ -4,8 +4,6 @@ docs/migrating.md prints them. In an override, a key without `=` takes the flag'
 braces are those of `WORDS`, and `convert.` stands before options of the conversion.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from blip3o_lit.config.errors import UserError, nearest

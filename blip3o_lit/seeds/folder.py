@@ -1,7 +1,5 @@
 """Which files of a folder are the seeds' embeddings, and what its manifest misses."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -4,8 +4,6 @@ Globals stay names (`find_class`), bytes are views of the mapped file, and a dic
 tensor's bytes hold more pickles, read by the same rules. Why not the C unpickler: docs/tried.md.
 """
 
-from __future__ import annotations
-
 import mmap
 import pickle
 import pickletools

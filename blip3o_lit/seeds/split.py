@@ -1,7 +1,5 @@
 """Which split a converted sample belongs to: by its content, or by the seeds' own shuffles."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import random

@@ -7,11 +7,8 @@ undisturbed run.
 Shape suffixes: S samples, N tokens, C width.
 """
 
-from __future__ import annotations
-
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_lit.base.files import claimed, write_synced
+from blip3o_lit.base.files import check_disk, claimed, write_synced
 from blip3o_lit.base.progress import Work
 from blip3o_lit.config.convert import ConvertConfig
 from blip3o_lit.config.errors import UserError
@@ -28,8 +25,8 @@ from blip3o_lit.seeds.journal import NAME, Journal
 from blip3o_lit.seeds.split import Split
 from blip3o_lit.seeds.survey import KEY_LENGTH, Survey, clean, take_survey
 from blip3o_lit.tokens.store.index import SCHEMA, ArraySpec, ShardEntry, TokenIndex
+from blip3o_lit.tokens.store.int8 import fit_int8, load_scales, save_scales, with_token_scales
 from blip3o_lit.tokens.store.shards import ShardWriter
-from blip3o_lit.tokens.store.storage import fit_int8, load_scales, save_scales, with_token_scales
 
 PART_SHARDS = 16
 BATCH_BYTES = 1 << 26
@@ -43,11 +40,7 @@ SMALL = 20
 
 
 def convert(config: ConvertConfig) -> TokenIndex:
-    """Convert files and return the index of the finished store.
-
-    Raises:
-        UserError: On unsafe, damaged or contradictory input, a full disk, or a folder in use.
-    """
+    """Convert files and return the index of the finished store."""
     if config.source is None or config.out is None:
         raise UserError("convert needs source=PATH (the seeds' file or folder) and out=DIR")
     source, out = Path(config.source).expanduser(), Path(config.out).expanduser()
@@ -140,12 +133,8 @@ class Conversion:
 
     def check_space(self, samples: int) -> None:
         sample_bytes = sum(spec.nbytes for spec in self.arrays.values()) + SAMPLE_OVERHEAD
-        needed, free = samples * sample_bytes, shutil.disk_usage(self.out).free
-        if needed > free:
-            raise UserError(
-                f"out={self.out} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB "
-                "free: choose another disk with out=DIR"
-            )
+        fix = "choose another disk with out=DIR"
+        check_disk(self.out, samples * sample_bytes, f"{samples} samples need", fix)
 
     def copy_file(self, number: int, start: int, first: int, work: Work) -> None:
         """Convert a file from row `first` on; `start` is its first sample's number among all."""
@@ -235,7 +224,6 @@ class Conversion:
 
 
 def metadata(legacy: LegacyFile, row: int, key: str) -> dict[str, Any]:
-    """Return the content of KEY.json."""
     own = legacy.keys[row]
     entry = {
         "caption": plain(legacy.captions[row] or ""),

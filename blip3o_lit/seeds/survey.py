@@ -1,7 +1,5 @@
 """What the seeds' files hold together: counts, shapes and repeated keys; nothing is written."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path

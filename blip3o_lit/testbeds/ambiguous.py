@@ -7,8 +7,6 @@ an image in the same one.
 Shapes: B batch, N tokens, C condition width, D target width, K modes.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -57,9 +55,6 @@ def coverage(store: Path | str, condition_BNC: Tensor, generated_BND: Tensor) ->
         |share - weight|; `spread`: mean squared distance to the image's mode in units of a correct
         sample's (1 is right, 0 has no spread, far above 1 lies between modes); `agreement`: share
         of tokens that are nearest to their image's mode.
-
-    Raises:
-        UserError: If the store has no known posterior.
     """
     problem = Problem.load(store)
     residual_BND = generated_BND.double() - problem.posterior_mean(condition_BNC)

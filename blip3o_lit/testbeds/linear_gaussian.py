@@ -1,7 +1,5 @@
 """The `linear_gaussian` testbed: x1 = mu + A c + B e for each token, its posterior Gaussian."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,11 +37,7 @@ def draw(config: LinearGaussianConfig) -> Problem:
 
 
 def linear_gaussian_store(config: LinearGaussianConfig) -> Path:
-    """Return the store of a configuration, built on first use.
-
-    Raises:
-        UserError: If the rank or the number of outlier channels exceeds the widths.
-    """
+    """Return the store of a configuration, built on first use."""
     images = {"train": config.images, "validation": config.validation_images}
     size = Size(images, config.grid, config.seed)
     return build("linear_gaussian", asdict(config), draw(config), size)

@@ -1,17 +1,18 @@
 """From the data group to the token store it names; the demo and the testbeds build themselves."""
 
-from __future__ import annotations
-
+from blip3o_lit.config.checks import paths_of
 from blip3o_lit.config.data import DataConfig
 
 
-def token_store(data: DataConfig) -> str:
-    """Return the folder or URL of the token store, built first where that is our task.
+def token_stores(data: DataConfig) -> dict[str, float | None]:
+    """Return the token stores of a run with their weights; None where it has none.
 
-    `data.tokens`, where given, wins over every name.
+    `data.tokens`, where given, wins over every name; other stores are built first.
     """
-    if data.tokens:
-        return data.tokens
+    return paths_of("data.tokens", data.tokens) or {_built_store(data): None}
+
+
+def _built_store(data: DataConfig) -> str:
     if data.name == "linear_gaussian":
         from blip3o_lit.testbeds.linear_gaussian import linear_gaussian_store
 

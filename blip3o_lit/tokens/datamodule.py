@@ -6,28 +6,38 @@ import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.batches import BatchPlan, batch_plan
 from blip3o_lit.tokens.reading.loader import TokenLoader, ValidationLoader
-from blip3o_lit.tokens.reading.order import SampleOrder
+from blip3o_lit.tokens.reading.mixture import MixedReader, StoreSet, order_of
 from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, on_device
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.reading.stream import StreamLoader, StreamReader
-from blip3o_lit.tokens.statistics import Standardizer, cached_standardizers, reader_batches
+from blip3o_lit.tokens.statistics import (
+    Pair,
+    Standardizer,
+    cached_standardizers,
+    kept_standardizers,
+    mixture_moments,
+    pair_moments,
+    reader_batches,
+)
 from blip3o_lit.tokens.store.remote_store import RemoteStore, is_url
 
 TRAIN, VALIDATION = "train", "validation"
 
 
 class TokenDataModule(pl.LightningDataModule):
-    """Token pairs of one store (a folder or URL), seen through one mode.
+    """Token pairs of a store (a folder or URL), or of several, seen through one mode.
 
     `open()` needs no Trainer; after it `shape`, `train`, `validation` and the standardizers are
     there. The run is one Lightning epoch of `steps * accumulation` micro-batches. `batch_size`
@@ -37,6 +47,8 @@ class TokenDataModule(pl.LightningDataModule):
     shape: PairShape
     train: TokenReader | StreamReader
     validation: TokenReader | None
+    facts: dict[str, Any]
+    """What a run's record says of its data: path, content hash, and each store of several."""
     condition_standardizer: Standardizer
     target_standardizer: Standardizer
 
@@ -44,7 +56,7 @@ class TokenDataModule(pl.LightningDataModule):
         self,
         data: DataConfig,
         mode: ModeConfig,
-        store: Path | str,
+        store: Path | str | dict[str, float | None],
         seed: int,
         batch_size: int,
         micro_batch_size: int | None = None,
@@ -52,17 +64,22 @@ class TokenDataModule(pl.LightningDataModule):
         validation_images: int | None = None,
     ) -> None:
         super().__init__()
-        self.data, self.mode, self.store_path = data, mode, store
+        self.data, self.mode = data, mode
+        self.stores = store if isinstance(store, dict) else {str(store): None}
+        self.store_path = " + ".join(self.stores)
         self.seed, self.batch_size, self.micro_batch_size = seed, batch_size, micro_batch_size
         self.steps = steps
         limits = [n for n in (data.validation_subset, validation_images) if n]
         self._validation_limit = min(limits) if limits else None
 
-    def open(self) -> None:
-        """Open the store, choose both splits and compute or load their statistics."""
+    def open(self, ranks: FirstRank = ALONE) -> None:
+        """Open the store, choose both splits and load their statistics; the first rank's work."""
         data, limit = self.data, self._validation_limit
         sides = (data.condition, data.target, self.mode)
         batches: Callable[[int], Iterable[Batch]]
+        if len(self.stores) > 1:
+            self._open_several(ranks)
+            return
         if is_url(self.store_path):
             remote = RemoteStore(str(self.store_path), data.verify)
             index = remote.index
@@ -78,9 +95,39 @@ class TokenDataModule(pl.LightningDataModule):
             held_out = remote.local_split(VALIDATION, limit) if remote else store
             self.validation = TokenReader(held_out, VALIDATION, *sides, limit=limit)
         self.shape = self.train.shape
+        self.facts = {"path": self.store_path, "hash": self.train.content_hash}
         images = min(data.statistics_images, len(self.train))
         self.condition_standardizer, self.target_standardizer = cached_standardizers(
-            self.train.content_hash, self.shape, images, partial(batches, images)
+            self.train.content_hash, self.shape, images, partial(batches, images), ranks
+        )
+
+    def _open_several(self, ranks: FirstRank) -> None:
+        """Open stores that are read as one; those of equal content are one."""
+        data = self.data
+        sides = (data.condition, data.target, self.mode)
+        stores = StoreSet(self.stores, data.verify)
+        stores.check(sides[:2])
+        self.train = train = stores.reader(
+            TRAIN, *sides, data.max_shards, data.subset, weighted=True
+        )
+        self.validation = None
+        if stores.with_split(VALIDATION):
+            self.validation = stores.reader(VALIDATION, *sides, limit=self._validation_limit)
+        self.shape = train.shape
+        self.facts = {"path": str(stores.stores[0].path), "hash": train.content_hash}
+        if len(stores.stores) > 1:
+            self.facts["stores"] = stores.facts()
+        images = data.statistics_images  # a store of a small share may give all of its own
+        if not isinstance(train, MixedReader):
+            images = min(images, len(train))
+
+        def moments() -> Pair:
+            if isinstance(train, MixedReader):
+                return mixture_moments(train, images, data.threads)
+            return pair_moments(reader_batches(train, images, data.threads), train.shape)
+
+        self.condition_standardizer, self.target_standardizer = kept_standardizers(
+            train.content_hash, self.shape, images, moments, ranks
         )
 
     def steps_for(self, max_steps: int, max_epochs: int | None) -> int:
@@ -107,6 +154,16 @@ class TokenDataModule(pl.LightningDataModule):
             stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         return batch_plan(self.batch_size, self.micro_batch_size, world_size), rank, stream
 
+    tower_bytes = tower_flops = 0
+    """Memory of the data's own networks on a process, and their arithmetic per image."""
+
+    def compile_towers(self) -> None:
+        """Compile the data's own networks."""
+
+    def encoded(self, batch: Batch) -> Batch:
+        """Return a batch on the device with its tokens, which a store has ready."""
+        return batch
+
     def transfer_batch_to_device(
         self, batch: PackedBatch, device: torch.device, dataloader_idx: int
     ) -> Batch:
@@ -118,7 +175,7 @@ class TokenDataModule(pl.LightningDataModule):
         plan, rank, stream = self._cut()
         if isinstance(self.train, StreamReader):
             return StreamLoader(self.train, self.seed, plan, self.steps, rank, stream)
-        order = SampleOrder(self.seed, self.train.shard_sizes, self.data.shuffle_window)
+        order = order_of(self.train, self.seed, self.data.shuffle_window)
         return TokenLoader(self.train, order, plan, self.steps, rank, self.data.threads, stream)
 
     def val_dataloader(self) -> ValidationLoader | list[ValidationLoader]:

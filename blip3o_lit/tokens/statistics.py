@@ -9,6 +9,8 @@ Shape suffixes: B samples, N tokens, R rows (tokens of several samples), C chann
 from __future__ import annotations
 
 import hashlib
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blip3o_lit.base.files import one_at_a_time, replacing
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.home import home
 from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.reading.loader import prefetch
+from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.reading.packed import Batch
 from blip3o_lit.tokens.reading.reader import TokenReader
 
@@ -41,7 +45,7 @@ VERSION = 3
 class ChannelMoments:
     """Count, mean and sum of squared deviations of rows, per channel, in fp64."""
 
-    count: int
+    count: float
     mean_C: Tensor
     m2_C: Tensor
 
@@ -66,6 +70,10 @@ class ChannelMoments:
         m2_C = self.m2_C + other.m2_C + delta_C.square() * (self.count * other.count / count)
         return ChannelMoments(count, mean_C, m2_C)
 
+    def scaled(self, factor: float) -> ChannelMoments:
+        """Return the moments of rows that count `factor` times."""
+        return ChannelMoments(self.count * factor, self.mean_C, self.m2_C * factor)
+
     @property
     def std_C(self) -> Tensor:
         """Standard deviation, never below `FLOOR` times the median channel's."""
@@ -89,6 +97,9 @@ class TokenMoments:
     def merge(self, other: TokenMoments) -> TokenMoments:
         both = self.cls.merge(other.cls) if self.cls and other.cls else None
         return TokenMoments(self.patch.merge(other.patch), both)
+
+    def scaled(self, factor: float) -> TokenMoments:
+        return TokenMoments(self.patch.scaled(factor), self.cls and self.cls.scaled(factor))
 
 
 class Standardizer(nn.Module):
@@ -125,7 +136,11 @@ class Standardizer(nn.Module):
         return torch.addcmul(self.mean_NC, x_BNC.float(), self.std_NC)
 
 
-def pair_moments(batches: Iterable[Batch], shape: PairShape) -> tuple[TokenMoments, TokenMoments]:
+Pair = tuple[TokenMoments, TokenMoments]
+"""Moments of condition and target."""
+
+
+def pair_moments(batches: Iterable[Batch], shape: PairShape) -> Pair:
     """Stream over batches; the result depends on the batches and their order alone."""
     totals: list[TokenMoments] = []
     for batch in batches:
@@ -153,9 +168,20 @@ def reader_batches(reader: TokenReader, images: int, threads: int) -> Iterable[B
     return prefetch(reader.read, pieces, threads)
 
 
-def _compute(file: Path, batches: Iterable[Batch], shape: PairShape) -> None:
+def mixture_moments(reader: MixedReader, images: int, threads: int) -> Pair:
+    """Return the moments of an epoch of several stores, from a part of each store's images."""
+    totals: list[TokenMoments] = []
+    for one, count in zip(reader.readers, reader.counts.tolist()):
+        used = min(len(one), max(1, images * count // int(reader.counts.sum())))
+        pair = pair_moments(reader_batches(one, used, threads), reader.shape)
+        scaled = [moments.scaled(count / used) for moments in pair]
+        totals = [a.merge(b) for a, b in zip(totals, scaled)] if totals else scaled
+    return totals[0], totals[1]
+
+
+def _compute(file: Path, pair: Pair, shape: PairShape) -> None:
     tensors: dict[str, Tensor] = {}
-    sides = zip(SIDES, pair_moments(batches, shape), (shape.condition, shape.target))
+    sides = zip(SIDES, pair, (shape.condition, shape.target))
     for side, moments, side_shape in sides:
         standardizer = Standardizer.of(moments, side_shape)
         tensors[f"{side}.mean"] = standardizer.mean_NC
@@ -169,17 +195,41 @@ def cached_standardizers(
     shape: PairShape,
     images: int,
     batches: Callable[[], Iterable[Batch]],
+    ranks: FirstRank = ALONE,
 ) -> tuple[Standardizer, Standardizer]:
     """Return the standardizers of condition and target, computing them once per content.
 
-    `batches`, which covers `images` images, is called when nothing is cached.
+    `batches`, which covers `images` images, is called when nothing is cached, by the first rank.
+    Ranks whose cache is another one are given the file.
     """
+    return kept_standardizers(
+        content_hash, shape, images, lambda: pair_moments(batches(), shape), ranks
+    )
+
+
+def kept_standardizers(
+    content_hash: str,
+    shape: PairShape,
+    images: int,
+    moments: Callable[[], Pair],
+    ranks: FirstRank = ALONE,
+) -> tuple[Standardizer, Standardizer]:
+    """Return standardizers as `cached_standardizers` does, from moments of both sides."""
     name = hashlib.sha256(f"{content_hash}/{images}/{VERSION}".encode()).hexdigest()[:32]
     file = home() / "statistics" / f"{name}.safetensors"
+
+    def computed() -> str:
+        if not file.is_file():
+            with one_at_a_time(file, required=False):  # of all processes of this machine one
+                if not file.is_file():
+                    _compute(file, moments(), shape)
+        # Rows repeat: little is left of them.
+        return "" if ranks.alone else b64encode(zlib.compress(file.read_bytes(), 1)).decode()
+
+    packed = ranks.finds(computed)
     if not file.is_file():
-        with one_at_a_time(file, required=False):  # Of all ranks one computes, the others wait.
-            if not file.is_file():
-                _compute(file, batches(), shape)
+        with replacing(file) as temporary:
+            temporary.write_bytes(zlib.decompress(b64decode(packed)))
     try:
         saved = load_file(file)
     except SafetensorError as error:

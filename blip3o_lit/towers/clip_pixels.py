@@ -4,8 +4,6 @@ torchvision's CenterCrop, which open_clip uses, rounds half offsets to even, and
 pixel where the difference of the sizes is odd.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

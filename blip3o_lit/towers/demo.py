@@ -4,8 +4,6 @@ Both see 64x64 pixels, so both have a 16x16 grid and a CLS token. Their weights 
 with a card; loading them needs no network.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

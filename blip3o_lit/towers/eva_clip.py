@@ -7,8 +7,7 @@ VisionTransformer is this network. The text tower is not built: the condition ne
 target's captions come from its own.
 """
 
-from __future__ import annotations
-
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -46,11 +45,16 @@ The 448 px one is called 8B-plus in the original files.
 """
 
 
-def load_eva_clip(config: TowerConfig, pretrained: bool, device: str) -> TimmTower:
+def load_eva_clip(
+    config: TowerConfig,
+    pretrained: bool,
+    device: str,
+    architectures: Mapping[str, dict[str, Any]] = ARCHITECTURES,
+) -> TimmTower:
     """Build an EVA-CLIP tower; its weights are cast on the way in, so memory holds them once."""
     model, dtype = config.model or "", DTYPES[config.precision]
-    one_of("towers.*.model", model, ARCHITECTURES)
-    sizes = ARCHITECTURES[model]
+    one_of("towers.*.model", model, architectures)
+    sizes = architectures[model]
     trunk, logit_scale = _without_weights(sizes, dtype), None
     if device != "meta" and pretrained:
         source = str(config.pretrained)

@@ -5,8 +5,6 @@ the image tower `visual.*`; below that prefix its names are timm's already. The 
 repositories (BAAI/EVA-CLIP-8B) use CLIP's names, with query, key and value apart.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

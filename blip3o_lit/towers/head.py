@@ -4,8 +4,6 @@ They turn tokens into the space where images and captions meet. The token store 
 `heads.safetensors`, so that projected tokens, retrieval and zero-shot need no tower later.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from timm.layers.norm import RmsNorm

@@ -4,10 +4,9 @@ Each kind's module is imported when it is first used, so the demo needs neither 
 list nor the hub.
 """
 
-from __future__ import annotations
-
 import torch
 
+from blip3o_lit.config import registry as register
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.towers import TRANSFORMERS, TowerConfig
 from blip3o_lit.towers.tower import Tower
@@ -29,7 +28,8 @@ def load_tower(config: TowerConfig, pretrained: bool = True, device: str = "cpu"
     Raises:
         UserError: If the model or its weights do not exist, cannot be reached or do not fit.
     """
-    if config.model is None and config.kind not in ("demo", *TRANSFORMERS):
+    own = register.tower.own(config.kind)
+    if config.model is None and config.kind not in ("demo", *TRANSFORMERS) and own is None:
         raise UserError(f"a tower of kind={config.kind} needs a model: set towers.*.model")
     folder_or_hub = (config.model or "").startswith(("local-dir:", "hf-hub:"))
     brings_weights = folder_or_hub or config.kind == "demo"
@@ -45,6 +45,9 @@ def _load(config: TowerConfig, pretrained: bool, device: str) -> Tower:
         from blip3o_lit.towers import demo
 
         return demo.load(config.model or "", pretrained and device != "meta").to(device)
+    own = register.tower.own(config.kind)
+    if own is not None:
+        return own.build(config, pretrained, device)
     if config.kind == "open_clip":
         from blip3o_lit.towers.open_clip_tower import load_open_clip as load
     elif config.kind == "timm":

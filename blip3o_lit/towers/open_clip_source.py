@@ -6,8 +6,6 @@ rule, whatever it was trained with: we take them from the pretrained tag `like`,
 And the plain `ViT-L-14` runs OpenAI's weights with the wrong GELU: we set the tag's own.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Any ViT of open_clip as a tower: a pretrained tag, a checkpoint file, a folder or a hub model."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from typing import Any
 

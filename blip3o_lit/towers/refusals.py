@@ -1,7 +1,5 @@
 """The words of errors that several kinds of towers share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from blip3o_lit.config.errors import UserError, nearest

@@ -5,8 +5,6 @@ of Handwritten Digits"), so no download is needed. A scan belongs to the trainin
 split by a hash of its pixels; no scan of a validation scene is ever in a training scene.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from dataclasses import dataclass

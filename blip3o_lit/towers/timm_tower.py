@@ -1,7 +1,5 @@
 """Any ViT of timm as a tower, without its classifier."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,6 @@ PIXEL_KEYS = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
 
 
 class TimmTower(VitTower):
-    """A ViT that timm runs."""
-
     def __init__(
         self, trunk: Any, config: TowerConfig, name: str, head: TowerHead, pixels: Pixels
     ) -> None:

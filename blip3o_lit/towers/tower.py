@@ -3,8 +3,6 @@
 Shape suffixes: B images, N tokens (CLS first where there is one), C token width, P projected.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -68,6 +66,8 @@ class Tower(nn.Module, ABC):
 
 
 class TowerCost(NamedTuple):
+    """What a tower takes."""
+
     parameters: int
     """Weights, those of a text side included."""
     bytes: int

@@ -4,8 +4,6 @@ Only what transformers itself has is built: code that a repository brings is nev
 the hub is code too, and pickled weights are not read.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -54,7 +52,6 @@ UNREADABLE = (
 
 
 def read_settings(source: str) -> Any:
-    """Read config.json."""
     folder = Path(source).expanduser()
     if not folder.is_dir() and (source.startswith(".") or not HUB_ID.fullmatch(source)):
         raise UserError(f"no such file or folder: {source}")

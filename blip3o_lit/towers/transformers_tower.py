@@ -5,8 +5,6 @@ From a local folder or the hub: `config.json`, `model.safetensors` (or shards of
 call hidden states differs between them.
 """
 
-from __future__ import annotations
-
 from functools import cached_property
 from typing import Any
 
@@ -89,7 +87,6 @@ def _blocks(vision: Any, name: str) -> nn.ModuleList:
 
 
 def _last_block(vision: Any, blocks: nn.ModuleList, images_B3SS: Tensor) -> Tensor:
-    """Return what the last block gives in a forward pass."""
     outputs: list[Any] = []
     hook = blocks[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:

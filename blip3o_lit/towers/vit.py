@@ -3,8 +3,6 @@
 Shape suffixes: B images, N tokens (CLS first), C token width, S side of the input in pixels.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ it (one file, or shards with an index), a hub repository `org/name`, or one file
 `org/name/file.pt`. Only the shards that hold wanted tensors are read or downloaded.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 import re
@@ -48,8 +46,13 @@ def find(source: str, name: str) -> Path | None:
         ) from error
 
 
-def weight_files(source: str, wanted: Wanted) -> list[Path]:
-    """Return the files of a source that hold wanted tensors."""
+def weight_files(
+    source: str,
+    wanted: Wanted,
+    singles: tuple[str, ...] = SINGLES,
+    indexes: tuple[str, ...] = INDEXES,
+) -> list[Path]:
+    """Return the files of a source that hold wanted tensors: one file, or shards with an index."""
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
@@ -59,23 +62,27 @@ def weight_files(source: str, wanted: Wanted) -> list[Path]:
         if file is None:
             raise UserError(f"no such weights file: {source}")
         return [file]
-    for name in INDEXES:
+    for name in indexes:
         index = find(source, name)
         if index is not None:
             return _shards(source, index, wanted)
-    for name in SINGLES:
+    for name in singles:
         file = find(source, name)
         if file is not None:
             return [file]
     raise UserError(
-        f"{source} holds no weights ({' or '.join(SINGLES)}), or the hub cannot be reached"
+        f"{source} holds no weights ({' or '.join(singles)}), or the hub cannot be reached"
     )
 
 
 def _shards(source: str, index: Path, wanted: Wanted) -> list[Path]:
-    places = json.loads(index.read_text())["weight_map"]
+    try:
+        places = json.loads(index.read_text("utf-8"))["weight_map"]
+        names = sorted({file for tensor, file in places.items() if wanted(tensor)})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged: {first_line(error)}") from error
     files = []
-    for name in sorted({file for tensor, file in places.items() if wanted(tensor)}):
+    for name in names:
         if Path(name).name != name:
             raise UserError(f"{index}: names files outside its folder; not read")
         file = find(source, name)

@@ -7,13 +7,24 @@ batch script without srun for a launcher's.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 from lightning.fabric.plugins.environments import lightning as lightning_environment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.launcher import PARENT, Launch, number, port_is_free
-from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.errors import LostRank, UserError
+from blip3o_lit.config.train import TrainConfig
+
+STORE = "BLIP3O_STORE"
+"""Name of the run and place of its store, as the rank 0 that started this rank left it."""
+PATIENCE = 3600.0
+"""Seconds at least for what the first rank does: it may read some thousand images."""
+_stores: dict[int, TCPStore] = {}
+"""By port: those that this process serves or has joined."""
 
 
 class Ranks(lightning_environment.LightningEnvironment):
@@ -25,11 +36,7 @@ class Ranks(lightning_environment.LightningEnvironment):
         self.rank = this.node * devices + this.local if this.rank is None else this.rank
         self.address, self.port = "127.0.0.1", 0
         if this.by != "plain" or nodes > 1:
-            hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
-            first = SLURMEnvironment.resolve_root_node_address(hosts or "127.0.0.1")
-            self.address = os.environ.get("MASTER_ADDR") or first
-            self.port = given_port(this)
-            os.environ |= {"MASTER_ADDR": self.address, "MASTER_PORT": str(self.port)}
+            self.address, self.port = given_place(this)
         rank_zero_only.rank = self.rank
 
     @property
@@ -73,6 +80,57 @@ def ranks(this: Launch, devices: int, nodes: int) -> Ranks:
     return Ranks(this, devices, nodes)
 
 
+def first_rank(this: Launch, config: TrainConfig, devices: int) -> FirstRank:
+    """Return what the first rank of a run talks to the others by, before their group stands.
+
+    `devices` are those of this machine that `trainer.devices=auto` takes.
+    """
+    wanted, nodes = config.trainer.devices, config.trainer.num_nodes
+    several = (devices if wanted == "auto" else int(wanted)) > 1
+    name = ""
+    if this.by == "parent":
+        name, address, port = os.environ[STORE].split()
+    elif this.by != "plain" or nodes > 1:
+        address, port = given_place(this)
+    elif several and config.strategy.name != "single":
+        address, port = "127.0.0.1", 0
+    else:
+        return ALONE
+    store = _meet(address, int(port), this.first, timedelta(seconds=config.strategy.timeout))
+    if not name:  # torchrun's own store outlives a run: the ranks count how many they have begun
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        run = store.add(f"first rank/{attempt}/runs of {this.rank} {this.node} {this.local}", 1)
+        name = f"first-rank/{attempt}/{run}"
+    os.environ[STORE] = f"{name} {address} {store.port}"
+    rank = int(not this.first) if this.rank is None else this.rank
+    return FirstRank(store, name, rank, this.world if this.by in ("torchrun", "srun") else None)
+
+
+def _meet(address: str, port: int, first: bool, timeout: timedelta) -> TCPStore:
+    """Serve or join a store; the process group will later meet at the same port."""
+    if port not in _stores:
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        more = {"is_master": first and not agent, "wait_for_workers": False, "multi_tenant": True}
+        try:
+            store = TCPStore(address, port, timeout=timeout, **more)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise LostRank(f"the ranks do not meet at {address}:{port}: {reason}") from error
+        store.set_timeout(max(timeout, timedelta(seconds=PATIENCE)))
+        port = store.port
+        _stores[port] = store
+    return _stores[port]
+
+
+def given_place(this: Launch) -> tuple[str, int]:
+    """Return address and port at which the ranks of a launcher meet, and tell libraries."""
+    hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+    first = SLURMEnvironment.resolve_root_node_address(hosts or "127.0.0.1")
+    address, port = os.environ.get("MASTER_ADDR") or first, given_port(this)
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    return address, port
+
+
 def given_port(this: Launch) -> int:
     """Return MASTER_PORT, or Slurm's number of the job as a port."""
     if os.environ.get("MASTER_PORT"):
@@ -82,6 +140,7 @@ def given_port(this: Launch) -> int:
     if not 0 < port < 65536:
         raise UserError(f"MASTER_PORT={port} in the environment is no port: 1 to 65535")
     # torchrun's own agent may listen there already, for all its ranks
-    if this.first and this.by in ("srun", "hand", "plain") and not port_is_free(port):
+    ours = this.by == "torchrun" or port in _stores
+    if this.first and this.by != "parent" and not ours and not port_is_free(port):
         raise UserError(f"MASTER_PORT={port} is taken on this machine: set another for all ranks")
     return port

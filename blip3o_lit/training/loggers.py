@@ -11,6 +11,7 @@ from blip3o_lit.base.secrets import masked
 from blip3o_lit.checkpoints.metrics_csv import MetricsCsv
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.training.own_parts import own_loggers
 
 
 def loggers(config: TrainConfig, run_dir: Path, resumed: Path | None, step: int) -> list[Any]:
@@ -25,7 +26,7 @@ def loggers(config: TrainConfig, run_dir: Path, resumed: Path | None, step: int)
         print("WANDB_DISABLED is set: this run is not logged to W&B")
     elif config.logger.wandb:
         places.append(_wandb(config, run_dir))
-    return places
+    return places + own_loggers(config, run_dir)
 
 
 def _wandb(config: TrainConfig, run_dir: Path) -> Any:

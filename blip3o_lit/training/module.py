@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,22 +23,30 @@ from blip3o_lit.base.secrets import masked
 from blip3o_lit.budget.plan import Plan
 from blip3o_lit.checkpoints.files import FORMAT
 from blip3o_lit.checkpoints.initial import InitialWeights
+from blip3o_lit.config.registry import origins
+from blip3o_lit.config.solver import SolverConfig, solver_from_label, started_later
+from blip3o_lit.config.train import part_names
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.pairs import UNIFORMS, pair_times
 from blip3o_lit.flow.times import training_times
 from blip3o_lit.metrics.cosine import TokenScores
+from blip3o_lit.models.float8 import float8_blocks
 from blip3o_lit.models.initialisation import is_sharded, local
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.optimizer import make_optimizer
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.batches import align_checkpoint
+from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.training.ema import ramped_decay, update_average
+from blip3o_lit.training.own_parts import check_plain
 from blip3o_lit.training.schedule import learning_rate_factor
+from blip3o_lit.training.timed_losses import TimedLosses
 from blip3o_lit.translation.translator import Translator
 
+SAMPLED_SCORES = ("cosine", "norm_ratio")
 LOGGED_SCORES = ("cosine", "cosine_centred", "mse", "r2", "norm_ratio")
 
 
@@ -55,12 +64,14 @@ class TranslationModule(LightningModule):
         self.config, self.shape, self.steps = plan.config, plan.shape, plan.steps
         self.precision = plan.placement.precision
         self.sharded = plan.placement.strategy == "fsdp2"
-        self.store_facts = {"path": masked(str(data.store_path)), "hash": data.train.content_hash}
+        self.store_facts, self.encoded = masked(data.facts), data.encoded
         with torch.device("meta"):
             self.network = build_network(self.config.model, self.shape)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.network.to(self.precision.weights)
         self.initial = initial
+        if self.config.precision.float8:
+            float8_blocks(self.network)
         if not self.sharded:
             self._start(torch.device("cpu"))
         self.objective = FlowObjective(self.config.flow)
@@ -79,6 +90,14 @@ class TranslationModule(LightningModule):
             initial.put("target_standardizer", self.target_standardizer)
             initial.put("objective", self.objective)
         self.scores = TokenScores(data.target_standardizer.mean_NC, self.shape.target)
+        self.held = data.validation if isinstance(data.validation, MixedReader) else None
+        mean_ND = data.target_standardizer.mean_NC
+        self.store_scores = nn.ModuleList(
+            TokenScores(mean_ND, self.shape.target) for _ in (self.held.names if self.held else ())
+        )
+        checks = self.config.evaluation
+        self.losses = TimedLosses(checks.loss_times) if checks.loss_times else None
+        self.sampled = nn.ModuleList(copy.deepcopy(self.scores) for _ in checks.estimators)
         self.gradient_norm: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
 
@@ -118,6 +137,7 @@ class TranslationModule(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         flow, seed = self.config.flow, self.config.seed
+        batch = self.encoded(batch)
         if self.config.model.dropout > 0:
             # Masks are a function of step and rank, so resuming is exact.
             place = (seed, self.global_step, batch_idx, self.global_rank)
@@ -180,20 +200,52 @@ class TranslationModule(LightningModule):
         return means
 
     def on_validation_epoch_start(self) -> None:
-        self.scores.reset()
+        for metric in (self.scores, self.losses, *self.store_scores, *self.sampled):
+            if metric is not None:
+                metric.reset()  # type: ignore[operator]
         self.ema.eval()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Generate the target tokens of held-out images and score them in the raw space."""
-        solver = self.config.solver
+        solver, batch = self.config.solver, self.encoded(batch)
         sample = self.translator.generate(batch["condition"], batch["sample"], 0, solver)
         self.scores.update(sample.x1_BND, batch["target"], batch["valid"])
+        if self.held is not None:
+            store_B = torch.from_numpy(self.held.numbers(batch["sample"].numpy()))
+            for number, scores in enumerate(self.store_scores):
+                own_B = (store_B == number).to(batch["valid"].device) & batch["valid"]
+                scores.update(sample.x1_BND, batch["target"], own_B)  # type: ignore[operator]
+        if self.losses is not None:
+            self.losses.update(self.translator, batch)
+        images = self.config.evaluation.estimator_images
+        if batch_idx * len(batch["sample"]) * self.trainer.world_size >= images:
+            return  # on all ranks alike
+        counted_B = batch["valid"] & (batch["sample"] < images).to(batch["valid"].device)
+        for solver, scores in zip(self.estimators, self.sampled):
+            sample = self.translator.generate(batch["condition"], batch["sample"], 0, solver)
+            scores.update(sample.x1_BND, batch["target"], counted_B)  # type: ignore[operator]
+
+    @cached_property
+    def estimators(self) -> list[SolverConfig]:
+        """The solvers of evaluation.estimators."""
+        flow, start = self.config.flow, self.config.solver.start
+        labels = self.config.evaluation.estimators
+        return [started_later(flow, solver_from_label(label), start) for label in labels]
 
     def on_validation_epoch_end(self) -> None:
-        scores = self.scores.compute()
-        low, high = scores["cosine_ci95"]
-        logged = {name: scores[name] for name in LOGGED_SCORES if scores[name] is not None}
-        for name, value in (logged | {"cosine_low": low, "cosine_high": high}).items():
+        logged: dict[str, Any] = {}
+        names = [f"{name}/" for name in (self.held.names if self.held else ())]
+        for prefix, metric in zip(["", *names], (self.scores, *self.store_scores)):
+            scores = metric.compute()  # type: ignore[operator]
+            low, high = scores["cosine_ci95"]
+            values = {name: scores[name] for name in LOGGED_SCORES if scores[name] is not None}
+            values |= {"cosine_low": low, "cosine_high": high}
+            logged |= {f"{prefix}{name}": value for name, value in values.items()}
+        logged |= self.losses.compute() if self.losses is not None else {}
+        for label, metric in zip(self.config.evaluation.estimators, self.sampled):
+            sampled = metric.compute()  # type: ignore[operator]
+            logged |= {f"{name}_{label}": sampled[name] for name in SAMPLED_SCORES}
+        for name, value in logged.items():
             self.log(f"val/{name}", float(value), logger=False, sync_dist=True)
 
     def configure_gradient_clipping(
@@ -242,6 +294,7 @@ class TranslationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what it takes to rebuild the translator: plain data only."""
+        check_plain(checkpoint.get("callbacks", {}))
         checkpoint["blip3o"] = {
             "format": FORMAT,
             "version": __version__,
@@ -249,4 +302,5 @@ class TranslationModule(LightningModule):
             "shape": self.shape.to_dict(),
             "tokens": self.store_facts,
             "step": self.global_step,
+            "parts": origins(part_names(self.config)),
         }

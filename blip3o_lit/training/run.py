@@ -9,14 +9,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import torch
 from lightning import Trainer
 
 from blip3o_lit.base.files import claimed
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.home import home
 from blip3o_lit.base.launcher import launch
 from blip3o_lit.budget.forecast import forecast
+from blip3o_lit.budget.machine import this_machine
 from blip3o_lit.budget.out_of_memory import advice, memory_limit
 from blip3o_lit.budget.placement import format_word
 from blip3o_lit.budget.plan import Plan, make_plan
@@ -31,18 +35,19 @@ from blip3o_lit.checkpoints.resume import (
 )
 from blip3o_lit.config.errors import LostRank
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.config.trainer import PrecisionConfig
-from blip3o_lit.testbeds.token_source import token_store
+from blip3o_lit.testbeds.token_source import token_stores
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.training import run_files
-from blip3o_lit.training.cluster import ranks
+from blip3o_lit.training.cluster import first_rank, ranks
 from blip3o_lit.training.environment import quiet_libraries
 from blip3o_lit.training.loggers import loggers
 from blip3o_lit.training.module import TranslationModule
 from blip3o_lit.training.overfit import FAILED_CODE, Overfit, check_overfit, refuse_stream
+from blip3o_lit.training.own_parts import check_own_parts
 from blip3o_lit.training.pace import step_seconds
 from blip3o_lit.training.trainer import Callbacks, build_trainer, flight_records, machine_of
+from blip3o_lit.training.trainer_arguments import check_extra, cut_by
 
 # EX_TEMPFAIL of sysexits.h: the run was preempted and goes on when it is started again.
 PREEMPTED_CODE = 75
@@ -63,6 +68,8 @@ def run_training(config: TrainConfig, run_dir: Path, overrides: list[str]) -> fl
             after saving; with 1 where the run ended below evaluation.overfit_at_least.
     """
     quiet_libraries()
+    check_extra(config.trainer.extra)
+    check_own_parts(config)
     run_dir = run_dir.resolve()
     if config.plan:  # `plan=true` asks what the run would cost: no run directory, no GPU
         run_files.print_rows(forecast(config, *open_data(config)))
@@ -74,19 +81,23 @@ def run_training(config: TrainConfig, run_dir: Path, overrides: list[str]) -> fl
 def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float | None:
     """Train in a folder that no other process writes into; otherwise as `run_training`."""
     refuse_used(config, run_dir)
-    machine = machine_of(config)
-    data, steps = open_data(config)
+    here = this_machine(config.trainer.accelerator)
+    first = first_rank(launch(), config, here.devices)
+    machine = machine_of(config, here, first)
+    data, steps = open_data(config, first)
     if config.evaluation.overfit_at_least is not None:
         refuse_stream(data)
-    resumed = resolve_resume(config, run_dir)
+    resumed = resolve_resume(config, run_dir, first)
     if resumed:  # `precision=auto` keeps to the format that the run began in
         own_format = checkpointing.about(resumed)["config"]["precision"]["name"]
         machine = replace(machine, precision=own_format)
-    config = replace(config, precision=PrecisionConfig(format_word(config, machine)))
+    precision = replace(config.precision, name=format_word(config, machine))
+    config = replace(config, precision=precision)
     if resumed:
         if isinstance(data.train, TokenReader):  # a stream goes on in another store too
-            check_tokens(resumed, data.train.content_hash)
-        result = finished_result(config, run_dir, resumed, steps)
+            check_tokens(resumed, data.facts)
+        # Ranks that the first one starts come when it has written its own files already.
+        result = first.finds(partial(finished_result, config, run_dir, resumed, steps))
         if result is not None:
             if launch().first:
                 run_files.say_finished(run_dir, result)
@@ -103,7 +114,7 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
         if not config.dry_run:
             if config.overwrite:
                 run_files.remove_run(run_dir)
-            run_files.write_run_files(config, run_dir, overrides, data.train.content_hash)
+            run_files.write_run_files(config, run_dir, overrides, data.facts)
         run_files.show_plan(plan, run_dir, resumed)
     if config.dry_run:
         run_files.console.print("dry run: everything was built, no step was taken")
@@ -122,24 +133,32 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
             # and torch's own, in each machine's temporary folder, is the better one.
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "kernels"))
         module.network.compile_blocks()
+        data.compile_towers()
     callbacks = Callbacks(plan, data, run_dir)
     run_loggers = loggers(config, run_dir, resumed, start) if launch().first else []
     trainer = build_trainer(plan, cluster, callbacks, run_loggers, run_dir)
     return fit(plan, trainer, callbacks, module, data, resumed, run_dir)
 
 
-def open_data(config: TrainConfig) -> tuple[TokenDataModule, int]:
+def open_data(config: TrainConfig, first: FirstRank = ALONE) -> tuple[TokenDataModule, int]:
     """Open the token store and return it with the number of optimizer steps."""
+    if config.data.name == "images":
+        from blip3o_lit.extraction.direct.datamodule import PictureDataModule
+
+        pictures = PictureDataModule(config)
+        pictures.open(first, statistics=not config.plan)
+        steps = pictures.steps_for(config.trainer.max_steps, config.trainer.max_epochs)
+        return pictures, steps
     data = TokenDataModule(
         config.data,
         config.mode,
-        token_store(config.data),
+        token_stores(config.data),
         seed=config.seed,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         validation_images=config.evaluation.images,
     )
-    data.open()
+    data.open(first)
     return data, data.steps_for(config.trainer.max_steps, config.trainer.max_epochs)
 
 
@@ -155,14 +174,17 @@ def fit(
     """Train, then write result.json and say what comes next; a run that was stopped exits."""
     config, stop = plan.config, callbacks.stop
     started = time.perf_counter()
-    out_of_memory = memory_limit(lambda: advice(plan))
+    out_of_memory = memory_limit(lambda: advice(plan) + snapshot(plan, run_dir))
+    if plan.placement.device == "cuda" and config.trainer.memory_history:
+        torch.cuda.memory._record_memory_history(max_entries=100_000)
     with stop.listening(), out_of_memory, lost_ranks(config, trainer, run_dir):
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     seconds = time.perf_counter() - started
 
-    # No signal, and steps left: Lightning stopped it by evaluation.patience.
-    early = stop.received is None and trainer.global_step < plan.steps
-    finished = early or trainer.global_step >= plan.steps
+    # No signal, and steps left: a callback stopped it, or trainer.extra cut it short.
+    cut = stop.received is None and bool(cut_by(config.trainer.extra))
+    early = stop.received is None and trainer.global_step < plan.steps and not cut
+    finished = not cut and (early or trainer.global_step >= plan.steps)
     overfit: Overfit | None = None
     if config.evaluation.overfit_at_least is not None and stop.received is None:
         module.to(trainer.strategy.root_device)
@@ -173,7 +195,9 @@ def fit(
         result = run_files.write_result(
             trainer.global_step, callbacks, run_dir, seconds, finished, config, overfit
         )
-        if not finished:
+        if cut:
+            run_files.say_cut(plan, trainer.global_step)
+        elif not finished:
             run_files.say_how_to_resume(run_dir, trainer.global_step)
         else:
             if early:
@@ -181,11 +205,21 @@ def fit(
             run_files.closing_table(run_dir, result)
             if overfit is not None:
                 run_files.say(str(overfit))
-    if not finished:
+    if not finished and not cut:
         sys.exit(INTERRUPTED_CODE if stop.received == signal.SIGINT else PREEMPTED_CODE)
     if overfit is not None and not overfit.passed:
         sys.exit(FAILED_CODE)
     return callbacks.checkpoints.best_score
+
+
+def snapshot(plan: Plan, run_dir: Path) -> str:
+    """Write what holds the memory of a CUDA device, and return where, as the end of a line."""
+    if plan.placement.device != "cuda":
+        return ""
+    file = run_dir / "profile" / f"out-of-memory-{launch().rank or launch().local}.pickle"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.cuda.memory._dump_snapshot(str(file))
+    return f"; {file} shows what held it, at https://docs.pytorch.org/memory_viz"
 
 
 @contextmanager

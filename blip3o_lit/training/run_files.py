@@ -29,6 +29,7 @@ from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.training.environment import environment
 from blip3o_lit.training.overfit import Overfit
 from blip3o_lit.training.trainer import Callbacks
+from blip3o_lit.training.trainer_arguments import cut_by
 
 log = logging.getLogger("blip3o_lit")
 console = Console()
@@ -57,7 +58,7 @@ def show_time(steps: int, seconds: float) -> None:
 
 
 def write_run_files(
-    config: TrainConfig, run_dir: Path, overrides: list[str], tokens_hash: str
+    config: TrainConfig, run_dir: Path, overrides: list[str], data: dict[str, Any]
 ) -> None:
     try:
         with replacing(run_dir / "config.yaml") as temporary:
@@ -66,7 +67,11 @@ def write_run_files(
         raise UserError(f"{run_dir}: cannot write ({error}): set hydra.run.dir") from error
     lines = [f"{override}\n" for override in masked(overrides)]
     (run_dir / "overrides.txt").write_text("".join(lines))
-    facts = masked(environment()) | {"tokens": tokens_hash, "config_hash": config_hash(config)}
+    facts = masked(environment()) | {"tokens": data["hash"], "config_hash": config_hash(config)}
+    if "stores" in data:
+        facts["stores"] = masked(data["stores"])
+    if cut := cut_by(config.trainer.extra):
+        facts["cut"] = cut
     write_json(run_dir / "environment.json", facts)
 
 
@@ -125,6 +130,8 @@ def write_result(
         "estimator": config.solver.label,
         "split": "validation",
     }
+    if cut := cut_by(config.trainer.extra):
+        result["cut"] = cut
     if overfit is not None:
         result["overfit"] = overfit.to_dict()
     write_json(run_dir / "result.json", result)  # whole at once: a sweep's page may be reading
@@ -148,10 +155,17 @@ def say_how_to_resume(run_dir: Path, step: int) -> None:
 
 
 def say_stopped_early(plan: Plan, step: int) -> None:
-    say(
-        f"stopped early at step {step} of {plan.steps}: no better held-out cosine in "
-        f"{plan.config.evaluation.patience} validations"
-    )
+    patience = plan.config.evaluation.patience
+    why = f"no better held-out cosine in {patience} validations" if patience else "by a callback"
+    say(f"stopped early at step {step} of {plan.steps}: {why}")
+
+
+def say_cut(plan: Plan, step: int) -> None:
+    """Say that a run is no whole one, which its record says too."""
+    keys = [
+        f"trainer.extra.{key}={value}" for key, value in cut_by(plan.config.trainer.extra).items()
+    ]
+    say(f"cut at step {step} of {plan.steps} by {', '.join(keys)}: no finished run")
 
 
 def say_finished(run_dir: Path, result: dict[str, Any]) -> None:

@@ -17,9 +17,10 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import Strategy
 
+from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.launcher import launch, number
 from blip3o_lit.base.secrets import masked
-from blip3o_lit.budget.machine import Machine, peak_flops, this_machine
+from blip3o_lit.budget.machine import Machine, peak_flops
 from blip3o_lit.budget.plan import Plan
 from blip3o_lit.checkpoints.background import Background
 from blip3o_lit.checkpoints.files import AtomicCheckpointIO
@@ -37,12 +38,14 @@ from blip3o_lit.training.callbacks.slow_data import SlowData
 from blip3o_lit.training.callbacks.stacks import Stacks
 from blip3o_lit.training.callbacks.stop import StopAtStep
 from blip3o_lit.training.ddp import DdpStrategy
+from blip3o_lit.training.own_parts import own_callbacks
+from blip3o_lit.training.trainer_arguments import trainer_with
 
 
-def machine_of(config: TrainConfig) -> Machine:
-    """Return this machine, with what torchrun or srun started on it."""
-    this, machine = launch(), this_machine(config.trainer.accelerator)
-    if config.precision.name == AUTO and not bf16_is_faster(machine.device):
+def machine_of(config: TrainConfig, machine: Machine, ranks: FirstRank = ALONE) -> Machine:
+    """Return a machine with what torchrun or srun started there, its number format measured."""
+    this, device = launch(), machine.device
+    if config.precision.name == AUTO and not ranks.finds(lambda: bf16_is_faster(device)):
         machine = replace(machine, precision="fp32")
     if this.by not in ("torchrun", "srun") or this.world is None:
         return machine
@@ -69,7 +72,8 @@ class Callbacks:
         if launch().first:
             peak = place.world * peak_flops(device, plan.device_name, place.precision)
         tokens = config.batch_size * data.shape.target.tokens
-        self.log = RunLog(every, tokens, plan.step_flops, peak)
+        flops = plan.step_flops + data.tower_flops * config.batch_size
+        self.log = RunLog(every, tokens, flops, peak)
         self.stop = StopAtStep()
         self.checkpoints = Checkpoints(
             run_dir / "checkpoints",
@@ -93,6 +97,7 @@ class Callbacks:
         if config.evaluation.patience and data.validation:
             patience = config.evaluation.patience
             self.in_order.append(EarlyStopping(MONITOR, mode="max", patience=patience))
+        self.in_order += own_callbacks(config.callbacks)
         self.in_order += [self.checkpoints, SlowData(masked(str(data.store_path)))]
 
 
@@ -113,12 +118,12 @@ def build_trainer(
     place = plan.placement
     # On a CPU "medium" may compute fp32 products in bf16.
     torch.set_float32_matmul_precision(place.precision.matmul)
-    trainer = Trainer(
+    own: dict[str, Any] = dict(
         accelerator=place.device,
         devices=place.devices,
         num_nodes=place.nodes,
         strategy=_strategy(plan, run_dir, callbacks.checkpoints.saves),
-        precision=place.precision.lightning,  # type: ignore[arg-type]
+        precision=place.precision.lightning,
         plugins=[AtomicCheckpointIO(callbacks.checkpoints.saves), ranks],
         callbacks=callbacks.in_order,
         logger=loggers or False,
@@ -136,6 +141,7 @@ def build_trainer(
         use_distributed_sampler=False,
         default_root_dir=run_dir,
     )
+    trainer = trainer_with(own, plan.config.trainer.extra, run_dir)
     assert trainer.world_size == place.world, (trainer.world_size, place)
     # It asks all ranks after a SIGTERM in each micro-batch, through the device; so does `stop.py`,
     # in each step and without.

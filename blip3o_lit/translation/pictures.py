@@ -3,8 +3,6 @@
 Shape suffixes: B pictures, N tokens, C or D token width, P embedding width, T captions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,11 +28,7 @@ _CAPTIONS = 256
 
 
 def picture_files(place: str | Path) -> list[Path]:
-    """Return the picture that a path names, or those below a folder, sorted.
-
-    Raises:
-        UserError: If there is none.
-    """
+    """Return the picture that a path names, or those below a folder, sorted."""
     path = Path(place).expanduser()
     if not path.is_dir():
         return [path]
@@ -63,9 +57,6 @@ def picture_tokens(
     """Return the tokens `[B, N, C]` (fp32) that a mode sees of pictures, files or PIL.
 
     `mode` is the view, as in training, `pixels` how they become pixels, as in the extraction.
-
-    Raises:
-        UserError: If a picture can't be read, or the tower can't give the view.
     """
     view = _view(tower, mode)
     parts = []
@@ -78,11 +69,7 @@ def picture_tokens(
 
 @torch.no_grad()
 def embed_captions(tower: Tower, captions: Sequence[str]) -> Tensor:
-    """Return the unit embeddings `[T, P]` (fp32) that a tower's text side gives captions.
-
-    Raises:
-        UserError: If the tower has no text side.
-    """
+    """Return the unit embeddings `[T, P]` (fp32) that a tower's text side gives captions."""
     parts = []
     for start in range(0, len(captions), _CAPTIONS):
         text_TP = tower.encode_text(list(captions[start : start + _CAPTIONS]))
@@ -101,9 +88,6 @@ def rank_captions(
     CLS through the target tower's head stands for the picture, or the mean of the projected
     patches where the mode has no CLS. Tokens are in the tower's own scale and in the view `mode`;
     `text_TP` is what `embed_captions` gives.
-
-    Raises:
-        UserError: If the tower has no projection.
     """
     tokens_BND = tokens_BND.to(tower.device)
     chosen = tokens_BND[:, :1] if shape.cls else tokens_BND

@@ -3,8 +3,6 @@
 Shape suffixes: B images, M condition tokens, C condition width, N target tokens, D target width.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -18,6 +16,7 @@ from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.scheme import FittedSolvers
 from blip3o_lit.flow.solvers import Sample, sample
 from blip3o_lit.tokens.statistics import Standardizer
+from blip3o_lit.translation.graphs import Graphs
 
 
 class Translator(nn.Module):
@@ -42,6 +41,7 @@ class Translator(nn.Module):
         self.condition_standardizer = condition_standardizer
         self.target_standardizer = target_standardizer
         self.fitted = FittedSolvers()
+        self.graphs: Graphs | None = None
 
     @torch.no_grad()
     def generate(
@@ -74,9 +74,11 @@ class Translator(nn.Module):
             stream = Stream.EVALUATION_NOISE
             noise_BND = draws.noise(seed, stream, sample_B, epoch_B, shape, condition.device)
         with self.precision(condition.device.type):
-            result = sample(
-                self.objective, self.network, condition, noise_BND, solver, intermediates, scheme
-            )
+            inputs = (self.objective, self.network, condition, noise_BND, solver)
+            if self.graphs is None or intermediates:
+                result = sample(*inputs, intermediates, scheme)
+            else:
+                result = self.graphs.sample(*inputs, scheme)
         restore = self.target_standardizer.restore
         return replace(
             result,

@@ -61,8 +61,9 @@ def train(model: ModelConfig, images: int, precision: Precision, name: str) -> N
         (DIT, "bf16_true", "muon"),
         (NEXTDIT, "bf16", "muon"),
         (replace(DIT, **SAVING), "fp32", "adamw"),
+        (replace(DIT, activation_budget=0.5), "bf16", "adamw"),
     ],
-    ids=["fp32", "bf16", "bf16_true", "nextdit", "recomputed"],
+    ids=["fp32", "bf16", "bf16_true", "nextdit", "recomputed", "budget"],
 )
 def test_planned_bytes_are_those_of_the_allocator(
     model: ModelConfig, precision: str, optimizer: str

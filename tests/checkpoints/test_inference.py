@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from blip3o_lit import BLIP3oInference
 from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.checkpoints.export import write_export
-from blip3o_lit.checkpoints.load import find_weights, load, solver_from_label
+from blip3o_lit.checkpoints.load import find_weights, load
 from blip3o_lit.config.commands import ExportConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.config.solver import SolverConfig
+from blip3o_lit.config.solver import SolverConfig, solver_from_label
 from blip3o_lit.config.trainer import PrecisionConfig
 from blip3o_lit.export import export
 from blip3o_lit.models.network_of import build_network

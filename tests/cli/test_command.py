@@ -80,7 +80,10 @@ TRAIN_GROUPS = {
     "override", [f"{group}={option}" for group, all_ in TRAIN_GROUPS.items() for option in all_]
 )
 def test_every_option_of_every_group_composes(override: str) -> None:
-    needs = {"data=tokens": ["data.tokens=somewhere"]}.get(override, [])
+    needs = {
+        "data=tokens": ["data.tokens=somewhere"],
+        "data=images": ["data.images=somewhere"],
+    }.get(override, [])
     if override == "solver=fitted":  # which no flow has before it is trained
         with pytest.raises(UserError, match="after training"):
             compose_train(override)

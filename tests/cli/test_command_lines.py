@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from blip3o_lit.base.home import expanded
-from blip3o_lit.base.words import override, pasteable
+from blip3o_lit.base.words import changes, override, pasteable
 from blip3o_lit.cli.arguments import read_line
 from blip3o_lit.cli.schema import conf_dir, groups, keys, unknown_key
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.evaluate import EvaluateConfig, EvaluateDataConfig
 from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.config.train import TrainConfig
 
@@ -50,6 +51,17 @@ def test_a_printed_word_is_read_back_as_the_same_value(text: str) -> None:
     (word,) = shlex.split(pasteable("out", text))
     assert word == override("out", text)
     assert read(word) == text
+
+
+@settings(deadline=None, max_examples=50)
+@given(TEXTS, st.lists(st.sampled_from(["heun-10@1.5", "fitted-4", "map-1"]), max_size=3))
+def test_changes_lead_from_the_defaults_to_the_same_settings(text: str, solvers: list[str]) -> None:
+    data = EvaluateDataConfig(text)
+    config = EvaluateConfig("a.ckpt", data=data, solvers=solvers, images=7, same_data=True)
+    composed = OmegaConf.structured(EvaluateConfig("a.ckpt"))
+    for word in changes(config, EvaluateConfig("a.ckpt")):
+        OmegaConf.update(composed, word.partition("=")[0], read(word))
+    assert OmegaConf.to_object(composed) == config
 
 
 def test_bash_takes_printed_words_as_they_are(tmp_path: Path) -> None:
@@ -98,6 +110,13 @@ def test_commas_keep_their_meaning_in_a_sweep() -> None:
     assert arranged(words, TrainConfig) == words
     with pytest.raises(UserError, match=r"""'data.tokens="a=1","b=2"'"""):
         arranged(["-m", "data.tokens=a=1,b=2"], TrainConfig)
+
+
+def test_stores_may_be_a_list_or_have_weights() -> None:
+    for word in ("data.tokens=[a,b c]", "data.tokens={a/b: 0.7, c: 0.3}"):
+        assert arranged([word], TrainConfig) == [word]
+    with pytest.raises(UserError, match="Hydra reads a list: quote the value"):
+        arranged(["resume=[a]"], TrainConfig)
 
 
 @pytest.mark.parametrize(
@@ -157,18 +176,16 @@ def test_an_unknown_user_is_refused_unless_a_folder_has_the_name(
         ("trainer.max_epoch", "trainer.max_epochs"),
         ("trainer.epochs", "trainer.max_epochs"),
         ("trainer.log_every_n_steps", "trainer.log_every"),
-        ("trainer.profiler", "trainer.profile"),
+        ("trainer.profiler", "trainer.extra.profiler"),
         *((f"trainer.{name}", name) for name in ("precision", "strategy", "logger")),
+        *((f"trainer.{name}", "") for name in ("gpus", "min_images")),
         *(
-            (f"trainer.{name}", "")
-            for name in (
-                *("callbacks", "gpus", "benchmark", "max_time"),
-                *("min_epochs", "min_steps", "fast_dev_run", "limit_train_batches", "plugins"),
-                *("gradient_clip_val", "accumulate_grad_batches", "val_check_interval"),
-                *("check_val_every_n_epoch", "num_sanity_val_steps", "enable_progress_bar"),
-                *("overfit_batches", "sync_batchnorm", "default_root_dir", "detect_anomaly"),
-            )
+            (f"trainer.{name}", f"trainer.extra.{name}")
+            for name in ("benchmark", "max_time", "min_epochs", "limit_train_batches")
         ),
+        ("trainer.gradient_clip_val", "optimizer.clip_norm"),
+        ("trainer.accumulate_grad_batches", "micro_batch_size"),
+        ("trainer.default_root_dir", "hydra.run.dir"),
         ("learning_rate", ""),
         ("data.path", ""),
     ],

@@ -43,14 +43,20 @@ def where():
 
 
 class Trace:
-    """Counts launches, copies between host and device and waits of the host inside the `with`."""
+    """Counts launches, copies between host and device and waits of the host inside the `with`.
+
+    Kernels of a CUDA graph count when it is captured; `graphs` are its launches.
+    """
 
     def __init__(self):
+        self.graphs = 0
         self.kernels, self.events = collections.Counter(), collections.Counter()
 
     def _hear(self, what, name, size):
         if what == "kernel":
             self.kernels[name] += 1
+        elif what == "graph":
+            self.graphs += 1
         elif what in ("sync", "copy") and name not in ("d2d", "other"):
             self.events["wait" if what == "sync" else name, where()] += 1
 
@@ -90,6 +96,7 @@ def _gloo_for_nccl():
 
 if __name__ == "__main__":
     torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cudnn.enabled = False
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _gloo_for_nccl()
     sys.modules["on_shim"] = sys.modules["__main__"]

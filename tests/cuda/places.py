@@ -4,6 +4,7 @@ The layouts of plain command lines, and the devices of extraction's copies and o
 """
 
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,8 +17,10 @@ from on_shim import listen
 from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.budget.machine import this_machine
 from blip3o_lit.budget.placement import resolve
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.trainer import PrecisionConfig, StrategyConfig, TrainerConfig
 from blip3o_lit.extraction.encoding import TowerSet
+from blip3o_lit.extraction.engine import device_of
 from blip3o_lit.towers.tower import Tower, TowerInfo
 from blip3o_lit.training.run import run_training
 
@@ -51,6 +54,19 @@ def extraction():
     return seen
 
 
+def tasks():
+    """Return the devices that extraction takes as one of srun's tasks, and of torchrun's."""
+    task = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16"}
+    task |= {"SLURM_PROCID": "13", "SLURM_LOCALID": "5", "SLURM_NODEID": "1"}
+    os.environ |= task
+    by_srun = device_of("auto")
+    os.environ |= {"LOCAL_RANK": "3"}
+    by_torchrun = device_of("cuda")
+    for name in (*task, "LOCAL_RANK"):
+        del os.environ[name]
+    return [by_srun, by_torchrun, device_of("auto")]
+
+
 def layout(folder, strategy, devices):
     config = replace(
         layouts.config("1"),
@@ -67,7 +83,24 @@ def layout(folder, strategy, devices):
     return [place.strategy, place.world, place.micro_batch]
 
 
-found = {"extraction": extraction(), "layouts": {}}
+def out_of_memory(folder):
+    """Return what a run says that has a thousandth of the memory, and the snapshots it leaves."""
+    torch.cuda.set_per_process_memory_fraction(1e-5)
+    config = replace(layouts.config("1"), batch_size=64, micro_batch_size=32)
+    config.trainer = TrainerConfig(
+        max_steps=2, accelerator="cuda", devices="1", memory_history=True
+    )
+    try:
+        run_training(config, folder / "out of memory", [])
+    except UserError as error:
+        said = str(error)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    files = (folder / "out of memory" / "profile").iterdir()
+    return [said, {file.name: file.stat().st_size for file in files}]
+
+
+found = {"extraction": extraction(), "tasks": tasks(), "layouts": {}}
 for words in ("auto auto", "ddp auto", "fsdp2 auto", "auto 8", "single auto"):
     found["layouts"][words] = layout(Path(sys.argv[1]), *words.split())
+found["out of memory"] = out_of_memory(Path(sys.argv[1]))
 print("JSON", json.dumps(found))

@@ -125,4 +125,5 @@ def main():
     print("JSON", json.dumps(found))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -39,6 +39,11 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found(on_cuda("places.py", tmp_path_factory.mktemp("places"), devices=8))
 
 
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found(on_cuda("commands.py", tmp_path_factory.mktemp("commands"), **NEW))
+
+
 @pytest.mark.parametrize("name", SINGLE)
 def test_a_whole_run_saves_and_waits_for_nothing_inside_a_step(
     single: dict[str, Any], name: str
@@ -80,6 +85,27 @@ def test_ranks_wait_for_nothing_inside_a_step(ranks: dict[str, Any], name: str) 
     assert waits == []
 
 
+def test_every_command_ends(commands: dict[str, Any]) -> None:
+    """Each on what the one before left; `train` with `precision=auto`."""
+    assert [name for name, said in commands.items() if said["kernels"] > 0] == [
+        *("extract", "train", "generate", "evaluate")
+    ]
+
+
+def test_solvers_are_recorded_as_graphs(commands: dict[str, Any]) -> None:
+    """From the second batch of a shape on; what waits for the device can't be recorded."""
+    assert commands["generate"]["graphs"] > 0
+    assert commands["evaluate"]["graphs"] > 0
+    assert commands["train"]["graphs"] == 0
+
+
+def test_extraction_waits_once_a_batch(commands: dict[str, Any]) -> None:
+    """For three batches; the towers' own way to the device left out."""
+    waits = commands["extract"]["waits"].items()
+    inside = [count for place, count in waits if "blip3o_lit/towers/" not in place]
+    assert inside == [3]
+
+
 def test_plain_command_lines_take_eight_devices(places: dict[str, Any]) -> None:
     """Strategy, processes, and the micro-batch of a global batch of 64."""
     assert places["layouts"] == {
@@ -97,7 +123,33 @@ def test_extraction_guards_its_copies_on_their_own_device(places: dict[str, Any]
     assert set(places["extraction"]["event_record"]) == {3}
 
 
+def test_extraction_takes_the_device_of_its_task(places: dict[str, Any]) -> None:
+    """Of srun's fifth on a machine, of torchrun's third, of a process alone."""
+    assert places["tasks"] == ["cuda:5", "cuda:3", "cuda:0"]
+
+
+def test_a_snapshot_is_left_where_memory_runs_out(places: dict[str, Any]) -> None:
+    said, files = places["out of memory"]
+    assert "with micro_batch_size=32: try micro_batch_size=16" in said
+    assert "out-of-memory-0.pickle shows what held it" in said
+    assert files["out-of-memory-0.pickle"] > 1000
+
+
 def test_planned_activations_are_those_of_the_cuda_allocator() -> None:
     cases = ("dit/bf16", "dit/fp32", "dit/bf16_true", "nextdit/bf16")
     for case, sizes in found(on_cuda("footprint.py", *cases)).items():
         assert sizes["planned"] == pytest.approx(sizes["peak"], rel=0.15), case
+
+
+def test_passes_and_kernels_of_a_step_are_bounded() -> None:
+    """Of `base` in bf16, eager; the copies of tokens and the loss with it."""
+    step = found(on_cuda("passes.py"))
+    assert step["megabytes"] <= 700
+    assert step["kernels"]["forward"] + step["kernels"]["backward"] <= 1400
+    assert step["kernels"]["rest"] <= 20  # norm, clipping, AdamW and average
+
+
+@pytest.mark.soak
+def test_compiled_kernels_are_bounded() -> None:
+    """Triton compiles every kernel for real."""
+    assert sum(found(on_cuda("passes.py", "compiled", limit=1800))["compiled"].values()) <= 700

@@ -36,6 +36,7 @@ SMALL = {
     "generate ckpt=outputs/train": "batch_size=8",
     "train data=tokens": f"{TRAIN} model=tiny",
     "train model=base": TRAIN,
+    "train model=base data=images": f"{STEPS} towers=demo model=tiny batch_size=8",
     "train experiment=demo": f"{STEPS} {TOKENS} model=tiny",
     "train strategy=ddp": f"{TRAIN} trainer.devices=2",
     "train plan=true": "",

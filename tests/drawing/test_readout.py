@@ -36,14 +36,11 @@ def tokens_of(pictures_B3HW: Tensor, width: int, cls: bool, side: int = 2) -> Te
 
 @pytest.mark.parametrize("cls", [False, True])
 @pytest.mark.parametrize("widest", [128, 12], ids=["whole tokens", "reduced"])
-def test_pixels_that_tokens_hold_are_drawn_again(
-    monkeypatch: pytest.MonkeyPatch, cls: bool, widest: int
-) -> None:
+def test_pixels_that_tokens_hold_are_drawn_again(cls: bool, widest: int) -> None:
     """A reduction to as many directions as a patch has numbers keeps them, whatever is louder."""
-    monkeypatch.setattr(readout, "WIDEST", widest)
     seen, held = pictures(60), pictures(10, seed=1)
     shape = TokenShape((3, 4), cls, 32)
-    drawer = Readout(shape, side=2)
+    drawer = Readout(shape, side=2, widest=widest)
     assert drawer.ridge.weight.shape[1] == 9 * min(32, widest)
     drawer.fit(lambda: zip(tokens_of(seen, 32, cls).split(16), seen.split(16)))
     drawn = drawer.draw(tokens_of(held, 32, cls))

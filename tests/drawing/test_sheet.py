@@ -25,7 +25,7 @@ def rows() -> list[Row]:
 
 def test_a_data_url_is_the_picture_itself() -> None:
     picture = torch.rand(3, 8, 6)
-    url = data_url(picture)
+    url = data_url(image_of(picture, side=1))
     assert PICTURE.fullmatch(url)
     content = base64.b64decode(url.partition(",")[2])
     levels = np.asarray(Image.open(io.BytesIO(content)))

@@ -10,8 +10,9 @@ import pytest
 import torch
 from made_run import make_run, small_config
 from PIL import Image
-from small_reader import few_scenes, small_reader
+from small_reader import small_reader
 
+from blip3o_lit.base.home import fits
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.drawing import digits
 from blip3o_lit.drawing.digits import DigitReader, scenes_of
@@ -23,11 +24,6 @@ from blip3o_lit.towers import scenes
 
 SPEC = ArraySpec("tokens", "float32", (64, 12), grid=(8, 8), tower="pixels")
 FEW: dict[str, object] = {"solvers": ["euler-2"], "curve": [], "images": 24, "sample_images": 8}
-
-
-@pytest.fixture(autouse=True)
-def _small_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    few_scenes(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +85,12 @@ def scene_store(folder: Path, source: str) -> Path:
         ("demo_masked", "{}.jpg", False),
     ],
 )
-def test_masked_scenes_alone_are_read(tmp_path: Path, data: str, source: str, told: bool) -> None:
+def test_masked_scenes_alone_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str, source: str, told: bool
+) -> None:
+    monkeypatch.setenv("BLIP3O_HOME", str(tmp_path / "home"))
+    if told:
+        small_reader(fits())
     store = scene_store(tmp_path / "store", source)
     config = small_config()
     config.data.name, config.data.tokens = data, str(store)

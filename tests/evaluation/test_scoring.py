@@ -10,11 +10,12 @@ import torch
 from made_run import make_run, small_config
 from safetensors.torch import save_file
 
-from blip3o_lit.checkpoints.load import load, solver_from_label
+from blip3o_lit.checkpoints.load import load
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.mode import ModeConfig
+from blip3o_lit.config.solver import solver_from_label
 from blip3o_lit.evaluation.estimators import exact_estimators, known_problem
 from blip3o_lit.evaluation.forecast import phase_seconds
 from blip3o_lit.evaluation.probes import swapped

@@ -15,10 +15,9 @@ import torch
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import EngineConfig, ExtractConfig, SplitConfig
 from blip3o_lit.drawing.thumbnail import opened
-from blip3o_lit.extraction import units
 from blip3o_lit.extraction.classes import read_classes
 from blip3o_lit.extraction.demo import demo_source, demo_store
-from blip3o_lit.extraction.engine import Extraction, device_of, extract, worker_of
+from blip3o_lit.extraction.engine import device_of, extract, worker_of
 from blip3o_lit.images.item import Item, slices
 from blip3o_lit.images.item import Source as Images
 from blip3o_lit.images.open import open_source
@@ -28,6 +27,7 @@ from blip3o_lit.tokens.store.heads import Head
 from blip3o_lit.tokens.store.index import TokenIndex
 from blip3o_lit.towers import demo
 from blip3o_lit.towers.scenes import DIGITS, digit_prompts, scene
+from blip3o_lit.towers.tower import Tower
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_stored_tokens_are_the_towers_tokens(tmp_path, towers):
         for name, tower in towers.items():
             with torch.inference_mode():
                 expected = tower.tokens(tower.preprocess(drawn.image)[None])[0]
-            found = store.gather([_place(store, number, 1)], name)[0].float()
+            found = store.read([_place(store, number, 1)], name)[0].float()
             assert (found - expected).abs().max() <= 2e-3 * expected.abs().max()
     head = Head.load(tmp_path, "clip")
     assert head.width == demo.PROJECTION
@@ -120,17 +120,14 @@ def test_rebuilding_workers_and_interruptions_give_the_same_bytes(tmp_path, towe
         settings.extract.shard = f"{worker}/2"
         outcome = extract(source, towers, tmp_path / "workers", settings)
         assert (outcome.index is None) == (worker == 1)
-    broken = Extraction(source, towers, tmp_path / "broken", config())
-    write = broken.towers.encode
 
-    def stop(*arguments):
+    def stop():
         if any((tmp_path / "broken").glob("train-000001.tar")):
             raise KeyboardInterrupt
-        return write(*arguments)
 
-    broken.towers.encode = stop
+    stopped = {**towers, "eva": Wrapped(towers["eva"], before_tokens=stop)}
     with pytest.raises(KeyboardInterrupt):
-        broken.run()
+        extract(source, stopped, tmp_path / "broken", config())
     assert not (tmp_path / "broken" / "index.json").exists()
     outcome = extract(source, towers, tmp_path / "broken", config())
     assert outcome.images < 32  # finished units were not done again
@@ -140,21 +137,39 @@ def test_rebuilding_workers_and_interruptions_give_the_same_bytes(tmp_path, towe
     assert extract(source, towers, tmp_path / "plain", config()).already
 
 
-def test_two_workers_may_finish_at_the_same_moment(tmp_path, towers, monkeypatch):
-    monkeypatch.setattr(units, "PAUSE", 0.0)
+class Wrapped(Tower):
+    """A tower that calls a function before it does its work."""
+
+    def __init__(self, tower, before_tokens=lambda: None, before_heads=lambda: None):
+        super().__init__()
+        self.tower, self.info = tower, tower.info
+        self.before_tokens, self.before_heads = before_tokens, before_heads
+
+    def preprocess(self, image):
+        return self.tower.preprocess(image)
+
+    def tokens(self, images_B3SS):
+        self.before_tokens()
+        return self.tower.tokens(images_B3SS)
+
+    def heads(self):
+        self.before_heads()
+        return self.tower.heads()
+
+
+def test_two_workers_may_finish_at_the_same_moment(tmp_path, towers):
     source = demo_source(4, 2, 8)
     extract(source, towers, tmp_path / "plain", config())
-    first, second = (Extraction(source, towers, tmp_path / "both", config()) for _ in range(2))
-    own, calls = first._files, []
+    outcomes = []
 
-    def files():
-        if not calls:
-            calls.append(second.run())
+    def overtaken():
+        if not outcomes:
+            outcomes.append(extract(source, towers, tmp_path / "both", config()))
             raise FileNotFoundError("a file that the other worker cleared away")
-        return own()
 
-    first._files = files
-    assert first.run().index == calls[0].index
+    slow = {**towers, "eva": Wrapped(towers["eva"], before_heads=overtaken)}
+    index = extract(source, slow, tmp_path / "both", config()).index
+    assert index == outcomes[0].index
     assert content(tmp_path / "both") == content(tmp_path / "plain")
 
 
@@ -228,10 +243,10 @@ def test_grid_64_averages_projected_tokens(tmp_path, towers):
     spec = outcome.index.arrays["clip"]
     assert (spec.shape, spec.grid, spec.cls, spec.projected) == ((64, 64), (8, 8), False, True)
     full, grid = TokenStore.open(tmp_path / "full"), TokenStore.open(tmp_path / "grid")
-    tokens = full.gather([_place(full, 0, 0)], "clip")[:, 1:].float()
+    tokens = full.read([_place(full, 0, 0)], "clip")[:, 1:].float()
     projected = Head.load(tmp_path / "full", "clip")(tokens)[0].numpy()
     blocks = projected.reshape(8, 2, 8, 2, 64).mean((1, 3)).reshape(64, 64)
-    found = grid.gather([_place(grid, 0, 0)], "clip")[0].float().numpy()
+    found = grid.read([_place(grid, 0, 0)], "clip")[0].float().numpy()
     np.testing.assert_allclose(found, blocks, atol=2e-2, rtol=1e-2)
 
 
@@ -244,7 +259,7 @@ def test_int8_has_scales_from_a_first_pass(tmp_path, towers):
     tower, drawn = towers["clip"], scene("train", 1)
     with torch.inference_mode():
         expected = tower.tokens(tower.preprocess(drawn.image)[None])[0]
-    found = store.gather([_place(store, 0, 1)], "clip")[0].float()
+    found = store.read([_place(store, 0, 1)], "clip")[0].float()
     assert torch.cosine_similarity(found, expected, -1).mean() > 0.999
 
 

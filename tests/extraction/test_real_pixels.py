@@ -1,4 +1,4 @@
-"""Photographs through the full-size towers of a real pair, into shards, then a training step.
+"""Photographs through the towers of a real pair, into shards, then a training step.
 
 Weights are random with a fixed seed: nothing is downloaded.
 """
@@ -45,26 +45,37 @@ def photographs(folder: Path) -> None:
             writer.writerow([f"{name}.jpg", "validation" if name == "astronaut" else "train"])
 
 
-def towers() -> dict[str, Tower]:
-    """Build the pair of conf/towers/eva02l_clipl14.yaml with random weights."""
+def towers(models: tuple[str, str]) -> dict[str, Tower]:
+    """Build the pair of conf/towers/eva02l_clipl14.yaml, of these sizes, with random weights."""
     group = yaml.safe_load((conf_dir() / "towers" / "eva02l_clipl14.yaml").read_text())
-    sides = {"eva": "condition", "clip": "target"}
-    return {name: load_tower(TowerConfig(**group[side]), False) for name, side in sides.items()}
+    pair = {}
+    for name, side, model in zip(("eva", "clip"), ("condition", "target"), models):
+        pair[name] = load_tower(TowerConfig(**{**group[side], "model": model}), False)
+    return pair
 
 
-@pytest.mark.timeout(900)  # 25 s of a free core, on a machine that may be busy
-def test_photographs_become_tokens_that_train(tmp_path: Path) -> None:
+BASE, LARGE = ("EVA02-B-16", "ViT-B-16-quickgelu"), ("EVA02-L-14", "ViT-L-14-quickgelu")
+
+
+@pytest.mark.parametrize(
+    ("models", "stored_as"),
+    [(BASE, (197, 768)), pytest.param(LARGE, (257, 1024), marks=pytest.mark.soak)],
+)
+@pytest.mark.timeout(900)
+def test_photographs_become_tokens_that_train(
+    models: tuple[str, str], stored_as: tuple[int, int], tmp_path: Path
+) -> None:
     photographs(tmp_path)
-    pair, out = towers(), tmp_path / "tokens"
+    pair, out = towers(models), tmp_path / "tokens"
     engine = EngineConfig(batch_size=2, shard_samples=2, threads=1, device="cpu")
     source = open_source(str(tmp_path / "list.csv"), engine.shard_samples)
     extract(source, pair, out, ExtractConfig(extract=engine))
     store = TokenStore.open(out, verify="full")
     assert store.index.splits == {"train": 2, "validation": 1}
     specs = store.index.arrays
-    assert specs["eva"].tower == "open_clip:EVA02-L-14/random"
-    assert specs["clip"].tower == "open_clip:ViT-L-14-quickgelu/random"
-    assert [specs[name].shape for name in ("eva", "clip")] == [(257, 1024), (257, 1024)]
+    towers_of = [specs[name].tower for name in ("eva", "clip")]
+    assert towers_of == [f"open_clip:{model}/random" for model in models]
+    assert [specs[name].shape for name in ("eva", "clip")] == [stored_as, stored_as]
     reader, ids = TokenReader(store, "validation", mode=ModeConfig("cls_patch")), np.array([0])
     assert reader.metadata(ids)[0]["source"] == "astronaut.jpg"
     stored = reader.read(ids)["target"][0].float()

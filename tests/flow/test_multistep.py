@@ -6,12 +6,11 @@ import math
 import pytest
 import torch
 
-from blip3o_lit.checkpoints.load import solver_from_label
 from blip3o_lit.cli.command import composed
 from blip3o_lit.config.commands import GenerateConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.flow import PATHS, FlowConfig
-from blip3o_lit.config.solver import SolverConfig, check_solver
+from blip3o_lit.config.solver import SolverConfig, check_solver, solver_from_label
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.flow.multistep import coefficients, multistep
 from blip3o_lit.flow.objective import FlowObjective

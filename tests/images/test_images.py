@@ -5,10 +5,12 @@ import functools
 import http.server
 import io
 import json
+import os
 import struct
 import tarfile
 import threading
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,10 +18,8 @@ from hub_server import serving
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from blip3o_lit.base import remote
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.images import item as items
-from blip3o_lit.images import tars
 from blip3o_lit.images.item import Item, Lost, Reject, decode, slices
 from blip3o_lit.images.open import open_source
 from blip3o_lit.images.split import Splitter, fingerprint
@@ -224,11 +224,14 @@ def test_a_damaged_header_in_the_middle_does_not_end_a_tar_silently(tmp_path):
         list(open_source(str(path), 8).parts[0].entries())
 
 
-def test_an_absurd_size_is_named_before_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(tars, "MAX_BYTES", 500)
-    path = make_tar(tmp_path / "a.tar", [("0.jpg", jpeg(0, (300, 300)))])
+def test_an_absurd_size_is_named_before_it_is_read(tmp_path):
+    info = tarfile.TarInfo("0.jpg")
+    info.size = items.MAX_BYTES + 1
+    path = tmp_path / "a.tar"
+    path.write_bytes(info.tobuf())
+    os.truncate(path, 512 + items.MAX_BYTES + 1024)  # a hole: no such bytes lie on the disk
     (entry,) = open_source(str(path), 8).parts[0].entries()
-    assert "500 is the limit" in entry.reason
+    assert f"{items.MAX_BYTES} is the limit" in entry.reason
 
 
 def test_braces_and_stars_name_several_tars_in_order(tmp_path):
@@ -257,30 +260,34 @@ def test_other_addresses_are_refused(words, says):
         open_source(words, 8)
 
 
-def test_remote_tars_are_streamed_and_a_broken_connection_is_taken_up_again(tmp_path, monkeypatch):
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format, *args):
+        pass
+
+
+def test_remote_tars_are_streamed_and_a_broken_connection_is_taken_up_again(tmp_path):
     path = make_tar(tmp_path / "a.tar", [(f"{n}.jpg", jpeg(n, (200, 200))) for n in range(6)])
     broken = []
 
-    class Flaky(io.FileIO):
-        def read(self, size=-1):
-            if not broken and self.tell() > 5_000:
+    class Flaky(Quiet):
+        def copyfile(self, source, outputfile):
+            if broken:
+                super().copyfile(source, outputfile)
+            else:
                 broken.append(1)
-                raise OSError("connection reset")
-            return super().read(size)
+                outputfile.write(source.read(path.stat().st_size // 2))
 
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(tars, "open_remote", lambda url: Flaky(url.removeprefix("file://")))
-    (part,) = open_source(f"file://{path}", 8).parts
-    found = [entry.source for entry in part.entries()]
+    handler = functools.partial(Flaky, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (part,) = open_source(f"http://127.0.0.1:{server.server_address[1]}/a.tar", 8).parts
+        found = [entry.source for entry in replace(part, pauses=(0.0,)).entries()]
+        server.shutdown()
     assert broken == [1]
     assert found == [f"a.tar/{n}.jpg" for n in range(6)]
 
 
 def test_tars_behind_http_are_read_and_a_missing_one_is_named_at_once(tmp_path):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format, *args):
-            pass
-
     for n in range(2):
         make_tar(tmp_path / f"{n}.tar", [(f"{m}.jpg", jpeg(m)) for m in range(3)])
     handler = functools.partial(Quiet, directory=str(tmp_path))
@@ -295,10 +302,9 @@ def test_tars_behind_http_are_read_and_a_missing_one_is_named_at_once(tmp_path):
         assert [e.source for e in open_source(f"{url}/0.tar", 8).parts[0].entries(2)] == [
             "0.tar/2.jpg"
         ]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(remote.time, "sleep", lambda _: pytest.fail("it is waited for"))
-            with pytest.raises(UserError, match=r"7\.tar can't be read"):
-                read_all(open_source(f"{url}/7.tar", 8))
+        (part,) = open_source(f"{url}/7.tar", 8).parts
+        with pytest.raises(UserError, match=r"7\.tar can't be read"):
+            list(replace(part, pauses=(1e6,)).entries())  # a pause would never end
         server.shutdown()
 
 
@@ -319,10 +325,10 @@ def test_tars_of_the_hub_are_read_in_place(tmp_path, names):
 
 @pytest.mark.parametrize("url", ["hf://datasets/none/none/0.tar", "s3://none/0.tar"])
 def test_what_can_not_be_reached_is_one_line(url, monkeypatch):
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    (part,) = open_source(url, 8).parts
     with pytest.raises(UserError, match=url[:8]) as caught:
-        read_all(open_source(url, 8))
+        list(replace(part, pauses=(0.0,)).entries())
     assert "\n" not in str(caught.value)
 
 
@@ -368,10 +374,10 @@ def test_keys_are_plain_and_differ_where_sources_do():
     assert all(0 < len(key) <= 60 and key.isascii() and "." not in key for key in keys)
 
 
-def test_huge_files_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(items, "MAX_BYTES", 10)
-    (tmp_path / "a.jpg").write_bytes(b"x" * 11)
-    with pytest.raises(Reject, match="11 bytes"):
+def test_huge_files_are_not_read(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    os.truncate(tmp_path / "a.jpg", items.MAX_BYTES + 1)
+    with pytest.raises(Reject, match=f"{items.MAX_BYTES + 1} bytes"):
         items.file_bytes(tmp_path / "a.jpg")
 
 

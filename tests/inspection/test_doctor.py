@@ -20,6 +20,7 @@ from conftest import ROOT
 from safetensors.torch import save_file
 from small_store import jpeg, write_store
 
+from blip3o_lit.base.files import sha256_of
 from blip3o_lit.config.commands import DoctorConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
@@ -27,12 +28,12 @@ from blip3o_lit.doctor import doctor
 from blip3o_lit.inspection.finding import Finding
 from blip3o_lit.inspection.numbers import HEADER
 from blip3o_lit.inspection.repair import repair
-from blip3o_lit.inspection.store import file_hash, inspect
+from blip3o_lit.inspection.store import inspect
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.store import tar
 from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex
+from blip3o_lit.tokens.store.int8 import fit_int8
 from blip3o_lit.tokens.store.shards import TokenWriter, pack_offsets, unpack_offsets
-from blip3o_lit.tokens.store.storage import fit_int8
 
 SPECS = {
     "eva": ArraySpec("tokens", "float16", (17, 6), cls=True, grid=(4, 4)),
@@ -76,7 +77,7 @@ def accept_changes(folder: Path) -> None:
     data = json.loads((folder / "index.json").read_text())
     for shard in data["shards"]:
         old = shard["sha256"]
-        shard["sha256"] = file_hash(folder / shard["file"])
+        shard["sha256"] = sha256_of(folder / shard["file"])
         path = folder / shard["offsets"]
         offsets = unpack_offsets(path.read_bytes(), shard["samples"], len(SPECS) + 2, old)
         assert offsets is not None

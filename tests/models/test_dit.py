@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip3o_lit.base.shape import PairShape, TokenShape
+from blip3o_lit.budget.activations import LiveBytes
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
@@ -215,6 +216,38 @@ def test_checkpointing_and_compiling_change_no_value_and_no_name(config):
         out.square().sum().backward()
         for (name, a), b in zip(eager.named_parameters(), other.parameters()):
             torch.testing.assert_close(a.grad, b.grad, atol=1e-3, rtol=1e-3, msg=name)
+
+
+def measured(forward, compiled):
+    """Return the bytes that a pass keeps, and its loss; a compiler steps aside for a LiveBytes."""
+    if not compiled:
+        with LiveBytes() as live:
+            loss = forward()
+            return live.now, loss
+    sizes = {}
+    note = lambda x: sizes.setdefault(x.untyped_storage().data_ptr(), x.nbytes) and x  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        loss = forward()
+    return sum(sizes.values()), loss
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_activation_budget_keeps_less_and_changes_no_gradient(compiled):
+    shape = pair()
+    (x, t, c), kept, plain = inputs(shape), {}, awake(TINY, shape)
+    for budget in (1.0, 0.4):
+        network = DiT(dataclasses.replace(TINY, activation_budget=budget), shape)
+        network.load_state_dict(plain.state_dict())
+        if compiled:
+            network.compile_blocks(backend="aot_eager")  # with inductor's choice of what to keep
+        kept[budget], loss = measured(lambda n=network: n(x, t, c).square().sum(), compiled)
+        loss.backward()
+        for (name, weight), own in zip(network.named_parameters(), plain.parameters()):
+            if budget == 1.0:
+                own.grad = weight.grad
+            else:
+                torch.testing.assert_close(weight.grad, own.grad, msg=name)
+    assert kept[0.4] < 0.8 * kept[1.0]
 
 
 @BOTH

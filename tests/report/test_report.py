@@ -251,6 +251,15 @@ def test_strings_of_a_run_are_escaped(tmp_path: Path) -> None:
     json.loads(found.data["charts"])
 
 
+def test_an_evaluation_is_repeated_as_it_was_given(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    scored = json.loads((run / "evaluation.json").read_text("utf-8"))
+    given = {"ckpt": "a run/last.ckpt", "overrides": ["baselines=all", "solvers=[ab2-4]"]}
+    (run / "evaluation.json").write_text(json.dumps(scored | given))
+    line = "blip3o_lit.evaluate 'ckpt=\"a run/last.ckpt\"' baselines=all 'solvers=[ab2-4]'"
+    assert line in Page(write_report(run).read_text("utf-8")).text
+
+
 def test_run_without_evaluation_says_how_to_get_one(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", evaluated=False)
     (run / "checkpoints").mkdir()

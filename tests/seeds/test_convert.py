@@ -345,7 +345,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_copied(
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(embeddings(4, 64)))
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10_000))
-    with pytest.raises(UserError, match="0.0 GB free"):
+    with pytest.raises(UserError, match="0.00 GB free.*choose another disk"):
         convert(ConvertConfig(str(tmp_path / "x.pkl"), str(tmp_path / "out")))
 
 

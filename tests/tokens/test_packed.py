@@ -16,9 +16,9 @@ from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, PackedTokens, restored
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.reading.stream import StreamReader
-from blip3o_lit.tokens.store.recode import recode
+from blip3o_lit.tokens.store.copy_as import copy_as
+from blip3o_lit.tokens.store.int8 import dequantise, load_scales
 from blip3o_lit.tokens.store.remote_store import RemoteStore
-from blip3o_lit.tokens.store.storage import dequantise, load_scales
 
 CPU = torch.device("cpu")
 IDS = np.array([39, 3, 3, 17])
@@ -145,7 +145,7 @@ def fit(data: TokenDataModule) -> Recorder:
 def test_training_steps_are_those_of_tokens_restored_by_the_reader(tmp_path: Path) -> None:
     write_store(tmp_path / "fp16")
     folder = tmp_path / "int8"
-    recode(TokenStore.open(tmp_path / "fp16"), folder, "int8")
+    copy_as(TokenStore.open(tmp_path / "fp16"), folder, "int8")
 
     def data() -> TokenDataModule:
         config = DataConfig(name="tokens", tokens=str(folder))

@@ -14,7 +14,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.reading.stream import StreamReader
-from blip3o_lit.tokens.store.recode import recode
+from blip3o_lit.tokens.store.copy_as import copy_as
 from blip3o_lit.tokens.store.remote_store import RemoteStore
 
 CLS_PATCH = ModeConfig("cls_patch")
@@ -83,7 +83,7 @@ def test_missing_and_foreign_scales(tmp_path: Path) -> None:
 def test_recoding_a_store(tmp_path: Path, storage: str, cosine: float) -> None:
     write_store(tmp_path / "old")
     (tmp_path / "old" / "heads.safetensors").write_bytes(b"heads")
-    index = recode(TokenStore.open(tmp_path / "old"), tmp_path / "new", storage)
+    index = copy_as(TokenStore.open(tmp_path / "old"), tmp_path / "new", storage)
     assert index.splits == {"train": 22, "validation": 7}
     assert (tmp_path / "new" / "heads.safetensors").read_bytes() == b"heads"
     for split in index.splits:

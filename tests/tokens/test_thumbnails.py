@@ -17,8 +17,8 @@ from small_store import ARRAYS, jpeg, sample, write_store
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.store.copy_as import copy_as
 from blip3o_lit.tokens.store.index import TokenIndex
-from blip3o_lit.tokens.store.recode import recode
 from blip3o_lit.tokens.store.remote_store import RemoteStore
 from blip3o_lit.tokens.store.shards import TokenWriter
 
@@ -75,7 +75,7 @@ def test_older_indexes_say_nothing_and_open(tmp_path: Path) -> None:
 def test_recoding_keeps_them(tmp_path: Path) -> None:
     write_store(tmp_path / "old", thumbnails=True)
     (tmp_path / "old" / "heads.safetensors").write_bytes(b"heads")
-    index = recode(TokenStore.open(tmp_path / "old"), tmp_path / "new", "bfloat16")
+    index = copy_as(TokenStore.open(tmp_path / "old"), tmp_path / "new", "bfloat16")
     assert index.thumbnails
     ids = np.arange(22)
     assert reader(tmp_path / "new").thumbnails(ids) == reader(tmp_path / "old").thumbnails(ids)

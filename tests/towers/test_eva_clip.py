@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.towers import TowerConfig
-from blip3o_lit.towers.eva_clip import ARCHITECTURES
+from blip3o_lit.towers.eva_clip import ARCHITECTURES, load_eva_clip
 from blip3o_lit.towers.load import load_tower
 
 WIDTH, DEPTH, HEADS, PROJECTION = 48, 3, 4, 24
@@ -126,13 +126,10 @@ def reference(w: dict[str, Tensor], pixels: Tensor) -> list[Tensor]:
 PIXELS = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(autouse=True)
-def small_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ARCHITECTURES, "small", SMALL)
-
-
-def small(source: Path | str, **changes: Any) -> Any:
-    return load_tower(TowerConfig("eva_clip", "small", str(source), **changes))
+def small(source: Path | str, pretrained: bool = True, **changes: Any) -> Any:
+    config = TowerConfig("eva_clip", "small", str(source), **changes)
+    tower = load_eva_clip(config, pretrained, "cpu", {"small": SMALL})
+    return tower.eval().requires_grad_(False)
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor], suffix: str) -> None:
@@ -223,7 +220,9 @@ def test_the_8b_has_its_published_shape() -> None:
 
 def test_random_weights_are_the_same_every_time() -> None:
     def build() -> Tensor:
-        return load_tower(TowerConfig("eva_clip", "small", "x"), pretrained=False).tokens(PIXELS)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return small("x", pretrained=False).tokens(PIXELS)
 
     assert torch.equal(build(), build())
     assert build().std() > 0

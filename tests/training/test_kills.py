@@ -167,6 +167,25 @@ def test_killed_run_ends_as_an_undisturbed_one(
     assert hidden == [], "nothing half-written is left"
 
 
+@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.soak)])
+def test_ranks_killed_in_an_asynchronous_sharded_save_lose_that_save_alone(
+    tmp_path: Path, kills: int
+) -> None:
+    """All ranks at once, at some file of the save of every third step."""
+    one = long_config(4 + 3 * kills, 2, asynchronous=True)
+    both = [replace(one, strategy=StrategyConfig("fsdp2"))] * 2
+    assert run(tmp_path / "a" / "straight", *both) == [0, 0]
+    folder, draw = tmp_path / "b" / "killed", random.Random(kills)
+    for number in range(kills):
+        step = 3 + 3 * number
+        planned = Disturbance(f".step-{step:08d}.ckpt.tmp", draw.randint(1, 4), ranks=(1, 0))
+        assert run(folder, *both, planned=planned) == [-signal.SIGKILL] * 2
+        found, damaged = checkpointing.newest_to_resume(folder)
+        assert (checkpointing.step_of(found or folder), damaged) == (step - 1, [])
+    assert run(folder, *both) == [0, 0]
+    assert_same_end(tmp_path / "a" / "straight", folder)
+
+
 SIGNALS = [
     (signal.SIGUSR2, (1,)),
     (signal.SIGTERM, (0, 1)),

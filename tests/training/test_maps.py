@@ -11,6 +11,7 @@ import torch
 from quick_run import config, differences, state
 
 from blip3o_lit import BLIP3oInference
+from blip3o_lit.budget.machine import this_machine
 from blip3o_lit.budget.plan import make_plan
 from blip3o_lit.checkpoints.initial import initial_weights
 from blip3o_lit.checkpoints.load import load
@@ -32,7 +33,7 @@ PAIRS = FlowConfig(pairs=0.5)
 def module_of(config: TrainConfig) -> TranslationModule:
     """A run's module before its first step."""
     data, steps = open_data(config)
-    plan = make_plan(config, data, steps, machine_of(config))
+    plan = make_plan(config, data, steps, machine_of(config, this_machine("cpu")))
     return TranslationModule(plan, data, initial_weights(config, data.shape))
 
 

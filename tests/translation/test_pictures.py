@@ -7,7 +7,6 @@ import pytest
 import torch
 from made_run import make_run, small_config
 
-from blip3o_lit.base import progress
 from blip3o_lit.config.commands import GenerateConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
@@ -99,8 +98,7 @@ def test_the_command_prints_captions_of_picture_files(store, tmp_path, capsys):
     assert float(expected) == pytest.approx(next(iter(found.values()))[0][1], abs=1e-4)
 
 
-def test_captioning_reports_its_progress_and_goes_by_batches(store, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+def test_captioning_reports_its_progress_and_goes_by_batches(store, tmp_path, capsys):
     config = replace(small_config(), mode=ModeConfig("cls_patch"))
     run = make_run(tmp_path / "run", store, config)
     folder = tmp_path / "pictures"
@@ -119,7 +117,8 @@ def test_captioning_reports_its_progress_and_goes_by_batches(store, tmp_path, ca
                 solver=solver,
                 batch_size=size,
                 device="cpu",
-            )
+            ),
+            line_seconds=0.0,
         )
         for size in (64, 2)
     )

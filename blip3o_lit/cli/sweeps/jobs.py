@@ -6,7 +6,6 @@ jobs of the first one that are still at work and takes their results.
 """
 
 import fcntl
-import json
 import math
 import os
 import re
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip3o_lit.base.files import write_json
+from blip3o_lit.base.files import read_json, write_json
 from blip3o_lit.config.errors import UserError
 
 CONSOLE_FILE = "console.log"
@@ -54,7 +53,7 @@ class Job:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-            before = read(self.folder / "job.json")
+            before = read_json(self.folder / "job.json")
             if before and before["overrides"] != self.overrides:
                 words = " ".join(before["overrides"])
                 raise UserError(
@@ -102,7 +101,7 @@ class Job:
 
     @property
     def result(self) -> dict[str, Any]:
-        return read(self.folder / "result.json")
+        return read_json(self.folder / "result.json")
 
     @property
     def objective(self) -> float | None:
@@ -114,11 +113,6 @@ class Job:
         self.state = state
         names = ("overrides", "command", "state", "error", "seconds")
         write_json(self.folder / "job.json", {name: getattr(self, name) for name in names})
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file, empty when it is not there."""
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _reason(console: Path, code: int) -> str:

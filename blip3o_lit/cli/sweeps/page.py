@@ -12,7 +12,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from blip3o_lit.cli.sweeps.jobs import CONSOLE_FILE, read
+from blip3o_lit.base.files import read_json
+from blip3o_lit.cli.sweeps.jobs import CONSOLE_FILE
 
 PATIENCE = 20.0
 """The page is not written again before so many times the time that it took to write."""
@@ -43,7 +44,7 @@ class SweepPage(Callback):
         """Write the page, list the failures and say by the exit code whether there are any."""
         folder = Path(str(config.hydra.sweep.dir))
         page = refresh(folder, at_once=True)
-        jobs = {path.parent: read(path) for path in folder.glob("*/job.json")}
+        jobs = {path.parent: read_json(path) for path in folder.glob("*/job.json")}
         if jobs:
             counts = Counter(job["state"] for job in jobs.values())
             print(f"{len(jobs)} jobs: " + ", ".join(f"{n} {name}" for name, n in counts.items()))

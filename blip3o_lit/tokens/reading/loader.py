@@ -19,6 +19,7 @@ import torch
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.reading.batches import BatchPlan
+from blip3o_lit.tokens.reading.mixture import MixedOrder
 from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.packed import PackedBatch, uploaded
 from blip3o_lit.tokens.reading.reader import TokenReader
@@ -97,7 +98,7 @@ class TokenLoader(TrainingLoader):
     def __init__(
         self,
         reader: TokenReader,
-        order: SampleOrder,
+        order: SampleOrder | MixedOrder,
         plan: BatchPlan,
         steps: int,
         rank: int = 0,

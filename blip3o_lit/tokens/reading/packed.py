@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_lit.tokens.store.storage import dequantise
+from blip3o_lit.tokens.store.int8 import dequantise
 
 
 @dataclass(frozen=True)

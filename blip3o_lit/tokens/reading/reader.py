@@ -26,8 +26,9 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, PackedTokens, restored
 from blip3o_lit.tokens.store.heads import Head
 from blip3o_lit.tokens.store.index import TokenIndex
+from blip3o_lit.tokens.store.int8 import load_scales, scale_array
 from blip3o_lit.tokens.store.mapped_shard import Shard
-from blip3o_lit.tokens.store.storage import TORCH_TYPES, finite, load_scales, scale_array
+from blip3o_lit.tokens.store.storage import TORCH_TYPES, finite
 from blip3o_lit.tokens.views import view_of
 
 OPEN_SHARDS = 64
@@ -49,7 +50,7 @@ class TokenStore:
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._verified: set[int] = set()
         self._lock = threading.Lock()
-        self._finite: dict[tuple[str, str], bytearray] = {}
+        self._known_finite: dict[tuple[str, str], bytearray] = {}
         self._scales: dict[str, np.ndarray] | None = None
 
     @classmethod
@@ -73,49 +74,52 @@ class TokenStore:
             self._shards.move_to_end(number)
             return self._shards[number]
 
-    def stored(self, places: list[Place], array: str, first: int = 0, pin: bool = False) -> Tensor:
-        """Copy an array of some samples as it is stored, from row `first` on: `[B, N, C]`.
+    def read_stored(
+        self, places: list[Place], array: str, first_row: int = 0, pin: bool = False
+    ) -> Tensor:
+        """Copy an array of some samples as it is stored, from `first_row` on: `[B, N, C]`.
 
         Each sample's numbers are checked to be finite on its first read.
         """
         spec = self.index.arrays[array]
         dtype = TORCH_TYPES[spec.dtype]
-        shape = (len(places), spec.shape[0] - first, *spec.shape[1:])
+        shape = (len(places), spec.shape[0] - first_row, *spec.shape[1:])
         out = torch.empty(shape, dtype=dtype, pin_memory=pin)
         numbers = (out.view(torch.int16) if dtype == torch.bfloat16 else out).numpy()
         end = spec.nbytes
-        start = end // spec.shape[0] * first
+        start = end // spec.shape[0] * first_row
         content = out.view(-1).view(torch.uint8).view(len(places), end - start).numpy()
         for i, (shard, sample) in enumerate(places):
             np.copyto(content[i], shard.content(array, sample, start, end))
             unread = bytearray(shard.entry.samples)
-            checked = self._finite.setdefault((shard.entry.file, array), unread)
-            if not checked[sample] and not finite(numbers[i], spec.dtype):
+            known = self._known_finite.setdefault((shard.entry.file, array), unread)
+            if not known[sample] and not finite(numbers[i], spec.dtype):
                 raise UserError(
                     f"sample {shard.key(sample)} in {self.path / shard.entry.file}: {array} holds "
                     "NaN or infinity; extract it again or drop it (doctor lists all)"
                 )
-            checked[sample] = True
+            known[sample] = True
         return out
 
-    def packed(
-        self, places: list[Place], array: str, first: int = 0, pin: bool = False
+    def read_packed(
+        self, places: list[Place], array: str, first_row: int = 0, pin: bool = False
     ) -> Tensor | PackedTokens:
-        """Copy as `stored` does; int8 tokens get their scales."""
+        """Copy as `read_stored` does; int8 tokens get their scales."""
         spec = self.index.arrays[array]
-        stored_BNC = self.stored(places, array, first, pin)
+        stored_BNC = self.read_stored(places, array, first_row, pin)
         if spec.dtype != "int8":
             return stored_BNC
         if self._scales is None:
             self._scales = load_scales(self.path, self.index.arrays)
-        scale_KC = torch.from_numpy(self._scales[array][first : int(spec.cls) + 1])
-        by_token = spec.scale == "token"
-        token_BN = self.stored(places, scale_array(array), first, pin) if by_token else None
+        scale_KC = torch.from_numpy(self._scales[array][first_row : int(spec.cls) + 1])
+        token_BN = None
+        if spec.scale == "token":
+            token_BN = self.read_stored(places, scale_array(array), first_row, pin)
         return PackedTokens(stored_BNC, scale_KC.pin_memory() if pin else scale_KC, token_BN)
 
-    def gather(self, places: list[Place], array: str, first: int = 0) -> Tensor:
-        """Copy as `stored` does; int8 tokens are restored to fp16."""
-        tokens = self.packed(places, array, first)
+    def read(self, places: list[Place], array: str, first_row: int = 0) -> Tensor:
+        """Copy as `read_stored` does; int8 tokens are restored to fp16."""
+        tokens = self.read_packed(places, array, first_row)
         return tokens.restore() if isinstance(tokens, PackedTokens) else tokens
 
     def head(self, array: str) -> Head:
@@ -131,13 +135,13 @@ class PairReader:
         self,
         index: TokenIndex,
         split: str,
-        sides: tuple[str, str],
+        array_names: tuple[str, str],
         mode: ModeConfig,
         limits: tuple[int | None, int | None],
         load_head: Callable[[str], Head],
     ) -> None:
         self.index, self.split, self.mode, self.limits = index, split, mode, limits
-        self.sides = self.condition, self.target = sides
+        self.array_names = self.condition, self.target = array_names
         one_of("split", split, index.splits)
         one_of("data.condition", self.condition, index.arrays)
         one_of("data.target", self.target, index.arrays)
@@ -154,13 +158,13 @@ class PairReader:
     def content_hash(self) -> str:
         """Hash of all that decides which numbers a reader gives for an id."""
         mode = (self.mode.name, self.mode.projected)
-        parts = [self.index.hash, self.split, *self.sides, *mode, *self.limits]
+        parts = [self.index.hash, self.split, *self.array_names, *mode, *self.limits]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def sample_bytes(self) -> int:
         """Stored bytes of one pair."""
-        return sum(self.index.arrays[name].nbytes for name in self.sides)
+        return sum(self.index.arrays[name].nbytes for name in self.array_names)
 
 
 class TokenReader(PairReader):
@@ -192,15 +196,19 @@ class TokenReader(PairReader):
             sizes = np.clip(limit - starts, 0, sizes)
         used = sizes > 0
         self.shard_sizes = sizes[used]
-        self._numbers, self._starts = np.array(numbers)[used], starts[used]
+        self._shard_numbers, self._first_ids = np.array(numbers)[used], starts[used]
+
+    def viewed(self, condition: str, target: str, mode: ModeConfig) -> TokenReader:
+        """Return another view of the same split, all of it."""
+        return TokenReader(self.store, self.split, condition, target, mode)
 
     def _locate(self, ids: np.ndarray) -> list[Place]:
         ids = np.asarray(ids, np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < len(self):
             raise IndexError(f"sample ids must be in 0..{len(self) - 1}")
-        numbers = np.searchsorted(self._starts, ids, "right") - 1
-        shards = {int(n): self.store.shard(int(self._numbers[n])) for n in np.unique(numbers)}
-        samples = ids - self._starts[numbers]
+        numbers = np.searchsorted(self._first_ids, ids, "right") - 1
+        shards = {int(n): self.store.shard(int(self._shard_numbers[n])) for n in np.unique(numbers)}
+        samples = ids - self._first_ids[numbers]
         return [Place(shards[n], i) for n, i in zip(numbers.tolist(), samples.tolist())]
 
     def read(self, ids: np.ndarray) -> Batch:
@@ -216,19 +224,19 @@ class TokenReader(PairReader):
         """
         places = self._locate(ids)
         out: PackedBatch = {}
-        for (side, view), array in zip(self.views.items(), self.sides):
+        for (side, view), array in zip(self.views.items(), self.array_names):
             if view.computes:
-                tokens = view.compute(self.store.gather(places, array, view.first))
+                tokens = view.compute(self.store.read(places, array, view.first))
                 out[side] = tokens.pin_memory() if pin else tokens
             else:
-                out[side] = self.store.packed(places, array, view.first, pin)
+                out[side] = self.store.read_packed(places, array, view.first, pin)
         return out
 
     def text(self, ids: np.ndarray) -> Tensor | None:
         """Return caption embeddings `[B, P]` in fp32, or None when the store has none."""
         if self._text is None:
             return None
-        return self.store.gather(self._locate(ids), self._text).float()
+        return self.store.read(self._locate(ids), self._text).float()
 
     def metadata(self, ids: np.ndarray) -> list[dict[str, Any]]:
         return [shard.metadata(sample) for shard, sample in self._locate(ids)]

@@ -25,8 +25,9 @@ from blip3o_lit.tokens.reading.loader import TrainingLoader, prefetch
 from blip3o_lit.tokens.reading.order import random_permutation
 from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, PackedTokens, restored, uploaded
 from blip3o_lit.tokens.reading.reader import PairReader
+from blip3o_lit.tokens.store.int8 import SCALES_FILE, load_scales, scale_array
 from blip3o_lit.tokens.store.remote_store import RemoteStore
-from blip3o_lit.tokens.store.storage import SCALES_FILE, TORCH_TYPES, load_scales, scale_array
+from blip3o_lit.tokens.store.storage import TORCH_TYPES
 
 SHUFFLE_BYTES = 1 << 29
 """Memory of a rank's shuffle buffer."""
@@ -74,7 +75,7 @@ class StreamReader(PairReader):
             return torch.from_numpy(rows).view(TORCH_TYPES[self.index.arrays[name].dtype])
 
         out: PackedBatch = {}
-        for (side, view), name in zip(self.views.items(), self.sides):
+        for (side, view), name in zip(self.views.items(), self.array_names):
             spec = self.index.arrays[name]
             first, by_token = view.first, spec.scale == "token"
             tokens: Tensor | PackedTokens = stacked(name, first)

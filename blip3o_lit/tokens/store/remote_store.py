@@ -22,7 +22,8 @@ from blip3o_lit.tokens.reading.reader import TokenStore
 from blip3o_lit.tokens.store import tar
 from blip3o_lit.tokens.store.heads import HEADS_FILE, Head
 from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
-from blip3o_lit.tokens.store.storage import SCALES_FILE, finite
+from blip3o_lit.tokens.store.int8 import SCALES_FILE
+from blip3o_lit.tokens.store.storage import finite
 
 COPY_BYTES = 1 << 24
 

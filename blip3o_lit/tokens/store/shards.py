@@ -27,7 +27,8 @@ from blip3o_lit.tokens.store.index import (
     check_array_name,
     check_split,
 )
-from blip3o_lit.tokens.store.storage import encode, load_scales, save_scales, with_token_scales
+from blip3o_lit.tokens.store.int8 import load_scales, save_scales, with_token_scales
+from blip3o_lit.tokens.store.storage import encode
 
 OFFSETS_MAGIC = b"tokidx01"
 
@@ -100,11 +101,20 @@ class ShardWriter:
         thumbnail: bytes | None = None,
     ) -> None:
         """Append one sample, or nothing of it where the key, an array or a number is refused."""
+        self.add_stored(key, encode(arrays, self.arrays, self.scales, key), metadata, thumbnail)
+
+    def add_stored(
+        self,
+        key: str,
+        stored: dict[str, np.ndarray],
+        metadata: dict[str, Any],
+        thumbnail: bytes | None = None,
+    ) -> None:
+        """Append one sample whose arrays are as they are stored, in the index's order."""
         if not key or len(key) > 60 or not KEY_CHARACTERS.issuperset(key):
             raise UserError(f"sample key {key!r}: use 1 to 60 letters, digits, - and _")
         if key in self._keys:
             raise UserError(f"sample key {key} appears twice in {self.name}.tar")
-        stored = encode(arrays, self.arrays, self.scales, key)
         text = json.dumps(metadata, sort_keys=True, ensure_ascii=False).encode()
         if len(text) > tar.JSON_LIMIT:
             raise UserError(f"sample {key}: its caption and metadata exceed 1 MiB")
@@ -117,7 +127,7 @@ class ShardWriter:
             size = len(start) + value.nbytes
             self._put(tar.header(f"{key}.{name}.npy", size), start)
             row.append(self._position)
-            self._put(value.data.cast("B"), tar.padding(size))
+            self._put(np.ascontiguousarray(value).data.cast("B"), tar.padding(size))
         beside = {"json": text} if thumbnail is None else {"jpg": thumbnail, "json": text}
         for suffix, content in beside.items():
             self._put(tar.header(f"{key}.{suffix}", len(content)))
@@ -147,7 +157,7 @@ class ShardWriter:
 class TokenWriter:
     """Writes a store into a folder: samples in, shards and, last of all, index.json out.
 
-    `storage.fit_int8` gives the specs of int8 arrays and their channel `scales` `[K, C]`;
+    `int8.fit_int8` gives the specs of int8 arrays and their channel `scales` `[K, C]`;
     `reduced` is `grid_64` for a store of 64 averaged tokens. With `thumbnails` every sample has a
     JPEG.
 

@@ -13,14 +13,14 @@ from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.reading.reader import Place, TokenStore
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.index import STORED, ArraySpec, TokenIndex
+from blip3o_lit.tokens.store.int8 import fit_int8
 from blip3o_lit.tokens.store.shards import TokenWriter
-from blip3o_lit.tokens.store.storage import fit_int8
 
 IMAGES = 256
 """Samples of int8's first pass."""
 
 
-def recode(store: TokenStore, out: Path, storage: str) -> TokenIndex:
+def copy_as(store: TokenStore, out: Path, storage: str) -> TokenIndex:
     """Write a store to `out` with its tokens in another format; the rest stays.
 
     The new index of an int8 store names the cosine to the old tokens.
@@ -45,7 +45,7 @@ def recode(store: TokenStore, out: Path, storage: str) -> TokenIndex:
             shard = store.shard(number)
             for sample in range(entry.samples):
                 place = [Place(shard, sample)]
-                values = {name: store.gather(place, name)[0].float().numpy() for name in arrays}
+                values = {name: store.read(place, name)[0].float().numpy() for name in arrays}
                 key, facts = shard.key(sample), shard.metadata(sample)
                 jpeg = shard.thumbnail(sample) if thumbnails else None
                 writer.add(entry.split, key, values, thumbnail=jpeg, **facts)
@@ -63,5 +63,5 @@ def _first_pass(store: TokenStore, array: str) -> np.ndarray:
     for position in np.linspace(0, total - 1, min(IMAGES, total)).astype(int).tolist():
         number = int(np.searchsorted(starts, position, "right")) - 1
         place = Place(store.shard(number), position - int(starts[number]))
-        out.append(store.gather([place], array).float().numpy())
+        out.append(store.read([place], array).float().numpy())
     return np.concatenate(out)

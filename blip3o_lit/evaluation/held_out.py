@@ -1,0 +1,37 @@
+"""The images that are scored on, in batches on the translator's device."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from blip3o_lit.base.progress import Report
+from blip3o_lit.evaluation.estimators import Batch
+from blip3o_lit.tokens.reading.reader import TokenReader
+
+
+class HeldOut:
+    """Reads batches of a split, and reports each when it has been scored."""
+
+    def __init__(
+        self, reader: TokenReader, device: torch.device, batch_size: int, report: Report
+    ) -> None:
+        self.reader, self.device, self.batch_size = reader, device, batch_size
+        self.report = report
+
+    def read(self, ids: np.ndarray) -> Batch:
+        batch = self.reader.read(ids)
+        condition, target = batch["condition"].to(self.device), batch["target"].to(self.device)
+        return condition, target, torch.from_numpy(ids)
+
+    def batches(self, images: int, phase: str, border: int | None = None) -> Iterator[Batch]:
+        """Yield the first `images` images; no batch crosses the `border`, a number of images."""
+        self.report(phase, 0, images)
+        start = 0
+        while start < images:
+            end = min(start + self.batch_size, images)
+            if border is not None and start < border:
+                end = min(end, border)
+            yield self.read(np.arange(start, end))
+            self.report(phase, end, images)
+            start = end

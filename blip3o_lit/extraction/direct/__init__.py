@@ -1,0 +1,1 @@
+"""Training straight from pictures: read, decoded and encoded in front of the network."""

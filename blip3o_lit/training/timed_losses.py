@@ -1,0 +1,57 @@
+"""The validation loss at fixed times, with the same noise each time: a curve that can be compared.
+
+The training loss draws its times anew at each step, and its mean hides where on the path the
+network learns. Shape suffixes: B images, N target tokens, D target width, T times.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from blip3o_lit.flow import draws
+from blip3o_lit.flow.draws import Stream
+from blip3o_lit.translation.translator import Translator
+
+SEED = 0
+
+
+class TimedLosses(Metric):
+    """Squared error of the network's output in the middle of equal bins of t.
+
+    It is in units of the unscaled output, without weights and further terms, as `evaluate` has it.
+    """
+
+    full_state_update = False
+    total_T: Tensor
+    images: Tensor
+
+    def __init__(self, bins: int) -> None:
+        super().__init__()
+        self.times = [(number + 0.5) / bins for number in range(bins)]
+        zeros = torch.zeros(bins, dtype=torch.float64)
+        self.add_state("total_T", zeros, dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, translator: Translator, batch: dict[str, Tensor]) -> None:
+        """Add a batch of raw tokens; padding (`valid` is false) takes part but does not count."""
+        condition = translator.condition_standardizer.standardise(batch["condition"])
+        x1_BND = translator.target_standardizer.standardise(batch["target"])
+        device, shape = x1_BND.device, tuple(x1_BND.shape[1:])
+        sample_B, valid_B = batch["sample"], batch["valid"].to(device)
+        epoch_B = torch.zeros_like(sample_B)
+        z_BND = draws.noise(SEED, Stream.EVALUATION_NOISE, sample_B, epoch_B, shape, device)
+        for number, time in enumerate(self.times):
+            t_B = torch.full((len(x1_BND),), time, device=device)
+            with translator.precision(device.type):
+                terms = translator.objective.loss(translator.network, condition, x1_BND, z_BND, t_B)
+            self.total_T[number] += terms.mse_B.double()[valid_B].sum()
+        self.images += valid_B.sum()
+
+    def compute(self) -> dict[str, float]:
+        """Return `timed_loss`, the mean over the times, and `timed_loss_tTIME` of each."""
+        losses = (self.total_T / self.images).tolist()
+        by_time = {f"timed_loss_t{time:.4g}": loss for time, loss in zip(self.times, losses)}
+        return {"timed_loss": sum(losses) / len(losses), **by_time}

@@ -128,9 +128,7 @@ def check_losses() -> dict[str, float]:
 def check_samples() -> dict[str, float]:
     """Compare what every solver makes of the same noise, dopri5 too."""
     found = {}
-    for name in sorted(
-        {*registry.solver.built_in} - {"fitted", "map"}
-    ):  # which is fitted to a trained network
+    for name in sorted({*registry.solver.built_in} - {"fitted"}):  # to a trained network
         made = []
         for device in (torch.device("cpu"), DEVICE):
             condition_BNC, _, z_BND, _ = batch(device)

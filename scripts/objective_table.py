@@ -145,9 +145,8 @@ def place(row: Row, tokens: str) -> Path:
 def measure(row: Row, tokens: str) -> dict[str, Any]:
     """Train a row's network and score it on held-out scenes."""
     from blip3o_lit import BLIP3oInference
-    from blip3o_lit.checkpoints.load import solver_from_label
     from blip3o_lit.cli.command import composed
-    from blip3o_lit.config.solver import SolverConfig
+    from blip3o_lit.config.solver import SolverConfig, solver_from_label
     from blip3o_lit.config.train import TrainConfig
     from blip3o_lit.training.run import run_training
 

@@ -23,4 +23,8 @@ def build_network(config: ModelConfig, shape: PairShape) -> Network:
     network = register.network.build(config.architecture, config, shape)
     if not isinstance(network, Network):
         raise UserError(f"model.architecture={config.architecture} is no models.network.Network")
+    if config.second_time and network.span is None:
+        raise UserError(
+            f"model.architecture={config.architecture} takes no second time: set flow.pairs=0"
+        )
     return network

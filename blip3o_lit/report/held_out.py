@@ -37,14 +37,19 @@ def result(record: RunRecord) -> Section:
     scored = rows(record)
     row = headline(scored)
     others = [item for item in scored if item.kind == "estimator" and item is not row]
-    floor = finite(mapping(record.evaluation.get("frechet_floor")).get("frechet"))
+    halves = mapping(record.evaluation.get("frechet_floor"))
+    floor = finite(halves.get("frechet"))
     names = dict.fromkeys(name for item in scored for name in item.scores)
-    lines = ([name, *(item.number(name) for item in scored)] for name in names)
+    keys = [*(item.key for item in scored), *(["two true halves"] if halves else [])]
+    lines = (
+        [name, *(item.number(name) for item in scored), *([halves.get(name)] if halves else [])]
+        for name in names
+    )
     data = {
         "row": row,
         "rows": scored,
         "present": {name for name in names if any(item.text(name) != MISSING for item in scored)},
-        "every": table(["score", *(item.key for item in scored)], lines),
+        "every": table(["score", *keys], lines),
         "standing": record.evaluation.get("standing"),
         "baselines": [item for item in scored if item.kind == "baseline"],
         "real": [item for item in with_score("frechet", others) if not item.apart][:1],

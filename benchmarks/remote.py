@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import webdataset
+from blip3o_lit.tokens.reading.stream import StreamLoader, StreamReader
+from blip3o_lit.tokens.store.remote_store import RemoteStore
 
 from benchmarks.made_store import ARRAYS, BATCH, SAMPLES, write
 from benchmarks.timing import interleaved, result
@@ -28,8 +30,6 @@ from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.batches import BatchPlan
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.reading.stream import StreamLoader, StreamReader
-from blip3o_lit.tokens.store.remote_store import RemoteStore
 
 BLOCK = 1 << 24
 

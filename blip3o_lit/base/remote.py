@@ -35,15 +35,6 @@ def open_remote(url: str) -> BinaryIO:
         raise UserError(f"{url}: {error}") from error
 
 
-def read_whole(file: BinaryIO, size: int) -> bytes:
-    """Read `size` bytes, or up to the end of the file."""
-    parts, left = [], size
-    while left and (part := file.read(left)):
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)
-
-
 def resumed(
     read: Callable[[int], Iterator[T]],
     url: str,

@@ -8,7 +8,6 @@ from blip3o_lit.budget.plan import Plan, make_plan
 from blip3o_lit.budget.states import States, gathered_bytes, states
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
-from blip3o_lit.tokens.reading.stream import StreamReader
 
 WRITE_RATE = 1e9
 """Bytes per second at which one process is taken to write."""
@@ -80,7 +79,4 @@ def _time(plan: Plan, checkpoint_bytes: int, image_bytes: int) -> list[tuple[str
 
 def stored_bytes(data: TokenDataModule) -> int:
     """Return the bytes that the store holds of one pair of tokens."""
-    if isinstance(data.train, StreamReader):
-        return data.train.sample_bytes
-    arrays = data.train.store.index.arrays
-    return sum(arrays[name].nbytes for name in (data.train.condition, data.train.target))
+    return data.train.sample_bytes

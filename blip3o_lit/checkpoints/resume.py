@@ -27,7 +27,7 @@ log = logging.getLogger("blip3o_lit")
 FREE_KEYS = ("resume", "overwrite", "dry_run", "logger", "checkpoint", "strategy")
 FREE_KEYS += ("micro_batch_size", "plan", "world", "gpu", "mfu")
 FREE_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "log_every", "deterministic", "profile")
-FREE_DATA_KEYS = ("threads", "verify")
+FREE_DATA_KEYS = ("threads", "verify", "cache", "cache_gb")
 
 
 def essential(config: dict[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,11 @@ class DataConfig:
     their left half; tokens: a directory; or a testbed with a known law: linear_gaussian,
     ambiguous."""
     tokens: str | None = None
-    """A token store: a directory with index.json, or the URL of one."""
+    """A token store: a directory with index.json, or the address of one (s3:// gs:// hf:// https://)."""
+    cache: str | None = None
+    """Where shards of a store behind an address are kept; null: in the user's cache folder."""
+    cache_gb: float | None = above_zero(None)
+    """Size of that cache, in GB of 1e9 bytes; null: half of what the disk has to spare."""
     condition: str = "eva"
     """The stored array that conditions the flow."""
     target: str = "clip"

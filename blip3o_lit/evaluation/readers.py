@@ -12,14 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from blip3o_lit.checkpoints.load import Loaded
-from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
+from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.testbeds.token_source import token_store
-from blip3o_lit.tokens.classes import CLASSES_FILE
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.store.heads import HEADS_FILE
-from blip3o_lit.tokens.store.remote_store import RemoteStore, is_url
+from blip3o_lit.tokens.reading.open import open_store, store_folder
+from blip3o_lit.tokens.reading.reader import TokenReader
 
 COMPARED = 256
 """Images of equal keys whose tokens are compared: keys alone may be mere numbers."""
@@ -33,8 +30,7 @@ def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, T
     """
     run = loaded.config
     data = replace(run.data, tokens=config.data.tokens or _trained_on(loaded))
-    path = token_store(data)
-    store = _remote(path, config, data) if is_url(path) else TokenStore.open(path, data.verify)
+    store = open_store(token_store(data), data)
     sides = (data.condition, data.target, run.mode)
     train = None
     if "train" in store.index.splits:
@@ -44,10 +40,10 @@ def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, T
     elif train is not None:
         held = train
     else:
-        raise UserError(f"same_data=true: {store.path} has no train split")
+        raise UserError(f"same_data=true: {store.address} has no train split")
     if held.shape != loaded.shape:
         raise UserError(
-            f"{store.path} has tokens {held.shape.to_dict()}, but {loaded.file} was trained on "
+            f"{store.address} has tokens {held.shape.to_dict()}, but {loaded.file} was trained on "
             f"{loaded.shape.to_dict()}: set data.tokens to a matching store"
         )
     return held, train
@@ -58,10 +54,10 @@ def trained_images(loaded: Loaded, held: TokenReader) -> int | None:
 
     At least this many leaked; None where the run's own store is not at hand.
     """
-    run, path = loaded.config, Path(str(loaded.facts["tokens"]["path"]))
-    if not (path / "index.json").is_file():
+    run, address = loaded.config, str(loaded.facts["tokens"]["path"])
+    if not (store_folder(address, run.data) / "index.json").is_file():
         return None
-    store = TokenStore.open(path)
+    store = open_store(address, run.data)
     if "train" not in store.index.splits:
         return None
     own = TokenReader(store, "train", run.data.condition, run.data.target, run.mode)
@@ -75,20 +71,6 @@ def trained_images(loaded: Loaded, held: TokenReader) -> int | None:
         theirs = own.read(trained[[number]])["condition"].float()
         equal += bool((ours - theirs).norm() <= 1e-2 * theirs.norm())
     return equal
-
-
-def _remote(url: str, config: EvaluateConfig, data: DataConfig) -> TokenStore:
-    """Download the split that is scored on, and what captions and classes need."""
-    if BASELINE_SETS[config.baselines] or config.same_data or config.split == "train":
-        raise UserError(
-            f"data.tokens={url} has no random access, which training tokens need here: add "
-            "baselines=none, or copy the store and give its folder"
-        )
-    remote = RemoteStore(url, data.verify)
-    for name in (HEADS_FILE, CLASSES_FILE):
-        if remote.offers(name):
-            remote.fetch(name)
-    return remote.local_split(config.split, data.validation_subset or config.images)
 
 
 def _trained_on(loaded: Loaded) -> str | None:

@@ -6,6 +6,7 @@ Shape suffixes: B images, N target tokens, D target width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from blip3o_lit.evaluation.verdict import check_finite, standing, verdict, verdi
 from blip3o_lit.metrics.paired import compare
 from blip3o_lit.report.record import FORMAT
 from blip3o_lit.testbeds.ambiguous import coverage
+from blip3o_lit.tokens.reading.ahead import fetched_ahead
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 COVERAGE_IMAGES = 1024
@@ -74,7 +76,7 @@ class Scorer:
         self.device = next(loaded.translator.network.parameters()).device
         if train is None and BASELINE_SETS[config.baselines]:
             raise UserError(
-                f"{held.store.path} has no train split to fit baselines on: set baselines=none"
+                f"{held.store.address} has no train split to fit baselines on: set baselines=none"
             )
         self.fits = None
         self.mean_ND = loaded.translator.target_standardizer.mean_NC
@@ -170,14 +172,12 @@ class Scorer:
         A batch ends where the `first` images do.
         """
         self.report(what, 0, images)
-        start = 0
-        while start < images:
-            end = min(start + self.config.batch_size, images)
-            if first is not None and start < first:
-                end = min(end, first)
-            yield self.read(np.arange(start, end))
-            self.report(what, end, images)
-            start = end
+        size, cut = self.config.batch_size, min(images, images if first is None else first)
+        bounds = [*range(0, cut, size), *range(cut, images, size), images]
+        batches = [np.arange(start, end) for start, end in pairwise(bounds)]
+        for ids in fetched_ahead(self.held, batches, batches):
+            yield self.read(ids)
+            self.report(what, int(ids[-1]) + 1, images)
 
     def read(self, ids: np.ndarray) -> Batch:
         batch = self.held.read(ids)

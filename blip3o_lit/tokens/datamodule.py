@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -16,12 +15,11 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.batches import BatchPlan, batch_plan
 from blip3o_lit.tokens.reading.loader import TokenLoader, ValidationLoader
+from blip3o_lit.tokens.reading.open import open_store
 from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, on_device
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.reading.stream import StreamLoader, StreamReader
+from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.tokens.statistics import Standardizer, cached_standardizers, reader_batches
-from blip3o_lit.tokens.store.remote_store import RemoteStore, is_url
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -35,7 +33,7 @@ class TokenDataModule(pl.LightningDataModule):
     """
 
     shape: PairShape
-    train: TokenReader | StreamReader
+    train: TokenReader
     validation: TokenReader | None
     condition_standardizer: Standardizer
     target_standardizer: Standardizer
@@ -62,25 +60,16 @@ class TokenDataModule(pl.LightningDataModule):
         """Open the store, choose both splits and compute or load their statistics."""
         data, limit = self.data, self._validation_limit
         sides = (data.condition, data.target, self.mode)
-        batches: Callable[[int], Iterable[Batch]]
-        if is_url(self.store_path):
-            remote = RemoteStore(str(self.store_path), data.verify)
-            index = remote.index
-            self.train = streamed = StreamReader(remote, TRAIN, data, self.mode)
-            batches = streamed.statistics_batches
-        else:
-            remote, store = None, TokenStore.open(self.store_path, data.verify)
-            index = store.index
-            self.train = local = TokenReader(store, TRAIN, *sides, data.max_shards, data.subset)
-            batches = partial(reader_batches, local, threads=data.threads)
+        store = open_store(self.store_path, data)
+        self.train = TokenReader(store, TRAIN, *sides, data.max_shards, data.subset)
         self.validation = None
-        if VALIDATION in index.splits:
-            held_out = remote.local_split(VALIDATION, limit) if remote else store
-            self.validation = TokenReader(held_out, VALIDATION, *sides, limit=limit)
+        if VALIDATION in store.index.splits:
+            self.validation = TokenReader(store, VALIDATION, *sides, limit=limit)
         self.shape = self.train.shape
         images = min(data.statistics_images, len(self.train))
+        batches = partial(reader_batches, self.train, images, data.threads)
         self.condition_standardizer, self.target_standardizer = cached_standardizers(
-            self.train.content_hash, self.shape, images, partial(batches, images)
+            self.train.content_hash, self.shape, images, batches
         )
 
     def steps_for(self, max_steps: int, max_epochs: int | None) -> int:
@@ -112,12 +101,10 @@ class TokenDataModule(pl.LightningDataModule):
     ) -> Batch:
         return on_device(batch, device)
 
-    def train_dataloader(self) -> TokenLoader | StreamLoader:
+    def train_dataloader(self) -> TokenLoader:
         if self.steps is None:
             raise UserError("the number of steps is unknown: give steps= or call steps_for")
         plan, rank, stream = self._cut()
-        if isinstance(self.train, StreamReader):
-            return StreamLoader(self.train, self.seed, plan, self.steps, rank, stream)
         order = SampleOrder(self.seed, self.train.shard_sizes, self.data.shuffle_window)
         return TokenLoader(self.train, order, plan, self.steps, rank, self.data.threads, stream)
 

@@ -23,6 +23,7 @@ from blip3o_lit.base.files import one_at_a_time, replacing
 from blip3o_lit.base.home import home
 from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.tokens.reading.ahead import fetched_ahead
 from blip3o_lit.tokens.reading.loader import prefetch
 from blip3o_lit.tokens.reading.packed import Batch
 from blip3o_lit.tokens.reading.reader import TokenReader
@@ -150,7 +151,7 @@ def reader_batches(reader: TokenReader, images: int, threads: int) -> Iterable[B
     """Read the ids of `spread_ids` in small batches, ahead of their use."""
     ids = spread_ids(reader.shard_sizes, images)
     pieces = np.split(ids, range(READ_SAMPLES, len(ids), READ_SAMPLES))
-    return prefetch(reader.read, pieces, threads)
+    return prefetch(reader.read, fetched_ahead(reader, pieces, pieces), threads)
 
 
 def _compute(file: Path, batches: Iterable[Batch], shape: PairShape) -> None:

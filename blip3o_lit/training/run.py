@@ -33,13 +33,12 @@ from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import PrecisionConfig
 from blip3o_lit.testbeds.token_source import token_store
 from blip3o_lit.tokens.datamodule import TokenDataModule
-from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.training import run_files
 from blip3o_lit.training.cluster import ranks
 from blip3o_lit.training.environment import quiet_libraries
 from blip3o_lit.training.loggers import loggers
 from blip3o_lit.training.module import TranslationModule
-from blip3o_lit.training.overfit import FAILED_CODE, Overfit, check_overfit, refuse_stream
+from blip3o_lit.training.overfit import FAILED_CODE, Overfit, check_overfit
 from blip3o_lit.training.pace import step_seconds
 from blip3o_lit.training.trainer import Callbacks, build_trainer, flight_records, machine_of
 
@@ -75,16 +74,13 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
     refuse_used(config, run_dir)
     machine = machine_of(config)
     data, steps = open_data(config)
-    if config.evaluation.overfit_at_least is not None:
-        refuse_stream(data)
     resumed = resolve_resume(config, run_dir)
     if resumed:  # `precision=auto` keeps to the format that the run began in
         own_format = checkpointing.about(resumed)["config"]["precision"]["name"]
         machine = replace(machine, precision=own_format)
     config = replace(config, precision=PrecisionConfig(format_word(config, machine)))
     if resumed:
-        if isinstance(data.train, TokenReader):  # a stream goes on in another store too
-            check_tokens(resumed, data.train.content_hash)
+        check_tokens(resumed, data.train.content_hash)
         result = finished_result(config, run_dir, resumed, steps)
         if result is not None:
             if launch().first:
@@ -109,7 +105,7 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
         return None
     module = TranslationModule(plan, data)
     start = int(checkpointing.read_lazily(resumed)["global_step"]) if resumed else 0
-    if place.device == "cpu" and place.world == 1 and isinstance(data.train, TokenReader):
+    if place.device == "cpu" and place.world == 1:
         with memory_limit(lambda: advice(plan)):
             run_files.show_time(steps - start, step_seconds(plan, module, data.train))
     if place.compiled:

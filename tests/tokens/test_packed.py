@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from blip3o_lit.tokens.reading.stream import StreamReader
+from blip3o_lit.tokens.store.remote_store import RemoteStore
 from small_store import int8_tokens, write_int8, write_store
 
 from blip3o_lit.config.data import DataConfig
@@ -15,9 +17,7 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, PackedTokens, restored
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.reading.stream import StreamReader
 from blip3o_lit.tokens.store.recode import recode
-from blip3o_lit.tokens.store.remote_store import RemoteStore
 from blip3o_lit.tokens.store.storage import dequantise, load_scales
 
 CPU = torch.device("cpu")

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from blip3o_lit.tokens.reading.stream import StreamReader
+from blip3o_lit.tokens.store.remote_store import RemoteStore
 from small_store import int8_tokens, write_int8, write_store
 
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.reading.stream import StreamReader
 from blip3o_lit.tokens.store.recode import recode
-from blip3o_lit.tokens.store.remote_store import RemoteStore
 
 CLS_PATCH = ModeConfig("cls_patch")
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from blip3o_lit.tokens.store.remote_store import RemoteStore
 from PIL import Image
 from small_store import ARRAYS, jpeg, sample, write_store
 
@@ -19,7 +20,6 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.store.index import TokenIndex
 from blip3o_lit.tokens.store.recode import recode
-from blip3o_lit.tokens.store.remote_store import RemoteStore
 from blip3o_lit.tokens.store.shards import TokenWriter
 
 

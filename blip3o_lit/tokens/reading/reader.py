@@ -25,8 +25,9 @@ from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, PackedTokens, restored
 from blip3o_lit.tokens.store.heads import Head
-from blip3o_lit.tokens.store.index import TokenIndex
+from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
 from blip3o_lit.tokens.store.mapped_shard import Shard
+from blip3o_lit.tokens.store.shard_cache import ShardCache
 from blip3o_lit.tokens.store.storage import TORCH_TYPES, finite, load_scales, scale_array
 from blip3o_lit.tokens.views import view_of
 
@@ -42,13 +43,29 @@ class Place(NamedTuple):
 
 
 class TokenStore:
-    """A local token store: its index, its shards as they are needed, and its heads."""
+    """A token store: its index, its shards as they are needed, and its heads.
 
-    def __init__(self, path: Path, index: TokenIndex, verify: str = "size") -> None:
-        self.path, self.index, self.verify = path, index, verify
+    Shards lie in its folder, or where there is a `cache` come through that; the small files of a
+    remote store lie in the folder in either case.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        index: TokenIndex,
+        verify: str = "size",
+        cache: ShardCache | None = None,
+    ) -> None:
+        self.path, self.index, self.verify, self.cache = path, index, verify, cache
+        self.address = cache.objects.url if cache else str(path)
+        """What messages call it."""
+        self._open_shards = OPEN_SHARDS
+        if cache is not None:  # An open shard is in use, and a cache must have others to remove.
+            largest = max(shard.bytes for shard in index.shards)
+            self._open_shards = max(1, min(OPEN_SHARDS, cache.limit // largest // 2))
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._verified: set[int] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._finite: dict[tuple[str, str], bytearray] = {}
         self._scales: dict[str, np.ndarray] | None = None
 
@@ -62,16 +79,27 @@ class TokenStore:
 
     def shard(self, number: int) -> Shard:
         """Return a shard, mapping it if need be; safe to call from several threads."""
+        entry = self.index.shards[number]
+        if self.cache is not None and number not in self._shards:
+            self.cache.bring(entry, self._let_go)  # Other threads read on meanwhile.
         with self._lock:
             if number not in self._shards:
                 verify = "size" if number in self._verified else self.verify
-                entry = self.index.shards[number]
-                self._shards[number] = Shard.open(self.path, entry, self.index, verify)
+                if self.cache is None:
+                    shard = Shard.open(self.path, entry, self.index, verify)
+                else:
+                    shard = self.cache.open(entry, self.index, verify, self._let_go)
+                self._shards[number] = shard
                 self._verified.add(number)
-                if len(self._shards) > OPEN_SHARDS:
+                if len(self._shards) > self._open_shards:
                     self._shards.popitem(last=False)
             self._shards.move_to_end(number)
             return self._shards[number]
+
+    def _let_go(self) -> None:
+        """Unmap the shards that no batch is being read from."""
+        with self._lock:
+            self._shards.clear()
 
     def stored(self, places: list[Place], array: str, first: int = 0, pin: bool = False) -> Tensor:
         """Copy an array of some samples as it is stored, from row `first` on: `[B, N, C]`.
@@ -91,9 +119,10 @@ class TokenStore:
             unread = bytearray(shard.entry.samples)
             checked = self._finite.setdefault((shard.entry.file, array), unread)
             if not checked[sample] and not finite(numbers[i], spec.dtype):
+                where = f"sample {shard.key(sample)} in {self.address}/{shard.entry.file}"
                 raise UserError(
-                    f"sample {shard.key(sample)} in {self.path / shard.entry.file}: {array} holds "
-                    "NaN or infinity; extract it again or drop it (doctor lists all)"
+                    f"{where}: {array} holds NaN or infinity; extract it again or drop it (doctor "
+                    "lists all)"
                 )
             checked[sample] = True
         return out
@@ -239,6 +268,17 @@ class TokenReader(PairReader):
 
     def captions(self, ids: np.ndarray) -> list[str]:
         return [str(item.get("caption", "")) for item in self.metadata(ids)]
+
+    @property
+    def caches(self) -> list[ShardCache]:
+        """The caches that shards come through; none for a local store."""
+        return [self.store.cache] if self.store.cache else []
+
+    def fetches(self, ids: np.ndarray) -> list[tuple[ShardCache, ShardEntry]]:
+        """Return the shards that samples lie in, each with the cache that it comes through."""
+        places = np.unique(np.searchsorted(self._starts, ids, "right") - 1)
+        entries = [self.store.index.shards[number] for number in self._numbers[places]]
+        return [(cache, entry) for cache in self.caches for entry in entries]
 
     def keys(self, ids: np.ndarray) -> list[str]:
         return [shard.key(sample) for shard, sample in self._locate(ids)]

@@ -1,4 +1,4 @@
-"""A real S3 server on this machine: a bucket is a folder, an object a file, signatures are checked."""
+"""A real S3 server on this machine: buckets are folders, objects files, signatures are checked."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import configparser
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -60,6 +61,7 @@ class Objects:
         self.url, self._pauses = url.rstrip("/"), pauses
         self._store = _connected(self.url)
         self._ranges: bool | None = None
+        self._asking = threading.Lock()
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Iterator[Any]:
         """Yield the bytes from `start` to `end`, or to the end of the file."""
@@ -93,15 +95,16 @@ class Objects:
 
     def has_ranges(self, name: str) -> bool:
         """Return whether parts of a file can be asked for; one answer for all files."""
-        if self._ranges is None:
-            try:
-                obstore.get_range(self._store, name, start=0, length=1)
-                self._ranges = True
-            except NotSupportedError:
-                self._ranges = False
-            except (BaseError, OSError):
-                return False  # reading says what is wrong
-        return self._ranges
+        with self._asking:
+            if self._ranges is None:
+                try:
+                    obstore.get_range(self._store, name, start=0, length=1)
+                    self._ranges = True
+                except NotSupportedError:
+                    self._ranges = False
+                except (BaseError, OSError):
+                    return False  # reading says what is wrong
+            return self._ranges
 
     def whole(self, name: str) -> bytes:
         return b"".join(bytes(chunk) for chunk in self.read(name))

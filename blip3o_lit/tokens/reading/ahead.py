@@ -30,8 +30,9 @@ def fetched_ahead(
         for item in items:
             yield item
             ahead.advance()
-    finally:
+    except GeneratorExit:
         ahead.stop()
+        raise
 
 
 class FetchAhead:

@@ -36,6 +36,8 @@ STREAMS = 4
 """Parts of a large shard that are fetched at a time."""
 PATIENCE = 600.0
 """Seconds to wait for room where all shards of a full cache are in use by other processes."""
+POLL = 0.02
+"""Seconds between two looks at what another process fetches or uses."""
 OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)").fullmatch
 
 
@@ -109,7 +111,7 @@ class ShardCache:
                     f"data.cache={self.folder}: all of data.cache_gb={self.limit / 1e9:g} was in "
                     f"use for {human_time(PATIENCE)}: give more"
                 )
-            time.sleep(0.1)
+            time.sleep(POLL)
 
     def fetch_ahead(self, entry: ShardEntry, ended: Callable[[], bool]) -> bool:
         """Fetch a shard unless that is being done; return False where there is no room for it now.
@@ -149,10 +151,11 @@ class ShardCache:
         path = self.path(entry)
         part = path.with_suffix(".part")
         with self._readable(), _opened(part) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                return True
+            # Once it is whole its readers keep it locked: a wait for the lock could last for ever.
+            while not _locked(file):
+                if not (wait and _is_named(file, part)):
+                    return True
+                time.sleep(POLL)
             if path.exists() or not _is_named(file, part):
                 return True  # another process was faster, or has given up
             try:
@@ -245,11 +248,11 @@ class ShardCache:
         for path, stat in oldest:
             try:
                 with path.open("r+b") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if _is_named(file, path):
-                        path.unlink()
-                        path.with_suffix(".idx").unlink(missing_ok=True)
-            except (BlockingIOError, PermissionError, FileNotFoundError):
+                    if not _locked(file) or not _is_named(file, path):
+                        continue
+                    path.unlink()
+                    path.with_suffix(".idx").unlink(missing_ok=True)
+            except (PermissionError, FileNotFoundError):
                 continue
             if stat.st_size:
                 return stat.st_size
@@ -276,6 +279,15 @@ class ShardCache:
             elif error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
                 fix = "its file system has no locks: choose another data.cache"
             raise UserError(f"data.cache={self.folder}: {error.strerror}: {fix}") from error
+
+
+def _locked(file: BinaryIO) -> bool:
+    """Lock a file for this open file alone, or return False."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -10,7 +10,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,16 @@ from obstore.exceptions import (
 )
 from obstore.store import HTTPStore, ObjectStore, from_url
 
-from blip3o_lit.base.remote import PAUSES, SCHEMES
 from blip3o_lit.base.secrets import masked
 from blip3o_lit.config.errors import UserError
 
+SCHEMES = ("http", "https", "s3", "gs", "hf", "file")
+PAUSES = (1.0, 4.0, 16.0)
+"""Seconds before a broken connection is opened again; one more failure in a row ends it."""
 CHUNK = 4 << 20
-UPLOAD_PART = 64 << 20
+PART = 64 << 20
+STREAMS = 4
+"""Parts of a large file that are fetched at a time."""
 CLIENT = {"timeout": "1 day", "connect_timeout": "20s", "read_timeout": "60s"}
 RETRIES = {
     "max_retries": 4,
@@ -93,7 +98,34 @@ class Objects:
                 if first < last:
                     yield bytes(chunk)[first:last]
 
-    def has_ranges(self, name: str) -> bool:
+    def download(
+        self,
+        name: str,
+        descriptor: int,
+        size: int,
+        ended: Callable[[], bool] = lambda: False,
+    ) -> int:
+        """Write a file of that size, several parts of a large one at a time; return what came.
+
+        Stops, with too few bytes, where there are more, and once `ended` says so.
+        """
+
+        def write(start: int, end: int) -> int:
+            place = start
+            for chunk in self.read(name, start, None if (start, end) == (0, size) else end):
+                if ended() or place + len(chunk) > end:
+                    return -1
+                os.pwrite(descriptor, chunk, place)
+                place += len(chunk)
+            return place - start
+
+        if size <= PART or not self._has_ranges(name):
+            return write(0, size)
+        starts = range(0, size, PART)
+        with ThreadPoolExecutor(STREAMS, "parts") as pool:
+            return sum(pool.map(write, starts, [min(start + PART, size) for start in starts]))
+
+    def _has_ranges(self, name: str) -> bool:
         """Return whether parts of a file can be asked for; one answer for all files."""
         with self._asking:
             if self._ranges is None:
@@ -129,17 +161,22 @@ class Objects:
         except (BaseError, OSError):
             return None
 
-    def sizes(self, folder: str = "") -> dict[str, int]:
-        """Return the sizes of all files in and below a folder, by name."""
+    def below(self, folder: str) -> dict[str, tuple[int, str]]:
+        """Return size and version of all files in and below a folder, by name."""
         try:
-            found = obstore.list(self._store, folder or None).collect()
+            found = obstore.list(self._store, folder).collect()
         except (BaseError, OSError) as error:
             raise self._refused(folder, error) from error
-        return {str(item["path"]): int(item["size"]) for item in found}
+        return {
+            str(item["path"]): (int(item["size"]), f"{item['e_tag']} {item['last_modified']}")
+            for item in found
+        }
 
     def put(self, file: Path, name: str) -> None:
         """Copy a file there; it appears whole or not at all."""
-        obstore.put(self._store, name, file, chunk_size=UPLOAD_PART, max_concurrency=4)
+        small = file.stat().st_size <= PART  # it may be written to meanwhile
+        content = file.read_bytes() if small else file
+        obstore.put(self._store, name, content, chunk_size=PART, max_concurrency=STREAMS)
 
     def copy(self, name: str, other: str) -> None:
         """Give a file there a second name."""
@@ -162,7 +199,7 @@ def why(error: Exception) -> tuple[str, str, bool]:
     if isinstance(error, FileNotFoundError):
         return reason or "it is not there", "check the address", False
     keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS or HF_TOKEN"
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or "Missing Acc" in text:
         return reason or "no permission", f"check the credentials ({keys})", False
     if _METADATA in text:
         public = "AWS_SKIP_SIGNATURE=true where the bucket is public"

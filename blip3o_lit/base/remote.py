@@ -7,11 +7,9 @@ from typing import BinaryIO, TypeVar
 import aiohttp
 import fsspec
 
+from blip3o_lit.base.objects import PAUSES, SCHEMES
 from blip3o_lit.config.errors import UserError
 
-SCHEMES = ("http", "https", "s3", "gs", "hf", "file")
-PAUSES = (1.0, 4.0, 16.0)
-"""Seconds before a broken connection is opened again; one more failure in a row ends it."""
 T = TypeVar("T")
 
 

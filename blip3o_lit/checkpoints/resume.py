@@ -16,9 +16,11 @@ from typing import Any
 
 import yaml
 
+from blip3o_lit.base.objects import is_url
 from blip3o_lit.base.secrets import masked
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.metrics_csv import read_rows
+from blip3o_lit.checkpoints.mirror import fetched
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
 
@@ -86,7 +88,8 @@ def _is_within(path: Path, run_dir: Path) -> bool:
 def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
     """Return the checkpoint to go on from, or None for a fresh start.
 
-    A path in `config.resume` becomes that of the checkpoint itself.
+    A path in `config.resume` becomes that of the checkpoint itself; behind an address, the
+    checkpoint is fetched.
     """
     if config.resume is None:
         return None
@@ -104,6 +107,10 @@ def resolve_resume(config: TrainConfig, run_dir: Path) -> Path | None:
             return None
         print(f"resume=auto found no checkpoint in {run_dir}: it began from {origin}")
         config.resume = origin
+    if is_url(config.resume):
+        path = fetched(config.resume)
+        _check_network(config, path)
+        return path
     path = _absolute(config.resume)
     if path.is_dir() and path.suffix != ".ckpt":
         newest, _ = checkpointing.newest_to_resume(path)

@@ -115,9 +115,15 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "kernels"))
         module.network.compile_blocks()
     callbacks = Callbacks(plan, data, run_dir)
+    if callbacks.mirror is not None:
+        callbacks.mirror.begin(resumed is None, config.overwrite)
     run_loggers = loggers(config, run_dir, resumed, start) if launch().first else []
     trainer = build_trainer(plan, cluster, callbacks, run_loggers, run_dir)
-    return fit(plan, trainer, callbacks, module, data, resumed, run_dir)
+    try:
+        return fit(plan, trainer, callbacks, module, data, resumed, run_dir)
+    finally:
+        if callbacks.mirror is not None:
+            callbacks.mirror.finish()
 
 
 def open_data(config: TrainConfig) -> tuple[TokenDataModule, int]:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,20 +83,29 @@ class TokenStore:
         """Return a shard, mapping it if need be; safe to call from several threads."""
         entry = self.index.shards[number]
         if self.cache is not None and number not in self._shards:
-            self.cache.bring(entry, self._let_go)  # Other threads read on meanwhile.
+            self.cache.hold(entry, self._let_go).close()  # Other threads read on meanwhile.
         with self._lock:
             if number not in self._shards:
                 verify = "size" if number in self._verified else self.verify
                 if self.cache is None:
                     shard = Shard.open(self.path, entry, self.index, verify)
                 else:
-                    shard = self.cache.open(entry, self.index, verify, self._let_go)
+                    shard = self._cached(self.cache, entry, verify)
                 self._shards[number] = shard
                 self._verified.add(number)
                 if len(self._shards) > self._open_shards:
                     self._shards.popitem(last=False)
             self._shards.move_to_end(number)
             return self._shards[number]
+
+    def _cached(self, cache: ShardCache, entry: ShardEntry, verify: str) -> Shard:
+        """Map a shard, which stays in the cache as long as it is mapped."""
+        held = cache.hold(entry, self._let_go)
+        own = replace(entry, file=cache.path(entry).name, offsets=f"{entry.sha256}.idx")
+        shard = Shard.open(cache.shards, own, self.index, verify)
+        shard.entry = entry
+        weakref.finalize(shard, held.close)
+        return shard
 
     def _let_go(self) -> None:
         """Unmap the shards that no batch is being read from."""

@@ -15,12 +15,8 @@ import mmap
 import os
 import re
 import time
-import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,12 +24,8 @@ from blip3o_lit.base.files import sync_folder
 from blip3o_lit.base.objects import Objects
 from blip3o_lit.base.units import human_time
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
-from blip3o_lit.tokens.store.mapped_shard import Shard
+from blip3o_lit.tokens.store.index import ShardEntry
 
-PART = 64 << 20
-STREAMS = 4
-"""Parts of a large shard that are fetched at a time."""
 PATIENCE = 600.0
 """Seconds to wait for room where all shards of a full cache are in use by other processes."""
 POLL = 0.02
@@ -75,22 +67,7 @@ class ShardCache:
             return True
         return True
 
-    def open(
-        self, entry: ShardEntry, index: TokenIndex, verify: str, let_go: Callable[[], None]
-    ) -> Shard:
-        """Map a shard, which stays in the cache as long as it is mapped."""
-        file = self._hold(entry, let_go)
-        own = replace(entry, file=f"{entry.sha256}.tar", offsets=f"{entry.sha256}.idx")
-        shard = Shard.open(self.shards, own, index, verify)
-        shard.entry = entry
-        weakref.finalize(shard, file.close)
-        return shard
-
-    def bring(self, entry: ShardEntry, let_go: Callable[[], None]) -> None:
-        """See to it that a shard is there."""
-        self._hold(entry, let_go).close()
-
-    def _hold(self, entry: ShardEntry, let_go: Callable[[], None]) -> BinaryIO:
+    def hold(self, entry: ShardEntry, let_go: Callable[[], object] = int) -> BinaryIO:
         """Return a shard's open file, fetched if need be; it stays while that is open.
 
         Waits where another process fetches it. Where a full cache is in use, `let_go` is asked to
@@ -174,41 +151,18 @@ class ShardCache:
 
     def _download(self, entry: ShardEntry, file: BinaryIO, ended: Callable[[], bool]) -> None:
         """Write a shard's bytes into its file and check them."""
-        size, name = entry.bytes, entry.file
-        write = partial(self._write, entry, file.fileno(), ended)
+        size = entry.bytes
         try:
-            if size > PART and self.objects.has_ranges(name):
-                pieces = [(start, min(start + PART, size)) for start in range(0, size, PART)]
-                with ThreadPoolExecutor(STREAMS, "parts") as pool:
-                    got = sum(pool.map(write, *zip(*pieces)))
-            else:
-                got = write(0, None)
+            got = self.objects.download(entry.file, file.fileno(), size, ended)
         except UserError as error:
             raise self._sized(entry) or error from error
+        if ended():
+            raise _GivenUp
         if got != size:
-            raise self._sized(entry) or self._wrong(entry, f"{got} bytes came, not {size}")
+            raise self._sized(entry) or self._wrong(entry, f"it has not {size} bytes")
         with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as content:
             if hashlib.sha256(content).hexdigest() != entry.sha256:
                 raise self._wrong(entry, "its sha256 is another than index.json says")
-
-    def _write(
-        self,
-        entry: ShardEntry,
-        descriptor: int,
-        ended: Callable[[], bool],
-        start: int,
-        end: int | None,
-    ) -> int:
-        place = start
-        for chunk in self.objects.read(entry.file, start, end):
-            if ended():
-                raise _GivenUp
-            size = memoryview(chunk).nbytes
-            if place + size > entry.bytes:
-                raise self._wrong(entry, f"it is longer than the {entry.bytes} bytes of index.json")
-            os.pwrite(descriptor, chunk, place)
-            place += size
-        return place - start
 
     def _sized(self, entry: ShardEntry) -> UserError | None:
         """Return the error of a shard that has another size than the index promises."""

@@ -38,7 +38,7 @@ STREAMS = 4
 """Parts of a large file that are fetched at a time."""
 CLIENT = {"timeout": "1 day", "connect_timeout": "20s", "read_timeout": "60s"}
 RETRIES = {
-    "max_retries": 4,
+    "max_retries": 2,
     "retry_timeout": timedelta(seconds=60),
     "backoff": {
         "init_backoff": timedelta(milliseconds=200),
@@ -164,7 +164,7 @@ class Objects:
     def below(self, folder: str) -> dict[str, tuple[int, str]]:
         """Return size and version of all files in and below a folder, by name."""
         try:
-            found = obstore.list(self._store, folder).collect()
+            found = obstore.list(self._store, folder or None).collect()
         except (BaseError, OSError) as error:
             raise self._refused(folder, error) from error
         return {
@@ -232,8 +232,9 @@ def _connected(url: str) -> ObjectStore:
                 client["allow_http"] = True
         return from_url(url, **settings)
     except (BaseError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{masked(url)} can't be read ({reason}): check the address") from error
+        reason, mend, passing = why(error)
+        mend = "check the address" if passing else mend
+        raise UserError(f"{masked(url)} can't be read ({reason}): {mend}") from error
 
 
 def _aws_files() -> dict[str, str]:

@@ -178,7 +178,7 @@ def _fetched(objects: Objects, name: str) -> Path | None:
     """Fetch a checkpoint, file or folder, once for all processes; older ones are removed."""
     files = {
         file: facts
-        for file, facts in objects.below(name.rpartition("/")[0] or name).items()
+        for file, facts in objects.below(name.rpartition("/")[0]).items()
         if file == name or file.startswith(f"{name}/")
     }
     if not files:

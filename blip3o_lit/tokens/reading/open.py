@@ -22,6 +22,9 @@ from blip3o_lit.tokens.store.storage import SCALES_FILE
 
 WINDOWS = 2
 """Shuffle windows whose shards a cache must have room for: where reading is, and the next."""
+SPARE = 2
+LEAST_AHEAD = 12
+"""Shards fetched ahead where the windows are smaller and the cache has room."""
 BESIDE = (HEADS_FILE, SCALES_FILE, CLASSES_FILE)
 """Small files that a store may have; they are fetched when it is opened."""
 
@@ -33,8 +36,8 @@ def open_store(address: Path | str, data: DataConfig) -> TokenStore:
     objects = Objects(str(address))
     content = objects.whole("index.json")
     index = TokenIndex.parse(content, f"{objects.url}/index.json")
-    cache = ShardCache(_cache_folder(data), objects, ahead=WINDOWS * data.shuffle_window)
-    cache.limit = _limit(cache, index, data)
+    cache = ShardCache(_cache_folder(data), objects)
+    _set_limits(cache, index, data)
     folder = store_folder(address, data)
     with one_at_a_time(folder / "index.json"):
         _fetch_small_files(objects, folder, content)
@@ -69,19 +72,21 @@ def _fetch_small_files(objects: Objects, folder: Path, index: bytes) -> None:
         write_synced(known, index)
 
 
-def _limit(cache: ShardCache, index: TokenIndex, data: DataConfig) -> int:
-    """Return the bytes that the cache may hold: by default half of what it could have."""
+def _set_limits(cache: ShardCache, index: TokenIndex, data: DataConfig) -> None:
+    """Set what a cache may hold, by default half of what it could have, and fetch ahead."""
     if data.cache_gb is not None:
-        limit = int(data.cache_gb * 1e9)
+        cache.limit = int(data.cache_gb * 1e9)
     else:
-        limit = (cache.used() + shutil.disk_usage(cache.folder).free) // 2
-    sizes = np.array([shard.bytes for shard in index.shards])
-    shards = min(cache.ahead + 2, len(sizes))
-    needed = int(np.sort(sizes)[-shards:].sum())
-    if limit < needed:
+        cache.limit = (cache.used() + shutil.disk_usage(cache.folder).free) // 2
+    sizes = np.sort([shard.bytes for shard in index.shards])[::-1]
+    read = WINDOWS * data.shuffle_window
+    needed = int(sizes[: read + SPARE].sum())
+    if cache.limit < needed:
         raise UserError(
-            f"data.cache={cache.folder} may hold {limit / 1e9:.3g} GB; data.shuffle_window="
-            f"{data.shuffle_window} reads {shards} shards of {cache.objects.url} at a time: give "
-            f"data.cache_gb={needed / 1e9:.3g} or more, or lower data.shuffle_window"
+            f"data.cache={cache.folder} may hold {cache.limit / 1e9:.3g} GB; "
+            f"data.shuffle_window={data.shuffle_window} reads {min(read + SPARE, len(sizes))} "
+            f"shards of {cache.objects.url} at a time: give data.cache_gb={needed / 1e9:.3g} or "
+            "more, or lower data.shuffle_window"
         )
-    return limit
+    room = int(cache.limit // sizes[0]) - SPARE
+    cache.ahead = max(1, min(max(read, LEAST_AHEAD), room))

@@ -38,9 +38,9 @@ OPEN_SHARDS = 64
 
 
 class Place(NamedTuple):
-    """A shard and the number of a sample in it."""
+    """The numbers of a shard in the index and of a sample in it."""
 
-    shard: Shard
+    number: int
     sample: int
 
 
@@ -125,7 +125,10 @@ class TokenStore:
         end = spec.nbytes
         start = end // spec.shape[0] * first
         content = out.view(-1).view(torch.uint8).view(len(places), end - start).numpy()
-        for i, (shard, sample) in enumerate(places):
+        # One shard after the other: a batch may come from more of them than a cache has room for.
+        for i in sorted(range(len(places)), key=lambda i: places[i].number):
+            number, sample = places[i]
+            shard = self.shard(number)
             np.copyto(content[i], shard.content(array, sample, start, end))
             unread = bytearray(shard.entry.samples)
             checked = self._finite.setdefault((shard.entry.file, array), unread)
@@ -238,10 +241,9 @@ class TokenReader(PairReader):
         ids = np.asarray(ids, np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < len(self):
             raise IndexError(f"sample ids must be in 0..{len(self) - 1}")
-        numbers = np.searchsorted(self._starts, ids, "right") - 1
-        shards = {int(n): self.store.shard(int(self._numbers[n])) for n in np.unique(numbers)}
-        samples = ids - self._starts[numbers]
-        return [Place(shards[n], i) for n, i in zip(numbers.tolist(), samples.tolist())]
+        own = np.searchsorted(self._starts, ids, "right") - 1
+        numbers, samples = self._numbers[own], ids - self._starts[own]
+        return [Place(*place) for place in zip(numbers.tolist(), samples.tolist())]
 
     def read(self, ids: np.ndarray) -> Batch:
         """Read a batch: `read_packed` with int8 tokens restored to fp16."""
@@ -271,11 +273,11 @@ class TokenReader(PairReader):
         return self.store.gather(self._locate(ids), self._text).float()
 
     def metadata(self, ids: np.ndarray) -> list[dict[str, Any]]:
-        return [shard.metadata(sample) for shard, sample in self._locate(ids)]
+        return [self.store.shard(n).metadata(sample) for n, sample in self._locate(ids)]
 
     def thumbnails(self, ids: np.ndarray) -> list[bytes]:
         """Return the JPEGs of samples, of a store whose index says that it has them."""
-        return [shard.thumbnail(sample) for shard, sample in self._locate(ids)]
+        return [self.store.shard(n).thumbnail(sample) for n, sample in self._locate(ids)]
 
     def captions(self, ids: np.ndarray) -> list[str]:
         return [str(item.get("caption", "")) for item in self.metadata(ids)]
@@ -292,4 +294,4 @@ class TokenReader(PairReader):
         return [(cache, entry) for cache in self.caches for entry in entries]
 
     def keys(self, ids: np.ndarray) -> list[str]:
-        return [shard.key(sample) for shard, sample in self._locate(ids)]
+        return [self.store.shard(n).key(sample) for n, sample in self._locate(ids)]

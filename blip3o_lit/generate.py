@@ -106,6 +106,7 @@ def generate(config: GenerateConfig) -> Path:
     from blip3o_lit.checkpoints.drawer import drawer_of
     from blip3o_lit.checkpoints.load import best_device, load
     from blip3o_lit.drawing.store_drawings import DRAWINGS, draw_store
+    from blip3o_lit.tokens.reading.open import open_store
     from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
     from blip3o_lit.translation.generated_store import GeneratedStore
     from blip3o_lit.translation.graphs import Graphs
@@ -113,7 +114,7 @@ def generate(config: GenerateConfig) -> Path:
     loaded = load(config.ckpt, best_device() if config.device == "auto" else config.device)
     if config.graphs:
         loaded.translator.graphs = Graphs(loaded.device)
-    store = TokenStore.open(config.tokens)
+    store = open_store(config.tokens, loaded.config.data)
     out = Path(config.out)
     splits = [config.split] if config.split else list(store.index.splits)
     for split in splits:

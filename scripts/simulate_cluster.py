@@ -26,8 +26,8 @@ from blip3o_lit.tokens.store.index import ShardEntry
 
 SAVED_BYTES = 16
 """Per parameter, in fp32: weights 4, EMA 4, Adam's moments 8."""
-RUNS, STEPS = 200, 50
-"""Simulated runs and steps that are averaged."""
+RUNS, STEPS, WINDOWS = 200, 50, 64
+"""Simulated runs, steps and shuffle windows that are averaged."""
 MODELS = {
     "base": ModelConfig(width=768, depth=12, heads=12, kv_heads=4, mlp_width=2048),
     "large": ModelConfig(width=1024, depth=20, heads=16, kv_heads=8, mlp_width=4096),
@@ -54,6 +54,7 @@ class Assumptions:
 
     images: float = 100e6
     gpus: float = 1000
+    node_gpus: float = 8
     shard_samples: float = 256
     window: float = 16
     """Shards that are shuffled together."""
@@ -145,6 +146,42 @@ def traffic(facts: Assumptions) -> list[list[str]]:
     return rows
 
 
+def fetches(facts: Assumptions, window: int, caches: int) -> float:
+    """Return how often a shard is fetched in an epoch: by every cache whose ranks read from it."""
+    size, batch = int(facts.shard_samples), int(facts.batch)
+    sizes = np.full(math.ceil(facts.images / size), size, np.int64)
+    steps = max(1, round(WINDOWS * window * size / batch))
+    ids_SB = SampleOrder(0, sizes, window).at(0, steps * batch)[0].reshape(steps, batch)
+    shards_SB = ids_SB // size
+    cache_B = np.arange(batch) * caches // batch
+    return len(np.unique(cache_B * len(sizes) + shards_SB)) / len(np.unique(shards_SB))
+
+
+def caches(facts: Assumptions) -> list[list[str]]:
+    """Return what a bucket must deliver so that `nextdit` doesn't wait, a cache on every node."""
+    nodes = max(1, int(facts.gpus / facts.node_gpus))
+    rows = []
+    for store, shape in STORES.items():
+        forward = units(MODELS["nextdit"], shape).forward_flops
+        read = facts.gpus * facts.peak * facts.mfu / (3 * forward) * token_bytes(shape) / 1e9
+        shard = facts.shard_samples * token_bytes(shape) / 1e9
+        for window in (int(facts.window), 4, 1):
+            for shared in sorted({nodes, max(1, nodes // 8), 1}, reverse=True):
+                times = fetches(facts, window, shared)
+                rows.append(
+                    [
+                        store,
+                        f"{window}",
+                        f"{shared:,}",
+                        f"{times:.1f}",
+                        f"{read * times:,.0f} GB/s",
+                        f"{read * times / nodes:,.1f} GB/s",
+                        f"{(2 * window + 2) * shard:,.1f} GB",
+                    ]
+                )
+    return rows
+
+
 def simulate(work: float, interval: float, save: float, restart: float, mtbf: float) -> float:
     """Return wall time over useful time, failures drawn from an exponential law; all in seconds.
 
@@ -217,6 +254,9 @@ def main() -> None:
     heads = ["model", "parameters", "images/s", "reads, full", "reads, grid_64", "checkpoint"]
     heads += ["each rank", "write"]
     show("Traffic", heads, traffic(facts))
+    heads = ["store", "data.shuffle_window", "caches", "fetches of a shard, an epoch"]
+    heads += ["bucket, nextdit", "a node", "least data.cache_gb"]
+    show("A bucket and caches of whole shards", heads, caches(facts))
     parameters = units(MODELS["nextdit"], STORES["full"]).total
     save = SAVED_BYTES * parameters / 1e9 / facts.write_gbps
     mtbf = facts.gpu_hours_per_failure / facts.gpus

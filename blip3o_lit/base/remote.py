@@ -7,11 +7,9 @@ from typing import BinaryIO, TypeVar
 import aiohttp
 import fsspec
 
+from blip3o_lit.base.objects import PAUSES, SCHEMES
 from blip3o_lit.config.errors import UserError
 
-SCHEMES = ("http", "https", "s3", "gs", "hf", "file")
-PAUSES = (1.0, 4.0, 16.0)
-"""Seconds before a broken connection is opened again; one more failure in a row ends it."""
 T = TypeVar("T")
 
 
@@ -33,15 +31,6 @@ def open_remote(url: str) -> BinaryIO:
         return system.open(path, "rb", **options)
     except ImportError as error:
         raise UserError(f"{url}: {error}") from error
-
-
-def read_whole(file: BinaryIO, size: int) -> bytes:
-    """Read `size` bytes, or up to the end of the file."""
-    parts, left = [], size
-    while left and (part := file.read(left)):
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)
 
 
 def resumed(

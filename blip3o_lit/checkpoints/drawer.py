@@ -1,14 +1,13 @@
 """Who draws a translator's tokens: a decoder by name, or its training split's read-out."""
 
-from pathlib import Path
-
 from blip3o_lit.base.home import fits
 from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.drawing.decoder import load_decoder
 from blip3o_lit.drawing.drawer import Drawer, kept_readout, split_readout
 from blip3o_lit.drawing.readout import Readout
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.open import open_store, store_folder
+from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex
 
 
@@ -37,14 +36,15 @@ def own_readout(loaded: Loaded) -> Readout | None:
 def _training_split(loaded: Loaded) -> TokenReader | None:
     """Return what the translator was trained on, where it is here and has thumbnails."""
     tokens, data = loaded.facts["tokens"], loaded.config.data
-    path = Path(str(tokens["path"]))
-    if not (path / "index.json").is_file():
+    address = str(tokens["path"])
+    folder = store_folder(address, data)
+    if not (folder / "index.json").is_file():
         return None
-    index = TokenIndex.load(path)
+    index = TokenIndex.load(folder)
     sides = (data.condition, data.target)
     if not (index.thumbnails and "train" in index.splits and index.arrays.keys() >= set(sides)):
         return None
-    store, limits = TokenStore(path, index, data.verify), (data.max_shards, data.subset)
+    store, limits = open_store(address, data), (data.max_shards, data.subset)
     train = TokenReader(store, "train", *sides, loaded.config.mode, *limits)
     return train if train.content_hash == tokens["hash"] else None
 
@@ -52,7 +52,7 @@ def _training_split(loaded: Loaded) -> TokenReader | None:
 def _target(loaded: Loaded, decoder: str) -> ArraySpec:
     """Return whose tokens a translator generates, from its store or its export."""
     target = loaded.config.data.target
-    path = Path(str(loaded.facts["tokens"]["path"]))
+    path = store_folder(str(loaded.facts["tokens"]["path"]), loaded.config.data)
     entry = loaded.facts.get("arrays", {}).get("target")
     if entry:
         return ArraySpec.from_dict(target, entry)

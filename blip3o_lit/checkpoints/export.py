@@ -15,6 +15,7 @@ from blip3o_lit.checkpoints.solvers import save_solvers
 from blip3o_lit.config.checks import paths_of
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.drawing.drawer import save_readout
+from blip3o_lit.tokens.reading.open import store_folder
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.index import TokenIndex
 
@@ -39,7 +40,7 @@ def write_export(loaded: Loaded, out: Path) -> None:
     state = {name: value.contiguous() for name, value in loaded.translator.state_dict().items()}
     with replacing(out / WEIGHTS_FILE) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
-    heads = Path(loaded.facts["tokens"]["path"]) / HEADS_FILE
+    heads = store_folder(loaded.facts["tokens"]["path"], loaded.config.data) / HEADS_FILE
     if not heads.is_file():
         heads = loaded.file.with_name(HEADS_FILE)
     if heads.is_file():
@@ -77,9 +78,10 @@ def push(loaded: Loaded, repository: str, private: bool = True) -> str:
 def _shareable(loaded: Loaded) -> dict[str, Any]:
     """Return the checkpoint's facts with folder names in place of this machine's paths."""
     shared = json.loads(json.dumps(loaded.facts))
-    path = Path(shared["tokens"]["path"])
-    if (path / "index.json").is_file():
-        arrays, data = TokenIndex.load(path).arrays, loaded.config.data
+    data = loaded.config.data
+    folder = store_folder(shared["tokens"]["path"], data)
+    if (folder / "index.json").is_file():
+        arrays = TokenIndex.load(folder).arrays
         pair = {"condition": arrays.get(data.condition), "target": arrays.get(data.target)}
         shared["arrays"] = {side: spec.to_dict() for side, spec in pair.items() if spec}
     for facts in (shared["tokens"], *shared["tokens"].get("stores", [])):

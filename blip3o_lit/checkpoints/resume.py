@@ -16,10 +16,12 @@ import yaml
 
 from blip3o_lit.base.files import read_json
 from blip3o_lit.base.first_rank import ALONE, FirstRank
+from blip3o_lit.base.objects import is_url
 from blip3o_lit.base.secrets import masked
 from blip3o_lit.base.words import flatten
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.metrics_csv import read_rows
+from blip3o_lit.checkpoints.mirror import fetched
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
 
@@ -31,7 +33,7 @@ PICTURE_KEYS = ("towers", "pixels", "split")
 """Count where a run encodes pictures itself; before it could, a run had none of them."""
 FREE_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "log_every", "deterministic", "profile")
 FREE_TRAINER_KEYS += ("memory_history", "extra")
-FREE_DATA_KEYS = ("threads", "verify", "tower_batch")
+FREE_DATA_KEYS = ("threads", "verify", "tower_batch", "cache", "cache_gb")
 
 
 def essential(config: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +94,8 @@ def _is_within(path: Path, run_dir: Path) -> bool:
 def resolve_resume(config: TrainConfig, run_dir: Path, ranks: FirstRank = ALONE) -> Path | None:
     """Return the checkpoint to go on from, or None for a fresh start.
 
-    The first of several ranks decides. A path in `config.resume` becomes that of the checkpoint.
+    The first of several ranks decides. A path in `config.resume` becomes that of the checkpoint;
+    behind an address, the checkpoint is fetched.
     """
     wanted: str | None = ranks.finds(lambda: config.resume)
     config.resume = wanted
@@ -112,6 +115,10 @@ def resolve_resume(config: TrainConfig, run_dir: Path, ranks: FirstRank = ALONE)
             return None
         print(f"resume=auto found no checkpoint in {run_dir}: it began from {origin}")
         config.resume = wanted = str(origin)
+    if is_url(wanted):
+        path = fetched(wanted)
+        _check_network(config, path)
+        return path
     path = _absolute(wanted)
     if path.is_dir() and path.suffix != ".ckpt":
         newest, _ = checkpointing.newest_to_resume(path, ranks)

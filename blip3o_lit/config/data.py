@@ -92,12 +92,17 @@ class DataConfig:
     their left half; tokens: a directory; images: pictures, which the towers encode in front of the
     network; or a testbed with a known law: linear_gaussian, ambiguous."""
     tokens: Any = several(None)
-    """A token store: a directory with index.json, or the URL of one. Several: `[a, b]`, each sample
-    once an epoch, or with weights `{a: 0.7, b: 0.3}`, shares of an epoch of the same length."""
+    """A token store: a directory with index.json, or the address of one (s3:// gs:// hf://
+    https://). Several: `[a, b]`, each sample once an epoch, or with weights `{a: 0.7, b: 0.3}`,
+    shares of an epoch of the same length."""
     images: str | None = None
     """Of name=images: a folder, local tars, a .csv, .tsv or .jsonl, or demo, as in `extract`."""
     tower_batch: int | None = above_zero(None)
     """Of name=images: images that the towers take at a time; null: the micro-batch."""
+    cache: str | None = None
+    """Where shards of a store behind an address are kept; null: in the user's cache folder."""
+    cache_gb: float | None = above_zero(None)
+    """Size of that cache, in GB of 1e9 bytes; null: half of what the disk has to spare."""
     condition: str = "eva"
     """The stored array that conditions the flow."""
     target: str = "clip"

@@ -146,6 +146,8 @@ class CheckpointConfig:
     """Step checkpoints to keep beside best and last; -1 keeps all."""
     asynchronous: bool = False
     """Write while training goes on, from a copy in the host's memory."""
+    mirror: str | None = None
+    """An address (s3://, gs://) to which the run's files are copied after each save."""
 
     def __post_init__(self) -> None:
         check_fields(self, "checkpoint.")

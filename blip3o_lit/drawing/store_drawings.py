@@ -22,11 +22,12 @@ def draw_store(
             unfinished = folder.with_name(f".{folder.name}")
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-            places = [Place(store.shard(number), sample) for sample in range(entry.samples)]
+            shard = store.shard(number)
+            places = [Place(number, sample) for sample in range(entry.samples)]
             for start in range(0, entry.samples, batch_size):
                 part = places[start : start + batch_size]
                 pictures = drawer.draw(store.read(part, array))
-                for (shard, sample), picture in zip(part, pictures.cpu(), strict=True):
+                for (_, sample), picture in zip(part, pictures.cpu(), strict=True):
                     image_of(picture).save(unfinished / f"{shard.key(sample)}.png")
             unfinished.rename(folder)
         done += entry.samples

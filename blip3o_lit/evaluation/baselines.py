@@ -27,6 +27,7 @@ from blip3o_lit.models.baselines import MeanToken, Ridge
 from blip3o_lit.models.fitted import load_or_fit
 from blip3o_lit.models.precision import PRECISIONS
 from blip3o_lit.models.regression import PatchMLP, Regression
+from blip3o_lit.tokens.reading.ahead import fetched_ahead
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 FORMAT = 2
@@ -132,9 +133,12 @@ class BaselineFits:
         """Yield one pass over `baseline_images` images, evenly spaced over the split."""
         count = min(self.config.baseline_images, len(self.train))
         ids = np.linspace(0, len(self.train) - 1, count).round().astype(np.int64)
-        for start in range(0, count, _BATCH):
-            yield self._batch(ids[start : start + _BATCH])
-            self.report(name, min(start + _BATCH, count), count)
+        batches = np.split(ids, range(_BATCH, count, _BATCH))
+        done = 0
+        for batch in fetched_ahead(self.train, batches, batches):
+            yield self._batch(batch)
+            done += len(batch)
+            self.report(name, done, count)
 
     def _shuffled(self, draws: np.random.Generator) -> Pairs:
         """Yield one pass in random order; a smaller last batch is dropped."""

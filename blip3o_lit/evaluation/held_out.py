@@ -1,12 +1,14 @@
 """The images that are scored on, in batches on the translator's device."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from blip3o_lit.base.progress import Report
 from blip3o_lit.evaluation.estimators import Batch
+from blip3o_lit.tokens.reading.ahead import fetched_ahead
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 
@@ -27,11 +29,9 @@ class HeldOut:
     def batches(self, images: int, phase: str, border: int | None = None) -> Iterator[Batch]:
         """Yield the first `images` images; no batch crosses the `border`, a number of images."""
         self.report(phase, 0, images)
-        start = 0
-        while start < images:
-            end = min(start + self.batch_size, images)
-            if border is not None and start < border:
-                end = min(end, border)
-            yield self.read(np.arange(start, end))
-            self.report(phase, end, images)
-            start = end
+        size, cut = self.batch_size, min(images, images if border is None else border)
+        bounds = [*range(0, cut, size), *range(cut, images, size), images]
+        batches = [np.arange(start, end) for start, end in pairwise(bounds)]
+        for ids in fetched_ahead(self.reader, batches, batches):
+            yield self.read(ids)
+            self.report(phase, int(ids[-1]) + 1, images)

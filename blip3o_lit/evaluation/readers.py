@@ -15,17 +15,15 @@ import numpy as np
 from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
+from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.extraction.direct.store import PictureReader, PictureStore
 from blip3o_lit.extraction.engine import device_of
 from blip3o_lit.testbeds.token_source import token_stores
-from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.reading.mixture import StoreSet
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.store.heads import HEADS_FILE
-from blip3o_lit.tokens.store.remote_store import RemoteStore, is_url
+from blip3o_lit.tokens.reading.open import open_store, store_folder
+from blip3o_lit.tokens.reading.reader import TokenReader
 
 COMPARED = 256
 """Images of equal keys whose tokens are compared: keys alone may be mere numbers."""
@@ -48,9 +46,9 @@ def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, T
     if data.images:
         held, train = _of_pictures(run, config)
     elif len(paths) > 1:
-        held, train = _several(StoreSet(paths, data.verify), config, data, run.mode)
+        held, train = _several(StoreSet(paths, data), config, data, run.mode)
     else:
-        store = _remote(path, config, data) if is_url(path) else TokenStore.open(path, data.verify)
+        store = open_store(path, data)
         if "train" in store.index.splits:
             train = TokenReader(
                 store, "train", *sides, max_shards=data.max_shards, limit=data.subset
@@ -108,9 +106,9 @@ def trained_images(loaded: Loaded, held: TokenReader) -> int | None:
     """
     run, facts = loaded.config, loaded.facts["tokens"]
     paths = [str(store["path"]) for store in facts.get("stores") or [facts]]
-    if not all((Path(path) / "index.json").is_file() for path in paths):
+    if not all((store_folder(path, run.data) / "index.json").is_file() for path in paths):
         return None
-    stores = StoreSet(dict.fromkeys(paths))
+    stores = StoreSet(dict.fromkeys(paths), run.data)
     if not stores.with_split("train"):
         return None
     own = stores.reader("train", run.data.condition, run.data.target, run.mode)
@@ -124,20 +122,6 @@ def trained_images(loaded: Loaded, held: TokenReader) -> int | None:
         theirs = own.read(trained[[number]])["condition"].float()
         equal += bool((ours - theirs).norm() <= 1e-2 * theirs.norm())
     return equal
-
-
-def _remote(url: str, config: EvaluateConfig, data: DataConfig) -> TokenStore:
-    """Download the split that is scored on, and what captions and classes need."""
-    if BASELINE_SETS[config.baselines] or config.same_data or config.split == "train":
-        raise UserError(
-            f"data.tokens={url} has no random access, which training tokens need here: add "
-            "baselines=none, or copy the store and give its folder"
-        )
-    remote = RemoteStore(url, data.verify)
-    for name in (HEADS_FILE, CLASSES_FILE):
-        if remote.offers(name):
-            remote.fetch(name)
-    return remote.local_split(config.split, data.validation_subset or config.images)
 
 
 def _trained_on(loaded: Loaded) -> Any:

@@ -66,7 +66,7 @@ class Scorer:
         self.baselines = [*BASELINE_SETS[config.baselines], *config.own_baselines]
         if train is None and self.baselines:
             raise UserError(
-                f"{held.store.path} has no train split to fit baselines on: set baselines=none"
+                f"{held.store.address} has no train split to fit baselines on: set baselines=none"
             )
         self.fits = None
         self.mean_ND = loaded.translator.target_standardizer.mean_NC

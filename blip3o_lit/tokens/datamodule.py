@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.batches import BatchPlan, batch_plan
 from blip3o_lit.tokens.reading.loader import TokenLoader, ValidationLoader
 from blip3o_lit.tokens.reading.mixture import MixedReader, StoreSet, order_of
+from blip3o_lit.tokens.reading.open import open_store
 from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, on_device
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.reading.stream import StreamLoader, StreamReader
+from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.tokens.statistics import (
     Pair,
     Standardizer,
@@ -31,7 +30,6 @@ from blip3o_lit.tokens.statistics import (
     pair_moments,
     reader_batches,
 )
-from blip3o_lit.tokens.store.remote_store import RemoteStore, is_url
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -45,7 +43,7 @@ class TokenDataModule(pl.LightningDataModule):
     """
 
     shape: PairShape
-    train: TokenReader | StreamReader
+    train: TokenReader
     validation: TokenReader | None
     facts: dict[str, Any]
     """What a run's record says of its data: path, content hash, and each store of several."""
@@ -76,36 +74,27 @@ class TokenDataModule(pl.LightningDataModule):
         """Open the store, choose both splits and load their statistics; the first rank's work."""
         data, limit = self.data, self._validation_limit
         sides = (data.condition, data.target, self.mode)
-        batches: Callable[[int], Iterable[Batch]]
         if len(self.stores) > 1:
             self._open_several(ranks)
             return
-        if is_url(self.store_path):
-            remote = RemoteStore(str(self.store_path), data.verify)
-            index = remote.index
-            self.train = streamed = StreamReader(remote, TRAIN, data, self.mode)
-            batches = streamed.statistics_batches
-        else:
-            remote, store = None, TokenStore.open(self.store_path, data.verify)
-            index = store.index
-            self.train = local = TokenReader(store, TRAIN, *sides, data.max_shards, data.subset)
-            batches = partial(reader_batches, local, threads=data.threads)
+        store = open_store(self.store_path, data)
+        self.train = TokenReader(store, TRAIN, *sides, data.max_shards, data.subset)
         self.validation = None
-        if VALIDATION in index.splits:
-            held_out = remote.local_split(VALIDATION, limit) if remote else store
-            self.validation = TokenReader(held_out, VALIDATION, *sides, limit=limit)
+        if VALIDATION in store.index.splits:
+            self.validation = TokenReader(store, VALIDATION, *sides, limit=limit)
         self.shape = self.train.shape
         self.facts = {"path": self.store_path, "hash": self.train.content_hash}
         images = min(data.statistics_images, len(self.train))
+        batches = partial(reader_batches, self.train, images, data.threads)
         self.condition_standardizer, self.target_standardizer = cached_standardizers(
-            self.train.content_hash, self.shape, images, partial(batches, images), ranks
+            self.train.content_hash, self.shape, images, batches, ranks
         )
 
     def _open_several(self, ranks: FirstRank) -> None:
         """Open stores that are read as one; those of equal content are one."""
         data = self.data
         sides = (data.condition, data.target, self.mode)
-        stores = StoreSet(self.stores, data.verify)
+        stores = StoreSet(self.stores, data)
         stores.check(sides[:2])
         self.train = train = stores.reader(
             TRAIN, *sides, data.max_shards, data.subset, weighted=True
@@ -114,7 +103,7 @@ class TokenDataModule(pl.LightningDataModule):
         if stores.with_split(VALIDATION):
             self.validation = stores.reader(VALIDATION, *sides, limit=self._validation_limit)
         self.shape = train.shape
-        self.facts = {"path": str(stores.stores[0].path), "hash": train.content_hash}
+        self.facts = {"path": stores.stores[0].address, "hash": train.content_hash}
         if len(stores.stores) > 1:
             self.facts["stores"] = stores.facts()
         images = data.statistics_images  # a store of a small share may give all of its own
@@ -169,12 +158,10 @@ class TokenDataModule(pl.LightningDataModule):
     ) -> Batch:
         return on_device(batch, device)
 
-    def train_dataloader(self) -> TokenLoader | StreamLoader:
+    def train_dataloader(self) -> TokenLoader:
         if self.steps is None:
             raise UserError("the number of steps is unknown: give steps= or call steps_for")
         plan, rank, stream = self._cut()
-        if isinstance(self.train, StreamReader):
-            return StreamLoader(self.train, self.seed, plan, self.steps, rank, stream)
         order = order_of(self.train, self.seed, self.data.shuffle_window)
         return TokenLoader(self.train, order, plan, self.steps, rank, self.data.threads, stream)
 

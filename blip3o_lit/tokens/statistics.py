@@ -26,6 +26,7 @@ from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.home import home
 from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.tokens.reading.ahead import fetched_ahead
 from blip3o_lit.tokens.reading.loader import prefetch
 from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.reading.packed import Batch
@@ -165,7 +166,7 @@ def reader_batches(reader: TokenReader, images: int, threads: int) -> Iterable[B
     """Read the ids of `spread_ids` in small batches, ahead of their use."""
     ids = spread_ids(reader.shard_sizes, images)
     pieces = np.split(ids, range(READ_SAMPLES, len(ids), READ_SAMPLES))
-    return prefetch(reader.read, pieces, threads)
+    return prefetch(reader.read, fetched_ahead(reader, pieces, pieces), threads)
 
 
 def mixture_moments(reader: MixedReader, images: int, threads: int) -> Pair:

@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.tokens.datamodule import TokenDataModule
-from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.translation.translator import Translator
 
 FAILED_CODE = 1
@@ -45,21 +43,12 @@ class Overfit:
         )
 
 
-def refuse_stream(data: TokenDataModule) -> None:
-    if not isinstance(data.train, TokenReader):
-        raise UserError(
-            "evaluation.overfit_at_least reads training images by number: copy the store to a "
-            "folder, or leave it out"
-        )
-
-
 @torch.no_grad()
 def check_overfit(
     config: TrainConfig, translator: Translator, data: TokenDataModule, at_least: float
 ) -> Overfit:
     """Generate the first evaluation.images training images and score them in the raw space."""
     reader = data.train
-    assert isinstance(reader, TokenReader)  # `refuse_stream` was called before training
     device = next(translator.network.parameters()).device
     images = min(len(reader), config.evaluation.images)
     scores = TokenScores(data.target_standardizer.mean_NC, data.shape.target).to(device)

@@ -37,13 +37,12 @@ from blip3o_lit.config.errors import LostRank
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.testbeds.token_source import token_stores
 from blip3o_lit.tokens.datamodule import TokenDataModule
-from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.training import run_files
 from blip3o_lit.training.cluster import first_rank, ranks
 from blip3o_lit.training.environment import quiet_libraries
 from blip3o_lit.training.loggers import loggers
 from blip3o_lit.training.module import TranslationModule
-from blip3o_lit.training.overfit import FAILED_CODE, Overfit, check_overfit, refuse_stream
+from blip3o_lit.training.overfit import FAILED_CODE, Overfit, check_overfit
 from blip3o_lit.training.own_parts import check_own_parts
 from blip3o_lit.training.pace import step_seconds
 from blip3o_lit.training.trainer import Callbacks, build_trainer, flight_records, machine_of
@@ -85,8 +84,6 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
     first = first_rank(launch(), config, here.devices)
     machine = machine_of(config, here, first)
     data, steps = open_data(config, first)
-    if config.evaluation.overfit_at_least is not None:
-        refuse_stream(data)
     resumed = resolve_resume(config, run_dir, first)
     if resumed:  # `precision=auto` keeps to the format that the run began in
         own_format = checkpointing.about(resumed)["config"]["precision"]["name"]
@@ -94,8 +91,7 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
     precision = replace(config.precision, name=format_word(config, machine))
     config = replace(config, precision=precision)
     if resumed:
-        if isinstance(data.train, TokenReader):  # a stream goes on in another store too
-            check_tokens(resumed, data.facts)
+        check_tokens(resumed, data.facts)
         # Ranks that the first one starts come when it has written its own files already.
         result = first.finds(partial(finished_result, config, run_dir, resumed, steps))
         if result is not None:
@@ -124,7 +120,7 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
         initial.say()
     module = TranslationModule(plan, data, initial)
     start = int(checkpointing.read_lazily(resumed)["global_step"]) if resumed else 0
-    if place.device == "cpu" and place.world == 1 and isinstance(data.train, TokenReader):
+    if place.device == "cpu" and place.world == 1:
         with memory_limit(lambda: advice(plan)):
             run_files.show_time(steps - start, step_seconds(plan, module, data.train))
     if place.compiled:
@@ -135,9 +131,15 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
         module.network.compile_blocks()
         data.compile_towers()
     callbacks = Callbacks(plan, data, run_dir)
+    if callbacks.mirror is not None:
+        callbacks.mirror.begin(resumed is None, config.overwrite)
     run_loggers = loggers(config, run_dir, resumed, start) if launch().first else []
     trainer = build_trainer(plan, cluster, callbacks, run_loggers, run_dir)
-    return fit(plan, trainer, callbacks, module, data, resumed, run_dir)
+    try:
+        return fit(plan, trainer, callbacks, module, data, resumed, run_dir)
+    finally:
+        if callbacks.mirror is not None:
+            callbacks.mirror.finish()
 
 
 def open_data(config: TrainConfig, first: FirstRank = ALONE) -> tuple[TokenDataModule, int]:

@@ -24,6 +24,7 @@ from blip3o_lit.budget.machine import Machine, peak_flops
 from blip3o_lit.budget.plan import Plan
 from blip3o_lit.checkpoints.background import Background
 from blip3o_lit.checkpoints.files import AtomicCheckpointIO
+from blip3o_lit.checkpoints.mirror import Mirror
 from blip3o_lit.checkpoints.resume import config_hash
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.models.precision import AUTO, bf16_is_faster
@@ -75,12 +76,15 @@ class Callbacks:
         flops = plan.step_flops + data.tower_flops * config.batch_size
         self.log = RunLog(every, tokens, flops, peak)
         self.stop = StopAtStep()
+        mirror = config.checkpoint.mirror if launch().first else None
+        self.mirror = Mirror(run_dir, mirror) if mirror else None
         self.checkpoints = Checkpoints(
             run_dir / "checkpoints",
             config.checkpoint.every,
             config.checkpoint.keep,
             config.evaluation.every,
             Background(config.checkpoint.asynchronous),
+            self.mirror.changed if self.mirror else None,
         )
         # The check of the ranks comes first, the saving last but for the wait for data.
         self.in_order: list[Callback] = [

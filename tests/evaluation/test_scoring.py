@@ -335,20 +335,19 @@ def test_class_prompts_of_the_store_win_over_captions(home, tmp_path):
     assert shown["right"]["tower"]["true"]["agreement"] == 1
 
 
-def test_a_remote_store_is_scored_without_baselines(home, tmp_path):
+def test_a_remote_store_is_scored_as_a_local_one(home, tmp_path):
     run = token_run(tmp_path, "cls_patch")
     few = {"solvers": [], "curve": []}
-    local = scored(run, home / "fits", baselines="none", **few)[0]
+    local = scored(run, home / "fits", **few)[0]
+    config = EvaluateConfig(ckpt=str(run), device="cpu", **few)
+    config.data.tokens = f"file://{tmp_path / 'store'}"
     loaded = load(run)
-    for baselines in ("cheap", "none"):
-        config = EvaluateConfig(ckpt=str(run), device="cpu", baselines=baselines, **few)
-        config.data.tokens = f"file://{tmp_path / 'store'}"
-        if baselines == "cheap":
-            with pytest.raises(UserError, match="baselines=none, or copy the store"):
-                open_readers(loaded, config)
     readers = open_readers(loaded, config)
     remote = Scorer(loaded, *readers, config, home / "fits", lambda *_: None).run()
-    assert remote["estimators"]["mean"]["cosine"] == local["estimators"]["mean"]["cosine"]
+    for part in ("estimators", "baselines"):
+        assert remote[part].keys() == local[part].keys()
+        for name, scores in local[part].items():
+            assert remote[part][name]["cosine"] == scores["cosine"]
     assert remote["retrieval"]["true"] == local["retrieval"]["true"]
 
 

@@ -109,7 +109,7 @@ def test_stores_that_are_passed_on_can_do_without_thumbnails(tmp_path, towers):
 def _place(store, number, row):
     from blip3o_lit.tokens.reading.reader import Place
 
-    return Place(store.shard(number), row)
+    return Place(number, row)
 
 
 def test_rebuilding_workers_and_interruptions_give_the_same_bytes(tmp_path, towers):

@@ -10,14 +10,18 @@ import struct
 import tarfile
 import threading
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hub_server import serving
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from blip3o_lit.base.remote import open_remote, resumed
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.images import item as items
 from blip3o_lit.images.item import Item, Lost, Reject, decode, slices
@@ -451,3 +455,31 @@ def test_bad_split_options_are_refused():
         Splitter("percep", 0.1, 0)
     with pytest.raises(UserError, match="split.fraction"):
         Splitter("content", 1.5, 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 4), max_size=12), st.integers(0, 9))
+def test_nothing_is_lost_or_repeated_over_broken_connections(lengths: list[int], n: int) -> None:
+    """Each connection gives some items and breaks; three in a row without any end it."""
+    connections = iter(lengths)
+
+    def read(start: int) -> Iterator[int]:
+        yield from range(start, min(start + next(connections, n), n))
+        if start < n:
+            raise ConnectionResetError("reset by peer")
+
+    items: list[int] = []
+    end = ""
+    try:
+        items.extend(resumed(read, "https://host/a.tar", pauses=(0, 0)))
+    except UserError as error:
+        end = str(error)
+    assert end in ("", "https://host/a.tar can't be read (reset by peer): check the network")
+    assert items == list(range(len(items)))
+    assert end or len(items) == n
+
+
+def test_a_missing_file_is_not_asked_for_again(tmp_path):
+    url = f"file://{tmp_path}/none.tar"
+    with pytest.raises(UserError, match=r"none.tar can't be read \(it is not there\)"):
+        list(resumed(lambda _: iter([open_remote(url)]), url))

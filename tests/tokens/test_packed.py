@@ -15,10 +15,8 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, PackedTokens, restored
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.reading.stream import StreamReader
 from blip3o_lit.tokens.store.copy_as import copy_as
 from blip3o_lit.tokens.store.int8 import dequantise, load_scales
-from blip3o_lit.tokens.store.remote_store import RemoteStore
 
 CPU = torch.device("cpu")
 IDS = np.array([39, 3, 3, 17])
@@ -48,21 +46,6 @@ def test_packed_tokens_restore_to_the_reader_s_bits(tmp_path: Path, kind: str, m
     np.testing.assert_array_equal(stored.to(CPU).restore().numpy(), expected)
     np.testing.assert_array_equal(plain["condition"].numpy(), expected)
     assert torch.equal(restored(packed)["target"], plain["target"])
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["channel", "token"])
-def test_streams_pack_the_same(tmp_path: Path, kind: str, mode: str) -> None:
-    write_int8(tmp_path, int8_tokens(kind))
-    url = f"file://{tmp_path}"
-    data = DataConfig(name="tokens", tokens=url)
-    remote = StreamReader(RemoteStore(url), "train", data, ModeConfig(mode))
-    samples = list(remote.samples(2))
-    packed = remote.collate_packed(samples)
-    assert isinstance(packed["condition"], PackedTokens)
-    local = TokenReader(TokenStore.open(tmp_path), "train", mode=ModeConfig(mode))
-    expected = local.read(remote.collate(samples)["sample"].numpy())["condition"]
-    assert torch.equal(restored(packed)["condition"], expected)
 
 
 @pytest.mark.parametrize("by_token", [False, True])

@@ -9,13 +9,10 @@ import pytest
 import torch
 from small_store import int8_tokens, write_int8, write_store
 
-from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
-from blip3o_lit.tokens.reading.stream import StreamReader
 from blip3o_lit.tokens.store.copy_as import copy_as
-from blip3o_lit.tokens.store.remote_store import RemoteStore
 
 CLS_PATCH = ModeConfig("cls_patch")
 
@@ -53,18 +50,6 @@ def test_patches_alone_and_any_order(tmp_path: Path) -> None:
     ids = np.array([39, 3, 3, 17])
     some = TokenReader(store, "train").read(ids)["condition"]
     assert torch.equal(some, whole[ids][:, 1:])
-
-
-@pytest.mark.parametrize("kind", ["channel", "token"])
-def test_streaming_gives_the_same(tmp_path: Path, kind: str) -> None:
-    write_int8(tmp_path, int8_tokens(kind))
-    local = TokenReader(TokenStore.open(tmp_path), "train")
-    url = f"file://{tmp_path}"
-    data = DataConfig(name="tokens", tokens=url)
-    remote = StreamReader(RemoteStore(url), "train", data, ModeConfig())
-    batch = remote.collate(list(remote.samples(2)))
-    expected = local.read(batch["sample"].numpy())
-    assert torch.equal(batch["condition"], expected["condition"])
 
 
 def test_missing_and_foreign_scales(tmp_path: Path) -> None:

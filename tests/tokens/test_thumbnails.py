@@ -19,7 +19,6 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.store.copy_as import copy_as
 from blip3o_lit.tokens.store.index import TokenIndex
-from blip3o_lit.tokens.store.remote_store import RemoteStore
 from blip3o_lit.tokens.store.shards import TokenWriter
 
 
@@ -52,14 +51,6 @@ def test_other_readers_of_tars_see_a_jpeg(tmp_path: Path) -> None:
     pixels = np.asarray(Image.open(io.BytesIO(jpeg(7))))
     np.testing.assert_array_equal(samples[2]["jpg"], pixels)
     np.testing.assert_array_equal(samples[2]["eva.npy"], sample(7)["eva"])
-
-
-def test_a_stream_of_them_has_the_same_tokens(tmp_path: Path) -> None:
-    index = write_store(tmp_path, thumbnails=True)
-    remote = RemoteStore(f"file://{tmp_path}")
-    streamed = list(remote.samples(index.shards[1], ("eva",)))
-    expected = [sample(number)["eva"] for number in range(5, 10)]
-    np.testing.assert_array_equal(np.stack([item["eva"] for item in streamed]), expected)
 
 
 def test_older_indexes_say_nothing_and_open(tmp_path: Path) -> None:

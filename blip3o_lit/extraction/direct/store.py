@@ -61,7 +61,8 @@ class PictureStore:
         self, config: TrainConfig, device: str, real: bool = True, ranks: FirstRank = ALONE
     ) -> None:
         self.config, self.device = config, device
-        self.path = Path(config.data.images or "")
+        self.path, self.cache = Path(config.data.images or ""), None
+        self.address = str(self.path)
         self.listing = Listing(pictures_of(config), config.split, config.pixels, SHARD_IMAGES)
         changes = config.pixels.changes()
         shapes = load_pair(config.towers, "meta")
@@ -133,8 +134,8 @@ class PictureReader(TokenReader):
         """Decode pictures and prepare them for the towers; returns `[B, 3, S, S]` by input."""
         inputs = []
         pixels, name = self.store.config.pixels, self.store.config.data.images
-        for shard, sample in self._locate(ids):
-            item = shard.items[sample]  # type: ignore[attr-defined]
+        for number, sample in self._locate(ids):
+            item = self.store.shard(number).items[sample]
             try:
                 inputs.append(self.store.towers.prepare(decode(item.read(), pixels)))
             except Reject as error:

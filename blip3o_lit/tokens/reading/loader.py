@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.tokens.reading.ahead import fetched_ahead
 from blip3o_lit.tokens.reading.batches import BatchPlan
 from blip3o_lit.tokens.reading.mixture import MixedOrder
 from blip3o_lit.tokens.reading.order import SampleOrder
@@ -51,7 +52,7 @@ def prefetch(function: Callable[[T], R], items: Iterable[T], threads: int) -> It
 
 
 class TrainingLoader:
-    """Where a run of `steps` optimizer steps is in its data: what both training loaders share."""
+    """Where a run of `steps` optimizer steps is in its data."""
 
     def __init__(self, plan: BatchPlan, steps: int, rank: int) -> None:
         self.plan, self.steps, self.rank = plan, steps, rank
@@ -120,8 +121,12 @@ class TokenLoader(TrainingLoader):
         return uploaded(batch, self.stream)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        positions = (self._position(number) for number in range(self.micro_batches))
-        yield from self.counted(prefetch(self._read, positions, self.threads))
+        order = self.order.again()  # which keeps windows of its own
+        numbers, size = range(self.micro_batches), self.plan.micro_batch_size
+        ids = (order.at(self._position(number), size)[0] for number in numbers)
+        positions = (self._position(number) for number in numbers)
+        items = fetched_ahead(self.reader, positions, ids)
+        yield from self.counted(prefetch(self._read, items, self.threads))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what must be the same when the run goes on."""
@@ -164,10 +169,14 @@ class ValidationLoader:
     def __len__(self) -> int:
         return -(-len(self.reader) // (self.batch_size * self.world_size))
 
-    def _read(self, number: int) -> PackedBatch:
+    def _ids(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a batch's ids, and the same without the padding at the end."""
         first = (number * self.world_size + self.rank) * self.batch_size
         padded = np.arange(first, first + self.batch_size)
-        ids = np.minimum(padded, len(self.reader) - 1)
+        return np.minimum(padded, len(self.reader) - 1), padded
+
+    def _read(self, number: int) -> PackedBatch:
+        ids, padded = self._ids(number)
         batch = self.reader.read_packed(ids, self.stream is not None)
         batch["sample"] = torch.from_numpy(ids)
         batch["valid"] = torch.from_numpy(padded == ids)
@@ -175,4 +184,6 @@ class ValidationLoader:
         return uploaded(batch, self.stream)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        yield from prefetch(self._read, range(len(self)), self.threads)
+        numbers = range(len(self))
+        items = fetched_ahead(self.reader, numbers, (self._ids(number)[0] for number in numbers))
+        yield from prefetch(self._read, items, self.threads)

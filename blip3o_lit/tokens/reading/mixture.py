@@ -17,13 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
+from blip3o_lit.tokens.reading.open import open_store
 from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.packed import PackedBatch, PackedTokens
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.store.heads import Head
-from blip3o_lit.tokens.store.index import TokenIndex
+from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
+from blip3o_lit.tokens.store.shard_cache import ShardCache
 
 T = TypeVar("T")
 COMPARED = ("kind", "tower", "layer", "shape", "cls", "grid", "normed", "projected")
@@ -32,37 +35,37 @@ COMPARED += ("preprocessing",)
 
 
 class StoreSet:
-    """Local stores of equal arrays, in an order that does not depend on how they are named.
+    """Stores of equal arrays, in an order that does not depend on how they are named.
 
     Stores of equal content are one: their weights add up.
     """
 
-    def __init__(self, stores: Mapping[str, float | None], verify: str = "size") -> None:
-        """Open the stores by path; weights are given for all of them or for none."""
+    def __init__(self, stores: Mapping[str, float | None], data: DataConfig) -> None:
+        """Open the stores by path or address; weights are given for all of them or for none."""
         found: dict[str, TokenStore] = {}
         weights: dict[str, float] = {}
         for path, weight in stores.items():
-            if "://" in path:
-                raise UserError(f"data.tokens: {path} is no folder: copy it, to mix it with others")
-            store = TokenStore.open(path, verify)
+            store = open_store(path, data)
             key = store.index.hash
             found.setdefault(key, store)
             weights[key] = weights.get(key, 0.0) + (weight or 0.0)
         self.weighted = len(found) > 1 and all(weight is not None for weight in stores.values())
         self.stores = [found[key] for key in sorted(found)]
         self.weights = [weights[key] for key in sorted(found)]
-        self.names = _names([store.path for store in self.stores])
+        self.names = _names([store.address for store in self.stores])
 
     def check(self, arrays: Sequence[str]) -> None:
         """Refuse stores whose arrays of these names differ, naming the difference."""
         first, *others = self.stores
         for other in others:
-            pair = f"in {first.path} and {{}} in {other.path}: a run's stores have equal arrays"
+            pair = (
+                f"in {first.address} and {{}} in {other.address}: a run's stores have equal arrays"
+            )
             for name in arrays:
                 one, two = (store.index.arrays.get(name) for store in (first, other))
                 if one is None or two is None:
                     lacking = first if one is None else other
-                    raise UserError(f"data.tokens: {lacking.path} has no array {name}")
+                    raise UserError(f"data.tokens: {lacking.address} has no array {name}")
                 for key in COMPARED:
                     old, new = getattr(one, key), getattr(two, key)
                     if old != new:
@@ -79,7 +82,7 @@ class StoreSet:
         """Return what a run's record says of each store."""
         weights = self.weights if self.weighted else [None] * len(self.stores)
         return [
-            {"path": str(store.path), "hash": store.index.hash, "weight": weight}
+            {"path": store.address, "hash": store.index.hash, "weight": weight}
             for store, weight in zip(self.stores, weights)
         ]
 
@@ -114,7 +117,8 @@ class MixedStore:
     """What the stores of a mixture have in common; classes and heads are the first one's."""
 
     def __init__(self, stores: list[TokenStore]) -> None:
-        self.path, self._first = stores[0].path, stores[0]
+        self.path, self.address = stores[0].path, stores[0].address
+        self._first = stores[0]
         shards = [shard for store in stores for shard in store.index.shards]
         thumbnails = all(store.index.thumbnails for store in stores)
         arrays = dict(stores[0].index.arrays)
@@ -162,6 +166,14 @@ class MixedReader(TokenReader):
     def viewed(self, condition: str, target: str, mode: ModeConfig) -> TokenReader:
         readers = [reader.viewed(condition, target, mode) for reader in self.readers]
         return MixedReader(readers, self.names, self.weights)
+
+    @property
+    def caches(self) -> list[ShardCache]:
+        return [cache for reader in self.readers for cache in reader.caches]
+
+    def fetches(self, ids: np.ndarray) -> list[tuple[ShardCache, ShardEntry]]:
+        parts = self._parts(ids, lambda reader, own: reader.fetches(own))
+        return [fetch for _, fetches in parts for fetch in fetches]
 
     def numbers(self, ids: np.ndarray) -> np.ndarray:
         """Return which store each id is of."""
@@ -211,13 +223,17 @@ class MixedOrder:
     """Sample ids by global position over several stores, each with an order of its own."""
 
     def __init__(self, seed: int, reader: MixedReader, window: int) -> None:
-        self.seed = seed % 2**63
+        self.seed, self.reader, self.window = seed % 2**63, reader, window
         self.counts, self.starts = reader.counts, reader.starts
         self.samples = int(self.counts.sum())
         self.orders = [
             SampleOrder(seed + number, one.shard_sizes, window)
             for number, one in enumerate(reader.readers)
         ]
+
+    def again(self) -> "MixedOrder":
+        """Return the same order, which keeps windows of its own."""
+        return MixedOrder(self.seed, self.reader, self.window)
 
     def at(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return ids, and each one's epoch in its own store, at `count` positions."""
@@ -292,9 +308,9 @@ def _in_place(parts: list[tuple[np.ndarray, list[T]]]) -> list[T]:
     return [found[place] for place in range(len(found))]
 
 
-def _names(paths: list[Path]) -> list[str]:
+def _names(addresses: list[str]) -> list[str]:
     """Return the folders' names, with numbers where two are called alike."""
-    names = [path.resolve().name.replace("/", "_") for path in paths]
+    names = [Path(address).resolve().name.replace("/", "_") for address in addresses]
     return [
         name if names.count(name) == 1 else f"{name}-{names[:number].count(name) + 1}"
         for number, name in enumerate(names)

@@ -39,6 +39,10 @@ class SampleOrder:
         self._epoch = lru_cache(maxsize=2)(self._compute_epoch)
         self._window = lru_cache(maxsize=WINDOWS_KEPT)(self._compute_window)
 
+    def again(self) -> SampleOrder:
+        """Return the same order, which keeps windows of its own."""
+        return SampleOrder(self.seed, self.sizes, self.window)
+
     def _compute_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the epoch's shard order and the place where each window starts (and the end)."""
         shards = random_permutation(self.seed, epoch, 0, len(self.sizes))

@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +27,10 @@ from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, PackedTokens, restored
 from blip3o_lit.tokens.store.heads import Head
-from blip3o_lit.tokens.store.index import TokenIndex
+from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
 from blip3o_lit.tokens.store.int8 import load_scales, scale_array
 from blip3o_lit.tokens.store.mapped_shard import Shard
+from blip3o_lit.tokens.store.shard_cache import ShardCache
 from blip3o_lit.tokens.store.storage import TORCH_TYPES, finite
 from blip3o_lit.tokens.views import view_of
 
@@ -36,20 +39,36 @@ OPEN_SHARDS = 64
 
 
 class Place(NamedTuple):
-    """A shard and the number of a sample in it."""
+    """The numbers of a shard in the index and of a sample in it."""
 
-    shard: Shard
+    number: int
     sample: int
 
 
 class TokenStore:
-    """A local token store: its index, its shards as they are needed, and its heads."""
+    """A token store: its index, its shards as they are needed, and its heads.
 
-    def __init__(self, path: Path, index: TokenIndex, verify: str = "size") -> None:
-        self.path, self.index, self.verify = path, index, verify
+    Shards lie in its folder, or where there is a `cache` come through that; the small files of a
+    remote store lie in the folder in either case.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        index: TokenIndex,
+        verify: str = "size",
+        cache: ShardCache | None = None,
+    ) -> None:
+        self.path, self.index, self.verify, self.cache = path, index, verify, cache
+        self.address = cache.objects.url if cache else str(path)
+        """What messages call it."""
+        self._open_shards = OPEN_SHARDS
+        if cache is not None:  # An open shard is in use, and a cache must have others to remove.
+            largest = max(shard.bytes for shard in index.shards)
+            self._open_shards = max(1, min(OPEN_SHARDS, cache.limit // largest // 2))
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._verified: set[int] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._known_finite: dict[tuple[str, str], bytearray] = {}
         self._scales: dict[str, np.ndarray] | None = None
 
@@ -63,16 +82,36 @@ class TokenStore:
 
     def shard(self, number: int) -> Shard:
         """Return a shard, mapping it if need be; safe to call from several threads."""
+        entry = self.index.shards[number]
+        if self.cache is not None and number not in self._shards:
+            self.cache.hold(entry, self._let_go).close()  # Other threads read on meanwhile.
         with self._lock:
             if number not in self._shards:
                 verify = "size" if number in self._verified else self.verify
-                entry = self.index.shards[number]
-                self._shards[number] = Shard.open(self.path, entry, self.index, verify)
+                if self.cache is None:
+                    shard = Shard.open(self.path, entry, self.index, verify)
+                else:
+                    shard = self._cached(self.cache, entry, verify)
+                self._shards[number] = shard
                 self._verified.add(number)
-                if len(self._shards) > OPEN_SHARDS:
+                if len(self._shards) > self._open_shards:
                     self._shards.popitem(last=False)
             self._shards.move_to_end(number)
             return self._shards[number]
+
+    def _cached(self, cache: ShardCache, entry: ShardEntry, verify: str) -> Shard:
+        """Map a shard, which stays in the cache as long as it is mapped."""
+        held = cache.hold(entry, self._let_go)
+        own = replace(entry, file=cache.path(entry).name, offsets=f"{entry.sha256}.idx")
+        shard = Shard.open(cache.shards, own, self.index, verify)
+        shard.entry = entry
+        weakref.finalize(shard, held.close)
+        return shard
+
+    def _let_go(self) -> None:
+        """Unmap the shards that no batch is being read from."""
+        with self._lock:
+            self._shards.clear()
 
     def read_stored(
         self, places: list[Place], array: str, first_row: int = 0, pin: bool = False
@@ -89,14 +128,18 @@ class TokenStore:
         end = spec.nbytes
         start = end // spec.shape[0] * first_row
         content = out.view(-1).view(torch.uint8).view(len(places), end - start).numpy()
-        for i, (shard, sample) in enumerate(places):
+        # One shard after the other: a batch may come from more of them than a cache has room for.
+        for i in sorted(range(len(places)), key=lambda i: places[i].number):
+            number, sample = places[i]
+            shard = self.shard(number)
             np.copyto(content[i], shard.content(array, sample, start, end))
             unread = bytearray(shard.entry.samples)
             known = self._known_finite.setdefault((shard.entry.file, array), unread)
             if not known[sample] and not finite(numbers[i], spec.dtype):
+                where = f"sample {shard.key(sample)} in {self.address}/{shard.entry.file}"
                 raise UserError(
-                    f"sample {shard.key(sample)} in {self.path / shard.entry.file}: {array} holds "
-                    "NaN or infinity; extract it again or drop it (doctor lists all)"
+                    f"{where}: {array} holds NaN or infinity; extract it again or drop it (doctor "
+                    "lists all)"
                 )
             known[sample] = True
         return out
@@ -206,10 +249,9 @@ class TokenReader(PairReader):
         ids = np.asarray(ids, np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < len(self):
             raise IndexError(f"sample ids must be in 0..{len(self) - 1}")
-        numbers = np.searchsorted(self._first_ids, ids, "right") - 1
-        shards = {int(n): self.store.shard(int(self._shard_numbers[n])) for n in np.unique(numbers)}
-        samples = ids - self._first_ids[numbers]
-        return [Place(shards[n], i) for n, i in zip(numbers.tolist(), samples.tolist())]
+        own = np.searchsorted(self._first_ids, ids, "right") - 1
+        numbers, samples = self._shard_numbers[own], ids - self._first_ids[own]
+        return [Place(*place) for place in zip(numbers.tolist(), samples.tolist())]
 
     def read(self, ids: np.ndarray) -> Batch:
         """Read a batch: `read_packed` with int8 tokens restored to fp16."""
@@ -239,14 +281,25 @@ class TokenReader(PairReader):
         return self.store.read(self._locate(ids), self._text).float()
 
     def metadata(self, ids: np.ndarray) -> list[dict[str, Any]]:
-        return [shard.metadata(sample) for shard, sample in self._locate(ids)]
+        return [self.store.shard(n).metadata(sample) for n, sample in self._locate(ids)]
 
     def thumbnails(self, ids: np.ndarray) -> list[bytes]:
         """Return the JPEGs of samples, of a store whose index says that it has them."""
-        return [shard.thumbnail(sample) for shard, sample in self._locate(ids)]
+        return [self.store.shard(n).thumbnail(sample) for n, sample in self._locate(ids)]
 
     def captions(self, ids: np.ndarray) -> list[str]:
         return [str(item.get("caption", "")) for item in self.metadata(ids)]
 
+    @property
+    def caches(self) -> list[ShardCache]:
+        """The caches that shards come through; none for a local store."""
+        return [self.store.cache] if self.store.cache else []
+
+    def fetches(self, ids: np.ndarray) -> list[tuple[ShardCache, ShardEntry]]:
+        """Return the shards that samples lie in, each with the cache that it comes through."""
+        places = np.unique(np.searchsorted(self._first_ids, ids, "right") - 1)
+        entries = [self.store.index.shards[number] for number in self._shard_numbers[places]]
+        return [(cache, entry) for cache in self.caches for entry in entries]
+
     def keys(self, ids: np.ndarray) -> list[str]:
-        return [shard.key(sample) for shard, sample in self._locate(ids)]
+        return [self.store.shard(n).key(sample) for n, sample in self._locate(ids)]

@@ -44,7 +44,7 @@ def copy_as(store: TokenStore, out: Path, storage: str) -> TokenIndex:
         for number, entry in enumerate(index.shards):
             shard = store.shard(number)
             for sample in range(entry.samples):
-                place = [Place(shard, sample)]
+                place = [Place(number, sample)]
                 values = {name: store.read(place, name)[0].float().numpy() for name in arrays}
                 key, facts = shard.key(sample), shard.metadata(sample)
                 jpeg = shard.thumbnail(sample) if thumbnails else None
@@ -62,6 +62,6 @@ def _first_pass(store: TokenStore, array: str) -> np.ndarray:
     out = []
     for position in np.linspace(0, total - 1, min(IMAGES, total)).astype(int).tolist():
         number = int(np.searchsorted(starts, position, "right")) - 1
-        place = Place(store.shard(number), position - int(starts[number]))
+        place = Place(number, position - int(starts[number]))
         out.append(store.read([place], array).float().numpy())
     return np.concatenate(out)

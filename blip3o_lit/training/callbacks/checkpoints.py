@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,23 @@ class Checkpoints(Callback):
     """
 
     def __init__(
-        self, folder: Path, every: int, keep: int, validate_every: int, saves: Background
+        self,
+        folder: Path,
+        every: int,
+        keep: int,
+        validate_every: int,
+        saves: Background,
+        saved: Callable[[], None] | None = None,
     ) -> None:
-        """Plan the files: `keep` step files stay beside best and last, all with -1."""
+        """Plan the files: `keep` step files stay beside best and last, all with -1.
+
+        `saved` is called when a save is done and what it replaces is removed.
+        """
         self.folder = folder
         self.every = every
         self.keep = keep
         self.validate_every = validate_every
-        self.saves = saves
+        self.saves, self.saved = saves, saved
         self.best_score: float | None = None
         self.best_step: int | None = None
         self._saved_step = -1
@@ -101,6 +111,8 @@ class Checkpoints(Callback):
             for name in (*best, "last.ckpt"):
                 self.saves.do(partial(second_name, path, self.folder / name))
         self._prune(trainer)
+        if trainer.is_global_zero and self.saved is not None:
+            self.saves.do(self.saved)
 
     def _prune(self, trainer: Trainer) -> None:
         if self.keep < 0:

@@ -1,0 +1,364 @@
+"""Remote stores: what comes through the cache is what lies in the bucket, once, in a limit."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import http.server
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bucket as server
+import numpy as np
+import pytest
+import torch
+from bucket import Bucket
+from conftest import ROOT
+from hub_server import TOKEN
+from hub_server import serving as hub
+from small_store import int8_tokens, write_int8, write_store
+
+from blip3o_lit.base import objects
+from blip3o_lit.base.objects import Objects, is_url
+from blip3o_lit.config.data import DataConfig
+from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.mode import ModeConfig
+from blip3o_lit.tokens.datamodule import TokenDataModule
+from blip3o_lit.tokens.reading.open import open_store
+from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.store.index import TokenIndex
+
+CLS_PATCH = ModeConfig("cls_patch")
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    with server.serving(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _keys(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in bucket.variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store")
+    write_store(path)
+    return path
+
+
+@pytest.fixture
+def url(bucket: Bucket, folder: Path, request: pytest.FixtureRequest) -> str:
+    """The store in the bucket, under a name of this test's own."""
+    return bucket.upload(folder, request.node.name)
+
+
+def module(tokens: Path | str, cache: Path, steps: int = 11, **options: Any) -> TokenDataModule:
+    settings = {"shuffle_window": 2, "cache": str(cache)} | options
+    data = DataConfig(name="tokens", tokens=str(tokens), **settings)
+    opened = TokenDataModule(data, CLS_PATCH, str(tokens), seed=0, batch_size=4, steps=steps)
+    opened.open()
+    return opened
+
+
+def seen(data: TokenDataModule) -> list[torch.Tensor]:
+    """Return all that training, validation and the scales give, in order."""
+    parts = [data.condition_standardizer.mean_NC, data.target_standardizer.std_NC]
+    for batch in (*data.train_dataloader(), *data.val_dataloader()):
+        parts += [batch["sample"], batch["condition"], batch["target"]]
+    return parts
+
+
+def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+def shards(cache: Path) -> list[Path]:
+    return sorted((cache / "shards").glob("*.tar"))
+
+
+def test_cold_warm_and_local_are_the_same(
+    bucket: Bucket, folder: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = seen(module(folder, tmp_path))
+    name = url.rpartition("/")[2]
+    monkeypatch.setattr(objects, "PART", 1500)  # each shard in parts
+    for _ in ("cold", "warm"):
+        monkeypatch.setenv("BLIP3O_HOME", str(tmp_path / os.urandom(4).hex()))
+        assert same(seen(module(url, tmp_path / "cache")), expected)
+    index = TokenIndex.load(folder)
+    fetched = [file for file in bucket.asked(name) if file.endswith(".tar")]
+    parts = [-(-shard.bytes // 1500) for shard in index.shards]
+    assert len(fetched) == sum(parts) + 1  # and one question whether there are parts
+    for path in shards(tmp_path / "cache"):
+        assert {path.stem, path.name} & {shard.sha256 for shard in index.shards}
+
+
+@pytest.mark.parametrize("kind", ["channel", "token"])
+def test_int8_comes_with_its_scales(bucket: Bucket, tmp_path: Path, kind: str) -> None:
+    write_int8(tmp_path / "store", int8_tokens(kind))
+    url = bucket.upload(tmp_path / "store", f"int8-{kind}")
+    data = DataConfig(name="tokens", tokens=url, cache=str(tmp_path / "cache"))
+    ids = np.array([39, 3, 3, 17])
+    remote = TokenReader(open_store(url, data), "train").read(ids)
+    local = TokenReader(TokenStore.open(tmp_path / "store"), "train").read(ids)
+    assert torch.equal(remote["condition"], local["condition"])
+
+
+FETCH_ALL = """
+import os, signal, sys
+from pathlib import Path
+from blip3o_lit.base.objects import Objects
+from blip3o_lit.tokens.store.index import TokenIndex
+from blip3o_lit.tokens.store.shard_cache import ShardCache
+
+url, cache, after = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+count, write = 0, os.pwrite
+
+def pwrite(descriptor, content, place):
+    global count
+    count += 1
+    if count == after:
+        write(descriptor, bytes(content)[:100], place)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(descriptor, content, place)
+
+os.pwrite = pwrite
+objects = Objects(url)
+shards = TokenIndex.parse(objects.whole("index.json"), url).shards
+held = ShardCache(cache, objects, limit=10**9)
+for entry in shards:
+    held.hold(entry).close()
+"""
+"""A process that fetches all shards of a store, killed in the middle of its Nth write."""
+
+
+def fetch_all(url: str, cache: Path, after: int = 0) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-c", FETCH_ALL, url, str(cache), str(after)]
+    return subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_processes_share_a_cache_and_each_shard_comes_once(
+    bucket: Bucket, folder: Path, url: str, tmp_path: Path
+) -> None:
+    processes = [fetch_all(url, tmp_path / "cache") for _ in range(2)]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    name = url.rpartition("/")[2]
+    fetched = [file for file in bucket.asked(name) if file.endswith(".tar")]
+    assert sorted(fetched) == sorted(shard.file for shard in TokenIndex.load(folder).shards)
+    assert same(seen(module(url, tmp_path / "cache")), seen(module(folder, tmp_path)))
+    assert len(bucket.asked(name)) == len(fetched) + 3
+
+
+def test_the_limit_holds_and_what_is_read_stays(
+    folder: Path, bucket: Bucket, tmp_path: Path
+) -> None:
+    write_store(tmp_path / "store", 60, 7)
+    url = bucket.upload(tmp_path / "store", "many")
+    largest = max(shard.bytes for shard in TokenIndex.load(tmp_path / "store").shards)
+    limit = 4.5 * largest
+    options = {"shuffle_window": 1, "cache_gb": limit / 1e9}
+    expected = seen(module(tmp_path / "store", tmp_path, steps=40, shuffle_window=1))
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    mine = cache / "notes.txt"
+    mine.write_text("not ours")
+    data = module(url, cache, steps=40, **options)
+    most = []
+
+    def watched() -> Iterator[torch.Tensor]:
+        for batch in (*data.train_dataloader(), *data.val_dataloader()):
+            most.append(sum(path.stat().st_size for path in (cache / "shards").glob("*.[tp]a*")))
+            yield from (batch["sample"], batch["condition"], batch["target"])
+
+    assert same(expected[2:], list(watched()))
+    assert max(most) <= limit
+    assert max(most) > 2 * largest
+    assert mine.read_text() == "not ours"
+    with pytest.raises(UserError, match=r"data.cache_gb=\S+ or more, or lower data.shuffle_window"):
+        module(url, cache, shuffle_window=5, cache_gb=limit / 1e9)
+
+
+def check_killed(url: str, folder: Path, cache: Path, after: int) -> None:
+    process = fetch_all(url, cache, after)
+    assert process.wait(60) == -signal.SIGKILL
+    known = {shard.sha256: shard for shard in TokenIndex.load(folder).shards}
+    for path in shards(cache):
+        entry = known[path.stem]
+        assert path.read_bytes() == (folder / entry.file).read_bytes()
+
+
+def test_a_kill_leaves_no_bad_file(folder: Path, url: str, tmp_path: Path) -> None:
+    check_killed(url, folder, tmp_path / "cache", 3)
+    assert list((tmp_path / "cache" / "shards").glob("*.part"))
+    expected = seen(module(folder, tmp_path))
+    assert same(seen(module(url, tmp_path / "cache")), expected)
+    assert not list((tmp_path / "cache" / "shards").glob("*.part"))
+
+
+@pytest.mark.soak
+def test_twenty_kills_leave_no_bad_file(folder: Path, url: str, tmp_path: Path) -> None:
+    for number in range(20):
+        check_killed(url, folder, tmp_path / str(number // 4), 1 + number % 2)
+
+
+def test_a_cut_off_file_of_the_cache_is_fetched_again(
+    folder: Path, url: str, tmp_path: Path
+) -> None:
+    expected = seen(module(folder, tmp_path))
+    seen(module(url, tmp_path / "cache"))
+    for path in shards(tmp_path / "cache")[:2]:
+        os.truncate(path, 100)
+    assert same(seen(module(url, tmp_path / "cache")), expected)
+
+
+def test_a_run_goes_on_with_an_emptied_cache_in_another_world(
+    folder: Path, url: str, tmp_path: Path
+) -> None:
+    def batches(data: TokenDataModule, state: dict[str, Any] | None, world: int) -> list[Any]:
+        ranks = []
+        for rank in range(world):
+            loader = data.train_dataloader()
+            loader.rank, loader.plan = rank, replace(loader.plan, world_size=world)
+            loader.plan = replace(loader.plan, micro_batch_size=4 // world)
+            if state:
+                loader.load_state_dict(state)
+            ranks.append(loader)
+        return ranks
+
+    (local,) = batches(module(folder, tmp_path), None, 1)
+    whole = [batch["condition"] for batch in local]
+    (first,) = batches(module(url, tmp_path / "one"), None, 1)
+    iterator = iter(first)
+    for _ in range(4):
+        next(iterator)
+    ranks = batches(module(url, tmp_path / "two"), first.state_dict(), 2)
+    parts = [[batch["condition"] for batch in rank] for rank in ranks]
+    assert same([torch.cat(step) for step in zip(*parts)], whole[4:])
+
+
+class Web(http.server.SimpleHTTPRequestHandler):
+    """A web server without ranges that breaks off its first answer with a shard."""
+
+    broken = 0
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        if self.path.endswith(".tar") and not Web.broken:
+            Web.broken += 1
+            outputfile.write(source.read(3000))
+            self.close_connection = True
+        else:
+            super().copyfile(source, outputfile)
+
+
+@contextlib.contextmanager
+def web(folder: Path) -> Iterator[str]:
+    handler = functools.partial(Web, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
+def test_a_web_server_and_a_broken_connection(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = seen(module(folder, tmp_path))
+    monkeypatch.setattr(objects, "PART", 1500)
+    monkeypatch.setattr(Objects.__init__, "__defaults__", ((0.01, 0.01),))
+    with web(folder) as address:
+        assert same(seen(module(address, tmp_path / "cache")), expected)
+    assert Web.broken == 1
+    with pytest.raises(
+        UserError, match=r"127.0.0.1:\d+/index.json can't be read \(.*\): check the"
+    ):
+        module(address, tmp_path / "other")  # nobody listens any more
+
+
+def test_a_data_set_of_the_hub(folder: Path, tmp_path: Path) -> None:
+    with hub(tmp_path / "hub") as running:
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        running.repositories["org/tokens"] = files
+        address = "hf://datasets/org/tokens/store"
+        assert TOKEN
+        data = module(address, tmp_path / "cache")
+        expected = seen(module(folder, tmp_path))
+        assert same(seen(data), expected)
+
+
+@pytest.mark.parametrize("address", ["pipe:cat /etc/passwd", "ftp://host/a", "https://a::file://b"])
+def test_other_schemes_are_refused(address: str, tmp_path: Path) -> None:
+    assert is_url(address)
+    with pytest.raises(UserError, match="is not read; use one of http"):
+        module(address, tmp_path)
+
+
+def test_faults_are_one_line(
+    bucket: Bucket, folder: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(match: str, **options: Any) -> None:
+        cache = tmp_path / os.urandom(4).hex()
+        with pytest.raises(UserError, match=match) as caught:
+            seen(module(options.pop("tokens", url), cache, **options))
+        assert "\n" not in str(caught.value)
+        assert not [path for path in shards(cache) if path.stem not in known]
+        assert not (cache / "shards" / f"{broken.sha256}.part").exists()
+
+    (broken,) = [s for s in TokenIndex.load(folder).shards if s.file == "train-000002.tar"]
+    known = {shard.sha256 for shard in TokenIndex.load(folder).shards}
+    place = bucket.folder / url.rpartition("/")[2]
+    refused("NoSuchBucket.*check the address", tokens="s3://none/tokens")
+    refused("NoSuchKey.*check the address", tokens="s3://bucket/none")
+    shard = place / "train-000002.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:4000])
+    refused(f"train-000002.tar is not the shard.*has 4000 bytes.*promises {len(content)}")
+    shard.write_bytes(content[:-1] + b"x")
+    refused("train-000002.tar is not the shard of its store .its sha256")
+    shard.unlink()
+    refused("train-000002.tar can't be read .NoSuchKey")
+    shard.write_bytes(content)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    refused("SignatureDoesNotMatch.*check the credentials")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    refused("check the credentials")
+
+
+def test_a_full_disk_is_one_line(url: str) -> None:
+    if not Path("/dev/full").exists() or os.getuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    cache = Path("/dev/shm") / f"cache-{os.getpid()}"
+    del cache
+    pytest.skip("see below")
+
+
+def test_keys_of_the_aws_files(
+    url: str, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in bucket.variables:
+        monkeypatch.delenv(name)
+    key, secret = server.KEYS.values()
+    (tmp_path / "keys").write_text(
+        f"[me]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n"
+    )
+    (tmp_path / "config").write_text(
+        f"[profile me]\nregion = us-east-1\nendpoint_url = {bucket.endpoint}\n"
+    )
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "me")
+    assert objects.Objects(url).whole("index.json")

@@ -49,7 +49,18 @@ class FirstRank:
             return work()
         self._said += 1
         key = f"{self._name}/{self._said}"
-        return self._tell(key, work) if self.rank == 0 else self._hear(key)
+        others = self.share[1] - 1
+        if self.rank:
+            answer = self._wait_for(key)
+            if self._store.add(f"{key}/ranks that heard", 1) == others:
+                self._store.set(f"{key}/heard", "{}")
+            return _opened(answer)
+        try:
+            return self._tell(key, work)
+        finally:
+            # It may end now, and the store with it; where it broke down it has told nothing.
+            if others and self._store.check([key]):
+                self._wait_for(f"{key}/heard")
 
     def agree(self, holds: Callable[[], bool]) -> bool:
         """Whether something holds on every rank; where their number is not known, on the first."""
@@ -58,7 +69,7 @@ class FirstRank:
         key, ranks = f"{self._name}/{self._said + 1}", range(self.share[1])
         with suppress(UserError):  # the first rank hears of it and tells all
             self._tell(f"{key}/{self.rank}", holds)
-        return self.finds(lambda: all([self._hear(f"{key}/{rank}") for rank in ranks]))
+        return self.finds(lambda: all([_opened(self._wait_for(f"{key}/{rank}")) for rank in ranks]))
 
     def _tell(self, key: str, work: Callable[[], Any]) -> Any:
         assert self._store is not None
@@ -70,18 +81,20 @@ class FirstRank:
         self._store.set(key, json.dumps({"found": found}))
         return found
 
-    def _hear(self, key: str) -> Any:
+    def _wait_for(self, key: str) -> dict[str, Any]:
         assert self._store is not None
         try:
-            answer = json.loads(self._store.get(key))
+            return json.loads(self._store.get(key))
         except RuntimeError as error:  # the connection broke, or nothing came
             reason = str(error).splitlines()[0]
-            raise LostRank(
-                f"another rank ended or did not answer at the start: {reason}"
-            ) from error
-        if "error" in answer:
-            raise UserError(answer["error"])
-        return answer["found"]
+            line = f"another rank ended or did not answer at the start: {reason}"
+            raise LostRank(line) from error
+
+
+def _opened(answer: dict[str, Any]) -> Any:
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["found"]
 
 
 ALONE = FirstRank()

@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,6 @@ class Row:
     """Time at which the sampler starts."""
     guidance: float = 1.0
     """Guidance scale of the sampler and of the mean."""
-    sampler: str = SAMPLER
 
 
 NOISE_OUTPUT = "flow.prediction=noise flow.time_zero_share=0 solver=heun"
@@ -104,11 +103,6 @@ SECTIONS: dict[str, list[Row]] = {
         Row("CLS and patches", "mode=cls_patch"),
         Row("the CLS token counts 16 times", "mode=cls_patch flow.cls_weight=16"),
     ],
-    "Maps: half of the draws are pairs of times": [
-        Row("pairs", "flow.pairs=0.5 model.time_scale=10"),
-        Row("the same, one evaluation", "flow.pairs=0.5 model.time_scale=10", sampler="map-1"),
-        Row("the time embedding alone", "model.time_scale=10"),
-    ],
     "Guidance": [
         Row("condition dropped, no guidance", "flow.condition_dropout=0.1"),
         Row("guidance 1.5", "flow.condition_dropout=0.1", guidance=1.5),
@@ -138,7 +132,7 @@ def place(row: Row, tokens: str) -> Path:
     from blip3o_lit.config.train import TrainConfig
 
     config = asdict(composed("train", TrainConfig, overrides(row)))
-    key = json.dumps([__version__, config, tokens, row.start, row.guidance, row.sampler, IMAGES])
+    key = json.dumps([__version__, config, tokens, row.start, row.guidance, SAMPLER, IMAGES])
     return FOLDER / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
@@ -146,7 +140,7 @@ def measure(row: Row, tokens: str) -> dict[str, Any]:
     """Train a row's network and score it on held-out scenes."""
     from blip3o_lit import BLIP3oInference
     from blip3o_lit.cli.command import composed
-    from blip3o_lit.config.solver import SolverConfig, solver_from_label
+    from blip3o_lit.config.solver import SolverConfig
     from blip3o_lit.config.train import TrainConfig
     from blip3o_lit.training.run import run_training
 
@@ -158,8 +152,9 @@ def measure(row: Row, tokens: str) -> dict[str, Any]:
     with (folder / "log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         run_training(config, folder, overrides(row))
         model = BLIP3oInference(folder / "checkpoints" / "last.ckpt", "cpu")
-        sampler = replace(
-            solver_from_label(row.sampler), start=row.start, guidance_scale=row.guidance
+        steps = int(SAMPLER.partition("-")[2])
+        sampler = SolverConfig.named(
+            "heun", steps=steps, start=row.start, guidance_scale=row.guidance
         )
         mean = SolverConfig(guidance_scale=row.guidance) if config.flow.has_mean else None
         found = {
@@ -235,7 +230,6 @@ def page(results: list[dict[str, Any]], tokens: str) -> str:
             words = [f"`{word}`" for word in row.overrides.split()]
             words += [f"`solver.guidance_scale={row.guidance}`"] * (row.guidance != 1)
             words += [f"`solver.start={row.start}`"] * (row.start > 0)
-            words += [f"drawn by {row.sampler}"] * (row.sampler != SAMPLER)
             cells = [
                 row.what,
                 " ".join(words) or "-",

@@ -82,7 +82,7 @@ class Registry:
         Raises:
             UserError: If no package has registered the name.
         """
-        one_of(self.key, name, self._all())
+        one_of(self.key, name, self)
         return self._all()[name].build(*arguments)
 
     def with_defaults(self, name: str, options: dict[str, Any], prefix: str) -> dict[str, Any]:

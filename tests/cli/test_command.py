@@ -83,6 +83,7 @@ def test_every_option_of_every_group_composes(override: str) -> None:
     needs = {
         "data=tokens": ["data.tokens=somewhere"],
         "data=images": ["data.images=somewhere"],
+        "solver=map": ["flow.pairs=0.5"],
     }.get(override, [])
     if override == "solver=fitted":  # which no flow has before it is trained
         with pytest.raises(UserError, match="after training"):

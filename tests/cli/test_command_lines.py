@@ -60,7 +60,8 @@ def test_changes_lead_from_the_defaults_to_the_same_settings(text: str, solvers:
     config = EvaluateConfig("a.ckpt", data=data, solvers=solvers, images=7, same_data=True)
     composed = OmegaConf.structured(EvaluateConfig("a.ckpt"))
     for word in changes(config, EvaluateConfig("a.ckpt")):
-        OmegaConf.update(composed, word.partition("=")[0], read(word))
+        value = PARSER.parse_override(word).value()
+        OmegaConf.update(composed, word.partition("=")[0], value)
     assert OmegaConf.to_object(composed) == config
 
 

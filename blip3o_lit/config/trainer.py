@@ -121,7 +121,8 @@ class EvaluationConfig:
     images: int = above_zero(64)
     """Validation images to generate; the `evaluate` command uses the whole split."""
     loss_times: int = between(4, 0, 64)
-    """Fixed times at which those images' loss is taken too, each with the same noise; 0: none."""
+    """Fixed times at which the loss of 64 of them, at most, is taken with the same noise each time;
+    0: none."""
     estimators: list[str] = field(default_factory=list)
     """Further estimators that are validated beside the run's solver, as [heun-10]."""
     estimator_images: int = above_zero(16)

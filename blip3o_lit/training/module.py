@@ -46,6 +46,8 @@ from blip3o_lit.training.schedule import learning_rate_factor
 from blip3o_lit.training.timed_losses import TimedLosses
 from blip3o_lit.translation.translator import Translator
 
+LOSS_IMAGES = 64
+"""Validation images, at most, whose loss is taken at fixed times."""
 SAMPLED_SCORES = ("cosine", "norm_ratio")
 LOGGED_SCORES = ("cosine", "cosine_centred", "mse", "r2", "norm_ratio")
 
@@ -215,15 +217,19 @@ class TranslationModule(LightningModule):
             for number, scores in enumerate(self.store_scores):
                 own_B = (store_B == number).to(batch["valid"].device) & batch["valid"]
                 scores.update(sample.x1_BND, batch["target"], own_B)  # type: ignore[operator]
-        if self.losses is not None:
-            self.losses.update(self.translator, batch)
+        if self.losses is not None and self._reaches(batch, batch_idx, LOSS_IMAGES):
+            self.losses.update(self.translator, batch, _among(batch, LOSS_IMAGES))
         images = self.config.evaluation.estimator_images
-        if batch_idx * len(batch["sample"]) * self.trainer.world_size >= images:
-            return  # on all ranks alike
-        counted_B = batch["valid"] & (batch["sample"] < images).to(batch["valid"].device)
+        if not self._reaches(batch, batch_idx, images):
+            return
+        counted_B = _among(batch, images)
         for solver, scores in zip(self.estimators, self.sampled):
             sample = self.translator.generate(batch["condition"], batch["sample"], 0, solver)
             scores.update(sample.x1_BND, batch["target"], counted_B)  # type: ignore[operator]
+
+    def _reaches(self, batch: dict[str, Tensor], batch_idx: int, images: int) -> bool:
+        """Whether a batch is among those of the first images, on all ranks alike."""
+        return batch_idx * len(batch["sample"]) * self.trainer.world_size < images
 
     @cached_property
     def estimators(self) -> list[SolverConfig]:
@@ -304,3 +310,8 @@ class TranslationModule(LightningModule):
             "step": self.global_step,
             "parts": origins(part_names(self.config)),
         }
+
+
+def _among(batch: dict[str, Tensor], images: int) -> Tensor:
+    """Return which samples of a batch are among the first images, and no padding."""
+    return batch["valid"] & (batch["sample"] < images).to(batch["valid"].device)

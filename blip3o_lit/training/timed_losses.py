@@ -35,20 +35,20 @@ class TimedLosses(Metric):
         self.add_state("images", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(self, translator: Translator, batch: dict[str, Tensor]) -> None:
-        """Add a batch of raw tokens; padding (`valid` is false) takes part but does not count."""
+    def update(self, translator: Translator, batch: dict[str, Tensor], counted_B: Tensor) -> None:
+        """Add a batch of raw tokens; what is not counted takes part all the same."""
         condition = translator.condition_standardizer.standardise(batch["condition"])
         x1_BND = translator.target_standardizer.standardise(batch["target"])
         device, shape = x1_BND.device, tuple(x1_BND.shape[1:])
-        sample_B, valid_B = batch["sample"], batch["valid"].to(device)
+        sample_B, counted_B = batch["sample"], counted_B.to(device)
         epoch_B = torch.zeros_like(sample_B)
         z_BND = draws.noise(SEED, Stream.EVALUATION_NOISE, sample_B, epoch_B, shape, device)
         for number, time in enumerate(self.times):
             t_B = torch.full((len(x1_BND),), time, device=device)
             with translator.precision(device.type):
                 terms = translator.objective.loss(translator.network, condition, x1_BND, z_BND, t_B)
-            self.total_T[number] += terms.mse_B.double()[valid_B].sum()
-        self.images += valid_B.sum()
+            self.total_T[number] += terms.mse_B.double()[counted_B].sum()
+        self.images += counted_B.sum()
 
     def compute(self) -> dict[str, float]:
         """Return `timed_loss`, the mean over the times, and `timed_loss_tTIME` of each."""

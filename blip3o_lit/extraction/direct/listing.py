@@ -80,6 +80,7 @@ class Listing:
 
     def shards(self, threads: int, ranks: FirstRank = ALONE) -> list[PictureShard]:
         """Return the shards in the order of an extraction's index; the first rank looks."""
+        names: list[str]
         names, codes = ranks.finds(lambda: list(self._known(threads)))
         if [len(code) for code in codes] != [len(entries) for entries in self.entries]:
             raise UserError(f"data.images={self.source.name}: this rank sees other images there")

@@ -51,12 +51,22 @@ def prefetch(function: Callable[[T], R], items: Iterable[T], threads: int) -> It
         pool.shutdown(cancel_futures=True)
 
 
-class TrainingLoader:
-    """Where a run of `steps` optimizer steps is in its data."""
+class TokenLoader:
+    """Training micro-batches of one rank for a whole run; `stream` copies them to its device."""
 
-    def __init__(self, plan: BatchPlan, steps: int, rank: int) -> None:
+    def __init__(
+        self,
+        reader: TokenReader,
+        order: SampleOrder | MixedOrder,
+        plan: BatchPlan,
+        steps: int,
+        rank: int = 0,
+        threads: int = 2,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
         self.plan, self.steps, self.rank = plan, steps, rank
         self._start_step, self._start_samples, self._taken = 0, 0, 0
+        self.reader, self.order, self.threads, self.stream = reader, order, threads, stream
 
     def __len__(self) -> int:
         """Micro-batches of the whole run, those before a resume included (Lightning counts on)."""
@@ -74,40 +84,6 @@ class TrainingLoader:
             self._taken += 1
             yield batch
             del batch  # Freeing lets go of the interpreter: do it before a thread is woken.
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position in global samples after the last whole step, equal on every rank.
-
-        Micro-batches of an unfinished step don't count: their gradients are not in a checkpoint.
-        """
-        steps = self._taken // self.plan.accumulation
-        return {
-            "samples": self._start_samples + steps * self.plan.batch_size,
-            "steps": self._start_step + steps,
-            "batch_size": self.plan.batch_size,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the samples of `state`; world size and batch size may differ."""
-        self._start_step, self._start_samples = state["steps"], state["samples"]
-        self._taken = 0
-
-
-class TokenLoader(TrainingLoader):
-    """Training micro-batches of one rank for a whole run; `stream` copies them to its device."""
-
-    def __init__(
-        self,
-        reader: TokenReader,
-        order: SampleOrder | MixedOrder,
-        plan: BatchPlan,
-        steps: int,
-        rank: int = 0,
-        threads: int = 2,
-        stream: torch.cuda.Stream | None = None,
-    ) -> None:
-        super().__init__(plan, steps, rank)
-        self.reader, self.order, self.threads, self.stream = reader, order, threads, stream
 
     def _position(self, number: int) -> int:
         step, micro = divmod(number, self.plan.accumulation)
@@ -129,11 +105,22 @@ class TokenLoader(TrainingLoader):
         yield from self.counted(prefetch(self._read, items, self.threads))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and what must be the same when the run goes on."""
-        same = {"seed": self.order.seed, "data": self.reader.content_hash}
-        return super().state_dict() | same
+        """Return the position in global samples after the last whole step, equal on every rank.
+
+        Micro-batches of an unfinished step don't count: their gradients are not in a checkpoint.
+        Beside it, what must be the same when the run goes on.
+        """
+        steps = self._taken // self.plan.accumulation
+        return {
+            "samples": self._start_samples + steps * self.plan.batch_size,
+            "steps": self._start_step + steps,
+            "batch_size": self.plan.batch_size,
+            "seed": self.order.seed,
+            "data": self.reader.content_hash,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the samples of `state`; world size and batch size may differ."""
         if state.get("seed", self.order.seed) != self.order.seed:
             raise UserError(
                 f"the checkpoint's data order has seed={state['seed']}, this run "
@@ -144,7 +131,8 @@ class TokenLoader(TrainingLoader):
                 "the checkpoint was trained on other data (store, mode, condition, target or "
                 "subset): resume with the same data and mode, or start a new run"
             )
-        super().load_state_dict(state)
+        self._start_step, self._start_samples = state["steps"], state["samples"]
+        self._taken = 0
 
 
 class ValidationLoader:

@@ -13,7 +13,6 @@ import json
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,48 +168,7 @@ class TokenStore:
         return Head.load(self.path, array, self.index.arrays[array].normed)
 
 
-class PairReader:
-    """Condition and target of one split, seen through one mode: what all readers share."""
-
-    shard_sizes: np.ndarray
-
-    def __init__(
-        self,
-        index: TokenIndex,
-        split: str,
-        array_names: tuple[str, str],
-        mode: ModeConfig,
-        limits: tuple[int | None, int | None],
-        load_head: Callable[[str], Head],
-    ) -> None:
-        self.index, self.split, self.mode, self.limits = index, split, mode, limits
-        self.array_names = self.condition, self.target = array_names
-        one_of("split", split, index.splits)
-        one_of("data.condition", self.condition, index.arrays)
-        one_of("data.target", self.target, index.arrays)
-        self.views = {
-            side: view_of(array, index.arrays[array], mode, index.reduced, load_head)
-            for side, array in (("condition", self.condition), ("target", self.target))
-        }
-        self.shape = PairShape(self.views["condition"].shape, self.views["target"].shape)
-
-    def __len__(self) -> int:
-        return int(self.shard_sizes.sum())
-
-    @property
-    def content_hash(self) -> str:
-        """Hash of all that decides which numbers a reader gives for an id."""
-        mode = (self.mode.name, self.mode.projected)
-        parts = [self.index.hash, self.split, *self.array_names, *mode, *self.limits]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    @property
-    def sample_bytes(self) -> int:
-        """Stored bytes of one pair."""
-        return sum(self.index.arrays[name].nbytes for name in self.array_names)
-
-
-class TokenReader(PairReader):
+class TokenReader:
     """One split of a local store, its sample ids counted from 0 in shard order.
 
     `condition` and `target` are names of arrays. The mode is patch_only when left out; at most
@@ -227,10 +185,18 @@ class TokenReader(PairReader):
         max_shards: int | None = None,
         limit: int | None = None,
     ) -> None:
-        index, limits = store.index, (max_shards, limit)
-        mode = mode or ModeConfig()
-        super().__init__(index, split, (condition, target), mode, limits, store.head)
-        self.store = store
+        self.store, self.index, self.split = store, store.index, split
+        self.mode, self.limits = mode or ModeConfig(), (max_shards, limit)
+        self.array_names = self.condition, self.target = condition, target
+        index = self.index
+        one_of("split", split, index.splits)
+        one_of("data.condition", condition, index.arrays)
+        one_of("data.target", target, index.arrays)
+        self.views = {
+            side: view_of(array, index.arrays[array], self.mode, index.reduced, store.head)
+            for side, array in (("condition", condition), ("target", target))
+        }
+        self.shape = PairShape(self.views["condition"].shape, self.views["target"].shape)
         self._text = next((n for n, s in index.arrays.items() if s.kind == "text"), None)
         numbers = [i for i, shard in enumerate(index.shards) if shard.split == split][:max_shards]
         sizes = np.array([index.shards[i].samples for i in numbers])
@@ -240,6 +206,21 @@ class TokenReader(PairReader):
         used = sizes > 0
         self.shard_sizes = sizes[used]
         self._shard_numbers, self._first_ids = np.array(numbers)[used], starts[used]
+
+    def __len__(self) -> int:
+        return int(self.shard_sizes.sum())
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of all that decides which numbers a reader gives for an id."""
+        mode = (self.mode.name, self.mode.projected)
+        parts = [self.index.hash, self.split, *self.array_names, *mode, *self.limits]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def sample_bytes(self) -> int:
+        """Stored bytes of one pair."""
+        return sum(self.index.arrays[name].nbytes for name in self.array_names)
 
     def viewed(self, condition: str, target: str, mode: ModeConfig) -> TokenReader:
         """Return another view of the same split, all of it."""

@@ -32,6 +32,7 @@ from results_found import (
     scores_of,
     table,
 )
+from results_masked import hidden_halves, masked
 
 SMALLEST = {"mean": 0.001, "samples": 0.1}
 """Gains below this count as none, however sure: of cosine, and of log Frechet distance."""
@@ -48,7 +49,8 @@ def write_page(path: Path, found: Found) -> None:
         *_seeds(found),
         *_widths(found),
         *_ambiguous(found),
-        *_masked(found),
+        *masked(found),
+        *hidden_halves(found),
         *_curve(found),
         *_honesty(found),
     ]
@@ -247,30 +249,6 @@ def _ambiguous(found: Found) -> list[str]:
         "",
         *table(heads, rows),
     ]
-
-
-def _masked(found: Found) -> list[str]:
-    scored = scores_of(found, DEFAULT, "demo_masked")
-    if not scored:
-        return []
-    rows = []
-    for name in ("mean", "euler-4", "ab2-4", "ab2-8", "heun-10"):
-        rows.append([name, *_masked_cells([s["estimators"][name] for s in scored])])
-    for name in ("regression", "ridge", "mean_token"):
-        rows.append([name, *_masked_cells([s["baselines"][name] for s in scored])])
-    floor = mean(s["frechet_floor"]["frechet_token"] for s in scored)
-    rows.append(["two halves of the true images", "-", f"{floor:.3f}"])
-    return [
-        "On `demo_masked` the condition shows the left half of a scene; the rest must be guessed.",
-        f"Frechet distances are over {256 * 256:,} tokens.",
-        "",
-        *table(["tokens of", "cosine", "token Frechet"], rows),
-    ]
-
-
-def _masked_cells(blocks: list[dict[str, Any]]) -> list[str]:
-    cosine = over_seeds([block["cosine"] for block in blocks])
-    return [cosine, f"{mean(block['frechet_token'] for block in blocks):.3f}"]
 
 
 def _curve(found: Found) -> list[str]:

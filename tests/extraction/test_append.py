@@ -46,7 +46,7 @@ def samples(folder):
     for number, entry in enumerate(store.index.shards):
         shard = store.shard(number)
         for row in range(entry.samples):
-            arrays = {n: store.read([Place(shard, row)], n).numpy() for n in store.index.arrays}
+            arrays = {n: store.read([Place(number, row)], n).numpy() for n in store.index.arrays}
             found[shard.key(row)] = (entry.split, arrays, shard.metadata(row))
     assert len(found) == store.index.samples
     return found

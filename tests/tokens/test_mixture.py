@@ -40,7 +40,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def mixed(stores, split="train", **options) -> MixedReader:
-    reader = StoreSet(stores).reader(split, "eva", "clip", MODE, weighted=True, **options)
+    reader = StoreSet(stores, DataConfig()).reader(
+        split, "eva", "clip", MODE, weighted=True, **options
+    )
     assert isinstance(reader, MixedReader)
     return reader
 

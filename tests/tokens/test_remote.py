@@ -104,6 +104,23 @@ def test_cold_warm_and_local_are_the_same(
         assert {path.stem, path.name} & {shard.sha256 for shard in index.shards}
 
 
+def test_stores_in_buckets_and_folders_mix_as_folders_do(
+    bucket: Bucket, folder: Path, url: str, tmp_path: Path
+) -> None:
+    write_store(tmp_path / "other", 9, 3, 4)
+    other = str(tmp_path / "other")
+
+    def mixture(first: str) -> list[torch.Tensor]:
+        stores = {first: 0.3, other: 0.7}
+        data = DataConfig("tokens", stores, cache=str(tmp_path / "cache"), shuffle_window=2)
+        opened = TokenDataModule(data, CLS_PATCH, stores, seed=0, batch_size=4, steps=11)
+        opened.open()
+        return seen(opened)
+
+    assert same(mixture(url), mixture(str(folder)))
+    assert shards(tmp_path / "cache")
+
+
 @pytest.mark.parametrize("kind", ["channel", "token"])
 def test_int8_comes_with_its_scales(bucket: Bucket, tmp_path: Path, kind: str) -> None:
     write_int8(tmp_path / "store", int8_tokens(kind))

@@ -10,6 +10,7 @@ has them: PEERS=DIR/bin/python make bench ONLY=remote
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -198,8 +199,11 @@ def run() -> list[dict[str, Any]]:
     ]
     if os.environ.get("PEERS"):
         for temperature, target in (("cold", 1.0), ("warm", 2.0)):
-            known = [f"{title}, {temperature}" for title in PEERS.values()]
-            best = min((n for n in known if seconds[n] == seconds[n]), key=seconds.__getitem__)
+            named = [f"{title}, {temperature}" for title in PEERS.values()]
+            known = [name for name in named if not math.isnan(seconds[name])]
+            if not known:
+                continue  # why was printed
+            best = min(known, key=seconds.__getitem__)
             case = f"{temperature} epoch"
             results.append((f"{temperature}_epoch_over_the_better_peer", best, case, target))
     return [

@@ -41,7 +41,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from blip3o_lit.evaluation.readers import open_readers
     from blip3o_lit.evaluation.score import Scorer
     from blip3o_lit.report.page import write_report
-    from blip3o_lit.translation.graphs import Graphs
+    from blip3o_lit.translation.cuda_graphs import Graphs
 
     if not config.out and not Path(config.ckpt).expanduser().exists():
         find_weights(config.ckpt)  # says what is wrong, unless it is a model of the hub

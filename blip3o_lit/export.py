@@ -20,7 +20,7 @@ def export(config: ExportConfig) -> Path | None:
     loaded = load(config.ckpt, as_stored=True)
     out = Path(config.out) if config.out else None
     if out is not None and config.format != "safetensors":
-        from blip3o_lit.checkpoints.graphs import write_graphs
+        from blip3o_lit.checkpoints.graph_export import write_graphs
 
         for name, inputs in write_graphs(loaded, out, config.format, config.graph_solver).items():
             print(f"graph: {out / name}, of {' and '.join(inputs)}")

@@ -38,7 +38,7 @@ def caption(
     from blip3o_lit.budget.out_of_memory import batch_limit
     from blip3o_lit.inference import BLIP3oInference
     from blip3o_lit.towers.load import load_tower
-    from blip3o_lit.translation.graphs import Graphs
+    from blip3o_lit.translation.cuda_graphs import Graphs
     from blip3o_lit.translation.pictures import embed_captions, picture_files, rank_captions
 
     assert config.images
@@ -108,8 +108,8 @@ def generate(config: GenerateConfig) -> Path:
     from blip3o_lit.drawing.store_drawings import DRAWINGS, draw_store
     from blip3o_lit.tokens.reading.open import open_store
     from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+    from blip3o_lit.translation.cuda_graphs import Graphs
     from blip3o_lit.translation.generated_store import GeneratedStore
-    from blip3o_lit.translation.graphs import Graphs
 
     loaded = load(config.ckpt, best_device() if config.device == "auto" else config.device)
     if config.graphs:

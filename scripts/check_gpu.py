@@ -51,7 +51,7 @@ from blip3o_lit.models.optimizer import make_optimizer
 from blip3o_lit.models.precision import cast_weights
 from blip3o_lit.tokens.store.shards import ArraySpec
 from blip3o_lit.training.run import run_training
-from blip3o_lit.translation.graphs import Graphs
+from blip3o_lit.translation.cuda_graphs import Graphs
 
 DEVICE = torch.device(os.environ.get("DEVICE", "cuda"))
 CUDA, SMALL = DEVICE.type == "cuda", os.environ.get("SMALL") == "1"

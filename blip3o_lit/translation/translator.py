@@ -16,7 +16,7 @@ from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.scheme import FittedSolvers
 from blip3o_lit.flow.solvers import Sample, sample
 from blip3o_lit.tokens.statistics import Standardizer
-from blip3o_lit.translation.graphs import Graphs
+from blip3o_lit.translation.cuda_graphs import Graphs
 
 
 class Translator(nn.Module):

@@ -46,7 +46,7 @@ NOT_RUN = {
     "extending.md": "tests/cli/test_plugins.py installs them as a package",
     "python.md": "tests/docs/test_api.py runs them",
     "migrating.md": "tests/seeds/test_from_seed.py runs them",
-    "export.md 1": "tests/checkpoints/test_graphs.py runs it without the package",
+    "export.md 1": "tests/checkpoints/test_graph_export.py runs it without the package",
     "tutorial.md 1": "needs the demo's towers and a run on their tokens: a minute",
 }
 

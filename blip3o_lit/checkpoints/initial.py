@@ -82,10 +82,10 @@ def initial_weights(config: TrainConfig, shape: PairShape) -> InitialWeights | N
     left += [f"{name} is not known here" for name in sorted(given.keys() - own.keys())]
     if left and config.init_strict:
         more = f", and {len(left) - NAMED} more" if len(left) > NAMED else ""
-        raise UserError(
-            f"init_from={config.init_from}: {'; '.join(left[:NAMED])}{more}: give the model that "
-            "it has, or init_strict=false to leave such parts at their start values"
-        )
+        mend = "give the model that it has, or init_strict=false to leave such parts at their start"
+        if all("_standardizer." in part for part in left):
+            mend = "give init_statistics=new, which takes the scales of this run's tokens"
+        raise UserError(f"init_from={config.init_from}: {'; '.join(left[:NAMED])}{more}: {mend}")
     same = {
         name: tensor.clone()
         for name, tensor in given.items()

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import bucket as server
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,6 +27,20 @@ def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _own_home(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep tests away from the user's cache."""
     monkeypatch.setenv("BLIP3O_HOME", str(shared_home))
+
+
+@pytest.fixture(scope="session")
+def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.Bucket]:
+    with server.serving(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture
+def bucket(_server: server.Bucket, monkeypatch: pytest.MonkeyPatch) -> server.Bucket:
+    """A bucket on a real S3 server, whose keys are in the environment."""
+    for name, value in _server.variables.items():
+        monkeypatch.setenv(name, value)
+    return _server
 
 
 @pytest.fixture

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.evaluation.estimators import Batch, Estimator
-from blip3o_lit.flow import draws
-from blip3o_lit.flow.draws import Stream
 from blip3o_lit.metrics.calibration import Calibration
 from blip3o_lit.metrics.cosine import cosine
 from blip3o_lit.testbeds.ambiguous import coverage
@@ -47,7 +45,6 @@ def swapped(estimators: dict[str, Estimator], batches: Iterable[Batch]) -> dict[
     return {"images": images, **{name: total / images for name, total in sums.items()}}
 
 
-@torch.no_grad()
 def time_bins(translator: Translator, batches: Iterable[Batch], seed: int) -> list[dict[str, Any]]:
     """Return the squared error of the network's output in equal bins of t, from noise to data.
 
@@ -58,19 +55,12 @@ def time_bins(translator: Translator, batches: Iterable[Batch], seed: int) -> li
     """
     edges = np.linspace(0, 1, BINS + 1).tolist()
     bins = list(zip(edges[:-1], edges[1:]))
+    times = [min(max((low + high) / 2, _EDGE), 1 - _EDGE) for low, high in bins]
     sums = np.zeros((BINS, 3))
     images = 0
     for condition, true_BND, sample_B in batches:
-        condition = translator.condition_standardizer.standardise(condition)
-        x1_BND = translator.target_standardizer.standardise(true_BND)
-        device, shape = x1_BND.device, tuple(x1_BND.shape[1:])
-        epoch_B = torch.zeros_like(sample_B)
-        z_BND = draws.noise(seed, Stream.EVALUATION_NOISE, sample_B, epoch_B, shape, device)
-        for number, (low, high) in enumerate(bins):
-            time = min(max((low + high) / 2, _EDGE), 1 - _EDGE)
-            t_B = torch.full((len(sample_B),), time, device=device)
-            with translator.precision(device.type):
-                terms = translator.objective.loss(translator.network, condition, x1_BND, z_BND, t_B)
+        losses = translator.losses_at(times, condition, true_BND, sample_B, seed)
+        for number, terms in enumerate(losses):
             means = terms.mse_B.mean(), terms.velocity_cosine, terms.norm_ratio
             sums[number] += len(sample_B) * np.array([float(mean) for mean in means])
         images += len(sample_B)

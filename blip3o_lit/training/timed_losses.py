@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from blip3o_lit.flow import draws
-from blip3o_lit.flow.draws import Stream
 from blip3o_lit.translation.translator import Translator
 
 SEED = 0
@@ -37,16 +35,9 @@ class TimedLosses(Metric):
     @torch.no_grad()
     def update(self, translator: Translator, batch: dict[str, Tensor], counted_B: Tensor) -> None:
         """Add a batch of raw tokens; what is not counted takes part all the same."""
-        condition = translator.condition_standardizer.standardise(batch["condition"])
-        x1_BND = translator.target_standardizer.standardise(batch["target"])
-        device, shape = x1_BND.device, tuple(x1_BND.shape[1:])
-        sample_B, counted_B = batch["sample"], counted_B.to(device)
-        epoch_B = torch.zeros_like(sample_B)
-        z_BND = draws.noise(SEED, Stream.EVALUATION_NOISE, sample_B, epoch_B, shape, device)
-        for number, time in enumerate(self.times):
-            t_B = torch.full((len(x1_BND),), time, device=device)
-            with translator.precision(device.type):
-                terms = translator.objective.loss(translator.network, condition, x1_BND, z_BND, t_B)
+        counted_B = counted_B.to(batch["target"].device)
+        tokens = (batch["condition"], batch["target"], batch["sample"])
+        for number, terms in enumerate(translator.losses_at(self.times, *tokens, SEED)):
             self.total_T[number] += terms.mse_B.double()[counted_B].sum()
         self.images += counted_B.sum()
 

@@ -3,6 +3,7 @@
 Shape suffixes: B images, M condition tokens, C condition width, N target tokens, D target width.
 """
 
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
+from blip3o_lit.flow.loss_record import LossRecord
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.scheme import FittedSolvers
 from blip3o_lit.flow.solvers import Sample, sample
@@ -69,10 +71,7 @@ class Translator(nn.Module):
         scheme = self.fitted.scheme(solver) if solver.name == "fitted" else None
         condition = self.condition_standardizer.standardise(condition_BMC)
         if noise_BND is None:
-            shape = tuple(self.target_standardizer.mean_NC.shape)
-            epoch_B = torch.zeros_like(sample_B)
-            stream = Stream.EVALUATION_NOISE
-            noise_BND = draws.noise(seed, stream, sample_B, epoch_B, shape, condition.device)
+            noise_BND = self._noise(sample_B, seed, condition.device)
         with self.precision(condition.device.type):
             inputs = (self.objective, self.network, condition, noise_BND, solver)
             if self.graphs is None or intermediates:
@@ -85,6 +84,29 @@ class Translator(nn.Module):
             x1_BND=restore(result.x1_BND),
             intermediates=[restore(x_BND) for x_BND in result.intermediates],
         )
+
+    @torch.no_grad()
+    def losses_at(
+        self,
+        times: Iterable[float],
+        condition_BMC: Tensor,
+        target_BND: Tensor,
+        sample_B: Tensor,
+        seed: int,
+    ) -> Iterator[LossRecord]:
+        """Yield the loss of raw tokens at each time, with the noise that `generate` would draw."""
+        condition = self.condition_standardizer.standardise(condition_BMC)
+        x1_BND = self.target_standardizer.standardise(target_BND)
+        z_BND = self._noise(sample_B, seed, x1_BND.device)
+        for time in times:
+            t_B = torch.full((len(x1_BND),), time, device=x1_BND.device)
+            with self.precision(x1_BND.device.type):
+                record = self.objective.loss(self.network, condition, x1_BND, z_BND, t_B)
+            yield record
+
+    def _noise(self, sample_B: Tensor, seed: int, device: torch.device) -> Tensor:
+        shape, epoch_B = tuple(self.target_standardizer.mean_NC.shape), torch.zeros_like(sample_B)
+        return draws.noise(seed, Stream.EVALUATION_NOISE, sample_B, epoch_B, shape, device)
 
     def precision(self, device: str) -> AbstractContextManager[object]:
         """Return the autocast context of the network."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import bucket as server
 import pytest
 from bucket import Bucket
 from quick_run import config, differences, state
@@ -16,18 +14,6 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import CheckpointConfig
 from blip3o_lit.training.run import run_training
-
-
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
-    with server.serving(tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def _keys(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in bucket.variables.items():
-        monkeypatch.setenv(name, value)
 
 
 def mirrored(address: str, **changes: object) -> TrainConfig:

@@ -169,7 +169,7 @@ class TokenStore:
 
 
 class TokenReader:
-    """One split of a local store, its sample ids counted from 0 in shard order.
+    """One split of a store, its sample ids counted from 0 in shard order.
 
     `condition` and `target` are names of arrays. The mode is patch_only when left out; at most
     `max_shards` shards and `limit` samples are read.

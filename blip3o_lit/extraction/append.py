@@ -19,11 +19,16 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.extraction.encoding import TowerSet
 from blip3o_lit.images.item import Item
-from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex
+from blip3o_lit.tokens.store.index import (
+    REJECTS_FILE,
+    ArraySpec,
+    ShardEntry,
+    TokenIndex,
+    split_rank,
+)
 from blip3o_lit.tokens.store.int8 import load_scales
 from blip3o_lit.tokens.store.mapped_shard import Shard
 
-REJECTS_FILE = "rejects.jsonl"
 RECIPE_FILE = "extraction.json"
 CONTENT = "content"
 """Field of KEY.json: the hash of the picture's file."""
@@ -147,9 +152,8 @@ class OldStore:
 
     def grown(self, shards: list[ShardEntry], split_rule: str, rejects: int) -> TokenIndex:
         """Return the index with new shards at the end of their splits."""
-        order = {"train": "0", "validation": "1"}
         both = self.index.shards + sorted(shards, key=lambda shard: shard.file)
-        both.sort(key=lambda shard: order.get(shard.split, "2" + shard.split))
+        both.sort(key=lambda shard: split_rank(shard.split))
         rules = dict.fromkeys([*self.index.split_rule.split("; else "), split_rule])
         rule = "; else ".join(rule for rule in rules if rule)
         return replace(self.index, shards=both, split_rule=rule, rejects=rejects)

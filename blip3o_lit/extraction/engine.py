@@ -28,7 +28,7 @@ from blip3o_lit.base.launcher import is_task, number, tasks_of
 from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
-from blip3o_lit.extraction.append import RECIPE_FILE, REJECTS_FILE, OldStore
+from blip3o_lit.extraction.append import RECIPE_FILE, OldStore
 from blip3o_lit.extraction.classes import embed_classes, read_classes
 from blip3o_lit.extraction.encoding import TEXT, TowerSet
 from blip3o_lit.extraction.pipeline import Pipeline
@@ -38,7 +38,7 @@ from blip3o_lit.images.item import Source
 from blip3o_lit.images.split import Splitter
 from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.store.heads import HEADS_FILE
-from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex
+from blip3o_lit.tokens.store.index import REJECTS_FILE, ArraySpec, TokenIndex, split_rank
 from blip3o_lit.tokens.store.int8 import SCALES_FILE
 from blip3o_lit.towers.tower import Tower
 
@@ -204,8 +204,7 @@ class Extraction:
         for name, content in self._files().items():
             write_synced(self.out / name, content)
         self.ledger.write_recipe(self.out / RECIPE_FILE)
-        order = {"train": "0", "validation": "1"}
-        shards = sorted(work.shards, key=lambda s: (order.get(s.split, "2" + s.split), s.file))
+        shards = sorted(work.shards, key=lambda s: (split_rank(s.split), s.file))
         reduced = None if self.config.store == "full" else self.config.store
         thumbnails = self.config.thumbnails
         index = TokenIndex(arrays, shards, reduced, self.split_rule, work.rejects, thumbnails)

@@ -16,13 +16,12 @@ from blip3o_lit.base.files import write_synced
 from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.inspection.store import condition_of, content_mark
-from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
+from blip3o_lit.tokens.store.index import REJECTS_FILE, ShardEntry, TokenIndex
 from blip3o_lit.tokens.store.mapped_shard import Shard
 from blip3o_lit.tokens.store.shards import ShardWriter
 
 JOURNAL = ".deduplicate.json"
 """While it is there: the files of which the index lists all that stay."""
-REJECTS_FILE = "rejects.jsonl"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from blip3o_lit.seeds.embeddings import LegacyFile
 from blip3o_lit.seeds.journal import NAME, Journal
 from blip3o_lit.seeds.split import Split
 from blip3o_lit.seeds.survey import KEY_LENGTH, Survey, clean, take_survey
-from blip3o_lit.tokens.store.index import SCHEMA, ArraySpec, ShardEntry, TokenIndex
+from blip3o_lit.tokens.store.index import REJECTS_FILE, SCHEMA, ArraySpec, ShardEntry, TokenIndex
 from blip3o_lit.tokens.store.int8 import fit_int8, load_scales, save_scales, with_token_scales
 from blip3o_lit.tokens.store.shards import ShardWriter
 
@@ -217,7 +217,7 @@ class Conversion:
         index = TokenIndex(self.arrays, shards, survey.reduced, self.split.words, len(rejects))
         if rejects:
             lines = [json.dumps(reject).encode() + b"\n" for reject in rejects]
-            write_synced(self.out / "rejects.jsonl", lines)
+            write_synced(self.out / REJECTS_FILE, lines)
         index.write(self.out)
         journal.path.unlink()
         return index

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,11 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.batches import BatchPlan, batch_plan
 from blip3o_lit.tokens.reading.loader import TokenLoader, ValidationLoader
 from blip3o_lit.tokens.reading.mixture import MixedReader, StoreSet, order_of
-from blip3o_lit.tokens.reading.open import open_store
 from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, on_device
 from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.tokens.statistics import (
     Pair,
     Standardizer,
-    cached_standardizers,
     kept_standardizers,
     mixture_moments,
     pair_moments,
@@ -71,27 +68,10 @@ class TokenDataModule(pl.LightningDataModule):
         self._validation_limit = min(limits) if limits else None
 
     def open(self, ranks: FirstRank = ALONE) -> None:
-        """Open the store, choose both splits and load their statistics; the first rank's work."""
-        data, limit = self.data, self._validation_limit
-        sides = (data.condition, data.target, self.mode)
-        if len(self.stores) > 1:
-            self._open_several(ranks)
-            return
-        store = open_store(self.store_path, data)
-        self.train = TokenReader(store, TRAIN, *sides, data.max_shards, data.subset)
-        self.validation = None
-        if VALIDATION in store.index.splits:
-            self.validation = TokenReader(store, VALIDATION, *sides, limit=limit)
-        self.shape = self.train.shape
-        self.facts = {"path": self.store_path, "hash": self.train.content_hash}
-        images = min(data.statistics_images, len(self.train))
-        batches = partial(reader_batches, self.train, images, data.threads)
-        self.condition_standardizer, self.target_standardizer = cached_standardizers(
-            self.train.content_hash, self.shape, images, batches, ranks
-        )
+        """Open the stores, which are read as one, and load their statistics, the first rank's work.
 
-    def _open_several(self, ranks: FirstRank) -> None:
-        """Open stores that are read as one; those of equal content are one."""
+        Stores of equal content are one.
+        """
         data = self.data
         sides = (data.condition, data.target, self.mode)
         stores = StoreSet(self.stores, data)

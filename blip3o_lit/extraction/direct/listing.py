@@ -23,6 +23,7 @@ from blip3o_lit.images.item import Item, Lost, Reject, Source, decode
 from blip3o_lit.images.split import Splitter
 from blip3o_lit.images.tars import TarPart
 from blip3o_lit.tokens.reading.loader import ordered
+from blip3o_lit.tokens.store.index import split_rank
 
 VERSION = 1
 LOST = "-"
@@ -85,8 +86,7 @@ class Listing:
         if [len(code) for code in codes] != [len(entries) for entries in self.entries]:
             raise UserError(f"data.images={self.source.name}: this rank sees other images there")
         shards = []
-        order = {"train": "0", "validation": "1"}
-        for split in sorted(names, key=lambda name: order.get(name, "2" + name)):
+        for split in sorted(names, key=split_rank):
             letter = LETTERS[names.index(split)]
             for entries, code in zip(self.entries, codes):
                 items = [e for e, c in zip(entries, code) if c == letter and isinstance(e, Item)]

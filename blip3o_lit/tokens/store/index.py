@@ -23,6 +23,8 @@ KINDS = ("tokens", "text", "scale")
 STORED = {"float16": "<f2", "bfloat16": "<i2", "float32": "<f4", "int8": "|i1"}
 """Types in index.json and in the npy files; npy knows no bfloat16, so its bits go in as int16."""
 SCALES = ("channel", "token")
+REJECTS_FILE = "rejects.jsonl"
+"""Beside a store's index: what was given and is not in it, and why."""
 KEY_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 """What names of samples, arrays and splits are made of: they are parts of file names."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*").fullmatch
@@ -235,6 +237,11 @@ class TokenIndex:
                 raise UserError(f"shard {shard.file} has no sha256")
             if min(shard.samples, shard.bytes) < 1 or not shard.split:
                 raise UserError(f"shard {shard.file} counts {shard.samples} samples")
+
+
+def split_rank(split: str) -> str:
+    """Return what splits are sorted by in an index: train, validation, then the others by name."""
+    return {"train": "0", "validation": "1"}.get(split, "2" + split)
 
 
 def repair_command(folder: Path) -> str:

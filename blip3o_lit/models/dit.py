@@ -31,7 +31,7 @@ class DiT(Network):
 
     def __init__(self, config: ModelConfig, shape: PairShape) -> None:
         super().__init__(config, shape)
-        source, target, width = shape.condition, shape.target, config.width
+        source, target, width = shape.grid, shape.target, config.width
         self.aligned = config.conditioning == "aligned"
         if self.aligned and source.grid != target.grid:
             raise UserError(
@@ -96,7 +96,7 @@ class DiT(Network):
             rope = self.rope_condition
             pairs = tuple(block.keys_values(tokens_BMW, rope) for block in self.blocks)  # type: ignore[operator]
             return EncodedCondition(None, pooled_BW, pairs)
-        if self.shape.condition.cls and not self.shape.target.cls:
+        if self.shape.grid.cls and not self.shape.target.cls:
             condition_BMC = condition_BMC[:, 1:]
         tokens_BNW = self.condition(condition_BMC.to(dtype))
         if self.cls_condition is not None:

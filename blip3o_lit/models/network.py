@@ -64,7 +64,7 @@ class Network(nn.Module):
 
     def _rope_tables(self) -> dict[str, Tensor | None]:
         """Compute the tables by buffer name; the condition's grid is laid over the target's."""
-        config, source, target = self.config, self.shape.condition, self.shape.target
+        config, source, target = self.config, self.shape.grid, self.shape.target
         head_width = config.width // config.heads
         rotary = config.positions == "rope"
         tables: dict[str, Tensor | None] = {"rope": None, "rope_condition": None}
@@ -182,7 +182,7 @@ class Network(nn.Module):
     def _count_flops(self, depth: int, batch: int) -> int:
         from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
-        source, target = self.shape.condition, self.shape.target
+        source, target = self.shape.grid, self.shape.target
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             network = type(self)(replace(self.config, depth=depth), self.shape)
             x_BND = torch.empty(batch, target.tokens, target.width)

@@ -96,7 +96,7 @@ class NextDiT(Network):
         super().__init__(config, shape)
         width, signal = config.width, min(config.width, 1024)
         self.input = nn.Linear(shape.target.width, width)
-        self.caption_first = nn.Linear(shape.condition.width, width)
+        self.caption_first = nn.Linear(shape.grid.width, width)
         self.caption_second = nn.Linear(width, width)
         self.pool_norm = nn.LayerNorm(width, EPS)
         self.pool = nn.Linear(width, signal)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blip3o_lit.base.shape import PairShape
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -81,3 +83,17 @@ def dropped(condition: AnyCondition, drop_B: Tensor | None = None) -> AnyConditi
             return torch.zeros_like(condition)
         return condition.masked_fill(drop_B[:, None, None], 0)
     return condition.dropped(torch.ones_like(condition.length).bool() if drop_B is None else drop_B)
+
+
+def empty_condition(
+    shape: PairShape, images: int, dtype: torch.dtype = torch.float32
+) -> AnyCondition:
+    """Return a condition of a shape whose numbers mean nothing; captions have the most words."""
+    grid = None
+    if shape.condition is not None:
+        grid = torch.empty(images, shape.condition.tokens, shape.condition.width, dtype=dtype)
+    if shape.words is None:
+        assert grid is not None
+        return grid
+    words = torch.empty(images, shape.words.longest, shape.words.width, dtype=dtype)
+    return Condition(grid, words, torch.full((images,), shape.words.longest))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from blip3o_lit.base.condition import dropped
 from blip3o_lit.config import registry as register
 from blip3o_lit.config.solver import SolverConfig, check_solver
 from blip3o_lit.flow.multistep import multistep
@@ -189,7 +190,7 @@ class Evaluations:
     ) -> None:
         self.objective, self.network, self.guidance = objective, network, guidance
         self.condition = condition
-        self.null = torch.zeros_like(condition) if guidance != 1 else None
+        self.null = dropped(condition) if guidance != 1 else None
         encode = getattr(network, "encode", None)
         if encode is not None:
             self.condition = encode(condition)

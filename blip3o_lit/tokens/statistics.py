@@ -145,7 +145,7 @@ def pair_moments(batches: Iterable[Batch], shape: PairShape) -> Pair:
     """Stream over batches; the result depends on the batches and their order alone."""
     totals: list[TokenMoments] = []
     for batch in batches:
-        condition = TokenMoments.of(batch["condition"], shape.condition.cls)
+        condition = TokenMoments.of(batch["condition"], shape.grid.cls)
         target = TokenMoments.of(batch["target"], shape.target.cls)
         if totals:
             totals = [totals[0].merge(condition), totals[1].merge(target)]
@@ -182,7 +182,7 @@ def mixture_moments(reader: MixedReader, images: int, threads: int) -> Pair:
 
 def _compute(file: Path, pair: Pair, shape: PairShape) -> None:
     tensors: dict[str, Tensor] = {}
-    sides = zip(SIDES, pair, (shape.condition, shape.target))
+    sides = zip(SIDES, pair, (shape.grid, shape.target))
     for side, moments, side_shape in sides:
         standardizer = Standardizer.of(moments, side_shape)
         tensors[f"{side}.mean"] = standardizer.mean_NC

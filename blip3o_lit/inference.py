@@ -284,7 +284,7 @@ class BLIP3oInference:
         tokens = torch.as_tensor(embeddings)
         if not tokens.is_floating_point():
             raise UserError(f"condition tokens are {tokens.dtype}, expected a float type")
-        shape, want = list(tokens.shape), self.shape.condition
+        shape, want = list(tokens.shape), self.shape.grid
         single = tokens.ndim == 2
         tokens = tokens[None] if single else tokens
         if tokens.ndim != 3 or tokens.shape[1:] != (want.tokens, want.width) or not len(tokens):

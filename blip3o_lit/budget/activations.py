@@ -163,7 +163,7 @@ def _rehearse(
         autocast = precision.autocast
         with live, FusedNorms() if device == "cuda" else nullcontext():
             # B images, M condition tokens of width C, N target tokens of width D
-            condition, target = shape.condition, shape.target
+            condition, target = shape.grid, shape.target
             raw_BMC = torch.empty(images, condition.tokens, condition.width, dtype=torch.float16)
             raw_BND = torch.empty(images, target.tokens, target.width, dtype=torch.float16)
             condition_BMC, x1_BND = raw_BMC.float(), raw_BND.float()

@@ -64,7 +64,7 @@ class Plan:
         return passes * self.units.forward_flops * self.config.batch_size
 
     def rows(self) -> list[tuple[str, str]]:
-        condition, target = self.shape.condition, self.shape.target
+        condition, target = self.shape.grid, self.shape.target
         place, batch, steps = self.placement, self.config.batch_size, self.steps
         return [
             (

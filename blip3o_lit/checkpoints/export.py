@@ -102,7 +102,7 @@ def _shareable(loaded: Loaded) -> dict[str, Any]:
 
 
 def model_card(loaded: Loaded, facts: dict[str, Any]) -> str:
-    run, condition, target = loaded.config, loaded.shape.condition, loaded.shape.target
+    run, condition, target = loaded.config, loaded.shape.grid, loaded.shape.target
     parameters = sum(p.numel() for p in loaded.translator.network.parameters())
     towers = facts.get("arrays", {})
     source = towers.get("condition", {}).get("tower", run.data.condition)

@@ -96,7 +96,7 @@ def write_graphs(loaded: Loaded, out: Path, form: str, label: str) -> dict[str, 
 
 def _card(loaded: Loaded, graphs: dict[str, list[str]], form: str) -> str:
     """Return the README.md of a folder of graphs: what goes in and comes out, how to call them."""
-    source, target = loaded.shape.condition, loaded.shape.target
+    source, target = loaded.shape.grid, loaded.shape.target
     name, inputs = next(iter(graphs.items()))
     given = ", ".join(f'"{name}": {name}' for name in inputs)
     call = f'''session = onnxruntime.InferenceSession("{name}")
@@ -128,7 +128,7 @@ import {"torch" if form == "torch_export" else "onnxruntime"}
 
 def _inputs(loaded: Loaded, graph: Graph, images: int) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(images)
-    source, target = loaded.shape.condition, loaded.shape.target
+    source, target = loaded.shape.grid, loaded.shape.target
     standard_BMC = torch.randn(images, source.tokens, source.width, generator=random)
     raw = loaded.translator.condition_standardizer.restore(standard_BMC)
     noise = torch.randn(images, target.tokens, target.width, generator=random)

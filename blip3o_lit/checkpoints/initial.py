@@ -66,7 +66,7 @@ def initial_weights(config: TrainConfig, shape: PairShape) -> InitialWeights | N
             "objective": FlowObjective(config.flow),
         }
         if config.init_statistics == "kept":
-            parts["condition_standardizer"] = Standardizer.identity(shape.condition)
+            parts["condition_standardizer"] = Standardizer.identity(shape.grid)
             parts["target_standardizer"] = Standardizer.identity(shape.target)
     own = {
         f"{part}.{name}": tensor.shape

@@ -152,7 +152,7 @@ def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool
 
 def _translator(config: TrainConfig, shape: PairShape, device: str | torch.device) -> Translator:
     parts: list[nn.Module] = [build_network(config.model, shape), FlowObjective(config.flow)]
-    parts += [Standardizer.identity(shape.condition), Standardizer.identity(shape.target)]
+    parts += [Standardizer.identity(shape.grid), Standardizer.identity(shape.target)]
     autocast = PRECISIONS[config.precision.name].inference(device)
     return Translator(*parts, autocast=autocast)  # type: ignore[arg-type]
 

@@ -27,7 +27,7 @@ def condition_at_targets(condition_BMC: Tensor, shape: PairShape) -> Tensor:
 
     Unequal grids are resampled bilinearly; a target CLS without a condition CLS gets the mean.
     """
-    source, target = shape.condition, shape.target
+    source, target = shape.grid, shape.target
     patches = condition_BMC[:, int(source.cls) :]
     if source.grid != target.grid:
         image = patches.transpose(1, 2).unflatten(2, source.grid)
@@ -120,7 +120,7 @@ class Ridge(nn.Module):
     def __init__(self, shape: PairShape) -> None:
         super().__init__()
         self.shape = shape
-        target, inputs = shape.target, shape.condition.width
+        target, inputs = shape.target, shape.grid.width
         self.parts = [slice(0, 1), slice(1, None)] if target.cls else [slice(None)]  # CLS, patches
         self.register_buffer("weight", torch.zeros(len(self.parts), inputs, target.width))
         self.register_buffer("bias", torch.zeros(target.tokens, target.width))

@@ -93,7 +93,7 @@ class PatchMLP(Regressor):
     def __init__(self, shape: PairShape, hidden: int = 1024) -> None:
         super().__init__()
         self.shape = shape
-        self.first = nn.Linear(shape.condition.width, hidden)
+        self.first = nn.Linear(shape.grid.width, hidden)
         self.position = nn.Parameter(torch.zeros(shape.target.tokens, hidden))
         self.second = nn.Linear(hidden, shape.target.width)
 

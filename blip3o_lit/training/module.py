@@ -80,7 +80,7 @@ class TranslationModule(LightningModule):
         # With data.scale=raw neither side is standardised, with flow.normalise=l2 the target isn't.
         raw = self.config.data.scale == "raw"
         if raw:
-            self.condition_standardizer = Standardizer.identity(self.shape.condition)
+            self.condition_standardizer = Standardizer.identity(self.shape.grid)
         else:
             self.condition_standardizer = data.condition_standardizer
         if raw or not self.config.flow.standardised_target:

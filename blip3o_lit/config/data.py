@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from blip3o_lit.config.checks import above_zero, check_fields, choice, several
+from blip3o_lit.config.checks import above_zero, check_fields, choice, named, names_of, several
 from blip3o_lit.config.errors import UserError, within
 
 
@@ -103,8 +103,9 @@ class DataConfig:
     """Where shards of a store behind an address are kept; null: in the user's cache folder."""
     cache_gb: float | None = above_zero(None)
     """Size of that cache, in GB of 1e9 bytes; null: half of what the disk has to spare."""
-    condition: str = "eva"
-    """The stored array that conditions the flow."""
+    condition: Any = named("eva")
+    """The stored array that conditions the flow: a grid, or a sequence (words); or one of each,
+    `[eva,words]`."""
     target: str = "clip"
     """The stored array that the flow generates."""
     max_shards: int | None = above_zero(None)
@@ -132,7 +133,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")
-        if self.condition == self.target:
+        if self.target in names_of(self.condition):
             raise UserError(
                 f"data.condition={self.condition} equals data.target: choose two arrays"
             )

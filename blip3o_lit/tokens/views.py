@@ -5,14 +5,14 @@ Shape suffixes: B samples, N tokens of the view, C stored width, D width of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from blip3o_lit.base.shape import TokenShape
-from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.store.heads import Head
 from blip3o_lit.tokens.store.index import ArraySpec
@@ -58,6 +58,26 @@ def average(tokens_BNC: Tensor, grid: tuple[int, int], pool: tuple[int, int]) ->
     batch, _, width = tokens_BNC.shape
     blocks = tokens_BNC.view(batch, grid[0], pool[0], grid[1], pool[1], width)
     return blocks.mean(dim=(2, 4)).view(batch, grid[0] * grid[1], width)
+
+
+def sides_of(
+    names: Sequence[str], arrays: Mapping[str, ArraySpec]
+) -> tuple[str | None, str | None]:
+    """Return which of a condition's arrays is its grid and which its sequence (words)."""
+    found: dict[str, str] = {}
+    kinds = ("tokens", "sequence")
+    for name in names:
+        kind = arrays[name].kind if name in arrays else ""
+        if kind not in kinds:
+            one_of("data.condition", name, [n for n, spec in arrays.items() if spec.kind in kinds])
+        if kind in found:
+            what = "grids" if kind == "tokens" else "sequences"
+            raise UserError(
+                f"data.condition: {found[kind]} and {name} are both {what}; it takes one grid and "
+                "one sequence at most: leave one out"
+            )
+        found[kind] = name
+    return found.get("tokens"), found.get("sequence")
 
 
 def view_of(

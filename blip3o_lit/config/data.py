@@ -6,6 +6,9 @@ from typing import Any
 from blip3o_lit.config.checks import above_zero, check_fields, choice, named, names_of, several
 from blip3o_lit.config.errors import UserError, within
 
+DEMOS = ("demo", "demo_masked", "demo_text", "demo_half_text")
+"""Names of stores of scenes."""
+
 
 @dataclass
 class DemoConfig:
@@ -85,11 +88,10 @@ class AmbiguousConfig(SyntheticConfig):
 class DataConfig:
     """Where tokens come from and how they are read."""
 
-    name: str = choice(
-        "demo", ("demo", "demo_masked", "tokens", "images", "linear_gaussian", "ambiguous")
-    )
+    name: str = choice("demo", (*DEMOS, "tokens", "images", "linear_gaussian", "ambiguous"))
     """demo: handwritten-digit scenes, built on first use; demo_masked: the same, the condition sees
-    their left half; tokens: a directory; images: pictures, which the towers encode in front of the
+    their left half; demo_text, demo_half_text: with the words of their captions, to be joined with
+    a grid or not; tokens: a directory; images: pictures, which the towers encode in front of the
     network; or a testbed with a known law: linear_gaussian, ambiguous."""
     tokens: Any = several(None)
     """A token store: a directory with index.json, or the address of one (s3:// gs:// hf://
@@ -125,7 +127,7 @@ class DataConfig:
     verify: str = choice("size", ("size", "full"))
     """size: check each shard's size when it is opened; full: its sha256 too."""
     demo: DemoConfig = field(default_factory=DemoConfig)
-    """The scenes of name=demo and name=demo_masked."""
+    """The scenes of name=demo, demo_masked, demo_text and demo_half_text."""
     linear_gaussian: LinearGaussianConfig = field(default_factory=LinearGaussianConfig)
     """The problem of name=linear_gaussian."""
     ambiguous: AmbiguousConfig = field(default_factory=AmbiguousConfig)

@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.towers import TowerConfig
 from blip3o_lit.towers.head import DTYPES
+from blip3o_lit.towers.hook import output_of
 from blip3o_lit.towers.open_clip_tower import create, tokenizer_of
 from blip3o_lit.towers.text_tower import TextInfo, TextTower
 
@@ -42,14 +43,8 @@ class OpenClipText(TextTower):
 
 def normed_states(model: Any, numbers_BL: Tensor) -> Tensor:
     """Return what the text side of an open_clip model projects `[B, L, E]`, all positions of it."""
-    seen: list[Any] = []
-    norm: nn.Module = getattr(model, "text", model).ln_final
-    hook = norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    try:
-        model.encode_text(numbers_BL)
-    finally:
-        hook.remove()
-    return seen[0]
+    norm = getattr(model, "text", model).ln_final
+    return output_of(norm, lambda: model.encode_text(numbers_BL))
 
 
 def load_open_clip_text(config: TowerConfig, pretrained: bool, device: str) -> OpenClipText:

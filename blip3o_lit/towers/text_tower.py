@@ -4,7 +4,8 @@ Shape suffixes: B captions, L positions, E width of a state.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class TextInfo:
     """Channels of a state."""
     longest: int
     """Most states of a caption; longer ones are cut by the tokenizer."""
+    source: dict[str, str] = field(default_factory=dict)
+    """The keys of `towers.text` that build it on any machine, where there are such."""
 
 
 class TextTower(nn.Module, ABC):
@@ -74,4 +77,14 @@ def load_text_tower(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
         tower = load(config.tower, pretrained, device)
+    tower.info = replace(tower.info, source=_source(config) if pretrained else {})
     return tower.eval().requires_grad_(False)
+
+
+def _source(config: TextTowerConfig) -> dict[str, str]:
+    """Return a configuration's keys, where they name no file of this machine."""
+    weights = config.pretrained or ""
+    folder = (config.model or "").startswith("local-dir:")
+    if folder or (weights and Path(weights).expanduser().exists()):
+        return {}
+    return {key: value for key, value in asdict(config).items() if value is not None}

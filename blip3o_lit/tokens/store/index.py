@@ -63,7 +63,8 @@ class ArraySpec:
     projected: bool = False
     """Whether the tower's projection is in it."""
     preprocessing: dict[str, Any] = field(default_factory=dict)
-    """Mean, std, interpolation and resize mode of the encoder's input."""
+    """Mean, std, interpolation and resize mode of the encoder's input; of a sequence, the keys of
+    `towers.text` that build its tower, where they name no file of this machine."""
     scale: str | None = None
     """Of int8: channel, or token where each token has a scale of its own too."""
     scale_hash: str = ""
@@ -93,7 +94,8 @@ class ArraySpec:
         out = asdict(self)
         out["shape"], out["grid"] = list(self.shape), list(self.grid)
         if self.kind != "tokens":
-            return {key: out[key] for key in ("kind", "dtype", "shape", "tower")}
+            beside = ("preprocessing",) if self.preprocessing else ()
+            return {key: out[key] for key in ("kind", "dtype", "shape", "tower", *beside)}
         int8 = ("scale", "scale_hash", "cosine")
         return {k: v for k, v in out.items() if k not in int8 or self.dtype == "int8"}
 

@@ -59,7 +59,7 @@ def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, T
             held = train
         else:
             raise UserError(f"same_data=true: {path} has no train split")
-    if held.shape != loaded.shape:
+    if not held.shape.fits(loaded.shape):
         raise UserError(
             f"{path} has tokens {held.shape.to_dict()}, but {loaded.file} was trained on "
             f"{loaded.shape.to_dict()}: set data.tokens to a matching store"
@@ -112,7 +112,7 @@ def trained_images(loaded: Loaded, held: TokenReader) -> int | None:
     if not stores.with_split("train"):
         return None
     own = stores.reader("train", run.data.condition, run.data.target, run.mode)
-    if own.shape != held.shape:
+    if not own.shape.fits(held.shape):
         return 0
     own_keys, held_keys = own.keys(np.arange(len(own))), held.keys(np.arange(len(held)))
     _, trained, scored = np.intersect1d(own_keys, held_keys, return_indices=True)

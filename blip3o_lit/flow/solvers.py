@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from blip3o_lit.base.condition import dropped
 from blip3o_lit.config import registry as register
 from blip3o_lit.config.solver import SolverConfig, check_solver
 from blip3o_lit.flow.memo import Memo
@@ -200,6 +201,7 @@ class Evaluations:
         draw: Hashable = None,
     ) -> None:
         self.objective, self.network, self.guidance = objective, network, guidance
+<<<<<<< HEAD
         self.memo, self.draw = memo, draw
         encode = getattr(network, "encode", lambda condition: condition)
         self.condition = self._once("condition", lambda: encode(condition))
@@ -207,6 +209,15 @@ class Evaluations:
         if guidance != 1:
             self.null = self._once("null", lambda: encode(torch.zeros_like(condition)))
         self.evaluations, self.time = 0, 0.0
+=======
+        self.condition = condition
+        self.null = dropped(condition) if guidance != 1 else None
+        encode = getattr(network, "encode", None)
+        if encode is not None:
+            self.condition = encode(condition)
+            self.null = None if self.null is None else encode(self.null)
+        self.evaluations = 0
+>>>>>>> seqmodel
 
     def velocity(self, x_BND: Tensor, t: float) -> Tensor:
         t_B = self._times(x_BND, t)

@@ -6,6 +6,7 @@ Shape suffixes: B images, M condition tokens, C condition width, N target tokens
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.loss_record import LossRecord
+from blip3o_lit.flow.memo import Memo
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.scheme import FittedSolvers
 from blip3o_lit.flow.solvers import Sample, sample
@@ -25,7 +27,8 @@ class Translator(nn.Module):
     """Generates target tokens from condition tokens, both in the towers' own scale.
 
     `autocast` is the format of the network's matrix products; None leaves it to the caller. The
-    state of an ODE solver is fp32 either way.
+    state of an ODE solver is fp32 either way. With `graphs` solvers run as CUDA graphs; with `memo`
+    those that are given one and the same condition tensor in turn share what they can.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Translator(nn.Module):
         self.target_standardizer = target_standardizer
         self.fitted = FittedSolvers()
         self.graphs: Graphs | None = None
+        self.memo: Memo | None = None
 
     @torch.no_grad()
     def generate(
@@ -68,6 +72,24 @@ class Translator(nn.Module):
         Returns:
             Raw target tokens `x1_BND` (fp32), the number of network evaluations, and the states.
         """
+        memo = self.memo
+        if memo is None or self.graphs is not None or noise_BND is not None or intermediates:
+            inputs = (condition_BMC, sample_B, seed, solver, noise_BND, intermediates)
+            return self._generate(*inputs)
+        memo.at(condition_BMC)
+        inputs = (condition_BMC, sample_B, seed, solver)
+        return memo.once((repr(solver), seed), lambda: self._generate(*inputs, memo=memo))
+
+    def _generate(
+        self,
+        condition_BMC: Tensor,
+        sample_B: Tensor,
+        seed: int,
+        solver: SolverConfig,
+        noise_BND: Tensor | None = None,
+        intermediates: bool = False,
+        memo: Memo | None = None,
+    ) -> Sample:
         scheme = self.fitted.scheme(solver) if solver.name == "fitted" else None
         condition = self.condition_standardizer.standardise(condition_BMC)
         if noise_BND is None:
@@ -75,7 +97,7 @@ class Translator(nn.Module):
         with self.precision(condition.device.type):
             inputs = (self.objective, self.network, condition, noise_BND, solver)
             if self.graphs is None or intermediates:
-                result = sample(*inputs, intermediates, scheme)
+                result = sample(*inputs, intermediates, scheme, memo, seed)
             else:
                 result = self.graphs.sample(*inputs, scheme)
         restore = self.target_standardizer.restore
@@ -95,9 +117,12 @@ class Translator(nn.Module):
         seed: int,
     ) -> Iterator[LossRecord]:
         """Yield the loss of raw tokens at each time, with the noise that `generate` would draw."""
-        condition = self.condition_standardizer.standardise(condition_BMC)
+        condition: Any = self.condition_standardizer.standardise(condition_BMC)
         x1_BND = self.target_standardizer.standardise(target_BND)
         z_BND = self._noise(sample_B, seed, x1_BND.device)
+        encode = getattr(self.network, "encode", None)
+        with self.precision(x1_BND.device.type):
+            condition = condition if encode is None else encode(condition)
         for time in times:
             t_B = torch.full((len(x1_BND),), time, device=x1_BND.device)
             with self.precision(x1_BND.device.type):

@@ -144,6 +144,11 @@ class DataConfig:
                 "data=images and data.images=SRC belong together, without data.tokens: a folder, "
                 "tars, a table or demo"
             )
+        if self.images and len(names_of(self.condition)) > 1:
+            raise UserError(
+                f"data=images encodes pictures, no words: data.condition={self.condition}: extract "
+                "them into a store first and give data=tokens data.tokens=DIR"
+            )
         if self.name == "tokens" and not self.tokens:
             raise UserError(
                 "data=tokens needs data.tokens=DIR, a folder that extract or convert wrote"

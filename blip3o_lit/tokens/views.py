@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.base.shape import TokenShape
+from blip3o_lit.config.checks import names_of
 from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.store.heads import Head
@@ -78,6 +79,21 @@ def sides_of(
             )
         found[kind] = name
     return found.get("tokens"), found.get("sequence")
+
+
+def target_or_other(
+    target: str, condition: str | Sequence[str], arrays: Mapping[str, ArraySpec]
+) -> str:
+    """Return the target's array or, of a store without it, another grid, which nobody looks at."""
+    if target in arrays:
+        return target
+    grids = [name for name, spec in arrays.items() if spec.kind == "tokens"]
+    grid = sides_of(names_of(condition), arrays)[0]
+    if not grids:
+        raise UserError(
+            f"the store has words alone and no array {target}: extract its pictures too"
+        )
+    return grid or grids[0]
 
 
 def view_of(

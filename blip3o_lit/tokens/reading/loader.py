@@ -97,12 +97,11 @@ class TokenLoader:
     def _read(self, position: int) -> PackedBatch:
         ids, epochs = self.order.at(position, self.plan.micro_batch_size)
         sample_B, epoch_B = torch.from_numpy(ids), torch.from_numpy(epochs)
-        draw_B = None
+        captions = {}
         if self.reader.words:
-            draw_B = uniforms(self.order.seed, Stream.CAPTION, sample_B, epoch_B).double().numpy()
-        batch = self.reader.read_packed(
-            ids, self.stream is not None, None if draw_B is None else draw_B[:, 0]
-        )
+            draw_B1 = uniforms(self.order.seed, Stream.CAPTION, sample_B, epoch_B)
+            captions["draw_B"] = draw_B1[:, 0].double().numpy()
+        batch = self.reader.read_packed(ids, self.stream is not None, **captions)
         batch["sample"], batch["epoch"] = sample_B, epoch_B
         return uploaded(batch, self.stream)
 

@@ -107,12 +107,12 @@ class ArraySpec:
         shape = tuple(int(side) for side in data["shape"])
         values = {key: data[key] for key in cls.__dataclass_fields__ if key in data}
         spec = cls(**{**values, "shape": shape, "grid": tuple(data.get("grid", (0, 0)))})
+        if spec.kind == "sequence" and spec.dtype == "int8":
+            raise UserError(f"arrays.{name} is a sequence, which has no int8: float16, say")
         if spec.dtype == "int8":
             one_of(f"arrays.{name}.scale", str(spec.scale), SCALES)
         if (spec.dtype == "int32") != (spec.kind == "lengths"):
             raise UserError(f"arrays.{name}: lengths are int32 and nothing else, not {spec.dtype}")
-        if spec.kind == "sequence" and spec.dtype == "int8":
-            raise UserError(f"arrays.{name} is a sequence, which has no int8: float16, say")
         sides = SIDES[spec.kind]
         if len(shape) != sides or min(shape) < 1:
             raise UserError(f"arrays.{name}.shape={list(shape)} must have {sides} sides above 0")

@@ -201,23 +201,13 @@ class Evaluations:
         draw: Hashable = None,
     ) -> None:
         self.objective, self.network, self.guidance = objective, network, guidance
-<<<<<<< HEAD
         self.memo, self.draw = memo, draw
         encode = getattr(network, "encode", lambda condition: condition)
         self.condition = self._once("condition", lambda: encode(condition))
         self.null = None
         if guidance != 1:
-            self.null = self._once("null", lambda: encode(torch.zeros_like(condition)))
+            self.null = self._once("null", lambda: encode(dropped(condition)))
         self.evaluations, self.time = 0, 0.0
-=======
-        self.condition = condition
-        self.null = dropped(condition) if guidance != 1 else None
-        encode = getattr(network, "encode", None)
-        if encode is not None:
-            self.condition = encode(condition)
-            self.null = None if self.null is None else encode(self.null)
-        self.evaluations = 0
->>>>>>> seqmodel
 
     def velocity(self, x_BND: Tensor, t: float) -> Tensor:
         t_B = self._times(x_BND, t)

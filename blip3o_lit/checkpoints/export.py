@@ -13,12 +13,13 @@ from blip3o_lit.base.shape import PairShape
 from blip3o_lit.checkpoints.drawer import own_readout
 from blip3o_lit.checkpoints.load import CONFIG_FILE, WEIGHTS_FILE, Loaded, load
 from blip3o_lit.checkpoints.solvers import save_solvers
-from blip3o_lit.config.checks import paths_of
+from blip3o_lit.config.checks import names_of, paths_of
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.drawing.drawer import save_readout
 from blip3o_lit.tokens.reading.open import store_folder
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.index import TokenIndex
+from blip3o_lit.tokens.views import sides_of
 
 CARD_FILE = "README.md"
 SCORES = ("cosine", "cosine_centred", "mse", "norm_ratio", "frechet")
@@ -83,8 +84,11 @@ def _shareable(loaded: Loaded) -> dict[str, Any]:
     folder = store_folder(shared["tokens"]["path"], data)
     if (folder / "index.json").is_file():
         arrays = TokenIndex.load(folder).arrays
-        pair = {"condition": arrays.get(data.condition), "target": arrays.get(data.target)}
-        shared["arrays"] = {side: spec.to_dict() for side, spec in pair.items() if spec}
+        there = [name for name in names_of(data.condition) if name in arrays]
+        sides = dict(zip(("condition", "words", "target"), (*sides_of(there, arrays), data.target)))
+        shared["arrays"] = {
+            side: arrays[name].to_dict() for side, name in sides.items() if name in arrays
+        }
     for facts in (shared["tokens"], *shared["tokens"].get("stores", [])):
         facts["path"] = Path(facts["path"]).name
     data = shared["config"]["data"]

@@ -76,6 +76,15 @@ class FlowObjective(nn.Module):
         config = self.config
         self.path = path_named(config.path, config.sigma_min, config.sigma_max)
 
+    @property
+    def blind_at_zero(self) -> bool:
+        """Whether the output at t = 0 is computed from zeros.
+
+        x_0 is independent of x1 given the condition, so E[x1|x_0, c] = E[x1|c]: noise there would
+        only be something to unlearn.
+        """
+        return self.config.prediction == "sample" and self.config.time_zero_input == "zero"
+
     def scaled_noise(self, z_BND: Tensor) -> Tensor:
         """Turn standard normal noise into the noise of this flow."""
         return z_BND * self.noise_factor if self.config.adaptive_noise else z_BND
@@ -108,9 +117,8 @@ class FlowObjective(nn.Module):
         the adaptive factor moves first, by this output and its target `adapt_to_BND`. With `s_B`
         it is the output of the maps from t to s.
         """
-        if self.config.prediction == "sample" and self.config.time_zero_input == "zero":
-            # x_0 is independent of x1 given the condition, so E[x1|x_0, c] = E[x1|c]: noise here
-            # would only be something to unlearn. A map that starts there does need it.
+        if self.blind_at_zero:
+            # A map that starts there does need its noise.
             mean_B = t_B == 0 if s_B is None else (t_B == 0) & (s_B == 0)
             x_BND = x_BND.masked_fill(over(mean_B, x_BND), 0)
         scale = self.config.output_scale / self.config.velocity_scale

@@ -6,6 +6,7 @@ Shape suffixes: B images, M condition tokens, C condition width, N target tokens
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.loss_record import LossRecord
+from blip3o_lit.flow.memo import Memo
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.scheme import FittedSolvers
 from blip3o_lit.flow.solvers import Sample, sample
@@ -29,7 +31,8 @@ class Translator(nn.Module):
     The scales are those of the condition's grid, of the target and of words: None for what the
     condition doesn't have.
     `autocast` is the format of the network's matrix products; None leaves it to the caller. The
-    state of an ODE solver is fp32 either way.
+    state of an ODE solver is fp32 either way. With `graphs` solvers run as CUDA graphs; with `memo`
+    those that are given one and the same condition tensor in turn share what they can.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Translator(nn.Module):
         self.words_standardizer = words_standardizer
         self.fitted = FittedSolvers()
         self.graphs: Graphs | None = None
+        self.memo: Memo | None = None
 
     def standardised(self, condition: AnyCondition) -> AnyCondition:
         """Return a raw condition as the network reads it."""
@@ -78,6 +82,24 @@ class Translator(nn.Module):
         Returns:
             Raw target tokens `x1_BND` (fp32), the number of network evaluations, and the states.
         """
+        memo = self.memo
+        if memo is None or self.graphs is not None or noise_BND is not None or intermediates:
+            inputs = (condition, sample_B, seed, solver, noise_BND, intermediates)
+            return self._generate(*inputs)
+        memo.at(condition)
+        inputs = (condition, sample_B, seed, solver)
+        return memo.once((repr(solver), seed), lambda: self._generate(*inputs, memo=memo))
+
+    def _generate(
+        self,
+        condition: AnyCondition,
+        sample_B: Tensor,
+        seed: int,
+        solver: SolverConfig,
+        noise_BND: Tensor | None = None,
+        intermediates: bool = False,
+        memo: Memo | None = None,
+    ) -> Sample:
         scheme = self.fitted.scheme(solver) if solver.name == "fitted" else None
         condition = self.standardised(condition)
         if noise_BND is None:
@@ -85,7 +107,7 @@ class Translator(nn.Module):
         with self.precision(condition.device.type):
             inputs = (self.objective, self.network, condition, noise_BND, solver)
             if self.graphs is None or intermediates:
-                result = sample(*inputs, intermediates, scheme)
+                result = sample(*inputs, intermediates, scheme, memo, seed)
             else:
                 result = self.graphs.sample(*inputs, scheme)
         restore = self.target_standardizer.restore
@@ -105,13 +127,16 @@ class Translator(nn.Module):
         seed: int,
     ) -> Iterator[LossRecord]:
         """Yield the loss of raw tokens at each time, with the noise that `generate` would draw."""
-        condition = self.standardised(condition)
+        standard: Any = self.standardised(condition)
         x1_BND = self.target_standardizer.standardise(target_BND)
         z_BND = self._noise(sample_B, seed, x1_BND.device)
+        encode = getattr(self.network, "encode", None)
+        with self.precision(x1_BND.device.type):
+            standard = standard if encode is None else encode(standard)
         for time in times:
             t_B = torch.full((len(x1_BND),), time, device=x1_BND.device)
             with self.precision(x1_BND.device.type):
-                record = self.objective.loss(self.network, condition, x1_BND, z_BND, t_B)
+                record = self.objective.loss(self.network, standard, x1_BND, z_BND, t_B)
             yield record
 
     def _noise(self, sample_B: Tensor, seed: int, device: torch.device) -> Tensor:

@@ -36,7 +36,7 @@ def swapped(estimators: dict[str, Estimator], batches: Iterable[Batch]) -> dict[
     for condition, true_BND, sample_B in batches:
         if len(sample_B) < 2:
             continue
-        other = torch.roll(condition, -1, 0)
+        other = condition[torch.roll(torch.arange(len(sample_B), device=condition.device), -1)]
         tokens = {name: estimate(other, sample_B)[0] for name, estimate in estimators.items()}
         tokens["random_pairs"] = torch.roll(true_BND, -1, 0)
         for name, tokens_BND in tokens.items():

@@ -40,6 +40,7 @@ from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.index import REJECTS_FILE, ArraySpec, TokenIndex, split_rank
 from blip3o_lit.tokens.store.int8 import SCALES_FILE
+from blip3o_lit.towers.text_tower import TextTower
 from blip3o_lit.towers.tower import Tower
 
 REJECTS_AFTER = 1000
@@ -65,9 +66,17 @@ class Extraction:
     """One extraction of a source into one folder; towers by array name, condition first."""
 
     def __init__(
-        self, source: Source, towers: Mapping[str, Tower], out: Path, config: ExtractConfig
+        self,
+        source: Source,
+        towers: Mapping[str, Tower],
+        out: Path,
+        config: ExtractConfig,
+        words: TextTower | None = None,
     ) -> None:
-        """Prepare the towers and open the folder; `images` and `out` of `config` are not read."""
+        """Prepare the towers and open the folder; `images` and `out` of `config` are not read.
+
+        `words` is the tower whose states of the captions are kept, where they are.
+        """
         engine = config.extract
         self.source, self.out, self.config = source, out, config
         self.worker, self.workers = worker_of(engine.shard)
@@ -83,6 +92,8 @@ class Extraction:
             engine.compile,
             config.pixels.changes(),
             config.thumbnails,
+            words,
+            config.captions,
         )
         if self.old is not None:
             self.old.check(self.towers, config)
@@ -293,7 +304,11 @@ def device_of(device: str) -> str:
 
 
 def extract(
-    source: Source, towers: Mapping[str, Tower], out: Path, config: ExtractConfig
+    source: Source,
+    towers: Mapping[str, Tower],
+    out: Path,
+    config: ExtractConfig,
+    words: TextTower | None = None,
 ) -> Outcome:
     """Turn the images of a source into a token store; see `Extraction`."""
-    return Extraction(source, towers, out, config).run()
+    return Extraction(source, towers, out, config, words).run()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.base.shape import PairShape
+from blip3o_lit.config.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Condition:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Condition:
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def float(self) -> Condition:
+        """Return it with fp32 tokens."""
+        grid = None if self.grid is None else self.grid.float()
+        return Condition(grid, self.words.float(), self.length)
+
     def clone(self) -> Condition:
         return self._each(torch.clone)
 
@@ -54,9 +60,33 @@ class Condition:
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell the allocator that `stream` uses the tensors."""
-        for tensor in (self.grid, self.words, self.length):
-            if tensor is not None:
-                tensor.record_stream(stream)
+        for tensor in tensors_of(self):
+            tensor.record_stream(stream)
+
+    def check(self, shape: PairShape) -> None:
+        """Refuse what is no raw condition of a shape; captions may be of any length.
+
+        Raises:
+            UserError: If sizes, types or lengths don't fit, or a number is not finite.
+        """
+        want, sizes = shape.words, list(self.words.shape)
+        if want is None:
+            raise UserError(f"the condition has words, and the model reads {shape.condition_text}")
+        if len(sizes) != 3 or sizes[2] != want.width or not sizes[0]:
+            raise UserError(f"words are {sizes}, expected [B, L, {want.width}]")
+        whole = self.length.dtype == torch.int64 and list(self.length.shape) == sizes[:1]
+        if not whole or not bool(((self.length >= 0) & (self.length <= sizes[1])).all()):
+            raise UserError(f"lengths of words are int64 [{sizes[0]}], of 0 to {sizes[1]}")
+        grid = None
+        if shape.condition is not None:
+            grid = [sizes[0], shape.condition.tokens, shape.condition.width]
+        given = None if self.grid is None else list(self.grid.shape)
+        if given != grid:
+            raise UserError(f"beside the words is a grid {given}, expected {grid}")
+        words = self.words.masked_fill(~self.present[..., None], 0)
+        for tokens in (words, self.grid):
+            if tokens is not None and not bool(torch.isfinite(tokens).all()):
+                raise UserError("condition tokens hold NaN or infinity")
 
     def dropped(self, drop_B: Tensor) -> Condition:
         """Return it without the condition of some images: their grid is zero, their length 0."""
@@ -71,6 +101,13 @@ class Condition:
 
 
 AnyCondition = Tensor | Condition
+
+
+def tensors_of(condition: AnyCondition) -> list[Tensor]:
+    """Return the tensors that a condition consists of."""
+    if isinstance(condition, Tensor):
+        return [condition]
+    return [x for x in (condition.grid, condition.words, condition.length) if x is not None]
 
 
 def dropped(condition: AnyCondition, drop_B: Tensor | None = None) -> AnyCondition:

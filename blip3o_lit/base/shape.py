@@ -62,6 +62,21 @@ class PairShape:
             raise UserError("the condition has words, and this takes a grid of tokens alone")
         return self.condition
 
+    def fits(self, other: PairShape) -> bool:
+        """Whether tokens of one shape go into a network of the other: captions have any length."""
+        one, two = self.words, other.words
+        widths = [None if words is None else words.width for words in (one, two)]
+        sides = (self.condition, self.target, widths[0])
+        return sides == (other.condition, other.target, widths[1])
+
+    @property
+    def condition_text(self) -> str:
+        """The condition's sizes, as messages have them."""
+        grid, words = self.condition, self.words
+        parts = [] if grid is None else [f"{grid.tokens} x {grid.width}"]
+        parts += [] if words is None else [f"up to {words.longest} words x {words.width}"]
+        return " and ".join(parts)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts and lists, for checkpoints and exported configs."""
         sides = asdict(self)

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from blip3o_lit.base.files import check_format, sha256_of
 from blip3o_lit.base.shape import PairShape
@@ -28,7 +28,7 @@ from blip3o_lit.drawing.drawer import READOUT_FILE
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.precision import PRECISIONS, cast_weights
-from blip3o_lit.tokens.statistics import Standardizer
+from blip3o_lit.tokens.scales import identity_scales
 from blip3o_lit.translation.translator import Translator
 
 CONFIG_FILE = "config.json"
@@ -38,6 +38,7 @@ WEIGHTS_IN_FOLDER = (
     *("best.ckpt", "last.ckpt"),
 )
 PARTS = ("network", "objective", "condition_standardizer", "target_standardizer")
+PARTS += ("words_standardizer",)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -151,10 +152,15 @@ def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool
 
 
 def _translator(config: TrainConfig, shape: PairShape, device: str | torch.device) -> Translator:
-    parts: list[nn.Module] = [build_network(config.model, shape), FlowObjective(config.flow)]
-    parts += [Standardizer.identity(shape.grid), Standardizer.identity(shape.target)]
-    autocast = PRECISIONS[config.precision.name].inference(device)
-    return Translator(*parts, autocast=autocast)  # type: ignore[arg-type]
+    scales = identity_scales(shape)
+    return Translator(
+        build_network(config.model, shape),
+        FlowObjective(config.flow),
+        scales.get("condition_standardizer"),
+        scales["target_standardizer"],
+        PRECISIONS[config.precision.name].inference(device),
+        scales.get("words_standardizer"),
+    )
 
 
 def read_weights(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

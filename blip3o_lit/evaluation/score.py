@@ -14,7 +14,7 @@ from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
 from blip3o_lit.config.solver import SolverConfig, solver_from_label
-from blip3o_lit.evaluation.baselines import BaselineFits
+from blip3o_lit.evaluation.baselines import NEED_GRID, BaselineFits
 from blip3o_lit.evaluation.drawings import Drawings
 from blip3o_lit.evaluation.estimators import (
     Batch,
@@ -71,6 +71,8 @@ class Scorer:
         self.device = loaded.device
         self.held_out = HeldOut(held, self.device, config.batch_size, report)
         self.baselines = [*BASELINE_SETS[config.baselines], *config.own_baselines]
+        if loaded.shape.words is not None:
+            self.baselines = [name for name in self.baselines if name not in NEED_GRID]
         if train is None and self.baselines:
             raise UserError(
                 f"{held.store.address} has no train split to fit baselines on: set baselines=none"

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip3o_lit.base.condition import dropped
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.flow.loss_record import LossRecord
 from blip3o_lit.flow.pairs import Pairs, half_steps
@@ -171,19 +172,20 @@ class FlowObjective(nn.Module):
 
         Args:
             network: The network.
-            condition: Its condition; a tensor where `drop_B` is given.
+            condition: Its condition; a tensor or `base.condition.Condition` where `drop_B` or
+                `pairs` is given.
             x1_BND: Target tokens.
             z_BND: Standard normal noise.
             t_B: Training times, inside the output's usable interval (times.py keeps them there).
             restore: The caller's tokens to raw tokens; None where they are the same.
-            drop_B: Samples trained without their condition: it is set to zero, in standardised
-                space the mean token.
+            drop_B: Samples trained without their condition: a grid is set to zero, in
+                standardised space the mean token, and of words none is left.
             pairs: The draws that train the map, of a batch of at least one image: their target is
                 what the network itself says by two half steps, for all terms alike.
         """
         config, path, prediction = self.config, self.path, self.config.prediction
         if drop_B is not None:
-            condition = condition.masked_fill(over(drop_B, condition), 0)
+            condition = dropped(condition, drop_B)
         x1_BND, z_BND = x1_BND.float(), z_BND.float()
         y1_BND = self.to_flow(x1_BND)
         if config.adaptive_noise and self.training:

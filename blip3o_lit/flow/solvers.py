@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from blip3o_lit.base.condition import dropped
 from blip3o_lit.config import registry as register
 from blip3o_lit.config.solver import SolverConfig, check_solver
 from blip3o_lit.flow.memo import Memo
@@ -205,7 +206,7 @@ class Evaluations:
         self.condition = self._once("condition", lambda: encode(condition))
         self.null = None
         if guidance != 1:
-            self.null = self._once("null", lambda: encode(torch.zeros_like(condition)))
+            self.null = self._once("null", lambda: encode(dropped(condition)))
         self.evaluations, self.time = 0, 0.0
 
     def velocity(self, x_BND: Tensor, t: float) -> Tensor:

@@ -146,6 +146,11 @@ class Network(nn.Module):
         rope = key_rope(self.rope_condition, words)
         pairs = tuple(block.keys_values(tokens_BTW, rope) for block in self.blocks)  # type: ignore[operator]
         mask = key_mask(condition.length, words, tokens_BTW.shape[1])
+        if self.compiled:  # one graph for captions of any length
+            for key_BTGK, value_BTGK in pairs:
+                torch._dynamo.maybe_mark_dynamic(key_BTGK, 1)
+                torch._dynamo.maybe_mark_dynamic(value_BTGK, 1)
+            torch._dynamo.maybe_mark_dynamic(mask, 3)
         return EncodedCondition(None, pooled, pairs, mask)
 
     def forward(

@@ -11,7 +11,7 @@ import numpy as np
 from blip3o_lit.base.progress import Report
 from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
+from blip3o_lit.config.evaluate import BASELINE_SETS, OWN, EvaluateConfig
 from blip3o_lit.config.solver import SolverConfig, solver_from_label
 from blip3o_lit.evaluation.baselines import BaselineFits
 from blip3o_lit.evaluation.drawings import Drawings
@@ -29,6 +29,7 @@ from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 CURVE = ("cosine", "cosine_centred", "mse", "frechet", "norm_ratio", "seconds_per_image")
+AVERAGE_SCORES = ("cosine", "cosine_ci95", "cosine_centred", "mse", "norm_ratio", "frechet")
 GENERATED = "generated"
 PICTURE_ROWS = 2
 """Drawn rows of the best, the median and the worst images."""
@@ -39,7 +40,8 @@ Tallies = dict[str, Tally]
 class Scorer:
     """Scores `loaded` on `held`, beside baselines of `train`, which `folder` keeps.
 
-    `rival`, another translator of the same tokens, is compared with it image by image.
+    `rival`, another translator of the same tokens, is compared with it image by image, and
+    `averages`, of its own run's weights by width, are scored in the same pass.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class Scorer:
         folder: Path,
         report: Report,
         rival: Loaded | None = None,
+        averages: dict[float, Loaded] | None = None,
     ) -> None:
         self.loaded, self.reader, self.train, self.rival = loaded, held, train, rival
-        self.config = config
+        self.config, self.averages = config, averages or {}
         self.shape = loaded.shape.target
         self.images = min(config.images or len(held), len(held))
         self.solver_images = min(config.solver_images or self.images, self.images)
@@ -86,8 +89,9 @@ class Scorer:
         optima = self._tallies(exact_estimators(problem) if problem else {})
         rivals = self._estimators(self.rival) if self.rival else {}
         headline = next(iter(estimators))
+        averaged = self._averaged(headline)
         reference, solver_reference = self._main_pass(
-            headline, estimators, baselines, optima, rivals
+            headline, estimators, baselines, optima, rivals, averaged
         )
         cosine_B = estimators[headline].image_cosine()
         result: dict[str, Any] = {
@@ -116,6 +120,9 @@ class Scorer:
             },
             **estimators[headline].maps,
         }
+        if averaged:
+            own = result["estimators"][headline]
+            result["averages"] = self._averages(own, averaged, reference)
         records = self.loaded.translator.fitted.records
         if records:
             result["fitted_solvers"] = {str(nfe): records[nfe] for nfe in sorted(records)}
@@ -153,6 +160,27 @@ class Scorer:
         seed = self.config.seed
         return self._tallies({s.label: generated(loaded, s, seed) for s in solvers})
 
+    def _averaged(self, headline: str) -> Tallies:
+        """Return a tally for each further average, by the estimator that is the headline."""
+        solver, seed = solver_from_label(headline), self.config.seed
+        found = {f"{width:g}": one for width, one in self.averages.items()}
+        estimators = {name: generated(one, solver, seed) for name, one in found.items()}
+        return self._tallies(estimators, breadth=False)
+
+    def _averages(
+        self, own: dict[str, Any], averaged: Tallies, reference: Reference
+    ) -> dict[str, Any]:
+        """Return the scores of each average of the run's weights, and which is best."""
+        results = {OWN: own} | {name: tally.result(reference) for name, tally in averaged.items()}
+        scores = {
+            name: {key: found[key] for key in AVERAGE_SCORES if key in found}
+            for name, found in results.items()
+        }
+        for width, one in self.averages.items():
+            scores[f"{width:g}"] |= one.facts["average"]
+        best = max(scores, key=lambda name: scores[name]["cosine"])
+        return {"scores": scores, "best": best}
+
     def _baselines(self) -> Tallies:
         if self.fits is None:
             return {}
@@ -173,6 +201,7 @@ class Scorer:
         baselines: Tallies,
         optima: Tallies,
         rivals: Tallies,
+        averaged: Tallies,
     ) -> tuple[Reference, Reference]:
         """Feed the images to every tally, and to the checks of what tokens mean.
 
@@ -183,6 +212,7 @@ class Scorer:
         for prefix, tallies in (("", estimators), ("vs ", rivals)):
             for name, tally in tallies.items():
                 (on_all if name == headline else on_solver_images)[prefix + name] = tally
+        on_all |= {f"average {name}": tally for name, tally in averaged.items()}
         on_all |= baselines | {f"optimum {name}": tally for name, tally in optima.items()}
         reference = Reference(self.shape, self.device)
         solver_reference = Reference(self.shape, self.device)

@@ -5,6 +5,7 @@ from typing import Any
 
 from blip3o_lit.config.checks import above_zero, check_fields, choice, several
 from blip3o_lit.config.errors import UserError, within
+from blip3o_lit.config.extract import STORAGE
 
 
 @dataclass
@@ -98,7 +99,13 @@ class DataConfig:
     images: str | None = None
     """Of name=images: a folder, local tars, a .csv, .tsv or .jsonl, or demo, as in `extract`."""
     tower_batch: int | None = above_zero(None)
-    """Of name=images: images that the towers take at a time; null: the micro-batch."""
+    """Of name=images: images that the towers take at a time; null: the micro-batch, or 16 where
+    tokens are kept."""
+    keep: str | None = None
+    """Of name=images: a folder in which tokens are stored when they are first read, and read from
+    then on. It becomes a store as `extract` makes it."""
+    keep_storage: str = choice("float16", STORAGE)
+    """Of data.keep: float16, bfloat16 (towers with large outliers), float32 or int8."""
     cache: str | None = None
     """Where shards of a store behind an address are kept; null: in the user's cache folder."""
     cache_gb: float | None = above_zero(None)
@@ -141,6 +148,8 @@ class DataConfig:
                 "data=images and data.images=SRC belong together, without data.tokens: a folder, "
                 "tars, a table or demo"
             )
+        if self.keep and self.name != "images":
+            raise UserError(f"data.keep={self.keep} stores the tokens of data=images: leave it out")
         if self.name == "tokens" and not self.tokens:
             raise UserError(
                 "data=tokens needs data.tokens=DIR, a folder that extract or convert wrote"

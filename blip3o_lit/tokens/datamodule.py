@@ -74,7 +74,7 @@ class TokenDataModule(pl.LightningDataModule):
         """
         data = self.data
         sides = (data.condition, data.target, self.mode)
-        stores = StoreSet(self.stores, data)
+        stores = self._stores(ranks)
         stores.check(sides[:2])
         self.train = train = stores.reader(
             TRAIN, *sides, data.max_shards, data.subset, weighted=True
@@ -98,6 +98,9 @@ class TokenDataModule(pl.LightningDataModule):
         self.condition_standardizer, self.target_standardizer = kept_standardizers(
             train.content_hash, self.shape, images, moments, ranks
         )
+
+    def _stores(self, ranks: FirstRank) -> StoreSet:
+        return StoreSet(self.stores, self.data)
 
     def steps_for(self, max_steps: int, max_epochs: int | None) -> int:
         """Set and return the run's optimizer steps; `max_epochs`, where given, wins.

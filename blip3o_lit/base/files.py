@@ -14,6 +14,9 @@ from typing import Any
 
 from blip3o_lit.config.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a full disk answers, or a spent quota."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -137,7 +140,7 @@ def room_on_disk(place: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         line = f"{place}: the disk is full ({error.strerror}): free some, run it again"
         raise UserError(line) from error

@@ -115,7 +115,8 @@ class Pipeline:
             upcoming = next(entries, None)
             unit = self._unit(number, len(records))
             while not unit.last:
-                needed = size * self.towers.sample_bytes
+                left = size if part.length is None else min(size, part.length - unit.number * size)
+                needed = left * self.towers.sample_bytes
                 what = "the next shard takes up to"
                 check_disk(self.ledger.out, needed, what, fix, self.ledger.key)
                 while upcoming is not None and unit.seen < size:

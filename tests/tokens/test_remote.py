@@ -23,6 +23,7 @@ from bucket import Bucket
 from conftest import ROOT
 from hub_server import TOKEN
 from hub_server import serving as hub
+from small_disk import fill, small_disk
 from small_store import int8_tokens, write_int8, write_store
 
 from blip3o_lit.base import objects
@@ -343,12 +344,26 @@ def test_faults_are_one_line(
     refused("check the credentials")
 
 
-def test_a_full_disk_is_one_line(url: str) -> None:
-    if not Path("/dev/full").exists() or os.getuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    cache = Path("/dev/shm") / f"cache-{os.getpid()}"
-    del cache
-    pytest.skip("see below")
+def test_a_full_disk_is_one_line_and_what_was_fetched_stays(
+    folder: Path, url: str, tmp_path: Path
+) -> None:
+    expected = seen(module(folder, tmp_path))
+    whole = sum(shard.bytes for shard in TokenIndex.load(folder).shards)
+    with small_disk(tmp_path / "disk", whole * 2) as disk:
+        data = module(url, disk, cache_gb=1)
+        fetched = {path: path.read_bytes() for path in shards(disk)}
+        filler = fill(disk)
+        with pytest.raises(
+            UserError, match=r"data\.cache=.*No space left.*lower data\.cache_gb"
+        ) as it:
+            seen(data)
+        assert "\n" not in str(it.value)
+        assert all(path.read_bytes() == content for path, content in fetched.items())
+        assert not list((disk / "shards").glob("*.part"))
+        with pytest.raises(UserError, match=r"data\.cache=.*disk is full"):
+            module(url + "/", disk / "other", cache_gb=1)
+        filler.unlink()
+        assert same(seen(module(url, disk, cache_gb=1)), expected)
 
 
 def test_keys_of_the_aws_files(

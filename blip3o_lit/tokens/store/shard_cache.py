@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from blip3o_lit.base.files import sync_folder
+from blip3o_lit.base.files import FULL, sync_folder
 from blip3o_lit.base.objects import Objects
 from blip3o_lit.base.units import human_time
 from blip3o_lit.config.errors import UserError
@@ -208,8 +208,7 @@ class ShardCache:
                     os.posix_fallocate(file.fileno(), 0, size)
                     return True
                 except OSError as error:  # The disk is fuller than the limit lets hope.
-                    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                    if not full or not self._remove_one(oldest):
+                    if error.errno not in FULL or not self._remove_one(oldest):
                         raise
 
     def _remove_one(self, oldest: Iterator[tuple[Path, os.stat_result]]) -> int:
@@ -243,7 +242,7 @@ class ShardCache:
             raise
         except OSError as error:
             fix = "choose another data.cache"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in FULL:
                 fix = "lower data.cache_gb or choose another data.cache"
             elif error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
                 fix = "its file system has no locks: choose another data.cache"

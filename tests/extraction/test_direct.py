@@ -213,6 +213,8 @@ def test_the_cheaper_way():
     ways = TwoWays(4e12, 0.13e12, images=100, seen=1000, store_bytes=200.0, disk=500.0)
     assert (ways.cheaper, ways.storage) == ("store", "float16")
     assert ways.direct - ways.by_store == pytest.approx(900 * 4e12)
+    assert ways.by_keeping == ways.by_store
+    assert replace(ways, seen=60).by_keeping == replace(ways, seen=60).direct
     assert replace(ways, disk=150.0).storage == "int8"
     assert replace(ways, disk=50.0).cheaper == "images"
     assert replace(ways, seen=60).cheaper == "images"

@@ -134,7 +134,9 @@ def test_a_run_killed_in_its_first_epoch_ends_as_an_undisturbed_one(
 ) -> None:
     """Alone, while the ninth shard is written; two ranks in a save, where one then goes on."""
     folder, keep = tmp_path / "killed", tmp_path / "keep"
-    at = Disturbance("/.train-", 17) if ranks == 1 else Disturbance("step-00000003", 1, ranks=(1, 0))
+    at = Disturbance("/.train-", 17)
+    if ranks == 2:
+        at = Disturbance("step-00000003", 1, ranks=(1, 0))
     killed = run(folder, *[wanted(tars, ranks, keep=str(keep))] * ranks, planned=at)
     assert killed == [-9] * ranks, (folder / "said-0.txt").read_text()
     found, damaged = checkpointing.newest_to_resume(folder)

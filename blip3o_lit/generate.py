@@ -108,6 +108,7 @@ def generate(config: GenerateConfig) -> Path:
     from blip3o_lit.drawing.store_drawings import DRAWINGS, draw_store
     from blip3o_lit.tokens.reading.open import open_store
     from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+    from blip3o_lit.tokens.views import target_or_other
     from blip3o_lit.translation.cuda_graphs import Graphs
     from blip3o_lit.translation.generated_store import GeneratedStore
 
@@ -120,14 +121,13 @@ def generate(config: GenerateConfig) -> Path:
     for split in splits:
         one_of("split", split, store.index.splits)
     data, mode = loaded.config.data, loaded.config.mode
-    # A store of condition tokens alone serves: the reader then sees them on both sides.
-    target = data.target if data.target in store.index.arrays else data.condition
+    target = target_or_other(data.target, data.condition, store.index.arrays)
     readers = {split: TokenReader(store, split, data.condition, target, mode) for split in splits}
-    shape = readers[splits[0]].shape.condition
-    if shape != loaded.shape.condition:
+    shape = replace(readers[splits[0]].shape, target=loaded.shape.target)
+    if not shape.fits(loaded.shape):
         raise UserError(
-            f"{config.tokens}: {data.condition} has {shape}, but {config.ckpt} was trained on "
-            f"{loaded.shape.condition}: give a matching store"
+            f"{config.tokens}: {data.condition} has {shape.condition_text}, but {config.ckpt} was "
+            f"trained on {loaded.shape.condition_text}: give a matching store"
         )
     drawer = drawer_of(loaded, config.decoder) if config.draw else None
     settings = {  # what the generated tokens are a function of

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip3o_lit.base.condition import AnyCondition, Condition
 from blip3o_lit.base.home import fits
 from blip3o_lit.checkpoints.load import best_device, load
 from blip3o_lit.config.errors import UserError
@@ -60,7 +61,7 @@ class BLIP3oInference:
     @own_defaults()
     def generate(
         self,
-        eva_embeddings: Tensor | np.ndarray,
+        eva_embeddings: Tensor | np.ndarray | Condition,
         num_inference_steps: int | None = None,
         solver: str | SolverConfig | None = None,
         guidance_scale: float | None = None,
@@ -74,7 +75,8 @@ class BLIP3oInference:
         """Generate target tokens from condition tokens, both in the towers' own scale.
 
         Args:
-            eva_embeddings: Condition tokens `[B, M, C]`, or `[M, C]` of one image; any float type.
+            eva_embeddings: Condition tokens `[B, M, C]`, or `[M, C]` of one image, any float type;
+                a `Condition` for a model of words.
             num_inference_steps: Steps of the ODE solver: the fitted one of so many evaluations
                 where one is stored, heun elsewhere, unless `solver` says otherwise.
             solver: A name (`mean`, `heun`), a label (`heun-10`, `fitted-4`) or a SolverConfig; by
@@ -196,7 +198,7 @@ class BLIP3oInference:
         Returns:
             `[S, N, D]`.
         """
-        (start, _), (end, _) = self._checked(eva_start), self._checked(eva_end)
+        (start, _), (end, _) = self._checked_grid(eva_start), self._checked_grid(eva_end)
         weight = torch.linspace(0, 1, num_steps).view(-1, 1, 1)
         line = torch.lerp(start.float().cpu(), end.float().cpu(), weight)
         same_noise = torch.zeros(num_steps, dtype=torch.int64)
@@ -279,12 +281,20 @@ class BLIP3oInference:
             return SolverConfig.named(label, steps=steps, start=self.config.solver.start)
         return solver_from_label(label)
 
-    def _checked(self, embeddings: Tensor | np.ndarray) -> tuple[Tensor, bool]:
-        """Return the tokens as a batch, and whether it was one image without a batch axis."""
+    def _checked(self, given: Tensor | np.ndarray | Condition) -> tuple[AnyCondition, bool]:
+        """Return the condition as a batch, and whether it was one image without a batch axis."""
+        if isinstance(given, Condition):
+            given.check(self.shape)
+            return given, False
+        if self.shape.words is not None:
+            raise UserError(f"the model reads {self.shape.condition_text}: give a Condition")
+        return self._checked_grid(given)
+
+    def _checked_grid(self, embeddings: Tensor | np.ndarray) -> tuple[Tensor, bool]:
         tokens = torch.as_tensor(embeddings)
         if not tokens.is_floating_point():
             raise UserError(f"condition tokens are {tokens.dtype}, expected a float type")
-        shape, want = list(tokens.shape), self.shape.condition
+        shape, want = list(tokens.shape), self.shape.grid
         single = tokens.ndim == 2
         tokens = tokens[None] if single else tokens
         if tokens.ndim != 3 or tokens.shape[1:] != (want.tokens, want.width) or not len(tokens):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_lit.base.condition import AnyCondition
 from blip3o_lit.base.progress import Report
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.checkpoints.load import Loaded
@@ -34,7 +35,9 @@ FORMAT = 2
 _BATCH = 64
 
 Baseline = MeanToken | Ridge | PatchMLP | Regression
-Pairs = Iterator[tuple[Tensor, Tensor]]
+NEED_GRID = ("ridge", "mlp")
+"""They predict a token from the condition's token at its place, and words have none."""
+Pairs = Iterator[tuple[AnyCondition, Tensor]]
 """Batches of standardised condition and target tokens."""
 
 
@@ -56,19 +59,20 @@ class BaselineFits:
         self.run, self.config = loaded.config, config
         self.steps = min(loaded.facts["step"] or self.run.trainer.max_steps, config.baseline_steps)
         self.bf16 = PRECISIONS[self.run.precision.name].products == torch.bfloat16
-        self.condition = loaded.translator.condition_standardizer
-        self.target = loaded.translator.target_standardizer
+        self.translator, self.target = loaded.translator, loaded.translator.target_standardizer
         self.device = loaded.device
         digest = hashlib.sha256(train.content_hash.encode())
-        for tensor in (*self.condition.buffers(), *self.target.buffers()):
+        scales = (loaded.translator.condition_standardizer, self.target)
+        scales += (loaded.translator.words_standardizer,)
+        for tensor in (buffer for scale in scales if scale for buffer in scale.buffers()):
             digest.update(tensor.float().cpu().numpy().tobytes())
         self.data_hash = digest.hexdigest()
 
     def estimator(self, name: str) -> Estimator:
         baseline = self.get(name)
 
-        def predict(condition_BMC: Tensor, sample_B: Tensor) -> tuple[Tensor, int]:
-            standard_BND = baseline.predict(self.condition.standardise(condition_BMC))
+        def predict(condition: AnyCondition, sample_B: Tensor) -> tuple[Tensor, int]:
+            standard_BND = baseline.predict(self.translator.standardised(condition))
             return self.target.restore(standard_BND), 0
 
         return predict
@@ -124,9 +128,9 @@ class BaselineFits:
         optimizer = self.run.optimizer
         baseline.fit(shuffled, self.steps, optimizer, self.bf16, progress, weight, restore)
 
-    def _batch(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _batch(self, ids: np.ndarray) -> tuple[AnyCondition, Tensor]:
         batch = self.train.read(ids)
-        condition = self.condition.standardise(batch["condition"].to(self.device))
+        condition = self.translator.standardised(batch["condition"].to(self.device))
         return condition, self.target.standardise(batch["target"].to(self.device))
 
     def _in_order(self, name: str) -> Pairs:

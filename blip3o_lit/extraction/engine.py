@@ -39,6 +39,7 @@ from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.index import REJECTS_FILE, ArraySpec, TokenIndex, split_rank
 from blip3o_lit.tokens.store.int8 import SCALES_FILE
+from blip3o_lit.towers.text_tower import TextTower
 from blip3o_lit.towers.tower import Tower
 
 REJECTS_AFTER = 1000
@@ -69,11 +70,13 @@ class Extraction:
         towers: Mapping[str, Tower],
         out: Path,
         config: ExtractConfig,
+        words: TextTower | None = None,
         key: str = "out",
     ) -> None:
         """Prepare the towers and open the folder; `images` and `out` of `config` are not read.
 
-        Towers on the meta device tell what they would store; `key` is the override of the folder.
+        Towers on the meta device tell what they would store. `words` is the tower whose states of
+        the captions are kept, where they are; `key` is the override of the folder.
         """
         engine = config.extract
         self.source, self.out, self.config = source, out, config
@@ -81,6 +84,7 @@ class Extraction:
         grows = config.append and (out / "index.json").exists()
         self.old = OldStore(out) if grows else None
         self.splitter = Splitter(config.split.by, config.split.fraction, config.split.seed)
+        self.words = words
         self.towers = self.tower_set(towers)
         if self.old is not None:
             self.old.check(self.towers, config)
@@ -107,6 +111,8 @@ class Extraction:
             config.extract.compile,
             config.pixels.changes(),
             config.thumbnails,
+            self.words,
+            config.captions,
         )
 
     def _recipe(self) -> dict[str, Any]:
@@ -310,7 +316,11 @@ def device_of(device: str) -> str:
 
 
 def extract(
-    source: Source, towers: Mapping[str, Tower], out: Path, config: ExtractConfig
+    source: Source,
+    towers: Mapping[str, Tower],
+    out: Path,
+    config: ExtractConfig,
+    words: TextTower | None = None,
 ) -> Outcome:
     """Turn the images of a source into a token store; see `Extraction`."""
-    return Extraction(source, towers, out, config).run()
+    return Extraction(source, towers, out, config, words).run()

@@ -19,7 +19,7 @@ from torch.cuda import Event
 from blip3o_lit.base.files import check_disk
 from blip3o_lit.config.extract import ExtractConfig
 from blip3o_lit.extraction.append import CONTENT, Held, content_of
-from blip3o_lit.extraction.encoding import TowerSet, to_numpy
+from blip3o_lit.extraction.encoding import WORDS, TowerSet, samples_of, to_numpy
 from blip3o_lit.extraction.units import Ledger, Unit, UnitRecord
 from blip3o_lit.images.item import Item, Lost, Part, Reject, decode
 from blip3o_lit.images.split import Splitter
@@ -175,7 +175,7 @@ class Pipeline:
     def _encode(self, batch: Batch) -> tuple[Batch, dict[str, Tensor], Event | None]:
         if not batch.ready:
             return batch, {}, None
-        captions = [ready.item.caption for ready in batch.ready]
+        captions = [ready.item.captions for ready in batch.ready]
         outputs = self.towers.encode([ready.inputs for ready in batch.ready], captions)
         return batch, outputs, self.towers.mark()
 
@@ -186,10 +186,11 @@ class Pipeline:
         if copied is not None:
             copied.synchronize()
         arrays = {name: to_numpy(tensor) for name, tensor in outputs.items()}
-        for row, ready in enumerate(batch.ready):
+        for sample, ready in zip(samples_of(arrays) if arrays else (), batch.ready, strict=True):
             item = ready.item
-            sample = {name: array[row] for name, array in arrays.items()}
             facts = {"caption": item.caption, "source": item.source, **item.extra}
+            if WORDS in sample and item.further:
+                facts["captions"] = list(item.captions)
             if ready.content:
                 facts[CONTENT] = ready.content
             shard = batch.unit.shard(ready.split)

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from blip3o_lit import __version__
+from blip3o_lit.base.condition import AnyCondition
 from blip3o_lit.base.secrets import masked
 from blip3o_lit.budget.plan import Plan
 from blip3o_lit.checkpoints.files import FORMAT
 from blip3o_lit.checkpoints.initial import InitialWeights
+from blip3o_lit.checkpoints.soup import start_of
 from blip3o_lit.config.registry import origins
 from blip3o_lit.config.solver import SolverConfig, solver_from_label, started_later
 from blip3o_lit.config.train import part_names
@@ -32,6 +34,7 @@ from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.pairs import UNIFORMS, pair_times
 from blip3o_lit.flow.times import training_times
 from blip3o_lit.metrics.cosine import TokenScores
+from blip3o_lit.models import power_average
 from blip3o_lit.models.float8 import float8_blocks
 from blip3o_lit.models.initialisation import is_sharded, local
 from blip3o_lit.models.network_of import build_network
@@ -39,8 +42,8 @@ from blip3o_lit.models.optimizer import make_optimizer
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.batches import align_checkpoint
 from blip3o_lit.tokens.reading.mixture import MixedReader
-from blip3o_lit.tokens.statistics import Standardizer
-from blip3o_lit.training.ema import ramped_decay, update_average
+from blip3o_lit.tokens.scales import identity_scales, standardised
+from blip3o_lit.training.ema import ramped_decay, update_averages
 from blip3o_lit.training.own_parts import check_plain
 from blip3o_lit.training.schedule import learning_rate_factor
 from blip3o_lit.training.timed_losses import TimedLosses
@@ -70,26 +73,27 @@ class TranslationModule(LightningModule):
         with torch.device("meta"):
             self.network = build_network(self.config.model, self.shape)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
+        self.widths = self.config.optimizer.ema_profiles
+        self.profiles = nn.ModuleList(copy.deepcopy(self.ema) for _ in self.widths)
         self.network.to(self.precision.weights)
         self.initial = initial
+        self.start = initial.start if initial is not None else f"the seed {self.config.seed}"
         if self.config.precision.float8:
             float8_blocks(self.network)
         if not self.sharded:
             self._start(torch.device("cpu"))
         self.objective = FlowObjective(self.config.flow)
-        # With data.scale=raw neither side is standardised, with flow.normalise=l2 the target isn't.
-        raw = self.config.data.scale == "raw"
-        if raw:
-            self.condition_standardizer = Standardizer.identity(self.shape.condition)
-        else:
-            self.condition_standardizer = data.condition_standardizer
-        if raw or not self.config.flow.standardised_target:
-            self.target_standardizer = Standardizer.identity(self.shape.target)
-        else:
-            self.target_standardizer = data.target_standardizer
+        # With data.scale=raw no side is standardised, with flow.normalise=l2 the target isn't.
+        scales = identity_scales(self.shape)
+        if self.config.data.scale != "raw":
+            kept = () if self.config.flow.standardised_target else ("target_standardizer",)
+            scales |= {name: getattr(data, name) for name in scales if name not in kept}
+        self.condition_standardizer = scales.get("condition_standardizer")
+        self.target_standardizer = scales["target_standardizer"]
+        self.words_standardizer = scales.get("words_standardizer")
         if initial is not None:
-            initial.put("condition_standardizer", self.condition_standardizer)
-            initial.put("target_standardizer", self.target_standardizer)
+            for name, scale in scales.items():
+                initial.put(name, scale)
             initial.put("objective", self.objective)
         self.scores = TokenScores(data.target_standardizer.mean_NC, self.shape.target)
         self.held = data.validation if isinstance(data.validation, MixedReader) else None
@@ -106,26 +110,28 @@ class TranslationModule(LightningModule):
     @torch.no_grad()
     def _start(self, device: torch.device) -> None:
         """Give the networks memory and start values: no process ever holds more than its part."""
-        for network in (self.network, self.ema):
+        averages = (self.ema, *self.profiles)
+        for network in (self.network, *averages):
             network.to_empty(device=device)
         self.network.init_weights(self.config.seed)
         if self.initial is not None:
             self.initial.put("network", self.network)
             self.initial = None  # its memory
-        self.ema.fill_buffers()
-        for average, weight in zip(self.ema.parameters(), self.network.parameters()):
-            average.copy_(weight)
+        for average in averages:
+            average.fill_buffers()  # type: ignore[operator]
+            for own, weight in zip(average.parameters(), self.network.parameters()):
+                own.copy_(weight)
 
     def configure_model(self) -> None:
-        """Shard both networks by block while they have no memory yet, where the strategy asks."""
+        """Shard the networks by block while they have no memory yet, where the strategy asks."""
         if not self.sharded or not next(self.network.parameters()).is_meta:
             return
         from blip3o_lit.training.fsdp2 import Fsdp2Strategy, shard
 
         assert isinstance(self.trainer.strategy, Fsdp2Strategy)
         compute = self.precision.products if self.precision.low else None
-        for network in (self.network, self.ema):
-            shard(network, self.trainer.strategy.mesh, compute)
+        for network in (self.network, self.ema, *self.profiles):
+            shard(network, self.trainer.strategy.mesh, compute)  # type: ignore[arg-type]
         self._start(self.trainer.strategy.root_device)
 
     @property
@@ -135,7 +141,11 @@ class TranslationModule(LightningModule):
         # Lightning's autocast covers mixed formats; bf16_true is all the module's own.
         mixed = self.precision.autocast is not None
         low = self.precision.products if self.precision.low and not mixed else None
-        return Translator(self.ema, self.objective, *scales, autocast=low)
+        return Translator(self.ema, self.objective, *scales, low, self.words_standardizer)
+
+    def standardised(self, condition: AnyCondition) -> AnyCondition:
+        """Return a raw condition as the network reads it."""
+        return standardised(condition, self.condition_standardizer, self.words_standardizer)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         flow, seed = self.config.flow, self.config.seed
@@ -144,7 +154,7 @@ class TranslationModule(LightningModule):
             # Masks are a function of step and rank, so resuming is exact.
             place = (seed, self.global_step, batch_idx, self.global_rank)
             torch.manual_seed(hash(place) % 2**63)
-        condition = self.condition_standardizer.standardise(batch["condition"])
+        condition = self.standardised(batch["condition"])
         x1_BND = self.target_standardizer.standardise(batch["target"])
         device, token_shape = x1_BND.device, tuple(x1_BND.shape[1:])
         who = (batch["sample"], batch["epoch"])
@@ -281,8 +291,10 @@ class TranslationModule(LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        decay = ramped_decay(self.config.optimizer.ema_decay, self.global_step + 1)
-        update_average(self.ema, self.network, decay)
+        step = self.global_step + 1
+        decays = [ramped_decay(self.config.optimizer.ema_decay, step)]
+        decays += [power_average.decay(width, step) for width in self.widths]
+        update_averages([self.ema, *self.profiles], self.network, decays)
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         config = self.config.optimizer
@@ -296,6 +308,7 @@ class TranslationModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make Lightning's counters of micro-batches agree with the optimizer steps done."""
+        self.start = start_of(checkpoint["blip3o"])
         align_checkpoint(checkpoint, self.trainer.accumulate_grad_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -309,6 +322,7 @@ class TranslationModule(LightningModule):
             "tokens": self.store_facts,
             "step": self.global_step,
             "parts": origins(part_names(self.config)),
+            "start": self.start,
         }
 
 

@@ -65,8 +65,10 @@ class PictureDataModule(TokenDataModule):
             return
         _ = store.towers  # loaded once, before threads ask for them
         images = min(data.statistics_images, len(train))
-        self.condition_standardizer, self.target_standardizer = cached_standardizers(
-            train.content_hash, self.shape, images, lambda: self._batches(train, images), ranks
+        self._scale_by(
+            cached_standardizers(
+                train.content_hash, self.shape, images, lambda: self._batches(train, images), ranks
+            )
         )
 
     def _batches(self, reader: PictureReader, images: int) -> Iterator[Batch]:

@@ -71,7 +71,7 @@ class KeptShards:
                 extract=engine,
                 storage=data.keep_storage,
             ),
-            KEY,
+            key=KEY,
         )
         self.ledger = self.extraction.ledger
         self._making = threading.Lock()

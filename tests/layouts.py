@@ -90,8 +90,8 @@ def half(run: Path) -> Path:
 
 
 def run_job(folder: Path, job: dict[str, Any]) -> None:
-    """Do one job: name and layout, and where given model, micro, precision, optimizer, resume, bad,
-    asynchronous and measure; with two processes, reduce-scatters are counted.
+    """Do one job: name and layout, and where given model, micro, precision, optimizer, profiles,
+    resume, bad, asynchronous and measure; with two processes, reduce-scatters are counted.
 
     `bad` is a step in which the last rank has a gradient that is not finite. A job to measure takes
     two steps and leaves the bytes of all tensors alive after a step.
@@ -99,7 +99,9 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
     changes: dict[str, Any] = {"micro_batch_size": job.get("micro", 8)}
     changes["model"] = MODELS[job.get("model", "cross")]
     changes["precision"] = PrecisionConfig(job.get("precision", "fp32"))
-    changes["optimizer"] = OptimizerConfig(job.get("optimizer", "adamw"))
+    changes["optimizer"] = OptimizerConfig(
+        job.get("optimizer", "adamw"), ema_profiles=job.get("profiles", [])
+    )
     if "resume" in job:
         changes["resume"] = str(half(folder / job["resume"]))
     run = config(job["layout"], **changes)

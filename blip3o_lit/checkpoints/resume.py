@@ -154,7 +154,7 @@ def _origin(run_dir: Path) -> str | None:
 
 
 def _check_network(config: TrainConfig, path: Path) -> None:
-    whole = ("batch_size", "optimizer.name", "seed")
+    whole = ("batch_size", "optimizer.name", "optimizer.ema_profiles", "seed")
     free = ("model.compile", "model.activation_checkpointing", "model.activation_budget")
     for key, then, now in differences(config, path):
         if (key.startswith(("model.", "mode.")) and key not in free) or key in whole:

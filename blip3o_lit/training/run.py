@@ -130,7 +130,7 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "kernels"))
         module.network.compile_blocks()
         data.compile_towers()
-    callbacks = Callbacks(plan, data, run_dir)
+    callbacks = Callbacks(plan, data, run_dir, resumed)
     if callbacks.mirror is not None:
         callbacks.mirror.begin(resumed is None, config.overwrite)
     run_loggers = loggers(config, run_dir, resumed, start) if launch().first else []

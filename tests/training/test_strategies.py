@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 from layouts import half, processes, run_job
+from safetensors.torch import load_file
 
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.load import load
 from blip3o_lit.checkpoints.metrics_csv import read_rows
 from blip3o_lit.checkpoints.resume import resolve_resume
+from blip3o_lit.checkpoints.snapshots import FOLDER
 from blip3o_lit.config.errors import UserError
 
 pytestmark = pytest.mark.timeout(900)  # The first test waits for two processes and all runs.
+WIDTHS = [0.05, 0.1]
 PAIRS = [("fsdp2", "fsdp2"), ("fsdp2-full", "fsdp2"), ("1", "fsdp2"), ("fsdp2", "ddp")]
 ALONE = [("fsdp2", "1"), ("fsdp2-full", "1")]
 SOURCES, TARGETS = ("1", "ddp", "fsdp2", "fsdp2-full"), ("1", "ddp", "fsdp2")
@@ -63,6 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
     run_job(folder, {"name": "muon", "layout": "1", "optimizer": "muon", "micro": 16})
     run_job(folder, {"name": "async 1", "layout": "1", "micro": 16, "asynchronous": True})
     run_job(folder, {"name": "bad", "layout": "1", "micro": 16, "bad": 5})
+    run_job(folder, {"name": "averages 1", "layout": "1", "micro": 16, "profiles": WIDTHS})
     straight = [{"name": name, "layout": name} for name in ("ddp", "fsdp2", "fsdp2-full")]
     others: list[dict[str, Any]] = [
         {"name": "muon fsdp2", "layout": "fsdp2", "optimizer": "muon"},
@@ -73,6 +77,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
         {"name": "accumulated fsdp2", "layout": "fsdp2", "micro": 2},
         {"name": "async fsdp2", "layout": "fsdp2", "asynchronous": True},
         {"name": "async full", "layout": "fsdp2-full", "asynchronous": True},
+        *({"name": f"averages {it}", "layout": it, "profiles": WIDTHS} for it in ("ddp", "fsdp2")),
+        resumption("averages fsdp2", "fsdp2") | {"name": "averages again", "profiles": WIDTHS},
         {"name": "bad fsdp2", "layout": "fsdp2", "bad": 5},
         {"name": "bad muon", "layout": "fsdp2", "optimizer": "muon", "bad": 1},
         {"name": "bf16_true", "layout": "fsdp2", "precision": "bf16_true"},
@@ -233,3 +239,16 @@ def test_every_pair_of_layouts_resumes(runs: Path) -> None:
             run_job(runs, resumption(source, target))
         same = {"fsdp2-full": "fsdp2"}.get(source, source) == target
         assert_same_run(runs / target, runs / f"{source} to {target}", exactly=same)
+
+
+def test_every_layout_stores_the_same_averages(runs: Path) -> None:
+    folders = {name: runs / f"averages {name}" / FOLDER for name in ("1", "ddp", "fsdp2", "again")}
+    files = sorted(file.name for file in folders["1"].iterdir())
+    assert files == [f"step-{step:08d}.safetensors" for step in range(2, 21, 2)]
+    stored = {name: load_file(folder / files[-1]) for name, folder in folders.items()}
+    for name, folder in folders.items():
+        assert sorted(file.name for file in folder.iterdir()) == files
+        for key, tensor in stored[name].items():
+            assert torch.allclose(tensor.float(), stored["1"][key].float(), atol=1e-3), key
+    for file in files:
+        assert len({(folders[name] / file).read_bytes() for name in ("fsdp2", "again")}) == 1

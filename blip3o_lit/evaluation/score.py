@@ -3,6 +3,7 @@
 Shape suffixes: B images, N target tokens, D target width.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from blip3o_lit.report.record import FORMAT
 from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.reading.reader import TokenReader
 
+log = logging.getLogger("blip3o_lit")
 CURVE = ("cosine", "cosine_centred", "mse", "frechet", "norm_ratio", "seconds_per_image")
 AVERAGE_SCORES = ("cosine", "cosine_ci95", "cosine_centred", "mse", "norm_ratio", "frechet")
 GENERATED = "generated"
@@ -74,8 +76,11 @@ class Scorer:
         self.device = loaded.device
         self.held_out = HeldOut(held, self.device, config.batch_size, report)
         self.baselines = [*BASELINE_SETS[config.baselines], *config.own_baselines]
-        if loaded.shape.words is not None:
+        if loaded.shape.condition is None:
+            left_out = [name for name in self.baselines if name in NEED_GRID]
             self.baselines = [name for name in self.baselines if name not in NEED_GRID]
+            if left_out:
+                log.info("%s left out: they read a grid, and this has words", ", ".join(left_out))
         if train is None and self.baselines:
             raise UserError(
                 f"{held.store.address} has no train split to fit baselines on: set baselines=none"

@@ -1,5 +1,8 @@
 """Whole runs of 8 steps on the shim: runs.py FOLDER LAYOUT/PRECISION/OPTIMIZER/MICRO ...
 
+A layout is single, ddp, fsdp2, compile, words or compile-words; the last two have words beside the
+grid.
+
 Prints a JSON: for each run the host's waits in three quiet steps, the copies from memory that is
 not pinned, and the steps done. Kernels do nothing, so all values are zeros.
 """
@@ -15,13 +18,16 @@ import torch
 from lightning import Callback
 from on_shim import Trace
 from PIL import Image
+from small_words import write_words
 from torch._dynamo.utils import counters
 
 import blip3o_lit.training.trainer as trainer_module
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.extract import SplitConfig
+from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
+from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.trainer import (
     CheckpointConfig,
     EvaluationConfig,
@@ -56,9 +62,18 @@ def run(folder, layout, precision, optimizer, micro):
     probe, tokens = Probe(), layouts.config("1")
     if layout in ("images", "kept"):
         tokens.data, tokens.split = pictures(folder, layout), SplitConfig("content", 0.4)
+    model = replace(MODEL, compile="compile" in layout)
+    if "words" in layout:
+        store = folder.parent / layouts.WORDS
+        if not store.exists():
+            write_words(store, train=72, validation=20)
+        data = DataConfig(tokens=str(store), condition=["eva", "words"])
+        solver = SolverConfig("euler", steps=2, guidance_scale=2.0)
+        tokens = replace(tokens, data=data, flow=FlowConfig(condition_dropout=0.2), solver=solver)
+        model = replace(model, conditioning="cross")
     config = replace(
         tokens,
-        model=replace(MODEL, compile=layout == "compile"),
+        model=model,
         precision=PrecisionConfig(precision),
         optimizer=OptimizerConfig(optimizer),
         strategy=StrategyConfig(layout if layout in ("ddp", "fsdp2") else "single"),

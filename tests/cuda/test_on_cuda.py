@@ -11,6 +11,7 @@ from cuda_shim import on_cuda
 SINGLE = (
     *("single/bf16/adamw/16", "single/fp16/adamw/16", "single/fp32/adamw/8"),
     *("single/tf32/muon/16", "single/bf16_true/muon/16", "compile/bf16/adamw/16"),
+    *("words/bf16/adamw/16", "compile-words/bf16/adamw/16"),
 )
 PICTURES = ("images/bf16/adamw/16", "kept/bf16/adamw/16")
 RANKS = ("ddp/bf16/adamw/4", "fsdp2/bf16/adamw/8")
@@ -88,6 +89,11 @@ def test_towers_in_front_of_the_network_make_no_step_wait(
 def test_all_blocks_and_batches_are_one_graph(single: dict[str, Any]) -> None:
     """Over training, partial validation batches and saving."""
     run = single["compile/bf16/adamw/16"]
+    assert (run["graphs"], run["breaks"]) == (1, 0)
+
+
+def test_captions_of_any_length_are_one_graph(single: dict[str, Any]) -> None:
+    run = single["compile-words/bf16/adamw/16"]
     assert (run["graphs"], run["breaks"]) == (1, 0)
 
 

@@ -90,8 +90,8 @@ def half(run: Path) -> Path:
 
 
 def run_job(folder: Path, job: dict[str, Any]) -> None:
-    """Do one job: name and layout, and where given model, micro, precision, optimizer, profiles, resume,
-    bad, asynchronous and measure; with two processes, reduce-scatters are counted.
+    """Do one job: name and layout, and where given model, micro, precision, optimizer, profiles,
+    resume, bad, asynchronous and measure; with two processes, reduce-scatters are counted.
 
     `bad` is a step in which the last rank has a gradient that is not finite. A job to measure takes
     two steps and leaves the bytes of all tensors alive after a step.

@@ -54,7 +54,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     held, train = open_readers(loaded, config)
     check_held_out(loaded, held, train, config)
     rival = load(config.vs, device) if config.vs else None
-    if rival is not None and rival.shape != loaded.shape:
+    if rival is not None and not rival.shape.fits(loaded.shape):
         raise UserError(f"vs={config.vs} translates other token shapes than ckpt={config.ckpt}")
     for one in (loaded, rival) if config.graphs else ():
         if one is not None:

@@ -14,6 +14,7 @@ from blip3o_lit.config.extract import ExtractConfig
 if TYPE_CHECKING:
     from blip3o_lit.images.item import Source
     from blip3o_lit.tokens.store.index import TokenIndex
+    from blip3o_lit.towers.text_tower import TextTower
 
 NAMED = 4
 """Things beside the images that are named one by one."""
@@ -38,13 +39,16 @@ def extract(config: ExtractConfig) -> None:
         "eva": load_tower(config.towers.condition, config.towers.pretrained, device),
         "clip": load_tower(config.towers.target, config.towers.pretrained, device),
     }
+    words = text_tower(config, device)
     out = Path(config.out).expanduser()
     print(f"{config.images}: {_counts(source)}; worker {worker} of {workers}")
     for line in _few([f"{entry.source}: {entry.reason}" for entry in source.beside]):
         print(f"  {line}")
     for name, tower in towers.items():
         print(f"{name}: {tower.info.name} on {device}")
-    outcome = Extraction(source, towers, out, config).run()
+    if words is not None:
+        print(f"words: {words.info.name}, {config.captions} captions of an image at most")
+    outcome = Extraction(source, towers, out, config, words).run()
     if outcome.index is None:
         print(f"{out}: this worker's part is done; the last worker writes index.json")
         return
@@ -60,6 +64,14 @@ def extract(config: ExtractConfig) -> None:
     words = ["data=tokens", pasteable("data.tokens", config.out)]
     words += ["mode=grid_64"] if outcome.index.reduced else []
     print("next: python -m blip3o_lit.train", *words)
+
+
+def text_tower(config: ExtractConfig, device: str) -> TextTower | None:
+    """Return the tower of the captions' words; None where none are kept."""
+    from blip3o_lit.towers.text_tower import load_text_tower
+
+    text = config.towers.text
+    return load_text_tower(text, config.towers.pretrained, device) if text.kind else None
 
 
 def _source(config: ExtractConfig) -> Source:

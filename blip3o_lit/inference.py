@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip3o_lit.base.condition import AnyCondition, Condition
 from blip3o_lit.base.home import fits
 from blip3o_lit.checkpoints.load import best_device, load
 from blip3o_lit.config.errors import UserError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from blip3o_lit.drawing.drawer import Drawer
+    from blip3o_lit.towers.text_tower import TextTower
     from blip3o_lit.towers.tower import Tower
 
 
@@ -56,11 +58,12 @@ class BLIP3oInference:
         self.translator, self.config = self.loaded.translator, self.loaded.config
         self.shape, self.facts = self.loaded.shape, self.loaded.facts
         self._drawers: dict[str | None, Drawer] = {}
+        self._text_tower: TextTower | None = None
 
     @own_defaults()
     def generate(
         self,
-        eva_embeddings: Tensor | np.ndarray,
+        eva_embeddings: Tensor | np.ndarray | Condition,
         num_inference_steps: int | None = None,
         solver: str | SolverConfig | None = None,
         guidance_scale: float | None = None,
@@ -74,7 +77,8 @@ class BLIP3oInference:
         """Generate target tokens from condition tokens, both in the towers' own scale.
 
         Args:
-            eva_embeddings: Condition tokens `[B, M, C]`, or `[M, C]` of one image; any float type.
+            eva_embeddings: Condition tokens `[B, M, C]`, or `[M, C]` of one image, any float type;
+                a `Condition` for a model of words.
             num_inference_steps: Steps of the ODE solver: the fitted one of so many evaluations
                 where one is stored, heun elsewhere, unless `solver` says otherwise.
             solver: A name (`mean`, `heun`), a label (`heun-10`, `fitted-4`) or a SolverConfig; by
@@ -196,7 +200,7 @@ class BLIP3oInference:
         Returns:
             `[S, N, D]`.
         """
-        (start, _), (end, _) = self._checked(eva_start), self._checked(eva_end)
+        (start, _), (end, _) = self._checked_grid(eva_start), self._checked_grid(eva_end)
         weight = torch.linspace(0, 1, num_steps).view(-1, 1, 1)
         line = torch.lerp(start.float().cpu(), end.float().cpu(), weight)
         same_noise = torch.zeros(num_steps, dtype=torch.int64)
@@ -230,6 +234,42 @@ class BLIP3oInference:
             tower = load_tower(TowersConfig().condition, device=str(self.device))
         tokens = picture_tokens(tower, images, self.config.mode, pixels or PixelsConfig())
         return self.generate(tokens, **settings)
+
+    @own_defaults()
+    def from_text(
+        self,
+        captions: str | Sequence[str],
+        tower: TextTower | None = None,
+        grid: Tensor | None = None,
+        **settings: Any,
+    ) -> Generated:
+        """Generate target tokens of captions.
+
+        Args:
+            captions: One caption or several.
+            tower: The text tower; by default the one that the model's words are of.
+            grid: Condition tokens `[B, M, C]` beside them, for a model that reads both.
+            **settings: Passed on to `generate`; captions sample with the run's own solver.
+
+        Returns:
+            `[B, N, D]`.
+
+        Raises:
+            UserError: If the model reads no words, or its text tower can't be had.
+        """
+        from blip3o_lit.translation.words import caption_condition, text_tower_of, words_spec
+
+        captions = [captions] if isinstance(captions, str) else list(captions)
+        if not captions:
+            raise UserError("from_text: give a caption at least")
+        spec = words_spec(self.loaded)
+        if (grid is None) != (self.shape.condition is None):
+            need = "no grid" if self.shape.condition is None else "a grid beside its words: grid="
+            raise UserError(f"from_text: {self.loaded.file} reads {need}")
+        if tower is None:
+            self._text_tower = self._text_tower or text_tower_of(self.loaded)
+            tower = self._text_tower
+        return self.generate(caption_condition(captions, tower, spec.dtype, grid), **settings)
 
     @own_defaults()
     def draw(self, tokens: Tensor | np.ndarray, decoder: str | None = None) -> list[Image]:
@@ -279,12 +319,20 @@ class BLIP3oInference:
             return SolverConfig.named(label, steps=steps, start=self.config.solver.start)
         return solver_from_label(label)
 
-    def _checked(self, embeddings: Tensor | np.ndarray) -> tuple[Tensor, bool]:
-        """Return the tokens as a batch, and whether it was one image without a batch axis."""
+    def _checked(self, given: Tensor | np.ndarray | Condition) -> tuple[AnyCondition, bool]:
+        """Return the condition as a batch, and whether it was one image without a batch axis."""
+        if isinstance(given, Condition):
+            given.check(self.shape)
+            return given, False
+        if self.shape.words is not None:
+            raise UserError(f"the model reads {self.shape.condition_text}: give a Condition")
+        return self._checked_grid(given)
+
+    def _checked_grid(self, embeddings: Tensor | np.ndarray) -> tuple[Tensor, bool]:
         tokens = torch.as_tensor(embeddings)
         if not tokens.is_floating_point():
             raise UserError(f"condition tokens are {tokens.dtype}, expected a float type")
-        shape, want = list(tokens.shape), self.shape.condition
+        shape, want = list(tokens.shape), self.shape.grid
         single = tokens.ndim == 2
         tokens = tokens[None] if single else tokens
         if tokens.ndim != 3 or tokens.shape[1:] != (want.tokens, want.width) or not len(tokens):

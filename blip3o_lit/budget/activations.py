@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from blip3o_lit.base.condition import empty_condition
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
@@ -162,14 +163,14 @@ def _rehearse(
             live.watch(tensor, 0)
         autocast = precision.autocast
         with live, FusedNorms() if device == "cuda" else nullcontext():
-            # B images, M condition tokens of width C, N target tokens of width D
-            condition, target = shape.condition, shape.target
-            raw_BMC = torch.empty(images, condition.tokens, condition.width, dtype=torch.float16)
+            # B images, N target tokens of width D
+            target = shape.target
+            raw = empty_condition(shape, images, torch.float16)
             raw_BND = torch.empty(images, target.tokens, target.width, dtype=torch.float16)
-            condition_BMC, x1_BND = raw_BMC.float(), raw_BND.float()
+            condition, x1_BND = raw.float(), raw_BND.float()
             z_BND, t_B = torch.empty_like(x1_BND), torch.empty(images)
             with torch.autocast("cpu", autocast) if autocast else nullcontext():
-                loss = objective.loss(network, condition_BMC, x1_BND, z_BND, t_B).total
+                loss = objective.loss(network, condition, x1_BND, z_BND, t_B).total
             alive = live.now
         del loss  # it keeps the graph, and so the activations, alive until here
     return alive

@@ -8,6 +8,7 @@ from blip3o_lit.budget.states import States, gathered_bytes, states
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.extraction.direct.datamodule import PictureDataModule
 from blip3o_lit.tokens.datamodule import TokenDataModule
+from blip3o_lit.tokens.reading.reader import TokenReader
 
 WRITE_RATE = 1e9
 """Bytes per second at which one process is taken to write."""
@@ -23,7 +24,23 @@ def forecast(config: TrainConfig, data: TokenDataModule, steps: int) -> list[tup
     if isinstance(data, PictureDataModule):
         rows += picture_rows(plan, data)
         return rows + _time(plan, whole.saved, None, data.tower_flops)
+    rows += _words(data.train)
     return rows + _time(plan, whole.saved, data.train.sample_bytes)
+
+
+def _words(train: TokenReader) -> list[tuple[str, str]]:
+    """Return how long captions are and what reading one takes, on average and at most."""
+    if not train.words or train.shape.words is None:
+        return []
+    longest, mean = train.shape.words.longest, train.mean_length
+    row = train.index.arrays[train.words].row_bytes
+    return [
+        (
+            "words",
+            f"{mean:.1f} tokens a caption on average, {longest} at most: "
+            f"{mean * row / 1e3:.1f} kB and {longest * row / 1e3:.1f} kB",
+        )
+    ]
 
 
 def _memory(plan: Plan, whole: States) -> list[tuple[str, str]]:

@@ -67,7 +67,7 @@ class Plan:
         return passes * self.units.forward_flops * self.config.batch_size
 
     def rows(self) -> list[tuple[str, str]]:
-        condition, target = self.shape.condition, self.shape.target
+        target = self.shape.target
         place, batch, steps = self.placement, self.config.batch_size, self.steps
         return [
             (
@@ -79,7 +79,7 @@ class Plan:
             ("images", f"{self.train_images} training, {self.validation_images} validation"),
             (
                 "task",
-                f"{condition.tokens} x {condition.width} -> {target.tokens} x {target.width}",
+                f"{self.shape.condition_text} -> {target.tokens} x {target.width}",
             ),
             ("parameters", human_count(self.units.total)),
             (

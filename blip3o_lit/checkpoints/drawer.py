@@ -2,6 +2,7 @@
 
 from blip3o_lit.base.home import fits
 from blip3o_lit.checkpoints.load import Loaded
+from blip3o_lit.config.checks import names_of
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.drawing.decoder import load_decoder
 from blip3o_lit.drawing.drawer import Drawer, kept_readout, split_readout
@@ -41,8 +42,8 @@ def _training_split(loaded: Loaded) -> TokenReader | None:
     if not (folder / "index.json").is_file():
         return None
     index = TokenIndex.load(folder)
-    sides = (data.condition, data.target)
-    if not (index.thumbnails and "train" in index.splits and index.arrays.keys() >= set(sides)):
+    sides, names = (data.condition, data.target), {*names_of(data.condition), data.target}
+    if not (index.thumbnails and "train" in index.splits and index.arrays.keys() >= names):
         return None
     store, limits = open_store(address, data), (data.max_shards, data.subset)
     train = TokenReader(store, "train", *sides, loaded.config.mode, *limits)

@@ -10,18 +10,20 @@ from typing import Any
 from safetensors.torch import save_file
 
 from blip3o_lit.base.files import read_json, replacing, write_json
+from blip3o_lit.base.shape import PairShape
 from blip3o_lit.base.words import pasteable
 from blip3o_lit.checkpoints.drawer import own_readout
 from blip3o_lit.checkpoints.load import Loaded, Weights, load
 from blip3o_lit.checkpoints.solvers import save_solvers
 from blip3o_lit.checkpoints.weights import CONFIG_FILE, WEIGHTS_FILE, find_weights
-from blip3o_lit.config.checks import paths_of
+from blip3o_lit.config.checks import names_of, paths_of
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import OWN
 from blip3o_lit.drawing.drawer import save_readout
 from blip3o_lit.tokens.reading.open import store_folder
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.index import TokenIndex
+from blip3o_lit.tokens.views import sides_of
 
 CARD_FILE = "README.md"
 SCORES = ("cosine", "cosine_centred", "mse", "norm_ratio", "frechet")
@@ -112,8 +114,11 @@ def _shareable(loaded: Loaded) -> dict[str, Any]:
     folder = store_folder(shared["tokens"]["path"], data)
     if (folder / "index.json").is_file():
         arrays = TokenIndex.load(folder).arrays
-        pair = {"condition": arrays.get(data.condition), "target": arrays.get(data.target)}
-        shared["arrays"] = {side: spec.to_dict() for side, spec in pair.items() if spec}
+        there = [name for name in names_of(data.condition) if name in arrays]
+        sides = dict(zip(("condition", "words", "target"), (*sides_of(there, arrays), data.target)))
+        shared["arrays"] = {
+            side: arrays[name].to_dict() for side, name in sides.items() if name in arrays
+        }
     for facts in (shared["tokens"], *shared["tokens"].get("stores", [])):
         facts["path"] = Path(facts["path"]).name
     data = shared["config"]["data"]
@@ -134,7 +139,7 @@ def _shareable(loaded: Loaded) -> dict[str, Any]:
 
 
 def model_card(loaded: Loaded, facts: dict[str, Any]) -> str:
-    run, condition, target = loaded.config, loaded.shape.condition, loaded.shape.target
+    run, target = loaded.config, loaded.shape.target
     parameters = sum(p.numel() for p in loaded.translator.network.parameters())
     towers = facts.get("arrays", {})
     source = towers.get("condition", {}).get("tower", run.data.condition)
@@ -147,15 +152,12 @@ tags: [flow-matching, clip, image-tokens]
 
 # {facts["name"]}
 
-Translates {condition.tokens} tokens of width {condition.width} of the tower `{source}` into
+Translates {_condition(loaded.shape)} of the tower `{source}` into
 {target.tokens} tokens of width {target.width} of the tower `{goal}`, by flow matching.
 
 ```python
 from blip3o_lit import BLIP3oInference
-
-model = BLIP3oInference("PATH OR HUB ID OF THIS FOLDER")
-tokens = model.generate(condition_tokens)
-# [B, {condition.tokens}, {condition.width}] -> [B, {target.tokens}, {target.width}]
+{_call(loaded.shape)} -> [B, {target.tokens}, {target.width}]
 ```
 
 | | |
@@ -179,6 +181,33 @@ tokens = model.generate(condition_tokens)
 Tokens of other towers, layers, resolutions or preprocessing than those of the training store are
 not translated correctly, and nothing warns of it: only shapes are checked.
 """
+
+
+def _condition(shape: PairShape) -> str:
+    """Say what goes in."""
+    grid, words = shape.condition, shape.words
+    parts = [f"{grid.tokens} tokens of width {grid.width}"] if grid is not None else []
+    parts += [f"words of width {words.width}"] if words is not None else []
+    return " and ".join(parts)
+
+
+def _call(shape: PairShape) -> str:
+    """Return the lines that generate, up to the shapes of what goes in."""
+    grid, words = shape.condition, shape.words
+    model = 'model = BLIP3oInference("PATH OR HUB ID OF THIS FOLDER")'
+    if words is None:
+        assert grid is not None
+        return f"""
+{model}
+tokens = model.generate(condition_tokens)
+# [B, {grid.tokens}, {grid.width}]"""
+    given = f"[B, L, {words.width}], [B]"
+    given = given if grid is None else f"[B, {grid.tokens}, {grid.width}], {given}"
+    return f"""from blip3o_lit.base.condition import Condition
+
+{model}
+tokens = model.generate(Condition({None if grid is None else "grid"}, words, length))
+# {given}"""
 
 
 def _which(facts: dict[str, Any], decay: float) -> str:

@@ -52,7 +52,7 @@ class Graph(nn.Module):
         if noise is None:
             mean_ND = parts.target_standardizer.mean_NC
             noise = torch.zeros_like(mean_ND).expand(condition.shape[0], -1, -1)
-        standardised = parts.condition_standardizer.standardise(condition)
+        standardised = parts.standardised(condition)
         scheme = parts.fitted.scheme(self.solver) if self.solver.name == "fitted" else None
         generated = sample(
             parts.objective, parts.network, standardised, noise, self.solver, scheme=scheme
@@ -66,8 +66,13 @@ def write_graphs(loaded: Loaded, out: Path, form: str, label: str) -> dict[str, 
     Every file is read again by the library that runs it and has to agree with this package.
 
     Raises:
-        UserError: If a package is missing, or a graph does not compute what the package does.
+        UserError: If the condition has words, a package is missing, or a graph does not compute
+            what the package does.
     """
+    if loaded.shape.words is not None:
+        raise UserError(
+            f"format={form} knows grids alone, and this condition has words: leave format= out"
+        )
     if form == "onnx":
         _need("onnx", "onnxscript", "onnxruntime")
     translator, flow = loaded.translator.float(), loaded.config.flow
@@ -96,7 +101,7 @@ def write_graphs(loaded: Loaded, out: Path, form: str, label: str) -> dict[str, 
 
 def _card(loaded: Loaded, graphs: dict[str, list[str]], form: str) -> str:
     """Return the README.md of a folder of graphs: what goes in and comes out, how to call them."""
-    source, target = loaded.shape.condition, loaded.shape.target
+    source, target = loaded.shape.grid, loaded.shape.target
     name, inputs = next(iter(graphs.items()))
     given = ", ".join(f'"{name}": {name}' for name in inputs)
     call = f'''session = onnxruntime.InferenceSession("{name}")
@@ -128,9 +133,11 @@ import {"torch" if form == "torch_export" else "onnxruntime"}
 
 def _inputs(loaded: Loaded, graph: Graph, images: int) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(images)
-    source, target = loaded.shape.condition, loaded.shape.target
+    source, target = loaded.shape.grid, loaded.shape.target
     standard_BMC = torch.randn(images, source.tokens, source.width, generator=random)
-    raw = loaded.translator.condition_standardizer.restore(standard_BMC)
+    scale = loaded.translator.condition_standardizer
+    assert scale is not None
+    raw = scale.restore(standard_BMC)
     noise = torch.randn(images, target.tokens, target.width, generator=random)
     return {"condition": raw} | ({"noise": noise} if graph.takes_noise else {})
 

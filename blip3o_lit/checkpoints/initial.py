@@ -15,7 +15,7 @@ from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.initialisation import shard_like
 from blip3o_lit.models.network_of import build_network
-from blip3o_lit.tokens.statistics import Standardizer
+from blip3o_lit.tokens.scales import identity_scales
 
 log = logging.getLogger("blip3o_lit")
 SECOND_TIME = "network.span."
@@ -69,8 +69,7 @@ def initial_weights(config: TrainConfig, shape: PairShape) -> InitialWeights | N
             "objective": FlowObjective(config.flow),
         }
         if config.init_statistics == "kept":
-            parts["condition_standardizer"] = Standardizer.identity(shape.condition)
-            parts["target_standardizer"] = Standardizer.identity(shape.target)
+            parts |= identity_scales(shape)
     own = {
         f"{part}.{name}": tensor.shape
         for part, module in parts.items()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor, nn
+from torch import Tensor
 
 from blip3o_lit.base.files import sha256_of
 from blip3o_lit.base.shape import PairShape
@@ -26,7 +26,7 @@ from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.precision import PRECISIONS, cast_weights
-from blip3o_lit.tokens.statistics import Standardizer
+from blip3o_lit.tokens.scales import identity_scales
 from blip3o_lit.translation.translator import Translator
 
 
@@ -165,10 +165,15 @@ def _built(
 
 
 def _translator(config: TrainConfig, shape: PairShape, device: str | torch.device) -> Translator:
-    parts: list[nn.Module] = [build_network(config.model, shape), FlowObjective(config.flow)]
-    parts += [Standardizer.identity(shape.condition), Standardizer.identity(shape.target)]
-    autocast = PRECISIONS[config.precision.name].inference(device)
-    return Translator(*parts, autocast=autocast)  # type: ignore[arg-type]
+    scales = identity_scales(shape)
+    return Translator(
+        build_network(config.model, shape),
+        FlowObjective(config.flow),
+        scales.get("condition_standardizer"),
+        scales["target_standardizer"],
+        PRECISIONS[config.precision.name].inference(device),
+        scales.get("words_standardizer"),
+    )
 
 
 def best_device() -> str:

@@ -25,6 +25,7 @@ WEIGHTS_IN_FOLDER = (
     *("best.ckpt", "last.ckpt"),
 )
 PARTS = ("network", "objective", "condition_standardizer", "target_standardizer")
+PARTS += ("words_standardizer",)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

@@ -49,6 +49,24 @@ def paths_of(key: str, value: Any) -> dict[str, float | None]:
     return {path: float(weight) for path, weight in value.items()}
 
 
+def named(default: str) -> Any:
+    """A field of a name, or of a list of two."""
+    return field(default=default, metadata={"check": _check_names, "several": True})
+
+
+def names_of(value: Any) -> tuple[str, ...]:
+    """Return the names in a field of `named`."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _check_names(key: str, value: Any) -> None:
+    names = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{key}={value}: give the name of an array, or '[A,B]'")
+    if len(names) > 2 or len(set(names)) < len(names):
+        raise UserError(f"{key}={value}: give one grid and one sequence at most, each once")
+
+
 def check_fields(config: Any, prefix: str = "") -> None:
     """Refuse a config's first wrong value; `prefix` stands before its fields, such as `flow.`."""
     for item in fields(config):

@@ -3,8 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from blip3o_lit.config.checks import above_zero, check_fields, choice, several
+from blip3o_lit.config.checks import above_zero, check_fields, choice, named, names_of, several
 from blip3o_lit.config.errors import UserError, within
+from blip3o_lit.config.extract import STORAGE
+
+DEMOS = ("demo", "demo_masked", "demo_text", "demo_half_text")
+"""Names of stores of scenes."""
 
 
 @dataclass
@@ -85,11 +89,10 @@ class AmbiguousConfig(SyntheticConfig):
 class DataConfig:
     """Where tokens come from and how they are read."""
 
-    name: str = choice(
-        "demo", ("demo", "demo_masked", "tokens", "images", "linear_gaussian", "ambiguous")
-    )
+    name: str = choice("demo", (*DEMOS, "tokens", "images", "linear_gaussian", "ambiguous"))
     """demo: handwritten-digit scenes, built on first use; demo_masked: the same, the condition sees
-    their left half; tokens: a directory; images: pictures, which the towers encode in front of the
+    their left half; demo_text, demo_half_text: with the words of their captions, to be joined with
+    a grid or not; tokens: a directory; images: pictures, which the towers encode in front of the
     network; or a testbed with a known law: linear_gaussian, ambiguous."""
     tokens: Any = several(None)
     """A token store: a directory with index.json, or the address of one (s3:// gs:// hf://
@@ -98,13 +101,20 @@ class DataConfig:
     images: str | None = None
     """Of name=images: a folder, local tars, a .csv, .tsv or .jsonl, or demo, as in `extract`."""
     tower_batch: int | None = above_zero(None)
-    """Of name=images: images that the towers take at a time; null: the micro-batch."""
+    """Of name=images: images that the towers take at a time; null: the micro-batch, or 16 where
+    tokens are kept."""
+    keep: str | None = None
+    """Of name=images: a folder in which tokens are stored when they are first read, and read from
+    then on. It becomes a store as `extract` makes it."""
+    keep_storage: str = choice("float16", STORAGE)
+    """Of data.keep: float16, bfloat16 (towers with large outliers), float32 or int8."""
     cache: str | None = None
     """Where shards of a store behind an address are kept; null: in the user's cache folder."""
     cache_gb: float | None = above_zero(None)
     """Size of that cache, in GB of 1e9 bytes; null: half of what the disk has to spare."""
-    condition: str = "eva"
-    """The stored array that conditions the flow."""
+    condition: Any = named("eva")
+    """The stored array that conditions the flow: a grid, or a sequence (words); or one of each,
+    `[eva,words]`."""
     target: str = "clip"
     """The stored array that the flow generates."""
     max_shards: int | None = above_zero(None)
@@ -124,7 +134,7 @@ class DataConfig:
     verify: str = choice("size", ("size", "full"))
     """size: check each shard's size when it is opened; full: its sha256 too."""
     demo: DemoConfig = field(default_factory=DemoConfig)
-    """The scenes of name=demo and name=demo_masked."""
+    """The scenes of name=demo, demo_masked, demo_text and demo_half_text."""
     linear_gaussian: LinearGaussianConfig = field(default_factory=LinearGaussianConfig)
     """The problem of name=linear_gaussian."""
     ambiguous: AmbiguousConfig = field(default_factory=AmbiguousConfig)
@@ -132,7 +142,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")
-        if self.condition == self.target:
+        if self.target in names_of(self.condition):
             raise UserError(
                 f"data.condition={self.condition} equals data.target: choose two arrays"
             )
@@ -140,6 +150,13 @@ class DataConfig:
             raise UserError(
                 "data=images and data.images=SRC belong together, without data.tokens: a folder, "
                 "tars, a table or demo"
+            )
+        if self.keep and self.name != "images":
+            raise UserError(f"data.keep={self.keep} stores the tokens of data=images: leave it out")
+        if self.images and len(names_of(self.condition)) > 1:
+            raise UserError(
+                f"data=images encodes pictures, no words: data.condition={self.condition}: extract "
+                "them into a store first and give data=tokens data.tokens=DIR"
             )
         if self.name == "tokens" and not self.tokens:
             raise UserError(

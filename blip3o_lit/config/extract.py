@@ -69,6 +69,8 @@ class ExtractConfig:
     """full: all tokens; grid_64: 8x8 averages of projected tokens, 5 to 10 times smaller."""
     thumbnails: bool = True
     """Keep a small JPEG per image, to draw tokens by; false: for stores that are passed on."""
+    captions: int = above_zero(5)
+    """With towers.text.kind: captions of an image whose words are kept, at most."""
     classes: str | None = None
     """Class names for zero-shot: a .txt, one per line, or a .json of names and their prompts."""
     max_reject_fraction: float = between(0.1, 0.0, 1.0)

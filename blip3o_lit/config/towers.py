@@ -4,10 +4,12 @@ from dataclasses import asdict, dataclass, field
 
 from blip3o_lit.config import registry as register
 from blip3o_lit.config.checks import above_zero, check_fields, choice
-from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.errors import UserError, one_of
 
 TRANSFORMERS = ("transformers", "huggingface")
 """Two words for one kind; the second is older."""
+TEXT_KINDS = ("demo", "open_clip", *TRANSFORMERS)
+"""Kinds of text towers."""
 
 
 @dataclass
@@ -51,6 +53,36 @@ def _demo(name: str) -> TowerConfig:
 
 
 @dataclass
+class TextTowerConfig:
+    """The text encoder behind conditions of words; none is loaded where `kind` is null."""
+
+    kind: str | None = None
+    """Who builds it: demo, open_clip, transformers, or null: captions leave no words."""
+    model: str | None = None
+    """Architecture, for example ViT-L-14-quickgelu (open_clip, or transformers' CLIP)."""
+    pretrained: str | None = None
+    """Weights: a pretrained tag, a local file or folder, or a hub id; null: random, fixed seed."""
+    like: str | None = None
+    """Pretrained tag whose activation a local open_clip file shares."""
+    precision: str = choice("fp32", ("fp32", "bf16", "fp16"))
+    """Number format of the weights and the forward pass: fp32, bf16 or fp16."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "towers.text.")
+        if self.kind is not None:
+            one_of("towers.text.kind", self.kind, TEXT_KINDS)
+            if self.kind == "demo" and self.precision != "fp32":
+                raise UserError("the demo's text tower has precision=fp32 only")
+
+    @property
+    def tower(self) -> TowerConfig:
+        """The same words as a tower's, whose loader this one shares."""
+        return TowerConfig(
+            self.kind or "demo", self.model, self.pretrained, self.like, precision=self.precision
+        )
+
+
+@dataclass
 class TowersConfig:
     """The pair: the condition tower is translated into the target tower."""
 
@@ -58,8 +90,10 @@ class TowersConfig:
     """Tower of the condition tokens."""
     target: TowerConfig = field(default_factory=lambda: _demo("clip"))
     """Tower of the target tokens."""
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    """Tower whose states of the captions' words are kept too, for conditions of words."""
     pretrained: bool = True
-    """false: random weights with a fixed seed for both towers, for tests and dry runs."""
+    """false: random weights with a fixed seed for all towers, for tests and dry runs."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ Shape suffixes: B images, M condition tokens, C condition width, N target tokens
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_lit.base.condition import AnyCondition
 from blip3o_lit.base.progress import Report
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.checkpoints.load import Loaded
@@ -34,7 +35,9 @@ FORMAT = 2
 _BATCH = 64
 
 Baseline = MeanToken | Ridge | PatchMLP | Regression
-Pairs = Iterator[tuple[Tensor, Tensor]]
+NEED_GRID = ("ridge", "mlp")
+"""They predict a token from the grid's token at its place: of a condition they read the grid."""
+Pairs = Iterator[tuple[AnyCondition, Tensor]]
 """Batches of standardised condition and target tokens."""
 
 
@@ -56,19 +59,20 @@ class BaselineFits:
         self.run, self.config = loaded.config, config
         self.steps = min(loaded.facts["step"] or self.run.trainer.max_steps, config.baseline_steps)
         self.bf16 = PRECISIONS[self.run.precision.name].products == torch.bfloat16
-        self.condition = loaded.translator.condition_standardizer
-        self.target = loaded.translator.target_standardizer
+        self.translator, self.target = loaded.translator, loaded.translator.target_standardizer
         self.device = loaded.device
         digest = hashlib.sha256(train.content_hash.encode())
-        for tensor in (*self.condition.buffers(), *self.target.buffers()):
+        scales = (loaded.translator.condition_standardizer, self.target)
+        scales += (loaded.translator.words_standardizer,)
+        for tensor in (buffer for scale in scales if scale for buffer in scale.buffers()):
             digest.update(tensor.float().cpu().numpy().tobytes())
         self.data_hash = digest.hexdigest()
 
     def estimator(self, name: str) -> Estimator:
         baseline = self.get(name)
 
-        def predict(condition_BMC: Tensor, sample_B: Tensor) -> tuple[Tensor, int]:
-            standard_BND = baseline.predict(self.condition.standardise(condition_BMC))
+        def predict(condition: AnyCondition, sample_B: Tensor) -> tuple[Tensor, int]:
+            standard_BND = baseline.predict(self._standardised(name, condition))
             return self.target.restore(standard_BND), 0
 
         return predict
@@ -115,7 +119,7 @@ class BaselineFits:
             self.report(name, step, self.steps)
 
         def shuffled() -> Pairs:
-            return self._shuffled(draws)
+            return self._shuffled(name, draws)
 
         if isinstance(baseline, PatchMLP):
             baseline.fit(shuffled, self.steps, bf16=self.bf16, progress=progress)
@@ -124,9 +128,17 @@ class BaselineFits:
         optimizer = self.run.optimizer
         baseline.fit(shuffled, self.steps, optimizer, self.bf16, progress, weight, restore)
 
-    def _batch(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _standardised(self, name: str, condition: AnyCondition) -> AnyCondition:
+        """Return what a baseline reads of a raw condition."""
+        condition = self.translator.standardised(condition)
+        if isinstance(condition, Tensor) or name not in NEED_GRID:
+            return condition
+        assert condition.grid is not None
+        return condition.grid
+
+    def _batch(self, name: str, ids: np.ndarray) -> tuple[AnyCondition, Tensor]:
         batch = self.train.read(ids)
-        condition = self.condition.standardise(batch["condition"].to(self.device))
+        condition = self._standardised(name, batch["condition"].to(self.device))
         return condition, self.target.standardise(batch["target"].to(self.device))
 
     def _in_order(self, name: str) -> Pairs:
@@ -136,16 +148,16 @@ class BaselineFits:
         batches = np.split(ids, range(_BATCH, count, _BATCH))
         done = 0
         for batch in fetched_ahead(self.train, batches, batches):
-            yield self._batch(batch)
+            yield self._batch(name, batch)
             done += len(batch)
             self.report(name, done, count)
 
-    def _shuffled(self, draws: np.random.Generator) -> Pairs:
+    def _shuffled(self, name: str, draws: np.random.Generator) -> Pairs:
         """Yield one pass in random order; a smaller last batch is dropped."""
         size = min(self.run.batch_size, len(self.train))
         order = draws.permutation(len(self.train))
         for start in range(0, len(order) - size + 1, size):
-            yield self._batch(order[start : start + size])
+            yield self._batch(name, order[start : start + size])
 
 
 def _unfitted(name: str, model: ModelConfig, shape: PairShape) -> Baseline:
@@ -153,4 +165,5 @@ def _unfitted(name: str, model: ModelConfig, shape: PairShape) -> Baseline:
         return Regression(model, shape)
     if register.baseline.own(name) is not None:
         return register.baseline.build(name, shape)
+    shape = replace(shape, words=None) if name in NEED_GRID else shape
     return {"mean_token": MeanToken, "ridge": Ridge, "mlp": PatchMLP}[name](shape)

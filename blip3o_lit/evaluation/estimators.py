@@ -35,7 +35,7 @@ def generated(loaded: Loaded, solver: SolverConfig, seed: int) -> Estimator:
 
 def known_problem(reader: TokenReader) -> Problem | None:
     """Return the law of the tokens where the store was drawn from a known one."""
-    plain = reader.mode.name == "patch_only" and reader.condition == "eva"
+    plain = reader.mode.name == "patch_only" and reader.grid == "eva" and not reader.words
     plain &= not isinstance(reader, MixedReader)  # each of its stores has a law of its own
     path = Path(reader.store.path)
     return Problem.load(path) if plain and (path / PROBLEM).is_file() else None

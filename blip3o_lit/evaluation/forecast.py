@@ -38,15 +38,20 @@ def phase_seconds(scorer: Scorer) -> dict[str, float]:
         seconds = time.perf_counter() - start
     image = seconds / len(sample_B) / evaluations
 
-    drawn = sum(nfe[label] for label in config.solvers)
+    # The first evaluation of each is the mean's, where an output at t = 0 sees no noise.
+    shared = int(loaded.translator.objective.blind_at_zero)
+    alone = {label: count - shared for label, count in nfe.items()}
+    drawn = sum(alone[label] for label in config.solvers)
+    further = [label for label in config.curve if label not in config.solvers]
+    scoring = scorer.images + scorer.solver_images * drawn
+    scoring += scorer.curve_images * sum(alone[label] for label in further)
+    if config.solvers and config.samples > 1:
+        scoring += config.sample_images * (config.samples - 1) * alone[config.solvers[0]]
     phases = {
-        "scoring": scorer.images + scorer.solver_images * drawn,
-        "curve": scorer.curve_images * sum(nfe[label] for label in config.curve),
+        "scoring": scoring,
         "swapped conditions": scorer.curve_images * (1 + drawn),
         "loss by time": scorer.curve_images * BINS,
     }
-    if config.solvers and config.samples:
-        phases["samples"] = config.sample_images * config.samples * nfe[config.solvers[0]]
     fits = scorer.fits
     asked = fits is not None and "regression" in BASELINE_SETS[config.baselines]
     if fits is not None and asked and not fits.file("regression").is_file():

@@ -1,6 +1,6 @@
 """The images that are scored on, in batches on the translator's device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -26,12 +26,14 @@ class HeldOut:
         condition, target = batch["condition"].to(self.device), batch["target"].to(self.device)
         return condition, target, torch.from_numpy(ids)
 
-    def batches(self, images: int, phase: str, border: int | None = None) -> Iterator[Batch]:
-        """Yield the first `images` images; no batch crosses the `border`, a number of images."""
+    def batches(self, images: int, phase: str, borders: Iterable[int] = ()) -> Iterator[Batch]:
+        """Yield the first `images` images; no batch crosses one of the `borders`."""
         self.report(phase, 0, images)
-        size, cut = self.batch_size, min(images, images if border is None else border)
-        bounds = [*range(0, cut, size), *range(cut, images, size), images]
-        batches = [np.arange(start, end) for start, end in pairwise(bounds)]
+        cuts = sorted({min(border, images) for border in (0, *borders, images)})
+        batches = []
+        for start, end in pairwise(cuts):
+            firsts = range(self.batch_size, end - start, self.batch_size)
+            batches += np.split(np.arange(start, end), firsts)
         for ids in fetched_ahead(self.reader, batches, batches):
             yield self.read(ids)
             self.report(phase, int(ids[-1]) + 1, images)

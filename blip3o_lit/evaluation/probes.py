@@ -3,7 +3,7 @@
 Shape suffixes: K samples, B images, N target tokens, D target width.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def swapped(estimators: dict[str, Estimator], batches: Iterable[Batch]) -> dict[
     for condition, true_BND, sample_B in batches:
         if len(sample_B) < 2:
             continue
-        other = torch.roll(condition, -1, 0)
+        other = condition[torch.roll(torch.arange(len(sample_B), device=condition.device), -1)]
         tokens = {name: estimate(other, sample_B)[0] for name, estimate in estimators.items()}
         tokens["random_pairs"] = torch.roll(true_BND, -1, 0)
         for name, tokens_BND in tokens.items():
@@ -70,30 +70,46 @@ def time_bins(translator: Translator, batches: Iterable[Batch], seed: int) -> li
     ]
 
 
-def samples(
-    draw: list[Estimator],
-    mean: Estimator,
-    batches: Iterable[Batch],
-    device: torch.device,
-    watch: Callable[[Tensor], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Return diversity and calibration of several samples per condition, by as many estimators.
+class Draws:
+    """Diversity and calibration of several samples per condition, by as many estimators.
 
     `watch` is given the samples `[K, B, N, D]` of each batch.
     """
-    metric = Calibration(len(draw)).to(device)
-    for condition, true_BND, sample_B in batches:
-        samples_KBND = torch.stack([estimate(condition, sample_B)[0] for estimate in draw])
-        watch(samples_KBND)
-        metric.update(samples_KBND, mean(condition, sample_B)[0], true_BND)
-    return metric.compute()
+
+    def __init__(
+        self,
+        draw: list[Estimator],
+        mean: Estimator,
+        device: torch.device,
+        watch: Callable[[Tensor], None] = lambda _: None,
+    ) -> None:
+        self.draw, self.mean, self.watch = draw, mean, watch
+        self.metric = Calibration(len(draw)).to(device)
+
+    def add(self, batch: Batch) -> None:
+        condition, true_BND, sample_B = batch
+        samples_KBND = torch.stack([draw(condition, sample_B)[0] for draw in self.draw])
+        self.watch(samples_KBND)
+        self.metric.update(samples_KBND, self.mean(condition, sample_B)[0], true_BND)
+
+    def result(self) -> dict[str, Any]:
+        return self.metric.compute()
 
 
-def mode_coverage(estimators: dict[str, Estimator], store: Path, batch: Batch) -> dict[str, Any]:
-    """Return which modes of the store's known law each estimator draws."""
-    condition, _, sample_B = batch
-    shares = {}
-    for name, estimate in estimators.items():
-        tokens_BND, _ = estimate(condition, sample_B)
-        shares[name] = coverage(store, condition.cpu(), tokens_BND.cpu())
-    return shares
+class Coverage:
+    """Which modes of the store's known law each estimator draws."""
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+        self._parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def add(self, tokens: Mapping[str, Tensor], condition_BMC: Tensor) -> None:
+        for name, tokens_BND in tokens.items():
+            self._parts.setdefault(name, []).append((condition_BMC.cpu(), tokens_BND.cpu()))
+
+    def result(self) -> dict[str, Any]:
+        shares = {}
+        for name, parts in self._parts.items():
+            condition, tokens = (torch.cat(side) for side in zip(*parts))
+            shares[name] = coverage(self.store, condition, tokens)
+        return shares

@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from blip3o_lit.base.condition import Condition
+from blip3o_lit.base.home import expanded
 from blip3o_lit.checkpoints.load import Loaded
+from blip3o_lit.config.checks import names_of
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.extraction.direct.kept import kept_store
 from blip3o_lit.extraction.direct.store import PictureReader, PictureStore
 from blip3o_lit.extraction.engine import device_of
 from blip3o_lit.testbeds.token_source import token_stores
@@ -36,19 +41,20 @@ def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, T
     if not pictures:
         data = replace(run.data, tokens=config.data.tokens or _trained_on(loaded))
     elif config.data.tokens:
-        data = replace(run.data, name="tokens", images=None, tokens=config.data.tokens)
+        data = replace(run.data, name="tokens", images=None, keep=None, tokens=config.data.tokens)
     else:
         data = run.data
     paths = {str(data.images): None} if data.images else token_stores(data)
     path = " + ".join(paths)
     sides = (data.condition, data.target, run.mode)
     train = None
-    if data.images:
+    kept = bool(data.keep) and (expanded(data.keep or "") / "index.json").is_file()
+    if data.images and not kept:
         held, train = _of_pictures(run, config)
     elif len(paths) > 1:
         held, train = _several(StoreSet(paths, data), config, data, run.mode)
     else:
-        store = open_store(path, data)
+        store = kept_store(run, device_of(config.device)) if kept else open_store(path, data)
         if "train" in store.index.splits:
             train = TokenReader(
                 store, "train", *sides, max_shards=data.max_shards, limit=data.subset
@@ -59,7 +65,7 @@ def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, T
             held = train
         else:
             raise UserError(f"same_data=true: {path} has no train split")
-    if held.shape != loaded.shape:
+    if not held.shape.fits(loaded.shape):
         raise UserError(
             f"{path} has tokens {held.shape.to_dict()}, but {loaded.file} was trained on "
             f"{loaded.shape.to_dict()}: set data.tokens to a matching store"
@@ -87,7 +93,7 @@ def _several(
 ) -> tuple[TokenReader, TokenReader | None]:
     """Return both readers of several stores; each gives an equal part of limited images."""
     sides = (data.condition, data.target, mode)
-    stores.check(sides[:2])
+    stores.check([*names_of(data.condition), data.target])
     train = None
     if stores.with_split("train"):
         train = stores.reader("train", *sides, data.max_shards, data.subset, weighted=True)
@@ -112,16 +118,23 @@ def trained_images(loaded: Loaded, held: TokenReader) -> int | None:
     if not stores.with_split("train"):
         return None
     own = stores.reader("train", run.data.condition, run.data.target, run.mode)
-    if own.shape != held.shape:
+    if not own.shape.fits(held.shape):
         return 0
     own_keys, held_keys = own.keys(np.arange(len(own))), held.keys(np.arange(len(held)))
     _, trained, scored = np.intersect1d(own_keys, held_keys, return_indices=True)
     equal = 0
     for number in range(min(COMPARED, len(scored))):
-        ours = held.read(scored[[number]])["condition"].float()
-        theirs = own.read(trained[[number]])["condition"].float()
-        equal += bool((ours - theirs).norm() <= 1e-2 * theirs.norm())
+        ours, theirs = _tokens(held, scored[number]), _tokens(own, trained[number])
+        equal += ours.shape == theirs.shape and bool((ours - theirs).norm() <= 1e-2 * theirs.norm())
     return equal
+
+
+def _tokens(reader: TokenReader, number: int) -> Tensor:
+    """Return the condition of an image: its grid, or its words where these are all of it."""
+    condition = reader.read(np.array([number]))["condition"]
+    if isinstance(condition, Condition):
+        condition = condition.words if condition.grid is None else condition.grid
+    return condition.float()
 
 
 def _trained_on(loaded: Loaded) -> Any:

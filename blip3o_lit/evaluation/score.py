@@ -3,38 +3,48 @@
 Shape suffixes: B images, N target tokens, D target width.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from blip3o_lit.base.progress import Report
 from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import BASELINE_SETS, OWN, EvaluateConfig
 from blip3o_lit.config.solver import SolverConfig, solver_from_label
-from blip3o_lit.evaluation.baselines import BaselineFits
+from blip3o_lit.evaluation.baselines import NEED_GRID, BaselineFits
 from blip3o_lit.evaluation.drawings import Drawings
-from blip3o_lit.evaluation.estimators import Estimator, exact_estimators, generated, known_problem
+from blip3o_lit.evaluation.estimators import (
+    Batch,
+    Estimator,
+    exact_estimators,
+    generated,
+    known_problem,
+)
 from blip3o_lit.evaluation.examples import examples, ranked, worst
+from blip3o_lit.evaluation.guidance import guidance_curve
 from blip3o_lit.evaluation.held_out import HeldOut
 from blip3o_lit.evaluation.hidden_half import shows_scenes
 from blip3o_lit.evaluation.image_text import ImageText
-from blip3o_lit.evaluation.probes import COVERAGE_IMAGES, mode_coverage, samples, swapped, time_bins
+from blip3o_lit.evaluation.main_pass import Group, MainPass, Tallies
+from blip3o_lit.evaluation.probes import Coverage, Draws, swapped, time_bins
 from blip3o_lit.evaluation.solver_fits import fit_solvers, missing_budgets
-from blip3o_lit.evaluation.tally import Reference, Tally, feed
+from blip3o_lit.evaluation.tally import Reference, Tally
 from blip3o_lit.evaluation.verdict import check_finite, standing, verdict, verdict_note
+from blip3o_lit.flow.memo import Memo
 from blip3o_lit.report.record import FORMAT
 from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.reading.reader import TokenReader
 
+log = logging.getLogger("blip3o_lit")
 CURVE = ("cosine", "cosine_centred", "mse", "frechet", "norm_ratio", "seconds_per_image")
 AVERAGE_SCORES = ("cosine", "cosine_ci95", "cosine_centred", "mse", "norm_ratio", "frechet")
 GENERATED = "generated"
 PICTURE_ROWS = 2
 """Drawn rows of the best, the median and the worst images."""
-
-Tallies = dict[str, Tally]
 
 
 class Scorer:
@@ -60,13 +70,18 @@ class Scorer:
         self.shape = loaded.shape.target
         self.images = min(config.images or len(held), len(held))
         self.solver_images = min(config.solver_images or self.images, self.images)
-        self.curve_images = min(config.curve_images, len(held))
-        labels = [*config.solvers, *config.curve]
+        self.curve_images = min(config.curve_images, self.images)
+        labels = [*config.estimators, *config.curve]
         for one in (loaded, rival) if rival is not None else (loaded,):
             fit_solvers(one, train, missing_budgets(one, labels), config.seed, report)
         self.device = loaded.device
         self.held_out = HeldOut(held, self.device, config.batch_size, report)
         self.baselines = [*BASELINE_SETS[config.baselines], *config.own_baselines]
+        if loaded.shape.condition is None:
+            left_out = [name for name in self.baselines if name in NEED_GRID]
+            self.baselines = [name for name in self.baselines if name not in NEED_GRID]
+            if left_out:
+                log.info("%s left out: they read a grid, and this has words", ", ".join(left_out))
         if train is None and self.baselines:
             raise UserError(
                 f"{held.store.address} has no train split to fit baselines on: set baselines=none"
@@ -76,13 +91,27 @@ class Scorer:
         if train is not None:
             self.fits = BaselineFits(train, loaded, config, folder, report)
             self.mean_ND = self.fits.mean_token()
-        self.image_text = ImageText(held, train, self.device)
+        self.image_text = ImageText(held, train, self.device, loaded.shape.words is not None)
         # Its images are among those that the solvers draw samples of: all have the same ones.
         masked = loaded.config.data.name == "demo_masked" and shows_scenes(held)
-        self.drawings = Drawings(held, train, config, self.solver_images, folder, report, masked)
+        self.has_words = loaded.shape.words is not None
+        named = self.has_words and shows_scenes(held)
+        self.drawings = Drawings(
+            held, train, config, self.solver_images, folder, report, masked, named
+        )
 
     def run(self) -> dict[str, Any]:
         """Return the content of `evaluation.json`, which has finite numbers only."""
+        translators = [one.translator for one in (self.loaded, self.rival) if one is not None]
+        for translator in translators:
+            translator.memo = Memo(self.device)
+        try:
+            return self._result()
+        finally:
+            for translator in translators:
+                translator.memo = None
+
+    def _result(self) -> dict[str, Any]:
         estimators = self._estimators(self.loaded)
         baselines = self._baselines()
         problem = known_problem(self.reader)
@@ -90,9 +119,26 @@ class Scorer:
         rivals = self._estimators(self.rival) if self.rival else {}
         headline = next(iter(estimators))
         averaged = self._averaged(headline)
-        reference, solver_reference = self._main_pass(
-            headline, estimators, baselines, optima, rivals, averaged
+        scored = MainPass(
+            self.shape, self.device, self.images, self.solver_images, self.curve_images
         )
+        for prefix, tallies in (("", estimators), ("vs ", rivals)):
+            for name, tally in tallies.items():
+                group = scored.every if name == headline else scored.solvers
+                group.tallies[prefix + name] = tally
+        scored.every.tallies |= {f"average {name}": tally for name, tally in averaged.items()}
+        scored.every.tallies |= baselines
+        scored.every.tallies |= {f"optimum {name}": tally for name, tally in optima.items()}
+        scored.curve.tallies = self._curve()
+        scored.draws, scored.draw_images = (
+            self._draws(),
+            min(self.config.sample_images, self.images),
+        )
+        if problem is not None and len(problem.weights_K) > 1:
+            scored.coverage = Coverage(self.reader.store.path)
+        own = estimators | baselines
+        scored.run(self.held_out, lambda tokens, batch: self._watch(tokens, batch, headline, own))
+        reference, solver_reference = scored.every.reference, scored.solvers.reference
         cosine_B = estimators[headline].image_cosine()
         result: dict[str, Any] = {
             **self._provenance(),
@@ -105,13 +151,14 @@ class Scorer:
             "zero_shot": self.image_text.zero_shot(),
             "worst": worst(self.reader, cosine_B),
             "examples": self._examples(cosine_B),
-            "nfe_curve": self._curve(),
+            "nfe_curve": self._curve_points(scored.curve),
+            "guidance": {},
             "time_bins": time_bins(
                 self.loaded.translator,
                 self.held_out.batches(self.curve_images, "loss by time"),
                 self.config.seed,
             ),
-            "samples": self._samples(),
+            "samples": self._samples(scored),
             "drawings": {**self.drawings.facts(), **self._picture_rows(estimators, cosine_B)},
             "swapped": self._swapped(estimators),
             "against": {
@@ -128,15 +175,13 @@ class Scorer:
             result["fitted_solvers"] = {str(nfe): records[nfe] for nfe in sorted(records)}
         for name, tally in estimators.items():
             result["estimators"][name]["nfe"] = tally.nfe
+        result["guidance"] = guidance_curve(self.config.guided, result)
         if problem is not None:
             result["optimum"] = self._scores(optima, reference)
             result["optimum"]["mean"]["expected_mse"] = problem.token_error()
             result["optimum"]["sample"]["expected_mse"] = 2 * problem.token_error()
-        if problem is not None and len(problem.weights_K) > 1:
-            batch = self.held_out.read(np.arange(min(COVERAGE_IMAGES, len(self.reader))))
-            covering = estimators | baselines | {f"optimum {n}": t for n, t in optima.items()}
-            predict = {name: tally.predict for name, tally in covering.items()}
-            result["coverage"] = mode_coverage(predict, self.reader.store.path, batch)
+        if scored.coverage is not None:
+            result["coverage"] = scored.coverage.result()
         if self.rival:
             both = {name: rivals[name] for name in estimators if name in rivals}
             result["paired"] = {
@@ -152,13 +197,18 @@ class Scorer:
 
     def _estimators(self, loaded: Loaded) -> Tallies:
         """Return a tally for the posterior mean, where there is one, and for each solver."""
-        solvers = [solver_from_label(label) for label in self.config.solvers]
-        if loaded.config.flow.has_mean:
+        solvers = [solver_from_label(label) for label in self.config.estimators]
+        own = loaded.config.solver
+        if self.has_words and own.name != "mean":
+            # Captions leave much open: the run's own samples speak for it, not the mean.
+            solvers = [own, *([SolverConfig()] if loaded.config.flow.has_mean else []), *solvers]
+        elif loaded.config.flow.has_mean:
             solvers = [SolverConfig(), *solvers]
         if not solvers:
             raise UserError("this flow has no posterior mean at t = 0: name a solver in solvers=[]")
         seed = self.config.seed
-        return self._tallies({s.label: generated(loaded, s, seed) for s in solvers})
+        tallies = {s.label: generated(loaded, s, seed) for s in solvers}
+        return self._tallies(tallies, memo=loaded.translator.memo)
 
     def _averaged(self, headline: str) -> Tallies:
         """Return a tally for each further average, by the estimator that is the headline."""
@@ -186,54 +236,34 @@ class Scorer:
             return {}
         return self._tallies({name: self.fits.estimator(name) for name in self.baselines})
 
-    def _tallies(self, estimators: dict[str, Estimator], breadth: bool = True) -> Tallies:
+    def _tallies(
+        self, estimators: dict[str, Estimator], breadth: bool = True, memo: Memo | None = None
+    ) -> Tallies:
         return {
             name: Tally(
-                estimate, self.mean_ND, self.shape, self.device, breadth, self.config.metrics
+                estimate,
+                self.mean_ND,
+                self.shape,
+                self.device,
+                breadth,
+                self.config.metrics,
+                memo,
             )
             for name, estimate in estimators.items()
         }
 
-    def _main_pass(
-        self,
-        headline: str,
-        estimators: Tallies,
-        baselines: Tallies,
-        optima: Tallies,
-        rivals: Tallies,
-        averaged: Tallies,
-    ) -> tuple[Reference, Reference]:
-        """Feed the images to every tally, and to the checks of what tokens mean.
-
-        Solvers take `solver_images` of them, all others each one. Returns the true tokens of all
-        images, and of those of the solvers.
-        """
-        on_all, on_solver_images = {}, {}
-        for prefix, tallies in (("", estimators), ("vs ", rivals)):
-            for name, tally in tallies.items():
-                (on_all if name == headline else on_solver_images)[prefix + name] = tally
-        on_all |= {f"average {name}": tally for name, tally in averaged.items()}
-        on_all |= baselines | {f"optimum {name}": tally for name, tally in optima.items()}
-        reference = Reference(self.shape, self.device)
-        solver_reference = Reference(self.shape, self.device)
-        for batch in self.held_out.batches(self.images, "scoring", self.solver_images):
-            _, true_BND, sample_B = batch
-            predictions = feed(on_all, reference, batch)
-            solver_predictions = {}
-            if on_solver_images and int(sample_B[0]) < self.solver_images:
-                solver_predictions = feed(on_solver_images, solver_reference, batch)
-            drawn = {
-                name: tokens_BND
-                for name, tokens_BND in (predictions | solver_predictions).items()
-                if name in estimators or name in baselines
-            }
-            self.drawings.add(drawn, true_BND, sample_B)
-            tokens = {GENERATED: predictions[headline]}
-            tokens |= {name: predictions[name] for name in baselines}
-            tokens["true"] = true_BND
-            tokens["mean_token"] = self.mean_ND.expand(len(sample_B), -1, -1)
-            self.image_text.add(tokens, sample_B.numpy())
-        return reference, solver_reference
+    def _watch(self, tokens: dict[str, Tensor], batch: Batch, headline: str, own: Tallies) -> None:
+        """Draw tokens of a batch, and ask what they mean."""
+        _, true_BND, sample_B = batch
+        drawn = {name: tokens_BND for name, tokens_BND in tokens.items() if name in own}
+        self.drawings.add(drawn, true_BND, sample_B)
+        meant = {GENERATED: tokens[headline]}
+        meant |= {name: tokens[name] for name in self.baselines}
+        if self.has_words:
+            meant |= {name: tokens[name] for name in own if name in tokens and name != headline}
+        meant["true"] = true_BND
+        meant["mean_token"] = self.mean_ND.expand(len(sample_B), -1, -1)
+        self.image_text.add(meant, sample_B.numpy())
 
     def _provenance(self) -> dict[str, Any]:
         mode, facts = self.reader.mode, self.loaded.facts
@@ -310,34 +340,34 @@ class Scorer:
                 columns[f"sample {number + 1}"] = estimate
         return {"rows": self.drawings.rows(self.held_out.read(ids), titles, columns)}
 
-    def _curve(self) -> list[dict[str, Any]]:
+    def _curve(self) -> Tallies:
         solvers = [solver_from_label(label) for label in self.config.curve]
         estimators = {s.label: generated(self.loaded, s, self.config.seed) for s in solvers}
-        tallies = self._tallies(estimators, breadth=False)
-        if not tallies:
-            return []
-        reference = Reference(self.shape, self.device)
-        for batch in self.held_out.batches(self.curve_images, "curve"):
-            feed(tallies, reference, batch)
+        return self._tallies(estimators, False, self.loaded.translator.memo)
+
+    def _curve_points(self, curve: Group) -> list[dict[str, Any]]:
         points = []
-        for solver in solvers:
-            tally = tallies[solver.label]
+        for label, tally in curve.tallies.items():
+            solver = solver_from_label(label)
             point = {"solver": solver.name, "nfe": tally.nfe, "images": self.curve_images}
-            scores = tally.result(reference)
+            scores = tally.result(curve.reference)
             points.append(point | {name: scores[name] for name in CURVE if name in scores})
         return points
 
-    def _samples(self) -> dict[str, Any]:
+    def _draws(self) -> Draws | None:
         count, config = self.config.samples, self.config
         if count < 2 or not config.solvers or not self.loaded.config.flow.has_mean:
-            return {}
+            return None
         solver = solver_from_label(config.solvers[0])
-        images = min(config.sample_images, len(self.reader))
         draws = [generated(self.loaded, solver, config.seed + number) for number in range(count)]
         mean = generated(self.loaded, SolverConfig(), config.seed)
-        batches = self.held_out.batches(images, "samples")
-        scores = samples(draws, mean, batches, self.device, self.drawings.add_draws)
-        return {"solver": solver.label, "images": images, **scores}
+        return Draws(draws, mean, self.device, self.drawings.add_draws)
+
+    def _samples(self, scored: MainPass) -> dict[str, Any]:
+        if scored.draws is None:
+            return {}
+        solver = solver_from_label(self.config.solvers[0]).label
+        return {"solver": solver, "images": scored.draw_images, **scored.draws.result()}
 
     def _swapped(self, tallies: Tallies) -> dict[str, Any]:
         if self.curve_images < 2:

@@ -1,6 +1,6 @@
 """The fitted solvers that an evaluation asks for, fitted on the training split where missing.
 
-Shape suffixes: B images, M condition tokens, C condition width.
+Shape suffixes: B images.
 """
 
 import numpy as np
@@ -52,8 +52,7 @@ def fit_solvers(
     ids = np.linspace(0, len(train) - 1, images).round().astype(np.int64)
     # Both halves are spread over the whole split.
     ids = np.concatenate([ids[::2], ids[1::2]])
-    condition_BMC = train.read(ids)["condition"].to(device)
-    condition_BMC = translator.condition_standardizer.standardise(condition_BMC)
+    condition = translator.standardised(train.read(ids)["condition"].to(device))
     shape = tuple(translator.target_standardizer.mean_NC.shape)
     sample_B = torch.from_numpy(ids)
     epoch_B = torch.zeros_like(sample_B)
@@ -61,7 +60,8 @@ def fit_solvers(
     report("fitted solvers", 0, len(budgets))
     with torch.no_grad(), translator.precision(device.type):
         objective, network = translator.objective, translator.network
-        halves = (Evaluations(objective, network, part, 1.0) for part in condition_BMC.chunk(2))
+        parts = condition[: images // 2], condition[images // 2 :]
+        halves = (Evaluations(objective, network, part, 1.0) for part in parts)
         first, second = (half.estimate for half in halves)
         fit = SolverFit(objective, first, second, noise_BND, start)
         schemes, records = dict(translator.fitted.schemes), dict(translator.fitted.records)

@@ -5,7 +5,6 @@ Shape suffixes: B images, M condition tokens, C condition width, N target tokens
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +16,7 @@ from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.config import registry as register
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.evaluation.estimators import Batch, Estimator
-from blip3o_lit.evaluation.verdict import REMEDY
+from blip3o_lit.flow.memo import Memo
 from blip3o_lit.metrics.breadth import Breadth
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.metrics.frechet import Moments, frechet_distance
@@ -30,7 +29,8 @@ _HALVES = 2
 class Tally:
     """Running scores of one estimator or baseline; with `breadth`, more than the cosine's.
 
-    `metrics` are those that other packages have registered.
+    `metrics` are those that other packages have registered. Seconds that the estimator's `memo`
+    saved count, so that they are what it takes alone.
     """
 
     def __init__(
@@ -41,8 +41,9 @@ class Tally:
         device: torch.device,
         breadth: bool = True,
         metrics: Iterable[str] = (),
+        memo: Memo | None = None,
     ) -> None:
-        self.predict = predict
+        self.predict, self.memo = predict, memo
         self.scores = TokenScores(mean_ND, shape).to(device)
         self.moments = Moments(shape.width).to(device)
         self.breadth = Breadth(shape, device) if breadth else None
@@ -56,11 +57,10 @@ class Tally:
     def add(self, batch: Batch) -> Tensor:
         """Predict a batch, time it, score it; returns the prediction `[B, N, D]`."""
         condition, true_BND, sample_B = batch
-        _wait_for(condition.device)
-        start = time.perf_counter()
+        memo = self.memo or Memo(condition.device)
+        start, saved = memo.now(), memo.saved
         generated_BND, self.nfe = self.predict(condition, sample_B)
-        _wait_for(condition.device)
-        self.seconds += time.perf_counter() - start
+        self.seconds += memo.now() - start + memo.saved - saved
         self.images += len(sample_B)
         self.scores.update(generated_BND, true_BND)
         self.moments.update(generated_BND[:, int(self.scores.shape.cls) :].double().mean(1))
@@ -137,22 +137,3 @@ class Reference:
             "images_a_half": images,
             **self.manifolds.compute(),
         }
-
-
-def feed(tallies: dict[str, Tally], reference: Reference, batch: Batch) -> dict[str, Tensor]:
-    """Add a batch to every tally; returns their predictions."""
-    condition, true_BND, sample_B = batch
-    if not reference.whole.images.count:
-        # The first call pays for caches and kernels: it is kept out of the times.
-        next(iter(tallies.values())).predict(condition[:1], sample_B[:1])
-    reference.add(true_BND, sample_B)
-    tokens = {name: tally.add(batch) for name, tally in tallies.items()}
-    for name, tokens_BND in tokens.items():
-        if not torch.isfinite(tokens_BND).all():
-            raise UserError(f"{name} generates tokens that are not finite: {REMEDY}")
-    return tokens
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

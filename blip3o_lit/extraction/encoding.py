@@ -1,11 +1,13 @@
-"""Both towers over one batch: pictures in, the arrays of a token store out.
+"""All towers over one batch: pictures and captions in, the arrays of a token store out.
 
-Shape suffixes: B images, N tokens, C token width, P projection width, S side of the input.
+Shape suffixes: B images, N tokens, C token width, P projection width, S side of the input,
+K captions of a picture, T words of all captions, E width of a word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +19,15 @@ from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.drawing import thumbnail
 from blip3o_lit.tokens.store.heads import Head
-from blip3o_lit.tokens.store.index import ArraySpec
+from blip3o_lit.tokens.store.index import ArraySpec, lengths_array
+from blip3o_lit.tokens.store.sequences import sequence_specs
 from blip3o_lit.tokens.store.storage import TORCH_TYPES
 from blip3o_lit.tokens.views import GRID_64, View
+from blip3o_lit.towers.text_tower import TextTower
 from blip3o_lit.towers.tower import Tower
 
-TEXT = "text"
-"""Name of the caption embeddings' array."""
+TEXT, WORDS = "text", "words"
+"""Names of the arrays of caption embeddings, and of the states of captions' words."""
 
 
 class TowerSet:
@@ -43,6 +47,8 @@ class TowerSet:
         compile: bool = False,
         pixels: Mapping[str, Any] | None = None,
         thumbnails: bool = False,
+        words: TextTower | None = None,
+        most_captions: int = 1,
     ) -> None:
         self.towers = {name: tower.to(device) for name, tower in towers.items()}
         self.target = list(self.towers.values())[-1]
@@ -61,6 +67,13 @@ class TowerSet:
         if text_1P is not None:
             name = self.target.info.name
             self.arrays[TEXT] = ArraySpec("text", storage, (text_1P.shape[1],), tower=name)
+        self.words = None if words is None or not captions else words.to(device)
+        self.most_captions = most_captions
+        if self.words is not None:
+            info = self.words.info
+            sizes = (info.longest, info.width, most_captions)
+            self.arrays |= sequence_specs(WORDS, *sizes, storage, info.name)
+            self.arrays[WORDS] = replace(self.arrays[WORDS], preprocessing=info.source)
 
     def _input(self, name: str) -> str:
         """Return the first tower whose input serves this one too: that of equal preprocessing."""
@@ -103,6 +116,8 @@ class TowerSet:
     def sample_bytes(self) -> int:
         """Bytes of one sample in a shard, headers and padding included."""
         members = sum(spec.nbytes + 128 + 512 + 256 for spec in self.arrays.values())
+        if self.words is not None:
+            members += (self.most_captions - 1) * self.arrays[WORDS].nbytes
         return members + 1536 + (thumbnail.BYTES + 512 if self.thumbnails else 0)
 
     def prepare(self, image: Image.Image) -> dict[str, Tensor]:
@@ -117,8 +132,13 @@ class TowerSet:
         return thumbnail.thumbnail(inputs[self._inputs[target]], self.target.info)
 
     @torch.inference_mode()
-    def encode(self, inputs: list[dict[str, Tensor]], captions: list[str]) -> dict[str, Tensor]:
+    def encode(
+        self, inputs: list[dict[str, Tensor]], captions: Sequence[Sequence[str]]
+    ) -> dict[str, Tensor]:
         """Run every tower once; returns `[B, N, C]` (and text `[B, P]`) on the CPU, as stored.
+
+        The embedding is of each picture's first caption. Words are those of all captions, one
+        after the other `[T, E]`, beside the length of each `[B, K]` int32.
 
         On a GPU the copies back are under way when this returns: wait for `mark` before reading.
         """
@@ -131,17 +151,33 @@ class TowerSet:
                 f"try extract.batch_size={smaller}"
             ) from error
 
-    def _encode(self, inputs: list[dict[str, Tensor]], captions: list[str]) -> dict[str, Tensor]:
+    def _encode(
+        self, inputs: list[dict[str, Tensor]], captions: Sequence[Sequence[str]]
+    ) -> dict[str, Tensor]:
         pixels = {
             name: self._to_device(torch.stack([sample[name] for sample in inputs]))
             for name in inputs[0]
         }
         outputs = {name: self._to_host(x_BNC) for name, x_BNC in self.tokens_of(pixels).items()}
         if self._speaks:
-            text_BP = self.target.encode_text(captions)
+            text_BP = self.target.encode_text([first(own) for own in captions])
             assert text_BP is not None
             outputs[TEXT] = self._to_host(text_BP)
+        if self.words is not None:
+            outputs |= self._words_of(self.words, captions)
         return outputs
+
+    def _words_of(self, tower: TextTower, captions: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+        kept = [[text for text in own if text][: self.most_captions] for own in captions]
+        states = tower.states([text for own in kept for text in own])
+        lengths_BK = torch.zeros(len(kept), self.most_captions, dtype=torch.int32)
+        counts = iter(len(state) for state in states)
+        for row, own in enumerate(kept):
+            for number in range(len(own)):
+                lengths_BK[row, number] = next(counts)
+        empty = torch.empty(0, tower.info.width)
+        words_TE = self._to_host(torch.cat(states) if states else empty)
+        return {WORDS: words_TE, lengths_array(WORDS): lengths_BK}
 
     def tokens_of(self, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run every tower once on inputs `[B, 3, S, S]`; returns `[B, N, C]` on their device."""
@@ -160,6 +196,7 @@ class TowerSet:
 
     def move(self, device: torch.device) -> None:
         self.towers = {name: tower.to(device) for name, tower in self.towers.items()}
+        self.words = None if self.words is None else self.words.to(device)
         self.device = device
 
     def _to_device(self, pixels_B3SS: Tensor) -> Tensor:
@@ -191,6 +228,22 @@ class TowerSet:
             tensors |= {f"{name}.{key}": value.contiguous() for key, value in own.items()}
             metadata |= {f"{name}.{key}": value for key, value in facts.items()}
         return tensors, metadata
+
+
+def first(captions: Sequence[str]) -> str:
+    """Return a picture's first caption, empty where it has none."""
+    return next(iter(captions), "")
+
+
+def samples_of(outputs: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the arrays of each picture of `TowerSet.encode`'s batch."""
+    rows = {name: array for name, array in outputs.items() if name != WORDS}
+    samples = [dict(zip(rows, row)) for row in zip(*rows.values(), strict=True)]
+    if WORDS in outputs:
+        ends = outputs[lengths_array(WORDS)].sum(1).cumsum()
+        for sample, words_TE in zip(samples, np.split(outputs[WORDS], ends[:-1]), strict=True):
+            sample[WORDS] = words_TE
+    yield from samples
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

@@ -58,7 +58,7 @@ def _first_pass(towers: TowerSet, source: Source, config: ExtractConfig) -> dict
                 inputs.append(towers.prepare(decode(item.read(), config.pixels)))
             except Reject:
                 continue
-            captions.append(item.caption)
+            captions.append(item.captions)
     if not inputs:
         raise UserError(f"images={source.name}: none of the first images can be read")
     batches = []

@@ -28,6 +28,7 @@ class Stream(IntEnum):
     TRAINING_TIMES = 2
     EVALUATION_NOISE = 3
     FITTING_NOISE = 4
+    CAPTION = 5
 
 
 CUDA_PIECE = 1 << 17

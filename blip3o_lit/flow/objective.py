@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip3o_lit.base.condition import dropped
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.flow.loss_record import LossRecord
 from blip3o_lit.flow.pairs import Pairs, half_steps
@@ -75,6 +76,15 @@ class FlowObjective(nn.Module):
         config = self.config
         self.path = path_named(config.path, config.sigma_min, config.sigma_max)
 
+    @property
+    def blind_at_zero(self) -> bool:
+        """Whether the output at t = 0 is computed from zeros.
+
+        x_0 is independent of x1 given the condition, so E[x1|x_0, c] = E[x1|c]: noise there would
+        only be something to unlearn.
+        """
+        return self.config.prediction == "sample" and self.config.time_zero_input == "zero"
+
     def scaled_noise(self, z_BND: Tensor) -> Tensor:
         """Turn standard normal noise into the noise of this flow."""
         return z_BND * self.noise_factor if self.config.adaptive_noise else z_BND
@@ -107,9 +117,8 @@ class FlowObjective(nn.Module):
         the adaptive factor moves first, by this output and its target `adapt_to_BND`. With `s_B`
         it is the output of the maps from t to s.
         """
-        if self.config.prediction == "sample" and self.config.time_zero_input == "zero":
-            # x_0 is independent of x1 given the condition, so E[x1|x_0, c] = E[x1|c]: noise here
-            # would only be something to unlearn. A map that starts there does need it.
+        if self.blind_at_zero:
+            # A map that starts there does need its noise.
             mean_B = t_B == 0 if s_B is None else (t_B == 0) & (s_B == 0)
             x_BND = x_BND.masked_fill(over(mean_B, x_BND), 0)
         scale = self.config.output_scale / self.config.velocity_scale
@@ -163,19 +172,20 @@ class FlowObjective(nn.Module):
 
         Args:
             network: The network.
-            condition: Its condition; a tensor where `drop_B` is given.
+            condition: Its condition; a tensor or `base.condition.Condition` where `drop_B` or
+                `pairs` is given.
             x1_BND: Target tokens.
             z_BND: Standard normal noise.
             t_B: Training times, inside the output's usable interval (times.py keeps them there).
             restore: The caller's tokens to raw tokens; None where they are the same.
-            drop_B: Samples trained without their condition: it is set to zero, in standardised
-                space the mean token.
+            drop_B: Samples trained without their condition: a grid is set to zero, in
+                standardised space the mean token, and of words none is left.
             pairs: The draws that train the map, of a batch of at least one image: their target is
                 what the network itself says by two half steps, for all terms alike.
         """
         config, path, prediction = self.config, self.path, self.config.prediction
         if drop_B is not None:
-            condition = condition.masked_fill(over(drop_B, condition), 0)
+            condition = dropped(condition, drop_B)
         x1_BND, z_BND = x1_BND.float(), z_BND.float()
         y1_BND = self.to_flow(x1_BND)
         if config.adaptive_noise and self.training:

@@ -7,17 +7,19 @@ every path. Shapes: x_BND, grid_S; B batch, N tokens, D target width, S grid poi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from blip3o_lit.base.condition import dropped
 from blip3o_lit.config import registry as register
 from blip3o_lit.config.solver import SolverConfig, check_solver
+from blip3o_lit.flow.memo import Memo
 from blip3o_lit.flow.multistep import multistep
 from blip3o_lit.flow.objective import FlowObjective, Network
 from blip3o_lit.flow.path import Path
@@ -26,6 +28,7 @@ from blip3o_lit.flow.times import shifted
 
 Field = Callable[[Tensor, float], Tensor]
 Step = Callable[[Field, Tensor, float, float], Tensor]
+T = TypeVar("T")
 
 # dopri5 stops this far before a t = 1 that has no velocity; the last stretch returns x1_hat.
 LAST_STRETCH = 0.01
@@ -124,6 +127,8 @@ def sample(
     solver: SolverConfig,
     intermediates: bool = False,
     scheme: Scheme | None = None,
+    memo: Memo | None = None,
+    draw: Hashable = None,
 ) -> Sample:
     """Generate tokens from noise.
 
@@ -147,12 +152,14 @@ def sample(
         solver: Which estimator.
         intermediates: Keep the state after each step.
         scheme: What `fitted` stands for.
+        memo: Shares the encoded condition and the first output with other solvers.
+        draw: What tells this noise from others in it.
 
     Raises:
         UserError: If the flow has no value at the solver's first time.
     """
     check_solver(objective.config, solver)
-    model = Evaluations(objective, network, condition, solver.guidance_scale)
+    model = Evaluations(objective, network, condition, solver.guidance_scale, memo, draw)
     start = solver.start if scheme is None else float(scheme.times_K[0])
     first, _ = noise_at(objective.path, start)
     x_BND = first * objective.scaled_noise(noise_BND.float())
@@ -185,28 +192,56 @@ class Evaluations:
     """The trained field at one condition, guided where asked for; counts network evaluations."""
 
     def __init__(
-        self, objective: FlowObjective, network: Network, condition: Any, guidance: float
+        self,
+        objective: FlowObjective,
+        network: Network,
+        condition: Any,
+        guidance: float,
+        memo: Memo | None = None,
+        draw: Hashable = None,
     ) -> None:
         self.objective, self.network, self.guidance = objective, network, guidance
-        self.condition = condition
-        self.null = torch.zeros_like(condition) if guidance != 1 else None
-        encode = getattr(network, "encode", None)
-        if encode is not None:
-            self.condition = encode(condition)
-            self.null = None if self.null is None else encode(self.null)
-        self.evaluations = 0
+        self.memo, self.draw = memo, draw
+        encode = getattr(network, "encode", lambda condition: condition)
+        self.condition = self._once("condition", lambda: encode(condition))
+        self.null = None
+        if guidance != 1:
+            self.null = self._once("null", lambda: encode(dropped(condition)))
+        self.evaluations, self.time = 0, 0.0
 
     def velocity(self, x_BND: Tensor, t: float) -> Tensor:
-        return self.objective.velocity(self._guided, self.condition, x_BND, _times(x_BND, t), False)
+        t_B = self._times(x_BND, t)
+        return self.objective.velocity(self._first, self.condition, x_BND, t_B, False)
 
     def estimate(self, x_BND: Tensor, t: float) -> Tensor:
-        return self.objective.estimate(self._guided, self.condition, x_BND, _times(x_BND, t), False)
+        t_B = self._times(x_BND, t)
+        return self.objective.estimate(self._first, self.condition, x_BND, t_B, False)
 
     def mapped(self, x_BND: Tensor, t: float, s: float) -> Tensor:
         """Return the state at s, by one step of the trained map."""
         t_B, s_B = _times(x_BND, t), _times(x_BND, s)
         out_BND = self.objective.predict(self._guided, self.condition, x_BND, t_B, s_B=s_B)
         return self.objective.path.step(x_BND, out_BND, t_B, s_B)
+
+    def _first(self, x_BND: Tensor, t_B: Tensor, condition: Any) -> Tensor:
+        """Return the guided output; at the first state it is shared, as that is of the noise alone.
+
+        Outputs that see none of that are shared between draws, too.
+        """
+        if self.evaluations:
+            return self._guided(x_BND, t_B, condition)
+        draw = None if self.time == 0 and self.objective.blind_at_zero else self.draw
+        key = (self.time, self.guidance, draw)
+        out_BND = self._once(key, lambda: self._guided(x_BND, t_B, condition))
+        self.evaluations = 1 if self.null is None else 2
+        return out_BND
+
+    def _once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        return compute() if self.memo is None else self.memo.once(key, compute)
+
+    def _times(self, x_BND: Tensor, t: float) -> Tensor:
+        self.time = t
+        return _times(x_BND, t)
 
     def _guided(self, x_BND: Tensor, t_B: Tensor, condition: Any, *ends: Tensor) -> Tensor:
         out_BND = self._counted(x_BND, t_B, condition, *ends)

@@ -53,6 +53,13 @@ class Item:
     """The sample's key; made from `source` where the source has none of its own."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Goes into the sample's json."""
+    further: tuple[str, ...] = ()
+    """Its other captions, where it has several."""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All its captions, none or several."""
+        return tuple(text for text in (self.caption, *self.further) if text)
 
     @property
     def sample_key(self) -> str:

@@ -6,6 +6,7 @@ Shape suffixes: B samples, N tokens, C channels, P text width.
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,6 +80,31 @@ class ArrayNumbers:
         else:
             says = f"none spreads over {OUTLIER:.0f} times the median channel"
         yield Finding("ok", f"channels of {name}", says)
+
+
+class CaptionLengths:
+    """How many captions the images have, and how long these are."""
+
+    def __init__(self) -> None:
+        self.captions = self.tokens = self.longest = self.without = 0
+
+    def add(self, lengths_SK: np.ndarray) -> None:
+        """Count the lengths of some images' captions, 0 behind the last of each."""
+        self.captions += int((lengths_SK > 0).sum())
+        self.tokens += int(lengths_SK.sum())
+        self.longest = max(self.longest, int(lengths_SK.max(initial=0)))
+        self.without += int((lengths_SK.sum(1) == 0).sum())
+
+    def findings(self, name: str, most: int) -> Iterator[Finding]:
+        if self.without:
+            says = f"{self.without} images have no {name}: they train without a condition of them"
+            yield Finding("warn", "empty captions", says, "drop them, or caption them")
+        mean = self.tokens / max(self.captions, 1)
+        says = (
+            f"{self.captions:,} captions, {mean:.1f} tokens on average, {self.longest} in the "
+            f"longest of {most} that may come"
+        )
+        yield Finding("ok", f"lengths of {name}", says)
 
 
 def _mean_and_std(norms: ChannelMoments | None) -> str:

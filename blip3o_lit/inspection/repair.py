@@ -3,10 +3,12 @@
 import json
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -15,7 +17,14 @@ from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.inspection.store import shard_problem
 from blip3o_lit.tokens.store import tar
-from blip3o_lit.tokens.store.index import STORED, ArraySpec, ShardEntry, TokenIndex
+from blip3o_lit.tokens.store.index import (
+    STORED,
+    ArraySpec,
+    ShardEntry,
+    TokenIndex,
+    lengths_array,
+    sequences_of,
+)
 from blip3o_lit.tokens.store.int8 import SCALES_FILE, scale_array, scale_hash
 from blip3o_lit.tokens.store.mapped_shard import map_tar, scan
 from blip3o_lit.tokens.store.shards import pack_offsets
@@ -158,7 +167,8 @@ def _arrays_of_shards(folder: Path) -> tuple[dict[str, ArraySpec], bool]:
         except UserError:
             continue
         if arrays:
-            return _described(folder, _with_scales(folder, arrays)), thumbnails
+            arrays = _with_longest(folder, _with_scales(folder, arrays), thumbnails)
+            return _described(folder, arrays), thumbnails
     raise UserError(f"{folder} has no index.json and no readable shard: extract or convert again")
 
 
@@ -167,27 +177,56 @@ def _first_sample(path: Path) -> tuple[dict[str, ArraySpec], bool]:
 
     Grids are taken to be square, scales left open.
     """
-    arrays: dict[str, ArraySpec] = {}
+    headers: dict[str, tuple[str, tuple[int, ...]]] = {}
     thumbnail = False
     with memoryview(map_tar(path)) as view:
         for member in tar.members(view, path.name):
             if member.suffix == "json":
-                return arrays, thumbnail
+                return _specs(headers), thumbnail
             if member.suffix == "jpg":
                 thumbnail = True
                 continue
             name = member.suffix.removesuffix(".npy")
             start = bytes(view[member.offset : member.offset + tar.NPY_HEADER_LIMIT])
             dtype, shape, _ = tar.read_npy_header(start, f"{path.name}: {member.name}")
-            spec = ArraySpec("text", STORAGES.get(dtype, ""), shape)
-            if len(shape) == 2:
-                side = math.isqrt(shape[0])
-                cls = side * side == shape[0] - 1
-                spec = replace(spec, kind="tokens", cls=cls, grid=(side, side))
-            if spec.dtype != "int8":
-                ArraySpec.from_dict(name, spec.to_dict())
-            arrays[name] = spec
+            headers[name] = STORAGES.get(dtype, ""), shape
     return {}, False
+
+
+def _specs(headers: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, ArraySpec]:
+    """Return arrays by their types and shapes; one that has lengths beside it is a sequence."""
+    arrays: dict[str, ArraySpec] = {}
+    for name, (dtype, shape) in headers.items():
+        spec = ArraySpec("lengths" if dtype == "int32" else "text", dtype, shape)
+        if lengths_array(name) in headers:
+            spec = replace(spec, kind="sequence", shape=(1, *shape[1:]))  # its longest comes later
+        elif len(shape) == 2:
+            side = math.isqrt(shape[0])
+            cls = side * side == shape[0] - 1
+            spec = replace(spec, kind="tokens", cls=cls, grid=(side, side))
+        if spec.dtype != "int8":
+            ArraySpec.from_dict(name, spec.to_dict())
+        arrays[name] = spec
+    return arrays
+
+
+def _with_longest(
+    folder: Path, arrays: dict[str, ArraySpec], thumbnails: bool
+) -> dict[str, ArraySpec]:
+    """Give sequences the length of the longest caption in all readable shards."""
+    names = sequences_of(arrays)
+    longest = dict.fromkeys(names, 1)
+    for path in sorted(folder.glob("*.tar")) if names else ():
+        with suppress(UserError), memoryview(map_tar(path)) as view:
+            for sample in tar.samples(tar.members(view, path.name), arrays, path.name, thumbnails):
+                for name in names:
+                    numbers = sample[lengths_array(name)]
+                    found = np.frombuffer(view, "<i4", numbers.size // 4, numbers.offset)
+                    longest[name] = max(longest[name], int(found.max()))
+    return {
+        name: replace(spec, shape=(longest[name], spec.shape[1])) if name in longest else spec
+        for name, spec in arrays.items()
+    }
 
 
 def _with_scales(folder: Path, arrays: dict[str, ArraySpec]) -> dict[str, ArraySpec]:
@@ -223,7 +262,8 @@ def _described(folder: Path, arrays: dict[str, ArraySpec]) -> dict[str, ArraySpe
         return arrays
     described = dict(arrays)
     for name, spec in arrays.items():
-        if name in known and known[name].shape == spec.shape:
+        sequence = spec.kind == "sequence"  # whose longest caption may be shorter than the tower's
+        if name in known and known[name].shape[sequence:] == spec.shape[sequence:]:
             measured = {
                 key: getattr(spec, key) for key in ("dtype", "scale", "scale_hash", "cosine")
             }

@@ -18,12 +18,13 @@ from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.drawing.thumbnail import opened
 from blip3o_lit.inspection.finding import Finding
-from blip3o_lit.inspection.numbers import ArrayNumbers
+from blip3o_lit.inspection.numbers import ArrayNumbers, CaptionLengths
 from blip3o_lit.tokens.classes import Classes
 from blip3o_lit.tokens.store.heads import HEADS_FILE, Head
 from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex, repair_command
 from blip3o_lit.tokens.store.int8 import dequantise, load_scales, scale_array
 from blip3o_lit.tokens.store.mapped_shard import Shard
+from blip3o_lit.tokens.store.sequences import faulty
 from blip3o_lit.tokens.store.shards import unpack_offsets
 from blip3o_lit.tokens.store.storage import TORCH_TYPES, finite
 
@@ -39,7 +40,12 @@ class Inspection:
         self.folder, self.index = folder, TokenIndex.load(folder)
         self.findings: list[Finding] = []
         specs = self.index.arrays
-        self.numbers = {n: ArrayNumbers(spec) for n, spec in specs.items() if spec.kind != "scale"}
+        self.numbers = {
+            name: ArrayNumbers(spec)
+            for name, spec in specs.items()
+            if spec.kind not in ("scale", "lengths")
+        }
+        self.lengths = {name: CaptionLengths() for name in self.index.sequences}
         self.condition = condition_of(self.index)
         self.samples = self.captions = 0
         self._problems: Counter[str] = Counter()
@@ -88,6 +94,7 @@ class Inspection:
             self.note("fail", "offsets", f"{entry.offsets} points to wrong places", fix)
 
     def read(self, shard: Shard) -> None:
+        self.check_lengths(shard)
         for first in range(0, shard.entry.samples, READ_SAMPLES):
             batch = range(first, min(first + READ_SAMPLES, shard.entry.samples))
             sound = [sample for sample in batch if self.sample(shard, sample)]
@@ -96,11 +103,25 @@ class Inspection:
             stored = {
                 name: np.stack([shard.stored(name, spec, sample) for sample in sound])
                 for name, spec in self.index.arrays.items()
+                if spec.kind != "sequence"
             }
+            for name in self.lengths:  # of several lengths, so one row of tokens
+                spec = self.index.arrays[name]
+                rows = [shard.stored(name, spec, sample) for sample in sound]
+                stored[name] = np.concatenate(rows)[None]
             for name, numbers in self.numbers.items():
                 values = self.values(name, stored)
-                if values is not None:
+                if values is not None and values.numel():
                     numbers.add(values)
+
+    def check_lengths(self, shard: Shard) -> None:
+        """Note the samples whose captions' lengths don't add up to what is stored."""
+        for name, counted in self.lengths.items():
+            lengths_SK = shard.stored_lengths(name)
+            bad = faulty(lengths_SK, shard.positions(name), self.index.arrays[name].shape[0])
+            for sample in np.flatnonzero(bad).tolist():
+                self.note("fail", "lengths", *shard.lengths_fault(name, sample).rsplit(": ", 1))
+            counted.add(lengths_SK[~bad])
 
     def values(self, name: str, stored: dict[str, np.ndarray]) -> Tensor | None:
         """Return an array's numbers as fp32; None where its int8 scales are lost."""
@@ -172,6 +193,8 @@ class Inspection:
         self.findings += [*self.heads(), *self.classes(), *self.summary()]
         for name, numbers in self.numbers.items():
             self.findings += numbers.findings(name)
+        for name, counted in self.lengths.items():
+            self.findings += counted.findings(name, index.arrays[name].shape[0])
 
     def heads(self) -> Iterator[Finding]:
         if not (self.folder / HEADS_FILE).is_file():

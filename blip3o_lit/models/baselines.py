@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip3o_lit.base.condition import AnyCondition
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.errors import UserError
 
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+Batches = Callable[[], Iterable[tuple[AnyCondition, Tensor]]]
 """Each call starts one pass over the training split: standardised (condition, target) batches."""
 
 
@@ -26,8 +27,11 @@ def condition_at_targets(condition_BMC: Tensor, shape: PairShape) -> Tensor:
     """Return one condition token per target token, [B, N, C].
 
     Unequal grids are resampled bilinearly; a target CLS without a condition CLS gets the mean.
+
+    Raises:
+        UserError: If the condition has words.
     """
-    source, target = shape.condition, shape.target
+    source, target = shape.grid, shape.target
     patches = condition_BMC[:, int(source.cls) :]
     if source.grid != target.grid:
         image = patches.transpose(1, 2).unflatten(2, source.grid)
@@ -57,8 +61,8 @@ class MeanToken(nn.Module):
             images += len(target_BND)
         self.mean.copy_(total / images)
 
-    def predict(self, condition_BMC: Tensor) -> Tensor:
-        return self.mean.expand(len(condition_BMC), -1, -1)
+    def predict(self, condition: AnyCondition) -> Tensor:
+        return self.mean.expand(len(condition), -1, -1)
 
 
 class _Moments:
@@ -120,7 +124,7 @@ class Ridge(nn.Module):
     def __init__(self, shape: PairShape) -> None:
         super().__init__()
         self.shape = shape
-        target, inputs = shape.target, shape.condition.width
+        target, inputs = shape.target, shape.grid.width
         self.parts = [slice(0, 1), slice(1, None)] if target.cls else [slice(None)]  # CLS, patches
         self.register_buffer("weight", torch.zeros(len(self.parts), inputs, target.width))
         self.register_buffer("bias", torch.zeros(target.tokens, target.width))
@@ -136,6 +140,7 @@ class Ridge(nn.Module):
         fitted, held = self._moments(), self._moments()
         seen = 0
         for condition_BMC, target_BND in batches():
+            assert isinstance(condition_BMC, Tensor)
             x = condition_at_targets(condition_BMC.to(self.bias), self.shape).double()
             y = target_BND.to(x)
             rest = torch.arange(seen, seen + len(x), device=x.device) % 8 != 0
@@ -174,7 +179,8 @@ class Ridge(nn.Module):
         self.weight[index], self.bias[part] = weight.float(), (y_TD - x_TC @ weight).float()
         self.penalty[index] = best
 
-    def predict(self, condition_BMC: Tensor) -> Tensor:
+    def predict(self, condition_BMC: AnyCondition) -> Tensor:
+        assert isinstance(condition_BMC, Tensor)
         x_BNC = condition_at_targets(condition_BMC.to(self.bias), self.shape)
         parts = [x_BNC[:, part] @ self.weight[index] for index, part in enumerate(self.parts)]
         return torch.cat(parts, 1) + self.bias

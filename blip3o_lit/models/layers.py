@@ -50,10 +50,19 @@ def rope_table(
     return table[:, :, None]
 
 
-def attend(q_BNHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor) -> Tensor:
-    """Softmax attention, [B, N, H * K]; query head h reads key head h // (H / G)."""
+def attend(
+    q_BNHK: Tensor, k_BMGK: Tensor, v_BMGK: Tensor, mask_B11M: Tensor | None = None
+) -> Tensor:
+    """Softmax attention, [B, N, H * K]; query head h reads key head h // (H / G).
+
+    `mask_B11M` says which keys are read; at least one of each image.
+    """
     mixed_BHNK = F.scaled_dot_product_attention(
-        q_BNHK.transpose(1, 2), k_BMGK.transpose(1, 2), v_BMGK.transpose(1, 2), enable_gqa=True
+        q_BNHK.transpose(1, 2),
+        k_BMGK.transpose(1, 2),
+        v_BMGK.transpose(1, 2),
+        mask_B11M,
+        enable_gqa=True,
     )
     return mixed_BHNK.transpose(1, 2).flatten(2)
 
@@ -100,8 +109,9 @@ class CrossAttention(nn.Module):
         return rotate(self.key_norm(k_BMGK), rope), v_BMGK
 
     def forward(
-        self, x_BNW: Tensor, keys_values: tuple[Tensor, Tensor], rope: Tensor | None
+        self, x_BNW: Tensor, keys_values: tuple[Tensor, ...], rope: Tensor | None
     ) -> Tensor:
+        """Attend to keys and values, and a mask where there is a third tensor."""
         q_BNHK = self.query(x_BNW).unflatten(-1, (self.heads, -1))
         return self.out(attend(rotate(self.query_norm(q_BNHK), rope), *keys_values))
 

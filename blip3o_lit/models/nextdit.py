@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip3o_lit.base.condition import AnyCondition, Condition
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
@@ -27,6 +28,7 @@ from blip3o_lit.models.layers import SwiGLU, TimeEmbedding, attend
 from blip3o_lit.models.network import SPAN_SCALE, EncodedCondition, KeysValues, Network
 from blip3o_lit.models.norms import RMSNorm, rotate
 from blip3o_lit.models.official import from_official, to_official
+from blip3o_lit.models.words import mean_word, words_alone
 
 EPS = 1e-5
 """Of every norm but the last, as in the released weights."""
@@ -84,22 +86,42 @@ class NextDiTBlock(nn.Module):
         return torch.addcmul(own, gate_W.to(read.dtype), read)
 
 
+class Words(nn.Module):
+    """Projects words as the caption projection does a grid, and their mean into the modulation."""
+
+    def __init__(self, inputs: int, width: int, signal: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(inputs, width), nn.Linear(width, width)
+        self.norm, self.pool = nn.LayerNorm(width, EPS), nn.Linear(width, signal)
+
+    def forward(self, condition: Condition) -> tuple[Tensor, Tensor]:
+        """Return tokens [B, L, W] and [B, T]."""
+        dtype = self.first.weight.dtype
+        hidden_BLW = self.first(words_alone(condition).to(dtype))
+        tokens_BLW = self.second(F.gelu(hidden_BLW, approximate="tanh"))
+        return tokens_BLW, self.pool(self.norm(mean_word(tokens_BLW, condition).to(dtype)))
+
+
 class NextDiT(Network):
     """The Lumina-Next transformer over a token grid, conditioned by cross-attention.
 
     At the start every gate and the output layer are zero: blocks are the identity, the output zero.
     """
 
+    reads_words = True
     rope_base = 10_000.0  # as in the released weights
 
     def __init__(self, config: ModelConfig, shape: PairShape) -> None:
         super().__init__(config, shape)
         width, signal = config.width, min(config.width, 1024)
         self.input = nn.Linear(shape.target.width, width)
-        self.caption_first = nn.Linear(shape.condition.width, width)
-        self.caption_second = nn.Linear(width, width)
-        self.pool_norm = nn.LayerNorm(width, EPS)
-        self.pool = nn.Linear(width, signal)
+        if shape.condition is not None:
+            self.caption_first = nn.Linear(shape.condition.width, width)
+            self.caption_second = nn.Linear(width, width)
+            self.pool_norm = nn.LayerNorm(width, EPS)
+            self.pool = nn.Linear(width, signal)
+        if shape.words is not None:
+            self.words = Words(shape.words.width, width, signal)
         self.time = TimeEmbedding(signal, config.time_scale)
         if config.second_time:
             self.span = TimeEmbedding(signal, SPAN_SCALE)
@@ -114,18 +136,27 @@ class NextDiT(Network):
         rules: Rules = {"modulation.weight": 0.0, "output.weight": 0.0}
         return rules | {f"blocks.{i}.cross_gate": 0.0 for i in range(len(self.blocks))}
 
-    def encode(self, condition_BMC: Tensor) -> EncodedCondition:
-        hidden_BMW = self.caption_first(condition_BMC.to(self.caption_first.weight.dtype))
-        tokens_BMW = self.caption_second(F.gelu(hidden_BMW, approximate="tanh"))
-        pooled_BT = self.pool(self.pool_norm(tokens_BMW.mean(1)))
+    def encode(self, condition: AnyCondition) -> EncodedCondition:
+        if isinstance(condition, Condition):
+            (words_BLW, pooled_BT), grid_BMW = self.words(condition), None
+            if condition.grid is not None:
+                grid_BMW, pooled_grid_BT = self._projected(condition.grid)
+                pooled_BT = pooled_BT + pooled_grid_BT
+            return self.attended(condition, grid_BMW, words_BLW, pooled_BT)
+        tokens_BMW, pooled_BT = self._projected(condition)
         pairs = tuple(block.keys_values(tokens_BMW, self.rope_condition) for block in self.blocks)  # type: ignore[operator]
         return EncodedCondition(None, pooled_BT, pairs)
+
+    def _projected(self, condition_BMC: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_BMW = self.caption_first(condition_BMC.to(self.caption_first.weight.dtype))
+        tokens_BMW = self.caption_second(F.gelu(hidden_BMW, approximate="tanh"))
+        return tokens_BMW, self.pool(self.pool_norm(tokens_BMW.mean(1)))
 
     def forward(
         self,
         x_BND: Tensor,
         t_B: Tensor,
-        condition: Tensor | EncodedCondition,
+        condition: AnyCondition | EncodedCondition,
         s_B: Tensor | None = None,
     ) -> Tensor:
         encoded = self.encoded(condition)
@@ -144,10 +175,13 @@ class NextDiT(Network):
     def load_official(self, state: Mapping[str, Tensor]) -> None:
         """Take the weights of an official BLIP3-o DiT (or diffusers' Lumina-Next) state dict.
 
+        Where there are words, its caption projection is theirs; the null token stays as it is.
+
         Raises:
             UserError: If a tensor is missing or has another shape.
         """
-        translated, own = from_official(state, self.config), self.state_dict()
+        translated = from_official(state, self.config, self._reads_words_alone())
+        own = self.state_dict()
         for name, tensor in translated.items():
             if tensor.shape != own[name].shape:
                 raise UserError(
@@ -155,9 +189,15 @@ class NextDiT(Network):
                     f"{tuple(own[name].shape)}; set model.width, model.heads, model.kv_heads or "
                     "model.ffn_dim_multiplier (1: FFN 4864, 1.5: 7168) to fit"
                 )
-        span = {name: tensor for name, tensor in own.items() if name.startswith("span.")}
-        self.load_state_dict(span | translated)
+        kept = {name: own[name] for name in own if name.startswith(("span.", "null_token"))}
+        self.load_state_dict(kept | translated)
 
     def official_state(self) -> dict[str, Tensor]:
         """Return the weights under the official names and in the official layout."""
-        return to_official(self.state_dict(), self.config)
+        return to_official(self.state_dict(), self.config, self._reads_words_alone())
+
+    def _reads_words_alone(self) -> bool:
+        words = self.shape.words is not None
+        if words and self.shape.condition is not None:
+            raise UserError("official weights read one condition: this one is a grid and words")
+        return words

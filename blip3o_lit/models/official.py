@@ -33,17 +33,23 @@ class Part:
     sign: float = 1.0
 
 
-def parts(config: ModelConfig) -> Iterator[tuple[str, list[Part]]]:
-    """Yield each of our parameters with the official tensors that make it up, in row order."""
+def parts(config: ModelConfig, words: bool = False) -> Iterator[tuple[str, list[Part]]]:
+    """Yield each of our parameters with the official tensors that make it up, in row order.
+
+    The official captions are a grid's tokens here, or words.
+    """
+    first, second, norm, pool = "caption_first", "caption_second", "pool_norm", "pool"
+    if words:
+        first, second, norm, pool = "words.first", "words.second", "words.norm", "words.pool"
     width, narrow = config.width, config.width // config.heads * config.kv_heads
     pairs = {
         "input": "patch_embedder.proj",
-        "caption_first": "caption_projection.linear_1",
-        "caption_second": "caption_projection.linear_2",
+        first: "caption_projection.linear_1",
+        second: "caption_projection.linear_2",
         "time.first": "time_caption_embed.timestep_embedder.linear_1",
         "time.second": "time_caption_embed.timestep_embedder.linear_2",
-        "pool_norm": "time_caption_embed.caption_embedder.0",
-        "pool": "time_caption_embed.caption_embedder.1",
+        norm: "time_caption_embed.caption_embedder.0",
+        pool: "time_caption_embed.caption_embedder.1",
     }
     for kind in ("weight", "bias"):
         for ours, theirs in pairs.items():
@@ -111,7 +117,9 @@ def _reorder(tensor: Tensor, order_K: Tensor) -> Tensor:
     return heads[:, order_K.to(tensor.device)].flatten(0, 1)
 
 
-def from_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def from_official(
+    state: Mapping[str, Tensor], config: ModelConfig, words: bool = False
+) -> dict[str, Tensor]:
     """Translate official weights, under any prefix and among others, to a NextDiT state dict.
 
     Raises:
@@ -122,7 +130,7 @@ def from_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
         raise UserError(f"not a BLIP3-o DiT state dict: no tensor is named ...{ANCHOR}")
     order_K = rotary_order(config.width // config.heads)
     result = {}
-    for ours, group in parts(config):
+    for ours, group in parts(config, words):
         pieces = []
         for part in group:
             tensor = state.get(prefix + part.name)
@@ -135,11 +143,13 @@ def from_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
     return result
 
 
-def to_official(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def to_official(
+    state: Mapping[str, Tensor], config: ModelConfig, words: bool = False
+) -> dict[str, Tensor]:
     """Translate a NextDiT state dict to the official names and layout."""
     order_K = rotary_order(config.width // config.heads).argsort()
     result = {}
-    for ours, group in parts(config):
+    for ours, group in parts(config, words):
         tensor = state[ours]
         pieces = tensor.split([part.rows or len(tensor) for part in group])
         for part, piece in zip(group, pieces):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip3o_lit.base.condition import AnyCondition
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
@@ -29,7 +30,7 @@ Progress = Callable[[int, Tensor], None]
 
 
 class Regressor(nn.Module):
-    """A module from condition [B, M, C] to target tokens [B, N, D], and its training."""
+    """A module from a condition to target tokens [B, N, D], and its training."""
 
     def fit(
         self,
@@ -60,9 +61,9 @@ class Regressor(nn.Module):
         optimizer = make_optimizer(self.optimised(), config or OptimizerConfig())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
         self.train()
-        for step, (condition_BMC, target_BND) in zip(range(1, steps + 1), _forever(batches)):
+        for step, (condition, target_BND) in zip(range(1, steps + 1), _forever(batches)):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                guess_BND = self(condition_BMC.to(device, torch.float32))
+                guess_BND = self(condition.to(device).float())
             guess_BND, target_BND = guess_BND.float(), target_BND.to(device, torch.float32)
             loss = F.mse_loss(guess_BND, target_BND)
             if cosine_weight > 0:
@@ -82,9 +83,9 @@ class Regressor(nn.Module):
         return self
 
     @torch.no_grad()
-    def predict(self, condition_BMC: Tensor) -> Tensor:
+    def predict(self, condition: AnyCondition) -> Tensor:
         """Predict the target tokens, [B, N, D] fp32."""
-        return self(condition_BMC.to(next(self.parameters()))).float()
+        return self(condition.to(next(self.parameters()).device).float()).float()
 
 
 class PatchMLP(Regressor):
@@ -93,7 +94,7 @@ class PatchMLP(Regressor):
     def __init__(self, shape: PairShape, hidden: int = 1024) -> None:
         super().__init__()
         self.shape = shape
-        self.first = nn.Linear(shape.condition.width, hidden)
+        self.first = nn.Linear(shape.grid.width, hidden)
         self.position = nn.Parameter(torch.zeros(shape.target.tokens, hidden))
         self.second = nn.Linear(hidden, shape.target.width)
 
@@ -113,10 +114,10 @@ class Regression(Regressor):
     def optimised(self) -> nn.Module:
         return self.network
 
-    def forward(self, condition_BMC: Tensor) -> Tensor:
-        batch, target = len(condition_BMC), self.shape.target
-        x_BND = condition_BMC.new_zeros(batch, target.tokens, target.width)
-        return self.network(x_BND, condition_BMC.new_zeros(batch), condition_BMC)
+    def forward(self, condition: AnyCondition) -> Tensor:
+        batch, target = len(condition), self.shape.target
+        x_BND = torch.zeros(batch, target.tokens, target.width, device=condition.device)
+        return self.network(x_BND, x_BND.new_zeros(batch), condition)
 
 
 def _rate(step: int, steps: int) -> float:
@@ -126,7 +127,7 @@ def _rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warm_up) * (0.01 + 0.99 * decay)
 
 
-def _forever(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+def _forever(batches: Batches) -> Iterator[tuple[AnyCondition, Tensor]]:
     while True:
         empty = True
         for batch in batches():

@@ -23,5 +23,6 @@ def _built_store(data: DataConfig) -> str:
         return str(ambiguous_store(data.ambiguous))
     from blip3o_lit.extraction.demo import demo_store
 
-    scenes, masked = data.demo, data.name == "demo_masked"
-    return str(demo_store(scenes.images, scenes.validation_images, masked))
+    scenes, masked = data.demo, data.name in ("demo_masked", "demo_half_text")
+    words = data.name in ("demo_text", "demo_half_text")
+    return str(demo_store(scenes.images, scenes.validation_images, masked, words))

@@ -11,6 +11,7 @@ import torch
 
 from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.shape import PairShape
+from blip3o_lit.config.checks import names_of
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
@@ -20,11 +21,11 @@ from blip3o_lit.tokens.reading.mixture import MixedReader, StoreSet, order_of
 from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, on_device
 from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.tokens.statistics import (
-    Pair,
+    Moments,
     Standardizer,
     kept_standardizers,
     mixture_moments,
-    pair_moments,
+    moments_of,
     reader_batches,
 )
 
@@ -44,8 +45,11 @@ class TokenDataModule(pl.LightningDataModule):
     validation: TokenReader | None
     facts: dict[str, Any]
     """What a run's record says of its data: path, content hash, and each store of several."""
-    condition_standardizer: Standardizer
+    condition_standardizer: Standardizer | None
+    """Of the condition's grid; None where words are the whole condition."""
     target_standardizer: Standardizer
+    words_standardizer: Standardizer | None
+    """Of words, one mean and std per channel `[1, E]`; None without words."""
 
     def __init__(
         self,
@@ -74,8 +78,8 @@ class TokenDataModule(pl.LightningDataModule):
         """
         data = self.data
         sides = (data.condition, data.target, self.mode)
-        stores = StoreSet(self.stores, data)
-        stores.check(sides[:2])
+        stores = self._stores(ranks)
+        stores.check([*names_of(data.condition), data.target])
         self.train = train = stores.reader(
             TRAIN, *sides, data.max_shards, data.subset, weighted=True
         )
@@ -90,14 +94,20 @@ class TokenDataModule(pl.LightningDataModule):
         if not isinstance(train, MixedReader):
             images = min(images, len(train))
 
-        def moments() -> Pair:
+        def moments() -> Moments:
             if isinstance(train, MixedReader):
                 return mixture_moments(train, images, data.threads)
-            return pair_moments(reader_batches(train, images, data.threads), train.shape)
+            return moments_of(reader_batches(train, images, data.threads), train.shape)
 
-        self.condition_standardizer, self.target_standardizer = kept_standardizers(
-            train.content_hash, self.shape, images, moments, ranks
-        )
+        self._scale_by(kept_standardizers(train.content_hash, self.shape, images, moments, ranks))
+
+    def _scale_by(self, scales: dict[str, Standardizer]) -> None:
+        self.target_standardizer = scales["target"]
+        self.condition_standardizer = scales.get("condition")
+        self.words_standardizer = scales.get("words")
+
+    def _stores(self, ranks: FirstRank) -> StoreSet:
+        return StoreSet(self.stores, self.data)
 
     def steps_for(self, max_steps: int, max_epochs: int | None) -> int:
         """Set and return the run's optimizer steps; `max_epochs`, where given, wins.

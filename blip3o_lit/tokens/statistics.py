@@ -1,7 +1,8 @@
 """Per-channel mean and standard deviation of tokens, and the scaling that uses them.
 
 Networks train on standardised tokens: a few CLIP channels are far larger than the rest, and on raw
-targets training hardly learns. Patches and CLS have statistics of their own.
+targets training hardly learns. Patches and CLS have statistics of their own; those of words are
+over the tokens of all captions, never over padding.
 
 Shape suffixes: B samples, N tokens, R rows (tokens of several samples), C channels.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from blip3o_lit.base.files import one_at_a_time, replacing
 from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.home import home
+from blip3o_lit.base.progress import Work
 from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.reading.ahead import fetched_ahead
@@ -37,7 +39,6 @@ CHUNK_ROWS = 64
 """Rows converted to fp64 at a time: these stay in the cache."""
 FLOOR = 1e-3
 """Channels whose std is below this share of the median std count as constant."""
-SIDES = ("condition", "target")
 VERSION = 3
 """Part of the cache key; raised when the same tokens would give other numbers."""
 
@@ -121,8 +122,10 @@ class Standardizer(nn.Module):
         return cls(torch.zeros(size), torch.ones(size))
 
     @classmethod
-    def of(cls, moments: TokenMoments, shape: TokenShape) -> Standardizer:
-        """Spread the moments of patches and CLS over the positions of `shape`."""
+    def of(cls, moments: TokenMoments, shape: TokenShape | None) -> Standardizer:
+        """Spread the moments of patches and CLS over the positions of `shape`; words have one."""
+        if shape is None:
+            return cls(moments.patch.mean_C[None], moments.patch.std_C[None])
         parts = [(moments.cls, 1), (moments.patch, shape.patches)]
         means = [part.mean_C.expand(n, -1) for part, n in parts if part]
         stds = [part.std_C.expand(n, -1) for part, n in parts if part]
@@ -137,21 +140,30 @@ class Standardizer(nn.Module):
         return torch.addcmul(self.mean_NC, x_BNC.float(), self.std_NC)
 
 
-Pair = tuple[TokenMoments, TokenMoments]
-"""Moments of condition and target."""
+Moments = dict[str, TokenMoments]
+"""By side: `condition` (its grid), `target`, `words`; what a task has."""
 
 
-def pair_moments(batches: Iterable[Batch], shape: PairShape) -> Pair:
-    """Stream over batches; the result depends on the batches and their order alone."""
-    totals: list[TokenMoments] = []
+def moments_of(batches: Iterable[Batch], shape: PairShape) -> Moments:
+    """Stream over batches of grids, and of words `[R, E]` without padding.
+
+    The result depends on the batches and their order alone.
+    """
+    totals: Moments = {}
     for batch in batches:
-        condition = TokenMoments.of(batch["condition"], shape.condition.cls)
-        target = TokenMoments.of(batch["target"], shape.target.cls)
-        if totals:
-            totals = [totals[0].merge(condition), totals[1].merge(target)]
-        else:
-            totals = [condition, target]
-    return totals[0], totals[1]
+        for side, has_cls in _sides(shape).items():
+            tokens = batch[side] if side != "words" else batch[side][None]
+            if tokens.shape[1]:
+                moments = TokenMoments.of(tokens, has_cls)
+                totals[side] = totals[side].merge(moments) if side in totals else moments
+    return totals
+
+
+def _sides(shape: PairShape) -> dict[str, bool]:
+    """Return the sides of a task, and whether each has a CLS token."""
+    grids = {"condition": shape.condition, "target": shape.target}
+    sides = {side: grid.cls for side, grid in grids.items() if grid}
+    return sides | ({"words": False} if shape.words else {})
 
 
 def spread_ids(shard_sizes: np.ndarray, images: int) -> np.ndarray:
@@ -162,29 +174,35 @@ def spread_ids(shard_sizes: np.ndarray, images: int) -> np.ndarray:
     return np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in chosen])[:images]
 
 
-def reader_batches(reader: TokenReader, images: int, threads: int) -> Iterable[Batch]:
-    """Read the ids of `spread_ids` in small batches, ahead of their use."""
+def reader_batches(reader: TokenReader, images: int, threads: int) -> Iterator[Batch]:
+    """Read the ids of `spread_ids` in small batches, ahead of their use; all captions of each."""
     ids = spread_ids(reader.shard_sizes, images)
     pieces = np.split(ids, range(READ_SAMPLES, len(ids), READ_SAMPLES))
-    return prefetch(reader.read, fetched_ahead(reader, pieces, pieces), threads)
+    with Work("measuring channels", len(ids), "images") as work:
+        for batch in prefetch(reader.read_all, fetched_ahead(reader, pieces, pieces), threads):
+            yield batch
+            work.advance(len(batch["target"]))
 
 
-def mixture_moments(reader: MixedReader, images: int, threads: int) -> Pair:
+def mixture_moments(reader: MixedReader, images: int, threads: int) -> Moments:
     """Return the moments of an epoch of several stores, from a part of each store's images."""
-    totals: list[TokenMoments] = []
+    totals: Moments = {}
     for one, count in zip(reader.readers, reader.counts.tolist()):
         used = min(len(one), max(1, images * count // int(reader.counts.sum())))
-        pair = pair_moments(reader_batches(one, used, threads), reader.shape)
-        scaled = [moments.scaled(count / used) for moments in pair]
-        totals = [a.merge(b) for a, b in zip(totals, scaled)] if totals else scaled
-    return totals[0], totals[1]
+        found = moments_of(reader_batches(one, used, threads), reader.shape)
+        for side, moments in found.items():
+            scaled = moments.scaled(count / used)
+            totals[side] = totals[side].merge(scaled) if side in totals else scaled
+    return totals
 
 
-def _compute(file: Path, pair: Pair, shape: PairShape) -> None:
+def _compute(file: Path, found: Moments, shape: PairShape) -> None:
     tensors: dict[str, Tensor] = {}
-    sides = zip(SIDES, pair, (shape.condition, shape.target))
-    for side, moments, side_shape in sides:
-        standardizer = Standardizer.of(moments, side_shape)
+    for side in _sides(shape):
+        if side not in found:
+            raise UserError(f"no image has {side}: choose another data.condition")
+        grid = {"condition": shape.condition, "target": shape.target}.get(side)
+        standardizer = Standardizer.of(found[side], grid)
         tensors[f"{side}.mean"] = standardizer.mean_NC
         tensors[f"{side}.std"] = standardizer.std_NC
     with replacing(file) as temporary:
@@ -197,14 +215,14 @@ def cached_standardizers(
     images: int,
     batches: Callable[[], Iterable[Batch]],
     ranks: FirstRank = ALONE,
-) -> tuple[Standardizer, Standardizer]:
-    """Return the standardizers of condition and target, computing them once per content.
+) -> dict[str, Standardizer]:
+    """Return the standardizers of condition, target and words, computing them once per content.
 
     `batches`, which covers `images` images, is called when nothing is cached, by the first rank.
     Ranks whose cache is another one are given the file.
     """
     return kept_standardizers(
-        content_hash, shape, images, lambda: pair_moments(batches(), shape), ranks
+        content_hash, shape, images, lambda: moments_of(batches(), shape), ranks
     )
 
 
@@ -212,10 +230,10 @@ def kept_standardizers(
     content_hash: str,
     shape: PairShape,
     images: int,
-    moments: Callable[[], Pair],
+    moments: Callable[[], Moments],
     ranks: FirstRank = ALONE,
-) -> tuple[Standardizer, Standardizer]:
-    """Return standardizers as `cached_standardizers` does, from moments of both sides."""
+) -> dict[str, Standardizer]:
+    """Return standardizers as `cached_standardizers` does, from moments of all sides."""
     name = hashlib.sha256(f"{content_hash}/{images}/{VERSION}".encode()).hexdigest()[:32]
     file = home() / "statistics" / f"{name}.safetensors"
 
@@ -235,5 +253,4 @@ def kept_standardizers(
         saved = load_file(file)
     except SafetensorError as error:
         raise UserError(f"{file} is damaged: delete it, it is computed again") from error
-    condition, target = (Standardizer(saved[f"{s}.mean"], saved[f"{s}.std"]) for s in SIDES)
-    return condition, target
+    return {s: Standardizer(saved[f"{s}.mean"], saved[f"{s}.std"]) for s in _sides(shape)}

@@ -5,14 +5,15 @@ Shape suffixes: B samples, N tokens of the view, C stored width, D width of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from blip3o_lit.base.shape import TokenShape
-from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.checks import names_of
+from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.store.heads import Head
 from blip3o_lit.tokens.store.index import ArraySpec
@@ -58,6 +59,41 @@ def average(tokens_BNC: Tensor, grid: tuple[int, int], pool: tuple[int, int]) ->
     batch, _, width = tokens_BNC.shape
     blocks = tokens_BNC.view(batch, grid[0], pool[0], grid[1], pool[1], width)
     return blocks.mean(dim=(2, 4)).view(batch, grid[0] * grid[1], width)
+
+
+def sides_of(
+    names: Sequence[str], arrays: Mapping[str, ArraySpec]
+) -> tuple[str | None, str | None]:
+    """Return which of a condition's arrays is its grid and which its sequence (words)."""
+    found: dict[str, str] = {}
+    kinds = ("tokens", "sequence")
+    for name in names:
+        kind = arrays[name].kind if name in arrays else ""
+        if kind not in kinds:
+            one_of("data.condition", name, [n for n, spec in arrays.items() if spec.kind in kinds])
+        if kind in found:
+            what = "grids" if kind == "tokens" else "sequences"
+            raise UserError(
+                f"data.condition: {found[kind]} and {name} are both {what}; it takes one grid and "
+                "one sequence at most: leave one out"
+            )
+        found[kind] = name
+    return found.get("tokens"), found.get("sequence")
+
+
+def target_or_other(
+    target: str, condition: str | Sequence[str], arrays: Mapping[str, ArraySpec]
+) -> str:
+    """Return the target's array or, of a store without it, another grid, which nobody looks at."""
+    if target in arrays:
+        return target
+    grids = [name for name, spec in arrays.items() if spec.kind == "tokens"]
+    grid = sides_of(names_of(condition), arrays)[0]
+    if not grids:
+        raise UserError(
+            f"the store has words alone and no array {target}: extract its pictures too"
+        )
+    return grid or grids[0]
 
 
 def view_of(

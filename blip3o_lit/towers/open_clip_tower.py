@@ -55,19 +55,24 @@ class OpenClipTower(VitTower):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        try:
-            return open_clip.get_tokenizer(self.source.model)
-        except (ImportError, OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{self.info.name}: its tokenizer could not be built ({mismatch(error)}); "
-                "SigLIP's needs `pip install transformers` and a download"
-            ) from error
+        return tokenizer_of(self.source.model, self.info.name)
 
     @torch.inference_mode()
     def encode_text(self, captions: list[str]) -> Tensor:
         words_BL = self._tokenizer(captions).to(self.device)
         text_BP = self.model.encode_text(words_BL).float()
         return nn.functional.normalize(text_BP, dim=-1)
+
+
+def tokenizer_of(model: str, name: str) -> Any:
+    """Return open_clip's tokenizer of a model; `name` is the tower's."""
+    try:
+        return open_clip.get_tokenizer(model)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{name}: its tokenizer could not be built ({mismatch(error)}); "
+            "SigLIP's needs `pip install transformers` and a download"
+        ) from error
 
 
 def _native_head(visual: Any, logit_scale: Tensor) -> TowerHead:
@@ -101,7 +106,8 @@ def _pixels(visual: Any, name: str) -> Pixels:
     return Pixels(size, transform, facts)
 
 
-def load_open_clip(config: TowerConfig, pretrained: bool, device: str) -> OpenClipTower:
+def create(config: TowerConfig, pretrained: bool, device: str) -> tuple[Any, Source]:
+    """Return a model of open_clip, and where it came from."""
     source = find_source(config, pretrained)
     load = pretrained and device != "meta"
     build_on = device if device == "meta" else "cpu"
@@ -125,4 +131,9 @@ def load_open_clip(config: TowerConfig, pretrained: bool, device: str) -> OpenCl
         else:
             reason = f"{source.label}: could not be loaded"
         raise UserError(f"{reason}: {mismatch(error)}") from error
+    return model, source
+
+
+def load_open_clip(config: TowerConfig, pretrained: bool, device: str) -> OpenClipTower:
+    model, source = create(config, pretrained, device)
     return OpenClipTower(model, config, source).to(device)

@@ -49,6 +49,7 @@ PLACES = {
 MIN_SIDE, MAX_SIDE = 17, 24
 CUMULATIVE = (0.25, 0.6)
 """Share of scenes with one digit, and with one or two; the rest has three."""
+MOST_DIGITS = 3
 _COLOURS = [(name, np.array(rgb, np.float32)) for name, rgb in COLOURS.items()]
 _PLACES = list(PLACES.items())
 WORDS = tuple(sorted({*DIGITS, *COLOURS, *" ".join(PLACES).split(), "a", "an", "at", "the", ","}))
@@ -108,6 +109,12 @@ def _ground(rng: np.random.Generator) -> np.ndarray:
     across, down = rng.uniform(-10, 10, (2, 3)).astype(np.float32)
     steps = np.linspace(-1, 1, SIZE, dtype=np.float32)
     return middle + steps[None, :, None] * across + steps[:, None, None] * down
+
+
+def phrasings(caption: str) -> tuple[str, ...]:
+    """Return a scene's caption with its phrases in every cyclic order, its own first."""
+    phrases = caption.split(", ")
+    return tuple(", ".join(phrases[n:] + phrases[:n]) for n in range(len(phrases)))
 
 
 def scene(split: str, index: int, seed: int = 0) -> Scene:

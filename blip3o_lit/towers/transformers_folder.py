@@ -144,13 +144,14 @@ def check_model(settings: Any, model: str, source: str) -> None:
             raise UserError(f"{source} is no {model}: its {key} is {theirs}, not {ours}")
 
 
-def random_network(settings: Any, dtype: torch.dtype, device: str) -> Any:
-    """Build a network of random weights; on `meta`, of none."""
+def random_network(settings: Any, dtype: torch.dtype, device: str, kind: Any = None) -> Any:
+    """Build a network of random weights; on `meta`, of none. `kind` is a class to be taken."""
     settings._attn_implementation = ATTENTION
-    kind = _kind(settings)
+    kind = kind or _kind(settings)
     try:
         with torch.device(device):
-            network = kind.from_config(settings) if kind is AutoModel else kind(settings)
+            by_type = hasattr(kind, "from_config")
+            network = kind.from_config(settings) if by_type else kind(settings)
     except UNREADABLE as error:
         raise UserError(f"a {settings.model_type} can't be built: {first_line(error)}") from error
     return network.to(dtype)
@@ -163,10 +164,10 @@ def _kind(settings: Any) -> Any:
     return CLIPVisionModelWithProjection if named and alone else AutoModel
 
 
-def read_network(source: str, settings: Any, dtype: torch.dtype) -> Any:
+def read_network(source: str, settings: Any, dtype: torch.dtype, kind: Any = None) -> Any:
     """Build a network with a folder's weights: all of them, none is left at random numbers."""
     try:
-        network, report = _kind(settings).from_pretrained(
+        network, report = (kind or _kind(settings)).from_pretrained(
             str(Path(source).expanduser()),
             config=settings,
             dtype=dtype,

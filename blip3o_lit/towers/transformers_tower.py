@@ -18,6 +18,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.towers import TowerConfig
 from blip3o_lit.towers.clip_pixels import clip_pixels
 from blip3o_lit.towers.head import DTYPES, TowerHead
+from blip3o_lit.towers.hook import output_of
 from blip3o_lit.towers.refusals import first_line
 from blip3o_lit.towers.transformers_folder import (
     UNREADABLE,
@@ -87,13 +88,8 @@ def _blocks(vision: Any, name: str) -> nn.ModuleList:
 
 
 def _last_block(vision: Any, blocks: nn.ModuleList, images_B3SS: Tensor) -> Tensor:
-    outputs: list[Any] = []
-    hook = blocks[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    try:
-        vision(pixel_values=images_B3SS)
-    finally:
-        hook.remove()
-    return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+    output = output_of(blocks[-1], lambda: vision(pixel_values=images_B3SS))
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _token_shape(vision: Any, size: int, name: str) -> tuple[TokenShape, int]:

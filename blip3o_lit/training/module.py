@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from blip3o_lit import __version__
+from blip3o_lit.base.condition import AnyCondition
 from blip3o_lit.base.secrets import masked
 from blip3o_lit.budget.plan import Plan
 from blip3o_lit.checkpoints.files import FORMAT
@@ -41,7 +42,7 @@ from blip3o_lit.models.optimizer import make_optimizer
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.batches import align_checkpoint
 from blip3o_lit.tokens.reading.mixture import MixedReader
-from blip3o_lit.tokens.statistics import Standardizer
+from blip3o_lit.tokens.scales import identity_scales, standardised
 from blip3o_lit.training.ema import ramped_decay, update_averages
 from blip3o_lit.training.own_parts import check_plain
 from blip3o_lit.training.schedule import learning_rate_factor
@@ -82,19 +83,17 @@ class TranslationModule(LightningModule):
         if not self.sharded:
             self._start(torch.device("cpu"))
         self.objective = FlowObjective(self.config.flow)
-        # With data.scale=raw neither side is standardised, with flow.normalise=l2 the target isn't.
-        raw = self.config.data.scale == "raw"
-        if raw:
-            self.condition_standardizer = Standardizer.identity(self.shape.condition)
-        else:
-            self.condition_standardizer = data.condition_standardizer
-        if raw or not self.config.flow.standardised_target:
-            self.target_standardizer = Standardizer.identity(self.shape.target)
-        else:
-            self.target_standardizer = data.target_standardizer
+        # With data.scale=raw no side is standardised, with flow.normalise=l2 the target isn't.
+        scales = identity_scales(self.shape)
+        if self.config.data.scale != "raw":
+            kept = () if self.config.flow.standardised_target else ("target_standardizer",)
+            scales |= {name: getattr(data, name) for name in scales if name not in kept}
+        self.condition_standardizer = scales.get("condition_standardizer")
+        self.target_standardizer = scales["target_standardizer"]
+        self.words_standardizer = scales.get("words_standardizer")
         if initial is not None:
-            initial.put("condition_standardizer", self.condition_standardizer)
-            initial.put("target_standardizer", self.target_standardizer)
+            for name, scale in scales.items():
+                initial.put(name, scale)
             initial.put("objective", self.objective)
         self.scores = TokenScores(data.target_standardizer.mean_NC, self.shape.target)
         self.held = data.validation if isinstance(data.validation, MixedReader) else None
@@ -142,7 +141,11 @@ class TranslationModule(LightningModule):
         # Lightning's autocast covers mixed formats; bf16_true is all the module's own.
         mixed = self.precision.autocast is not None
         low = self.precision.products if self.precision.low and not mixed else None
-        return Translator(self.ema, self.objective, *scales, autocast=low)
+        return Translator(self.ema, self.objective, *scales, low, self.words_standardizer)
+
+    def standardised(self, condition: AnyCondition) -> AnyCondition:
+        """Return a raw condition as the network reads it."""
+        return standardised(condition, self.condition_standardizer, self.words_standardizer)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         flow, seed = self.config.flow, self.config.seed
@@ -151,7 +154,7 @@ class TranslationModule(LightningModule):
             # Masks are a function of step and rank, so resuming is exact.
             place = (seed, self.global_step, batch_idx, self.global_rank)
             torch.manual_seed(hash(place) % 2**63)
-        condition = self.condition_standardizer.standardise(batch["condition"])
+        condition = self.standardised(batch["condition"])
         x1_BND = self.target_standardizer.standardise(batch["target"])
         device, token_shape = x1_BND.device, tuple(x1_BND.shape[1:])
         who = (batch["sample"], batch["epoch"])

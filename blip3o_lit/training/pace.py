@@ -29,7 +29,7 @@ def step_seconds(plan: Plan, module: TranslationModule, train: TokenReader) -> f
     started = time.perf_counter()
     batch = train.read(np.arange(count))
     encoding = time.perf_counter() - started if isinstance(train, PictureReader) else 0.0
-    condition = module.condition_standardizer.standardise(batch["condition"])
+    condition = module.standardised(batch["condition"])
     x1_BND = module.target_standardizer.standardise(batch["target"])
     objective, best = copy.deepcopy(module.objective), float("inf")
     end = time.perf_counter() + SECONDS

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip3o_lit.base.condition import AnyCondition, tensors_of
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.flow.objective import FlowObjective
@@ -21,7 +22,7 @@ from blip3o_lit.flow.solvers import Sample, sample
 @dataclass(frozen=True)
 class Recorded:
     graph: torch.cuda.CUDAGraph
-    condition_BMC: Tensor
+    condition: AnyCondition
     noise_BND: Tensor
     result: Sample
     """Where the graph leaves its tokens."""
@@ -31,7 +32,8 @@ class Graphs:
     """The recorded samplers of one network, by solver and batch shape.
 
     The first batch of a shape runs without one and the second is recorded, so that a last, smaller
-    batch costs nothing more. All share one pool of memory: what a graph leaves is copied at once.
+    batch costs nothing more. Words come in few lengths (`tokens.scales.STEP`), each with a graph.
+    All share one pool of memory: what a graph leaves is copied at once.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -44,25 +46,26 @@ class Graphs:
         self,
         objective: FlowObjective,
         network: Any,
-        condition_BMC: Tensor,
+        condition: AnyCondition,
         noise_BND: Tensor,
         solver: SolverConfig,
         scheme: Scheme | None,
     ) -> Sample:
         """Generate as `flow.solvers.sample` does; dopri5, which reads values, without a graph."""
-        key = (repr(solver), condition_BMC.shape, condition_BMC.dtype)
-        inputs = (condition_BMC, noise_BND)
+        key = (repr(solver), *((x.shape, x.dtype) for x in tensors_of(condition)))
+        inputs = (condition, noise_BND)
         if solver.name == "dopri5" or key not in self._recorded:
             self._recorded[key] = None
             return sample(objective, network, *inputs, solver, scheme=scheme)
         recorded = self._recorded[key]
         if recorded is None:
-            graph, own = torch.cuda.CUDAGraph(), (condition_BMC.clone(), noise_BND.clone())
+            graph, own = torch.cuda.CUDAGraph(), (condition.clone(), noise_BND.clone())
             with torch.cuda.graph(graph, pool=self._pool):
                 result = sample(objective, network, *own, solver, scheme=scheme)
             recorded = Recorded(graph, *own, result)
             self._recorded[key] = recorded
-        recorded.condition_BMC.copy_(condition_BMC)
+        for own, given in zip(tensors_of(recorded.condition), tensors_of(condition)):
+            own.copy_(given)
         recorded.noise_BND.copy_(noise_BND)
         recorded.graph.replay()
         return replace(recorded.result, x1_BND=recorded.result.x1_BND.clone())

@@ -6,17 +6,21 @@ Shape suffixes: B images, M condition tokens, C condition width, N target tokens
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from blip3o_lit.base.condition import AnyCondition
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.flow import draws
 from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.loss_record import LossRecord
+from blip3o_lit.flow.memo import Memo
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.scheme import FittedSolvers
 from blip3o_lit.flow.solvers import Sample, sample
+from blip3o_lit.tokens.scales import standardised
 from blip3o_lit.tokens.statistics import Standardizer
 from blip3o_lit.translation.cuda_graphs import Graphs
 
@@ -24,17 +28,21 @@ from blip3o_lit.translation.cuda_graphs import Graphs
 class Translator(nn.Module):
     """Generates target tokens from condition tokens, both in the towers' own scale.
 
+    The scales are those of the condition's grid, of the target and of words: None for what the
+    condition doesn't have.
     `autocast` is the format of the network's matrix products; None leaves it to the caller. The
-    state of an ODE solver is fp32 either way.
+    state of an ODE solver is fp32 either way. With `graphs` solvers run as CUDA graphs; with `memo`
+    those that are given one and the same condition in turn share what they can.
     """
 
     def __init__(
         self,
         network: nn.Module,
         objective: FlowObjective,
-        condition_standardizer: Standardizer,
+        condition_standardizer: Standardizer | None,
         target_standardizer: Standardizer,
         autocast: torch.dtype | None = None,
+        words_standardizer: Standardizer | None = None,
     ) -> None:
         super().__init__()
         self.autocast = autocast
@@ -42,13 +50,19 @@ class Translator(nn.Module):
         self.objective = objective
         self.condition_standardizer = condition_standardizer
         self.target_standardizer = target_standardizer
+        self.words_standardizer = words_standardizer
         self.fitted = FittedSolvers()
         self.graphs: Graphs | None = None
+        self.memo: Memo | None = None
+
+    def standardised(self, condition: AnyCondition) -> AnyCondition:
+        """Return a raw condition as the network reads it."""
+        return standardised(condition, self.condition_standardizer, self.words_standardizer)
 
     @torch.no_grad()
     def generate(
         self,
-        condition_BMC: Tensor,
+        condition: AnyCondition,
         sample_B: Tensor,
         seed: int,
         solver: SolverConfig,
@@ -58,7 +72,7 @@ class Translator(nn.Module):
         """Generate target tokens.
 
         Args:
-            condition_BMC: Raw condition tokens.
+            condition: Raw condition tokens [B, M, C], or words.
             sample_B: Sample ids; with `seed` they determine the noise, whatever the batch.
             seed: Seed of the noise.
             solver: The estimator: `mean`, or an ODE solver; `fitted` is looked up in `fitted`.
@@ -68,14 +82,32 @@ class Translator(nn.Module):
         Returns:
             Raw target tokens `x1_BND` (fp32), the number of network evaluations, and the states.
         """
+        memo = self.memo
+        if memo is None or self.graphs is not None or noise_BND is not None or intermediates:
+            inputs = (condition, sample_B, seed, solver, noise_BND, intermediates)
+            return self._generate(*inputs)
+        memo.at(condition)
+        inputs = (condition, sample_B, seed, solver)
+        return memo.once((repr(solver), seed), lambda: self._generate(*inputs, memo=memo))
+
+    def _generate(
+        self,
+        condition: AnyCondition,
+        sample_B: Tensor,
+        seed: int,
+        solver: SolverConfig,
+        noise_BND: Tensor | None = None,
+        intermediates: bool = False,
+        memo: Memo | None = None,
+    ) -> Sample:
         scheme = self.fitted.scheme(solver) if solver.name == "fitted" else None
-        condition = self.condition_standardizer.standardise(condition_BMC)
+        condition = self.standardised(condition)
         if noise_BND is None:
             noise_BND = self._noise(sample_B, seed, condition.device)
         with self.precision(condition.device.type):
             inputs = (self.objective, self.network, condition, noise_BND, solver)
             if self.graphs is None or intermediates:
-                result = sample(*inputs, intermediates, scheme)
+                result = sample(*inputs, intermediates, scheme, memo, seed)
             else:
                 result = self.graphs.sample(*inputs, scheme)
         restore = self.target_standardizer.restore
@@ -89,19 +121,22 @@ class Translator(nn.Module):
     def losses_at(
         self,
         times: Iterable[float],
-        condition_BMC: Tensor,
+        condition: AnyCondition,
         target_BND: Tensor,
         sample_B: Tensor,
         seed: int,
     ) -> Iterator[LossRecord]:
         """Yield the loss of raw tokens at each time, with the noise that `generate` would draw."""
-        condition = self.condition_standardizer.standardise(condition_BMC)
+        encoded: Any = self.standardised(condition)
         x1_BND = self.target_standardizer.standardise(target_BND)
         z_BND = self._noise(sample_B, seed, x1_BND.device)
+        encode = getattr(self.network, "encode", None)
+        with self.precision(x1_BND.device.type):
+            encoded = encoded if encode is None else encode(encoded)
         for time in times:
             t_B = torch.full((len(x1_BND),), time, device=x1_BND.device)
             with self.precision(x1_BND.device.type):
-                record = self.objective.loss(self.network, condition, x1_BND, z_BND, t_B)
+                record = self.objective.loss(self.network, encoded, x1_BND, z_BND, t_B)
             yield record
 
     def _noise(self, sample_B: Tensor, seed: int, device: torch.device) -> Tensor:

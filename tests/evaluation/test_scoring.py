@@ -97,6 +97,44 @@ def test_curve_counts_evaluations_and_images(result):
     assert points == [("euler", 1, 20), ("euler", 2, 20), ("rk4", 1, 20)]
 
 
+def test_no_evaluation_is_computed_twice(run, home):
+    """One encoded condition per batch, one first output for all, and no solver run again."""
+    settings = {"solvers": ["heun-3", "ab2-2"], "curve": ["euler-1", "heun-3", "euler-2"]}
+    settings |= {"images": 8, "curve_images": 8, "sample_images": 8, "samples": 3}
+    config = EvaluateConfig(ckpt=str(run), device="cpu", baselines="none", **settings)
+    loaded = load(run)
+    scorer = Scorer(loaded, *open_readers(loaded, config), config, home / "fits", lambda *_: None)
+    network, calls = loaded.translator.network, {"outputs": 0, "conditions": 0}
+    encode = network.encode
+    network.encode = lambda condition: (
+        calls.update(conditions=calls["conditions"] + 1) or encode(condition)
+    )
+    network.register_forward_hook(lambda *_: calls.update(outputs=calls["outputs"] + 1))
+    drawings = scorer.drawings
+    assert drawings.drawer is None  # a testbed has no pictures, whose samples would be drawn again
+    result = scorer.run()
+    assert [block["nfe"] for block in result["estimators"].values()] == [1, 5, 2]
+    assert [point["nfe"] for point in result["nfe_curve"]] == [1, 5, 2]
+    own_condition = 1 + 4 + 1 + 1 + 2 * 4  # mean, heun-3, ab2-2, euler-2, and two more draws
+    swapped = 1 + 4 + 1
+    warm, bins, coverage = 1, 8, 0
+    assert calls["outputs"] == warm + own_condition + swapped + bins + coverage
+    assert calls["conditions"] == warm + 3
+
+
+def test_sharing_changes_no_number(run, home):
+    """Scores beside those taken alone."""
+    settings = {"curve": [], "samples": 0, "baselines": "none", "images": 16}
+    both = scored(run, home / "fits", solvers=["heun-3", "euler-3"], **settings)[0]
+    for label in ("heun-3", "euler-3"):
+        alone = scored(run, home / "fits", solvers=[label], **settings)[0]
+        block, own = both["estimators"][label], alone["estimators"][label]
+        changing = {"seconds_per_image"}
+        assert {k: block[k] for k in block.keys() - changing} == {
+            k: own[k] for k in own.keys() - changing
+        }
+
+
 def test_contract_keys(result):
     assert result["split"] == "validation"
     assert result["images"] == 48
@@ -441,8 +479,10 @@ def test_phases_are_forecast_from_what_they_evaluate(run, home):
     readers = open_readers(loaded, config)
     scorer = Scorer(loaded, *readers, config, home / "fits", lambda what, done, total: None)
     seconds = phase_seconds(scorer)
-    image = seconds["scoring"] / (48 + 10 * 5)  # the last of three steps is one evaluation
+    image = seconds["loss by time"] / (20 * 8)
     assert image > 0
-    assert seconds["curve"] == pytest.approx(20 * 3 * image)
-    assert seconds["samples"] == pytest.approx(16 * 4 * 5 * image)
+    # Of heun's five evaluations (the last of three steps is one) and of euler's, the first is the
+    # mean's; the first of four draws is the solver's own.
+    assert seconds["scoring"] == pytest.approx((48 + 10 * 4 + 20 * 1 + 16 * 3 * 4) * image)
+    assert seconds["swapped conditions"] == pytest.approx(20 * (1 + 4) * image)
     assert "noise-free transformer" not in seconds

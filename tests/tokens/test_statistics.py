@@ -21,7 +21,7 @@ from blip3o_lit.tokens.statistics import (
     Standardizer,
     TokenMoments,
     cached_standardizers,
-    pair_moments,
+    moments_of,
     reader_batches,
     spread_ids,
 )
@@ -35,7 +35,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> TokenReader:
 
 
 def test_moments_equal_numpy(reader: TokenReader) -> None:
-    condition, target = pair_moments(reader_batches(reader, 1000, 2), reader.shape)
+    found = moments_of(reader_batches(reader, 1000, 2), reader.shape)
+    condition, target = found["condition"], found["target"]
     for moments, name in ((condition, "eva"), (target, "clip")):
         tokens = np.stack([sample(i)[name] for i in range(22)]).astype(np.float64)
         for part, rows in ((moments.cls, tokens[:, 0]), (moments.patch, tokens[:, 1:])):
@@ -57,14 +58,14 @@ def test_merging_equals_computing_at_once_even_far_from_zero() -> None:
 
 
 def test_any_number_of_threads_gives_the_same_bits(reader: TokenReader) -> None:
-    first = pair_moments(reader_batches(reader, 22, 1), reader.shape)
-    second = pair_moments(reader_batches(reader, 22, 4), reader.shape)
-    for a, b in zip(first, second):
-        assert torch.equal(a.patch.m2_C, b.patch.m2_C)
+    first = moments_of(reader_batches(reader, 22, 1), reader.shape)
+    second = moments_of(reader_batches(reader, 22, 4), reader.shape)
+    for side in ("condition", "target"):
+        assert torch.equal(first[side].patch.m2_C, second[side].patch.m2_C)
 
 
 def test_round_trip_and_unit_scale(reader: TokenReader) -> None:
-    moments, _ = pair_moments(reader_batches(reader, 22, 1), reader.shape)
+    moments = moments_of(reader_batches(reader, 22, 1), reader.shape)["condition"]
     standardizer = Standardizer.of(moments, reader.shape.condition)
     tokens = reader.read(np.arange(22))["condition"]
     scaled = standardizer.standardise(tokens)
@@ -109,7 +110,7 @@ def test_cache_is_used_and_depends_on_content(
     first = cached_standardizers(reader.content_hash, reader.shape, 22, batches)
     again = cached_standardizers(reader.content_hash, reader.shape, 22, batches)
     assert len(calls) == 1
-    assert torch.equal(first[1].std_NC, again[1].std_NC)
+    assert torch.equal(first["target"].std_NC, again["target"].std_NC)
     cached_standardizers("other", reader.shape, 22, batches)
     assert len(calls) == 2
     for file in (home() / "statistics").iterdir():
@@ -130,7 +131,7 @@ def test_of_many_processes_one_computes_and_the_others_wait(
 
     def start(_: int) -> torch.Tensor:
         all_there.wait()
-        return cached_standardizers(reader.content_hash, reader.shape, 22, batches)[1].std_NC
+        return cached_standardizers(reader.content_hash, reader.shape, 22, batches)["target"].std_NC
 
     with ThreadPoolExecutor(4) as pool:  # a lock belongs to an open file, not to a process
         found = list(pool.map(start, range(4)))

@@ -61,7 +61,7 @@ def be_a_rank(rank: int, port: str, folder: Path, homes: list[str], done: Barrie
         ]
 
     scales = cached_standardizers("tokens", SHAPE, 8, batches, ranks)
-    found["std"] = [float(scale.std_NC.sum()) for scale in scales]
+    found["std"] = [float(scale.std_NC.sum()) for scale in scales.values()]
     found["answer"] = ranks.finds(lambda: f"of rank {rank}")
     try:
         checkpointing.check_sound(folder / "none.ckpt", ranks)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.flow.draws import Stream, uniforms
 from blip3o_lit.tokens.reading.ahead import fetched_ahead
 from blip3o_lit.tokens.reading.batches import BatchPlan
 from blip3o_lit.tokens.reading.mixture import MixedOrder
@@ -52,7 +53,10 @@ def prefetch(function: Callable[[T], R], items: Iterable[T], threads: int) -> It
 
 
 class TokenLoader:
-    """Training micro-batches of one rank for a whole run; `stream` copies them to its device."""
+    """Training micro-batches of one rank for a whole run; `stream` copies them to its device.
+
+    Where there are words, an image's caption is drawn by seed, epoch and sample.
+    """
 
     def __init__(
         self,
@@ -92,8 +96,13 @@ class TokenLoader:
 
     def _read(self, position: int) -> PackedBatch:
         ids, epochs = self.order.at(position, self.plan.micro_batch_size)
-        batch = self.reader.read_packed(ids, self.stream is not None)
-        batch["sample"], batch["epoch"] = torch.from_numpy(ids), torch.from_numpy(epochs)
+        sample_B, epoch_B = torch.from_numpy(ids), torch.from_numpy(epochs)
+        captions = {}
+        if self.reader.words:
+            draw_B1 = uniforms(self.order.seed, Stream.CAPTION, sample_B, epoch_B)
+            captions["draw_B"] = draw_B1[:, 0].double().numpy()
+        batch = self.reader.read_packed(ids, self.stream is not None, **captions)
+        batch["sample"], batch["epoch"] = sample_B, epoch_B
         return uploaded(batch, self.stream)
 
     def __iter__(self) -> Iterator[PackedBatch]:
@@ -138,7 +147,8 @@ class TokenLoader:
 class ValidationLoader:
     """A whole split once, in store order: equal batches on every rank, the tail padded.
 
-    Batches carry `valid` `[B]`: False marks padding, repeats of the last sample.
+    Words are those of an image's first caption. Batches carry `valid` `[B]`: False marks padding,
+    repeats of the last sample.
     """
 
     def __init__(

@@ -23,10 +23,9 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.open import open_store
 from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.packed import PackedBatch, PackedTokens
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import Supply, TokenReader, TokenStore
 from blip3o_lit.tokens.store.heads import Head
 from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
-from blip3o_lit.tokens.store.shard_cache import ShardCache
 
 T = TypeVar("T")
 COMPARED = ("kind", "tower", "layer", "shape", "cls", "grid", "normed", "projected")
@@ -40,12 +39,17 @@ class StoreSet:
     Stores of equal content are one: their weights add up.
     """
 
-    def __init__(self, stores: Mapping[str, float | None], data: DataConfig) -> None:
+    def __init__(
+        self,
+        stores: Mapping[str, float | None],
+        data: DataConfig,
+        opened: Callable[[str, DataConfig], TokenStore] = open_store,
+    ) -> None:
         """Open the stores by path or address; weights are given for all of them or for none."""
         found: dict[str, TokenStore] = {}
         weights: dict[str, float] = {}
         for path, weight in stores.items():
-            store = open_store(path, data)
+            store = opened(path, data)
             key = store.index.hash
             found.setdefault(key, store)
             weights[key] = weights.get(key, 0.0) + (weight or 0.0)
@@ -68,6 +72,8 @@ class StoreSet:
                     raise UserError(f"data.tokens: {lacking.address} has no array {name}")
                 for key in COMPARED:
                     old, new = getattr(one, key), getattr(two, key)
+                    if key == "shape" and one.kind == two.kind == "sequence":
+                        old, new = old[1:], new[1:]  # the longest captions may differ
                     if old != new:
                         raise UserError(f"data.tokens: {key} of {name} is {old} {pair.format(new)}")
             if first.index.reduced != other.index.reduced:
@@ -89,7 +95,7 @@ class StoreSet:
     def reader(
         self,
         split: str,
-        condition: str,
+        condition: str | Sequence[str],
         target: str,
         mode: ModeConfig,
         max_shards: int | None = None,
@@ -143,7 +149,12 @@ class MixedReader(TokenReader):
         self.store = MixedStore([reader.store for reader in readers])  # type: ignore[assignment]
         self.index, self.split, self.mode = self.store.index, first.split, first.mode
         self.array_names, self.limits, self.views = first.array_names, first.limits, first.views
-        self.condition, self.target, self.shape = first.condition, first.target, first.shape
+        self.grid, self.words, self.target = first.grid, first.words, first.target
+        self.shape = first.shape
+        if first.shape.words:
+            longest = max(reader.shape.words.longest for reader in readers if reader.shape.words)
+            words = replace(first.shape.words, longest=longest)
+            self.shape = replace(first.shape, words=words)
         self.shard_sizes = np.concatenate([reader.shard_sizes for reader in readers])
         sizes = np.array([len(reader) for reader in readers])
         self.starts = np.cumsum(sizes) - sizes
@@ -163,16 +174,21 @@ class MixedReader(TokenReader):
         each = np.array([reader.sample_bytes for reader in self.readers])
         return int((each * self.counts).sum() // self.counts.sum())
 
-    def viewed(self, condition: str, target: str, mode: ModeConfig) -> TokenReader:
+    @property
+    def mean_length(self) -> float:
+        each = np.array([reader.mean_length for reader in self.readers])
+        return float((each * self.counts).sum() / self.counts.sum())
+
+    def viewed(self, condition: str | Sequence[str], target: str, mode: ModeConfig) -> TokenReader:
         readers = [reader.viewed(condition, target, mode) for reader in self.readers]
         return MixedReader(readers, self.names, self.weights)
 
     @property
-    def caches(self) -> list[ShardCache]:
-        return [cache for reader in self.readers for cache in reader.caches]
+    def supplies(self) -> list[Supply]:
+        return [supply for reader in self.readers for supply in reader.supplies]
 
-    def fetches(self, ids: np.ndarray) -> list[tuple[ShardCache, ShardEntry]]:
-        parts = self._parts(ids, lambda reader, own: reader.fetches(own))
+    def fetches(self, ids: np.ndarray) -> list[tuple[Supply, ShardEntry]]:
+        parts = self._parts(ids, lambda reader, own, _: reader.fetches(own))
         return [fetch for _, fetches in parts for fetch in fetches]
 
     def numbers(self, ids: np.ndarray) -> np.ndarray:
@@ -180,9 +196,12 @@ class MixedReader(TokenReader):
         return np.searchsorted(self.starts, np.asarray(ids, np.int64), "right") - 1
 
     def _parts(
-        self, ids: np.ndarray, read: Callable[[TokenReader, np.ndarray], T]
+        self, ids: np.ndarray, read: Callable[[TokenReader, np.ndarray, np.ndarray], T]
     ) -> list[tuple[np.ndarray, T]]:
-        """Read each store's part of the ids; returns it with its places among them."""
+        """Read each store's part of the ids; returns it with its places among them.
+
+        `read` is given a store's reader, its own ids, and their places.
+        """
         ids = np.asarray(ids, np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < len(self):
             raise IndexError(f"sample ids must be in 0..{len(self) - 1}")
@@ -190,12 +209,19 @@ class MixedReader(TokenReader):
         out = []
         for number in np.unique(numbers).tolist():
             places = np.flatnonzero(numbers == number)
-            out.append((places, read(self.readers[number], ids[places] - self.starts[number])))
+            own = ids[places] - self.starts[number]
+            out.append((places, read(self.readers[number], own, places)))
         return out
 
-    def read_packed(self, ids: np.ndarray, pin: bool = False) -> PackedBatch:
+    def read_packed(
+        self, ids: np.ndarray, pin: bool = False, draw_B: np.ndarray | None = None
+    ) -> PackedBatch:
         """Read a batch; int8 tokens of several stores, whose scales differ, are restored here."""
-        parts = self._parts(ids, lambda reader, own: reader.read_packed(own, pin))
+
+        def read(reader: TokenReader, own: np.ndarray, places: np.ndarray) -> PackedBatch:
+            return reader.read_packed(own, pin, None if draw_B is None else draw_B[places])
+
+        parts = self._parts(ids, read)
         if len(parts) == 1:
             return parts[0][1]
         out: PackedBatch = {}
@@ -205,18 +231,18 @@ class MixedReader(TokenReader):
         return out
 
     def text(self, ids: np.ndarray) -> Tensor | None:
-        parts = self._parts(ids, lambda reader, own: reader.text(own))
+        parts = self._parts(ids, lambda reader, own, _: reader.text(own))
         tensors = [(places, text) for places, text in parts if text is not None]
         return _joined(tensors, len(ids)) if len(tensors) == len(parts) else None
 
     def metadata(self, ids: np.ndarray) -> list[dict[str, Any]]:
-        return _in_place(self._parts(ids, lambda reader, own: reader.metadata(own)))
+        return _in_place(self._parts(ids, lambda reader, own, _: reader.metadata(own)))
 
     def thumbnails(self, ids: np.ndarray) -> list[bytes]:
-        return _in_place(self._parts(ids, lambda reader, own: reader.thumbnails(own)))
+        return _in_place(self._parts(ids, lambda reader, own, _: reader.thumbnails(own)))
 
     def keys(self, ids: np.ndarray) -> list[str]:
-        return _in_place(self._parts(ids, lambda reader, own: reader.keys(own)))
+        return _in_place(self._parts(ids, lambda reader, own, _: reader.keys(own)))
 
 
 class MixedOrder:
@@ -293,13 +319,24 @@ def _plain(tokens: Tensor | PackedTokens) -> Tensor:
 
 
 def _joined(parts: list[tuple[np.ndarray, Tensor]], count: int, pin: bool = False) -> Tensor:
-    """Put rows of several tensors into their places, in a format that holds all of them."""
+    """Put rows of several tensors into their places, in a format that holds all of them.
+
+    Words of shorter captions get zeros behind them.
+    """
     dtype = parts[0][1].dtype
     for _, tensor in parts[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
-    out = torch.empty((count, *parts[0][1].shape[1:]), dtype=dtype, pin_memory=pin)
+    shapes = [tensor.shape[1:] for _, tensor in parts]
+    shape = (count, *max(shapes))
+    out = torch.empty(shape, dtype=dtype, pin_memory=pin)
+    if len(set(shapes)) > 1:
+        out.zero_()
     for places, tensor in parts:
-        out[torch.from_numpy(places)] = tensor.to(dtype)
+        rows = torch.from_numpy(places)
+        if tensor.ndim == 1:
+            out[rows] = tensor
+        else:
+            out[rows, : tensor.shape[1]] = tensor.to(dtype)
     return out
 
 

@@ -3,6 +3,8 @@
 To a CUDA device the threads that read batches copy them too, on a stream of its own, so that a
 batch comes while the one before it is computed on.
 
+Words and their lengths travel beside the grids and become one `Condition` on the device.
+
 Shape suffixes: B samples, N tokens, C channels, K scale rows (CLS where it is taken, then patches).
 """
 
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip3o_lit.base.condition import Condition
 from blip3o_lit.tokens.store.int8 import dequantise
 
 
@@ -50,16 +53,23 @@ class PackedTokens:
         return dequantise(self.stored_BNC, scale_NC, self.token_BN)
 
 
-Batch = dict[str, Tensor]
+WORDS, LENGTH = "words", "length"
+"""Keys of words `[B, L, E]` and their lengths `[B]` until they are a condition."""
+Batch = dict[str, Any]
+"""Tensors by name; `condition` is a `Condition` where a run has words."""
 PackedBatch = dict[str, Tensor | PackedTokens]
 
 
 def restored(batch: PackedBatch) -> Batch:
-    """Return a batch with its int8 tokens restored."""
-    return {
+    """Return a batch with its int8 tokens restored, and its words in the condition."""
+    out: Batch = {
         key: value.restore() if isinstance(value, PackedTokens) else value
         for key, value in batch.items()
     }
+    if WORDS in out:
+        words, length = out.pop(WORDS), out.pop(LENGTH)
+        out["condition"] = Condition(out.get("condition"), words, length)
+    return out
 
 
 ON_CPU = ("sample", "epoch")

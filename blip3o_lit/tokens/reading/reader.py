@@ -3,7 +3,8 @@
 Nothing is decoded: a batch is one tensor, and each sample's bytes are copied once, from the page
 cache into their place in it. Offsets are read when a shard is first used.
 
-Shape suffixes: B samples, N tokens, C condition width, D target width, P text width.
+Shape suffixes: B samples, N tokens, C condition width, D target width, P text width, K captions,
+L tokens of the longest caption that is read, E width of words, R rows of several captions.
 """
 
 from __future__ import annotations
@@ -11,28 +12,37 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import weakref
 from collections import OrderedDict
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_lit.base.shape import PairShape
+from blip3o_lit.base.shape import PairShape, SequenceShape
+from blip3o_lit.config.checks import names_of
 from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, PackedTokens, restored
+from blip3o_lit.tokens.reading.packed import (
+    LENGTH,
+    WORDS,
+    Batch,
+    PackedBatch,
+    PackedTokens,
+    restored,
+)
 from blip3o_lit.tokens.store.heads import Head
 from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
 from blip3o_lit.tokens.store.int8 import load_scales, scale_array
 from blip3o_lit.tokens.store.mapped_shard import Shard
-from blip3o_lit.tokens.store.shard_cache import ShardCache
 from blip3o_lit.tokens.store.storage import TORCH_TYPES, finite
-from blip3o_lit.tokens.views import view_of
+from blip3o_lit.tokens.views import sides_of, view_of
 
+MEASURED = 4
+"""Shards whose captions' lengths say how long the captions of a split are."""
 OPEN_SHARDS = 64
 """Shards kept mapped; the default shuffle window is 16."""
 
@@ -44,11 +54,36 @@ class Place(NamedTuple):
     sample: int
 
 
+class Supply(Protocol):
+    """Brings shards that are not in a store's folder when it is opened."""
+
+    address: str
+    """What messages call the store."""
+    limit: int
+    """Bytes of shards that may be open or there; 0: any."""
+    ahead: int
+    """Shards that are brought before they are read."""
+
+    def hold(self, entry: ShardEntry, let_go: Callable[[], object] = int) -> BinaryIO:
+        """Return a shard's open file once it is there; `let_go` closes others of this process."""
+        ...
+
+    def mapped(
+        self, entry: ShardEntry, index: TokenIndex, verify: str, let_go: Callable[[], object]
+    ) -> Shard:
+        """Map a shard."""
+        ...
+
+    def fetch_ahead(self, entry: ShardEntry, ended: Callable[[], bool]) -> bool:
+        """Bring a shard; return False where there is no room for it now."""
+        ...
+
+
 class TokenStore:
     """A token store: its index, its shards as they are needed, and its heads.
 
-    Shards lie in its folder, or where there is a `cache` come through that; the small files of a
-    remote store lie in the folder in either case.
+    Shards lie in its folder, or where there is a `supply` come through that; the small files lie in
+    the folder in either case.
     """
 
     def __init__(
@@ -56,15 +91,15 @@ class TokenStore:
         path: Path,
         index: TokenIndex,
         verify: str = "size",
-        cache: ShardCache | None = None,
+        supply: Supply | None = None,
     ) -> None:
-        self.path, self.index, self.verify, self.cache = path, index, verify, cache
-        self.address = cache.objects.url if cache else str(path)
+        self.path, self.index, self.verify, self.supply = path, index, verify, supply
+        self.address = supply.address if supply else str(path)
         """What messages call it."""
         self._open_shards = OPEN_SHARDS
-        if cache is not None:  # An open shard is in use, and a cache must have others to remove.
+        if supply and supply.limit:  # An open shard is in use, and others must be there to remove.
             largest = max(shard.bytes for shard in index.shards)
-            self._open_shards = max(1, min(OPEN_SHARDS, cache.limit // largest // 2))
+            self._open_shards = max(1, min(OPEN_SHARDS, supply.limit // largest // 2))
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._verified: set[int] = set()
         self._lock = threading.RLock()
@@ -82,30 +117,21 @@ class TokenStore:
     def shard(self, number: int) -> Shard:
         """Return a shard, mapping it if need be; safe to call from several threads."""
         entry = self.index.shards[number]
-        if self.cache is not None and number not in self._shards:
-            self.cache.hold(entry, self._let_go).close()  # Other threads read on meanwhile.
+        if self.supply is not None and number not in self._shards:
+            self.supply.hold(entry, self._let_go).close()  # Other threads read on meanwhile.
         with self._lock:
             if number not in self._shards:
                 verify = "size" if number in self._verified else self.verify
-                if self.cache is None:
+                if self.supply is None:
                     shard = Shard.open(self.path, entry, self.index, verify)
                 else:
-                    shard = self._cached(self.cache, entry, verify)
+                    shard = self.supply.mapped(entry, self.index, verify, self._let_go)
                 self._shards[number] = shard
                 self._verified.add(number)
                 if len(self._shards) > self._open_shards:
                     self._shards.popitem(last=False)
             self._shards.move_to_end(number)
             return self._shards[number]
-
-    def _cached(self, cache: ShardCache, entry: ShardEntry, verify: str) -> Shard:
-        """Map a shard, which stays in the cache as long as it is mapped."""
-        held = cache.hold(entry, self._let_go)
-        own = replace(entry, file=cache.path(entry).name, offsets=f"{entry.sha256}.idx")
-        shard = Shard.open(cache.shards, own, self.index, verify)
-        shard.entry = entry
-        weakref.finalize(shard, held.close)
-        return shard
 
     def _let_go(self) -> None:
         """Unmap the shards that no batch is being read from."""
@@ -132,16 +158,76 @@ class TokenStore:
             number, sample = places[i]
             shard = self.shard(number)
             np.copyto(content[i], shard.content(array, sample, start, end))
-            unread = bytearray(shard.entry.samples)
-            known = self._known_finite.setdefault((shard.entry.file, array), unread)
-            if not known[sample] and not finite(numbers[i], spec.dtype):
-                where = f"sample {shard.key(sample)} in {self.address}/{shard.entry.file}"
-                raise UserError(
-                    f"{where}: {array} holds NaN or infinity; extract it again or drop it (doctor "
-                    "lists all)"
-                )
-            known[sample] = True
+            known = self._known(shard, array, shard.entry.samples)
+            if not known[sample]:
+                self._check_finite(shard, array, sample, numbers[i])
+                known[sample] = True
         return out
+
+    def _known(self, shard: Shard, array: str, count: int) -> bytearray:
+        """Return the marks of what is known to be finite, which the caller sets."""
+        return self._known_finite.setdefault((shard.entry.file, array), bytearray(count))
+
+    def _check_finite(self, shard: Shard, array: str, sample: int, numbers: np.ndarray) -> None:
+        if not finite(numbers, self.index.arrays[array].dtype):
+            where = f"sample {shard.key(sample)} in {self.address}/{shard.entry.file}"
+            raise UserError(
+                f"{where}: {array} holds NaN or infinity; extract it again or drop it (doctor "
+                "lists all)"
+            )
+
+    def read_words(
+        self,
+        places: list[Place],
+        array: str,
+        draw_B: np.ndarray | None = None,
+        pin: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Copy one caption of each sample: words `[B, L, E]`, zeros behind each, lengths `[B]`.
+
+        `draw_B`, from 0 to 1, says which of an image's captions it is; None: the first. L is the
+        longest of those that are read; an image without captions has length 0. Each caption is
+        checked to be finite on its first read.
+        """
+        spec = self.index.arrays[array]
+        number_B, sample_B = np.array(places, np.int64).reshape(-1, 2).T
+        start_B, length_B = np.zeros_like(sample_B), np.zeros_like(sample_B)
+        caption_B, most = np.zeros_like(sample_B), 0
+        for number in np.unique(number_B).tolist():
+            own = np.flatnonzero(number_B == number)
+            lengths_BK = self.shard(number).lengths(array)[sample_B[own]].astype(np.int64)
+            most = lengths_BK.shape[1]
+            if draw_B is not None:
+                counts_B = (lengths_BK > 0).sum(1)
+                caption_B[own] = (draw_B[own] * counts_B).astype(np.int64)
+            ends_BK, rows = lengths_BK.cumsum(1), np.arange(len(own))
+            length_B[own] = lengths_BK[rows, caption_B[own]]
+            start_B[own] = ends_BK[rows, caption_B[own]] - length_B[own]
+        shape = (len(places), max(1, int(length_B.max(initial=0))), spec.shape[1])
+        out = torch.empty(shape, dtype=TORCH_TYPES[spec.dtype], pin_memory=pin)
+        numbers = (out.view(torch.int16) if out.dtype == torch.bfloat16 else out).numpy()
+        content = out.view(-1).view(torch.uint8).view(len(places), -1).numpy()
+        size = spec.row_bytes
+        rows = zip(caption_B.tolist(), (start_B * size).tolist(), (length_B * size).tolist())
+        wanted = list(rows)
+        for i in np.argsort(number_B, kind="stable").tolist():
+            (number, sample), (caption, start, length) = places[i], wanted[i]
+            shard = self.shard(number)
+            content[i, :length] = shard.content(array, sample, start, start + length)
+            content[i, length:] = 0
+            known = self._known(shard, array, shard.entry.samples * most)
+            if not known[sample * most + caption]:
+                self._check_finite(shard, array, sample, numbers[i])
+                known[sample * most + caption] = True
+        return out, torch.from_numpy(length_B)
+
+    def read_captions(self, place: Place, array: str) -> tuple[Tensor, np.ndarray]:
+        """Return all captions of a sample, one after the other `[R, E]`, and their lengths."""
+        spec, shard = self.index.arrays[array], self.shard(place.number)
+        lengths_K = shard.lengths(array)[place.sample]
+        stored = shard.stored(array, spec, place.sample)
+        self._check_finite(shard, array, place.sample, stored)
+        return torch.from_numpy(stored.copy()).view(TORCH_TYPES[spec.dtype]), lengths_K
 
     def read_packed(
         self, places: list[Place], array: str, first_row: int = 0, pin: bool = False
@@ -171,15 +257,16 @@ class TokenStore:
 class TokenReader:
     """One split of a store, its sample ids counted from 0 in shard order.
 
-    `condition` and `target` are names of arrays. The mode is patch_only when left out; at most
-    `max_shards` shards and `limit` samples are read.
+    `condition` and `target` are names of arrays; a condition may be a grid, a sequence (words) or
+    both. The mode, which is of grids, is patch_only when left out; at most `max_shards` shards and
+    `limit` samples are read.
     """
 
     def __init__(
         self,
         store: TokenStore,
         split: str,
-        condition: str = "eva",
+        condition: str | Sequence[str] = "eva",
         target: str = "clip",
         mode: ModeConfig | None = None,
         max_shards: int | None = None,
@@ -187,16 +274,21 @@ class TokenReader:
     ) -> None:
         self.store, self.index, self.split = store, store.index, split
         self.mode, self.limits = mode or ModeConfig(), (max_shards, limit)
-        self.array_names = self.condition, self.target = condition, target
         index = self.index
         one_of("split", split, index.splits)
-        one_of("data.condition", condition, index.arrays)
+        self.grid, self.words = sides_of(names_of(condition), index.arrays)
+        """Names of the condition's arrays: its grid, its sequence."""
         one_of("data.target", target, index.arrays)
+        self.target = target
+        self.array_names = (*filter(None, (self.grid, self.words)), target)
         self.views = {
             side: view_of(array, index.arrays[array], self.mode, index.reduced, store.head)
-            for side, array in (("condition", condition), ("target", target))
+            for side, array in (("condition", self.grid), ("target", target))
+            if array
         }
-        self.shape = PairShape(self.views["condition"].shape, self.views["target"].shape)
+        grid = self.views["condition"].shape if self.grid else None
+        words = SequenceShape(*index.arrays[self.words].shape) if self.words else None
+        self.shape = PairShape(grid, self.views["target"].shape, words)
         self._text = next((n for n, s in index.arrays.items() if s.kind == "text"), None)
         numbers = [i for i, shard in enumerate(index.shards) if shard.split == split][:max_shards]
         sizes = np.array([index.shards[i].samples for i in numbers])
@@ -219,10 +311,22 @@ class TokenReader:
 
     @property
     def sample_bytes(self) -> int:
-        """Stored bytes of one pair."""
-        return sum(self.index.arrays[name].nbytes for name in self.array_names)
+        """Stored bytes of one pair; of words, those of a caption of mean length."""
+        arrays = self.index.arrays
+        grids = sum(arrays[name].nbytes for name in self.array_names if name != self.words)
+        return grids + (int(self.mean_length * arrays[self.words].row_bytes) if self.words else 0)
 
-    def viewed(self, condition: str, target: str, mode: ModeConfig) -> TokenReader:
+    @cached_property
+    def mean_length(self) -> float:
+        """Mean length of the captions in a few shards all over the split; 0 without words."""
+        if not self.words:
+            return 0.0
+        few = np.unique(np.linspace(0, len(self._shard_numbers) - 1, MEASURED).astype(int))
+        shards = [self.store.shard(number) for number in self._shard_numbers[few].tolist()]
+        lengths = np.concatenate([shard.lengths(self.words).reshape(-1) for shard in shards])
+        return float(lengths.sum() / max(1, (lengths > 0).sum()))
+
+    def viewed(self, condition: str | Sequence[str], target: str, mode: ModeConfig) -> TokenReader:
         """Return another view of the same split, all of it."""
         return TokenReader(self.store, self.split, condition, target, mode)
 
@@ -235,24 +339,44 @@ class TokenReader:
         return [Place(*place) for place in zip(numbers.tolist(), samples.tolist())]
 
     def read(self, ids: np.ndarray) -> Batch:
-        """Read a batch: `read_packed` with int8 tokens restored to fp16."""
+        """Read a batch: `read_packed` with int8 tokens restored to fp16, first captions."""
         return restored(self.read_packed(ids))
 
-    def read_packed(self, ids: np.ndarray, pin: bool = False) -> PackedBatch:
+    def read_packed(
+        self, ids: np.ndarray, pin: bool = False, draw_B: np.ndarray | None = None
+    ) -> PackedBatch:
         """Read a batch whose int8 tokens are restored later, on the device.
 
         Ids `[B]` come in any order, repeats allowed. `condition` `[B, N, C]` and `target`
         `[B, N, D]` are as stored, or fp32 when the mode averages or projects; with `pin` they lie
-        in page-locked memory.
+        in page-locked memory. Words, with their lengths, are those of one caption of each image,
+        as `TokenStore.read_words` says.
         """
         places = self._locate(ids)
+        out = self._read_grids(places, pin)
+        if self.words:
+            out[WORDS], out[LENGTH] = self.store.read_words(places, self.words, draw_B, pin)
+        return out
+
+    def _read_grids(self, places: list[Place], pin: bool = False) -> PackedBatch:
         out: PackedBatch = {}
-        for (side, view), array in zip(self.views.items(), self.array_names):
+        for side, view in self.views.items():
+            array = self.target if side == "target" else self.grid
+            assert array
             if view.computes:
                 tokens = view.compute(self.store.read(places, array, view.first))
                 out[side] = tokens.pin_memory() if pin else tokens
             else:
                 out[side] = self.store.read_packed(places, array, view.first, pin)
+        return out
+
+    def read_all(self, ids: np.ndarray) -> Batch:
+        """Read grids, and the words of all captions of the images, one after the other `[R, E]`."""
+        places = self._locate(ids)
+        out = restored(self._read_grids(places))
+        if self.words:
+            captions = [self.store.read_captions(place, self.words)[0] for place in places]
+            out[WORDS] = torch.cat(captions)
         return out
 
     def text(self, ids: np.ndarray) -> Tensor | None:
@@ -272,15 +396,15 @@ class TokenReader:
         return [str(item.get("caption", "")) for item in self.metadata(ids)]
 
     @property
-    def caches(self) -> list[ShardCache]:
-        """The caches that shards come through; none for a local store."""
-        return [self.store.cache] if self.store.cache else []
+    def supplies(self) -> list[Supply]:
+        """What shards come through; nothing for a store that is there."""
+        return [self.store.supply] if self.store.supply else []
 
-    def fetches(self, ids: np.ndarray) -> list[tuple[ShardCache, ShardEntry]]:
-        """Return the shards that samples lie in, each with the cache that it comes through."""
+    def fetches(self, ids: np.ndarray) -> list[tuple[Supply, ShardEntry]]:
+        """Return the shards that samples lie in, each with what it comes through."""
         places = np.unique(np.searchsorted(self._first_ids, ids, "right") - 1)
         entries = [self.store.index.shards[number] for number in self._shard_numbers[places]]
-        return [(cache, entry) for cache in self.caches for entry in entries]
+        return [(supply, entry) for supply in self.supplies for entry in entries]
 
     def keys(self, ids: np.ndarray) -> list[str]:
         return [self.store.shard(n).key(sample) for n, sample in self._locate(ids)]

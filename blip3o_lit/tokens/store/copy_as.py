@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from blip3o_lit.config.errors import one_of
+from blip3o_lit.config.extract import STORAGE
 from blip3o_lit.tokens.classes import CLASSES_FILE
 from blip3o_lit.tokens.reading.reader import Place, TokenStore
 from blip3o_lit.tokens.store.heads import HEADS_FILE
-from blip3o_lit.tokens.store.index import STORED, ArraySpec, TokenIndex
+from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex, lengths_array, sequences_of
 from blip3o_lit.tokens.store.int8 import fit_int8
 from blip3o_lit.tokens.store.shards import TokenWriter
 
@@ -23,9 +24,10 @@ IMAGES = 256
 def copy_as(store: TokenStore, out: Path, storage: str) -> TokenIndex:
     """Write a store to `out` with its tokens in another format; the rest stays.
 
-    The new index of an int8 store names the cosine to the old tokens.
+    Words become what the tokens do, but there are none in int8: in such a store they stay as they
+    are. The new index of an int8 store names the cosine to the old tokens.
     """
-    one_of("storage", storage, STORED)
+    one_of("storage", storage, STORAGE)
     arrays: dict[str, ArraySpec] = {}
     scales: dict[str, np.ndarray] = {}
     for name, spec in store.index.arrays.items():
@@ -35,7 +37,9 @@ def copy_as(store: TokenStore, out: Path, storage: str) -> TokenIndex:
                 arrays[name], scales[name] = fit_int8(plain, _first_pass(store, name))
             else:
                 arrays[name] = replace(plain, dtype=storage)
-        elif spec.kind == "text":
+        elif spec.kind == "sequence" and storage != "int8":
+            arrays[name] = replace(spec, dtype=storage)
+        elif spec.kind != "scale":
             arrays[name] = spec
     index = store.index
     samples = max(shard.samples for shard in index.shards)
@@ -44,8 +48,8 @@ def copy_as(store: TokenStore, out: Path, storage: str) -> TokenIndex:
         for number, entry in enumerate(index.shards):
             shard = store.shard(number)
             for sample in range(entry.samples):
-                place = [Place(number, sample)]
-                values = {name: store.read(place, name)[0].float().numpy() for name in arrays}
+                place = Place(number, sample)
+                values = _values(store, place, list(arrays))
                 key, facts = shard.key(sample), shard.metadata(sample)
                 jpeg = shard.thumbnail(sample) if thumbnails else None
                 writer.add(entry.split, key, values, thumbnail=jpeg, **facts)
@@ -53,6 +57,16 @@ def copy_as(store: TokenStore, out: Path, storage: str) -> TokenIndex:
         if (store.path / name).is_file():
             shutil.copyfile(store.path / name, out / name)
     return TokenIndex.load(out)
+
+
+def _values(store: TokenStore, place: Place, arrays: list[str]) -> dict[str, np.ndarray]:
+    """Return the arrays of a sample as a writer takes them."""
+    values: dict[str, np.ndarray] = {}
+    for name in sequences_of(store.index.arrays):
+        words_RE, values[lengths_array(name)] = store.read_captions(place, name)
+        values[name] = words_RE.float().numpy()
+    grids = [name for name in arrays if name not in values]
+    return values | {name: store.read([place], name)[0].float().numpy() for name in grids}
 
 
 def _first_pass(store: TokenStore, array: str) -> np.ndarray:

@@ -19,8 +19,15 @@ from blip3o_lit.base.words import pasteable
 from blip3o_lit.config.errors import UserError, one_of
 
 SCHEMA = 1
-KINDS = ("tokens", "text", "scale")
-STORED = {"float16": "<f2", "bfloat16": "<i2", "float32": "<f4", "int8": "|i1"}
+SIDES = {"tokens": 2, "text": 1, "scale": 1, "sequence": 2, "lengths": 1}
+"""Kinds of arrays, and how many sides each has."""
+STORED = {
+    "float16": "<f2",
+    "bfloat16": "<i2",
+    "float32": "<f4",
+    "int8": "|i1",
+    "int32": "<i4",
+}
 """Types in index.json and in the npy files; npy knows no bfloat16, so its bits go in as int16."""
 SCALES = ("channel", "token")
 REJECTS_FILE = "rejects.jsonl"
@@ -36,11 +43,13 @@ class ArraySpec:
     """One array of every sample: its type, its shape and where it came from."""
 
     kind: str
-    """tokens (a grid), text (a caption embedding of unit norm) or scale (of int8 tokens)."""
+    """tokens (a grid), text (a caption embedding of unit norm), scale (of int8 tokens), sequence
+    (the captions' own tokens, as many as they have) or lengths (of a sequence's captions)."""
     dtype: str
     """A key of `STORED`."""
     shape: tuple[int, ...]
-    """`[N, C]` for tokens, `[P]` for text, `[N]` for scales."""
+    """`[N, C]` for tokens, `[P]` for text, `[N]` for scales; for a sequence the longest caption
+    that may come and its width, `[L, E]`; for its lengths the most captions of an image, `[K]`."""
     cls: bool = False
     """Whether token 0 is a CLS token."""
     grid: tuple[int, int] = (0, 0)
@@ -54,7 +63,8 @@ class ArraySpec:
     projected: bool = False
     """Whether the tower's projection is in it."""
     preprocessing: dict[str, Any] = field(default_factory=dict)
-    """Mean, std, interpolation and resize mode of the encoder's input."""
+    """Mean, std, interpolation and resize mode of the encoder's input; of a sequence, the keys of
+    `towers.text` that build its tower, where they name no file of this machine."""
     scale: str | None = None
     """Of int8: channel, or token where each token has a scale of its own too."""
     scale_hash: str = ""
@@ -72,27 +82,38 @@ class ArraySpec:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of one sample; of a sequence, those of one caption of full length."""
         return int(np.prod(self.shape)) * np.dtype(self.stored).itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token."""
+        return self.nbytes // self.shape[0]
 
     def to_dict(self) -> dict[str, Any]:
         out = asdict(self)
         out["shape"], out["grid"] = list(self.shape), list(self.grid)
         if self.kind != "tokens":
-            return {key: out[key] for key in ("kind", "dtype", "shape", "tower")}
+            beside = ("preprocessing",) if self.preprocessing else ()
+            return {key: out[key] for key in ("kind", "dtype", "shape", "tower", *beside)}
         int8 = ("scale", "scale_hash", "cosine")
         return {k: v for k, v in out.items() if k not in int8 or self.dtype == "int8"}
 
     @classmethod
     def from_dict(cls, name: str, data: dict[str, Any]) -> ArraySpec:
         """Read and check one entry of index.json."""
-        one_of(f"arrays.{name}.kind", data.get("kind", ""), KINDS)
+        one_of(f"arrays.{name}.kind", data.get("kind", ""), SIDES)
         one_of(f"arrays.{name}.dtype", data.get("dtype", ""), STORED)
         shape = tuple(int(side) for side in data["shape"])
         values = {key: data[key] for key in cls.__dataclass_fields__ if key in data}
         spec = cls(**{**values, "shape": shape, "grid": tuple(data.get("grid", (0, 0)))})
+        if spec.kind == "sequence" and spec.dtype == "int8":
+            raise UserError(f"arrays.{name} is a sequence, which has no int8: float16, say")
         if spec.dtype == "int8":
             one_of(f"arrays.{name}.scale", str(spec.scale), SCALES)
-        sides = 2 if spec.kind == "tokens" else 1
+        if (spec.dtype == "int32") != (spec.kind == "lengths"):
+            raise UserError(f"arrays.{name}: lengths are int32 and nothing else, not {spec.dtype}")
+        sides = SIDES[spec.kind]
         if len(shape) != sides or min(shape) < 1:
             raise UserError(f"arrays.{name}.shape={list(shape)} must have {sides} sides above 0")
         if spec.kind == "tokens" and (
@@ -148,7 +169,12 @@ class TokenIndex:
     @property
     def columns(self) -> int:
         """Numbers per sample in an .idx file."""
-        return len(self.arrays) + (4 if self.thumbnails else 2)
+        return len(self.arrays) + len(self.sequences) + (4 if self.thumbnails else 2)
+
+    @property
+    def sequences(self) -> list[str]:
+        """The arrays of kind sequence."""
+        return sequences_of(self.arrays)
 
     @property
     def hash(self) -> str:
@@ -229,6 +255,7 @@ class TokenIndex:
             check_array_name(name)
             if spec.scale == "token" and f"{name}_scale" not in self.arrays:
                 raise UserError(f"array {name} has no {name}_scale: extract again")
+        check_lengths_arrays(self.arrays)
         for shard in self.shards:
             for file in (shard.file, shard.offsets):
                 if not SAFE_NAME(file):
@@ -237,6 +264,25 @@ class TokenIndex:
                 raise UserError(f"shard {shard.file} has no sha256")
             if min(shard.samples, shard.bytes) < 1 or not shard.split:
                 raise UserError(f"shard {shard.file} counts {shard.samples} samples")
+
+
+def lengths_array(name: str) -> str:
+    """Return the name of the array that holds the lengths of a sequence's captions."""
+    return f"{name}_lengths"
+
+
+def sequences_of(arrays: dict[str, ArraySpec]) -> list[str]:
+    """Return the names of the arrays of kind sequence."""
+    return [name for name, spec in arrays.items() if spec.kind == "sequence"]
+
+
+def check_lengths_arrays(arrays: dict[str, ArraySpec]) -> None:
+    """Refuse a sequence without lengths, and lengths without their sequence."""
+    given = {name for name, spec in arrays.items() if spec.kind == "lengths"}
+    needed = {lengths_array(name): name for name in sequences_of(arrays)}
+    for name in sorted(given ^ needed.keys()):
+        missing = f"array {needed[name]} has no {name}" if name in needed else f"{name} is of none"
+        raise UserError(f"{missing}: a sequence and its lengths belong together, extract again")
 
 
 def split_rank(split: str) -> str:

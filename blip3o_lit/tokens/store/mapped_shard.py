@@ -11,10 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_lit.base.files import write_synced
+from blip3o_lit.base.files import FULL, write_synced
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.store import tar
-from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex, repair_command
+from blip3o_lit.tokens.store.index import (
+    ArraySpec,
+    ShardEntry,
+    TokenIndex,
+    lengths_array,
+    repair_command,
+    sequences_of,
+)
+from blip3o_lit.tokens.store.sequences import faulty
 from blip3o_lit.tokens.store.shards import pack_offsets, unpack_offsets
 
 
@@ -31,6 +39,9 @@ class Shard:
     ) -> None:
         self.entry, self.map, self.offsets = entry, data, offsets
         self.columns = {name: column for column, name in enumerate(index.arrays)}
+        self.sizes = {n: len(self.columns) + i for i, n in enumerate(index.sequences)}
+        self.arrays = index.arrays
+        self._lengths: dict[str, np.ndarray] = {}
         self.bytes = np.frombuffer(data, np.uint8)
         self.repair = repair_command(folder)
 
@@ -62,9 +73,13 @@ class Shard:
             )
         if offsets is None:
             offsets = scan(data, index.arrays, index.thumbnails, str(path), entry.samples)
-            # A read-only store is fine: the offsets then live in memory alone.
+            # A read-only store is fine, and so is a full disk: the offsets live in memory alone.
             if os.access(folder, os.W_OK):
-                write_synced(offsets_file, pack_offsets(offsets, entry.sha256))
+                try:
+                    write_synced(offsets_file, pack_offsets(offsets, entry.sha256))
+                except OSError as error:
+                    if error.errno not in FULL:
+                        raise
         return cls(folder, entry, index, data, offsets)
 
     @classmethod
@@ -75,9 +90,47 @@ class Shard:
         return cls(folder, entry, index, data, offsets)
 
     def stored(self, array: str, spec: ArraySpec, sample: int) -> np.ndarray:
-        """Return a read-only view of one sample's stored numbers, in the array's shape."""
-        content = self.content(array, sample, 0, spec.nbytes)
-        return content.view(spec.stored).reshape(spec.shape)
+        """Return a read-only view of one sample's stored numbers, in the array's shape.
+
+        Of a sequence these are all captions, one after the other: `[T, E]`.
+        """
+        sequence = spec.kind == "sequence"
+        size = int(self.offsets[sample, self.sizes[array]]) if sequence else spec.nbytes
+        content = self.content(array, sample, 0, size)
+        return content.view(spec.stored).reshape((-1, *spec.shape[1:]) if sequence else spec.shape)
+
+    def lengths(self, array: str) -> np.ndarray:
+        """Return how long each caption of a sequence is, int32 `[samples, K]`, 0 behind the last.
+
+        They are read once, and refused unless they add up to what is stored.
+        """
+        if array not in self._lengths:
+            lengths_SK = self.stored_lengths(array)
+            bad = faulty(lengths_SK, self.positions(array), self.arrays[array].shape[0])
+            if bad.any():
+                raise UserError(self.lengths_fault(array, int(np.flatnonzero(bad)[0])))
+            self._lengths[array] = lengths_SK
+        return self._lengths[array]
+
+    def stored_lengths(self, array: str) -> np.ndarray:
+        """Return the lengths of a sequence's captions, `[samples, K]`, unchecked."""
+        name = lengths_array(array)
+        spec, rows = self.arrays[name], range(len(self.offsets))
+        return np.stack([self.stored(name, spec, sample) for sample in rows])
+
+    def positions(self, array: str) -> np.ndarray:
+        """Return how many tokens of a sequence each sample stores, `[samples]`."""
+        size = np.uint64(self.arrays[array].row_bytes)
+        return (self.offsets[:, self.sizes[array]] // size).astype(np.int64)
+
+    def lengths_fault(self, array: str, sample: int) -> str:
+        """Say what is wrong with a sample's lengths."""
+        name = lengths_array(array)
+        lengths = self.stored(name, self.arrays[name], sample).tolist()
+        return (
+            f"sample {self.key(sample)} in {self.entry.file}: {name} {lengths} don't describe the "
+            f"{self.positions(array)[sample]} tokens of {array}: extract it again"
+        )
 
     def content(self, array: str, sample: int, start: int, end: int) -> np.ndarray:
         """Return a read-only view of one sample's stored bytes in an array, from start to end."""
@@ -142,6 +195,7 @@ def scan(
     with memoryview(data) as view:
         for sample in tar.samples(tar.members(view, where), arrays, where, thumbnails):
             row = [sample[name].offset for name in arrays]
+            row += [sample[name].size for name in sequences_of(arrays)]
             for name in tar.BESIDE:
                 if name in sample:
                     row += [sample[name].offset, sample[name].size]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +26,9 @@ from blip3o_lit.tokens.store.index import (
     ShardEntry,
     TokenIndex,
     check_array_name,
+    check_lengths_arrays,
     check_split,
+    sequences_of,
 )
 from blip3o_lit.tokens.store.int8 import load_scales, save_scales, with_token_scales
 from blip3o_lit.tokens.store.storage import encode
@@ -37,8 +40,9 @@ def pack_offsets(offsets: np.ndarray, sha256: str) -> bytes:
     """Return the content of an .idx file.
 
     Four words of 8 bytes (magic, samples, columns, start of the tar's sha256), then
-    `[samples, columns]` u64: first byte of each array's numbers, first byte and size of KEY.jpg
-    where there is one, first byte and size of KEY.json; then 8 bytes of a sha256 of all this.
+    `[samples, columns]` u64: first byte of each array's numbers, size of each sequence's numbers,
+    first byte and size of KEY.jpg where there is one, first byte and size of KEY.json; then 8 bytes
+    of a sha256 of all this.
     """
     samples, columns = offsets.shape
     body = _offsets_head(samples, columns, sha256) + offsets.astype("<u8").tobytes()
@@ -127,7 +131,9 @@ class ShardWriter:
             size = len(start) + value.nbytes
             self._put(tar.header(f"{key}.{name}.npy", size), start)
             row.append(self._position)
-            self._put(np.ascontiguousarray(value).data.cast("B"), tar.padding(size))
+            content = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+            self._put(content.data, tar.padding(size))
+        row += [stored[name].nbytes for name in sequences_of(self.arrays)]
         beside = {"json": text} if thumbnail is None else {"jpg": thumbnail, "json": text}
         for suffix, content in beside.items():
             self._put(tar.header(f"{key}.{suffix}", len(content)))
@@ -150,7 +156,9 @@ class ShardWriter:
         return ShardEntry(tar_name, idx_name, self.split, len(self), self._position, sha256)
 
     def abort(self) -> None:
-        self._file.close()
+        """Remove what is written."""
+        with suppress(OSError):  # what is still to be written may find no room
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
@@ -159,7 +167,7 @@ class TokenWriter:
 
     `int8.fit_int8` gives the specs of int8 arrays and their channel `scales` `[K, C]`;
     `reduced` is `grid_64` for a store of 64 averaged tokens. With `thumbnails` every sample has a
-    JPEG.
+    JPEG. What a sequence and its lengths are of some captions says `sequences.packed`.
 
     Example:
         with TokenWriter(folder, {"eva": spec, "clip": spec}) as writer:
@@ -182,6 +190,7 @@ class TokenWriter:
         for name, spec in arrays.items():
             check_array_name(name)
             ArraySpec.from_dict(name, spec.to_dict())
+        check_lengths_arrays(arrays)
         self.out.mkdir(parents=True, exist_ok=True)
         self.arrays, self.shard_samples = with_token_scales(arrays), shard_samples
         if scales:

@@ -8,6 +8,7 @@ import torch
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.store.index import STORED, ArraySpec
 from blip3o_lit.tokens.store.int8 import quantise, scale_array
+from blip3o_lit.tokens.store.sequences import check_sequence
 
 LARGEST = 6e4
 """Magnitudes from here on are refused: fp16 ends at 65504."""
@@ -20,7 +21,7 @@ def finite(stored: np.ndarray, dtype: str) -> bool:
     The 16-bit floats are compared as integers, which is much faster: NaN and infinity are the
     largest of either sign.
     """
-    if dtype == "int8":
+    if dtype in ("int8", "int32") or not stored.size:
         return True
     if dtype == "float32":
         return bool(np.isfinite(stored).all())
@@ -45,7 +46,14 @@ def encode(
     out: dict[str, np.ndarray] = dict.fromkeys(specs, np.empty(0))
     for name, value in arrays.items():
         spec = specs[name]
-        _check(value, spec, key, name)
+        if spec.kind == "sequence":
+            check_sequence(name, value, arrays, specs, key)
+        elif value.shape != spec.shape:
+            raise UserError(
+                f"sample {key}: {name} has shape {list(value.shape)}, "
+                f"the store holds {list(spec.shape)}"
+            )
+        _check_numbers(value, key, name)
         if spec.dtype == "int8":
             out[name], token_N = quantise(value, scales[name], spec.scale == "token")
             if token_N is not None:
@@ -58,13 +66,8 @@ def encode(
     return out
 
 
-def _check(value: np.ndarray, spec: ArraySpec, key: str, name: str) -> None:
-    if value.shape != spec.shape:
-        raise UserError(
-            f"sample {key}: {name} has shape {list(value.shape)}, "
-            f"the store holds {list(spec.shape)}"
-        )
-    largest = np.abs(value.astype(np.float32, copy=False)).max()
+def _check_numbers(value: np.ndarray, key: str, name: str) -> None:
+    largest = np.abs(value.astype(np.float32, copy=False)).max(initial=0.0)
     if not largest < LARGEST:
         raise UserError(
             f"sample {key}: {name} holds {'NaN' if np.isnan(largest) else f'{largest:g}'}; "

@@ -34,6 +34,7 @@ class Member:
     offset: int
     """First byte of its content, or of its numbers."""
     size: int
+    """Bytes from there on."""
     content: bytes
     """Its bytes, those of a npy header at least."""
 
@@ -124,7 +125,7 @@ def samples(
                 "the shard is not the one that index.json describes"
             )
         start = 0 if name in BESIDE else _npy_start(member, arrays[name], where)
-        sample[name] = replace(member, offset=member.offset + start)
+        sample[name] = replace(member, offset=member.offset + start, size=member.size - start)
         if len(sample) == len(suffixes):
             yield sample
             sample = {}
@@ -136,12 +137,15 @@ def _npy_start(member: Member, spec: ArraySpec, where: str) -> int:
     """Check a npy file against the index; return where its numbers start in it."""
     where = f"{where}: {member.name}"
     stored, shape, start = read_npy_header(member.content, where)
-    if stored != spec.stored or shape != spec.shape:
+    sequence = spec.kind == "sequence"
+    fits = len(shape) == 2 and shape[1] == spec.shape[1] if sequence else shape == spec.shape
+    if stored != spec.stored or not fits:
+        promise = ["any", spec.shape[1]] if sequence else [*spec.shape]
         raise UserError(
             f"{where} holds {stored} {list(shape)}, index.json promises "
-            f"{spec.stored} {list(spec.shape)}: extract it again"
+            f"{spec.stored} {promise}: extract it again"
         )
-    if member.size != start + spec.nbytes:
+    if member.size != start + (shape[0] * spec.row_bytes if sequence else spec.nbytes):
         raise UserError(f"{where} has a wrong size: extract it again")
     return start
 

@@ -82,7 +82,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     show(result)
     show_averages(result)
     print(f"evaluation: {folder / 'evaluation.json'}\nreport: {page}")
-    words = pasteable("ckpt", loaded.file), pasteable("out", folder / "export")
+    words = [pasteable("ckpt", loaded.file), pasteable("out", folder / "export")]
+    if folder == loaded.folder and result.get("averages", {}).get("best", OWN) != OWN:
+        words.append("ema=best")
     print("next: python -m blip3o_lit.export", *words)
     return result
 
@@ -153,7 +155,7 @@ def show_averages(result: dict[str, Any]) -> None:
         print(f"{width}: {result['headline']} cosine {scores['cosine']:.5f}{missed}")
     best = averages["best"]
     which = "the run's own average" if best == OWN else f"ema {best}"
-    print(f"best: {which}; python -m blip3o_lit.export ema=best takes it")
+    print(f"best: {which}")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Generated tokens as shards: `python -m blip3o_lit.generate ckpt=RUN tokens=DIR out=DIR`.
 
-With images=PATH captions=FILE in place of tokens and out, it prints the best captions of pictures.
+With prompts=FILE in place of tokens it generates from captions; with images=PATH captions=FILE it
+prints the best captions of pictures.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from blip3o_lit.base.files import claimed
 from blip3o_lit.cli.command import SHARDS_KEPT, run_command
 from blip3o_lit.config.commands import GenerateConfig
 from blip3o_lit.config.errors import UserError, one_of
+from blip3o_lit.config.solver import SolverConfig
 
 if TYPE_CHECKING:
     from blip3o_lit.checkpoints.load import Loaded
@@ -24,6 +26,8 @@ def run(config: GenerateConfig) -> None:
     """Write a generated store, or print captions of pictures."""
     if config.images:
         caption(config)
+    elif config.prompts:
+        from_prompts(config)
     else:
         generate(config)
 
@@ -42,7 +46,7 @@ def caption(
     from blip3o_lit.translation.pictures import embed_captions, picture_files, rank_captions
 
     assert config.images
-    captions = _captions(config)
+    captions = lines_of("captions", config.captions or "")
     model = BLIP3oInference(config.ckpt, config.device)
     if config.graphs:
         model.translator.graphs = Graphs(model.device)
@@ -78,14 +82,69 @@ def caption(
     return best
 
 
-def _captions(config: GenerateConfig) -> list[str]:
-    file = Path(config.captions or "").expanduser()
+def lines_of(key: str, path: str) -> list[str]:
+    """Return the captions in a text file, one per line."""
+    from blip3o_lit.images.text import read_text
+
+    file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"captions={config.captions}: no such file")
-    captions = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+        raise UserError(f"{key}={path}: no such file")
+    captions = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if not captions:
-        raise UserError(f"captions={config.captions} holds no caption")
+        raise UserError(f"{key}={path} holds no caption")
     return captions
+
+
+def from_prompts(config: GenerateConfig, line_seconds: float = 10.0) -> Path:
+    """Write tokens of captions, and draw them where asked to; return the folder."""
+    import torch
+
+    from blip3o_lit.base.progress import Work
+    from blip3o_lit.budget.out_of_memory import batch_limit
+    from blip3o_lit.checkpoints.drawer import drawer_of
+    from blip3o_lit.inference import BLIP3oInference
+    from blip3o_lit.translation.cuda_graphs import Graphs
+    from blip3o_lit.translation.prompts import draw_prompts, save_prompts
+    from blip3o_lit.translation.words import text_tower_of
+
+    captions = lines_of("prompts", str(config.prompts))
+    out = Path(config.out or f"{Path(str(config.prompts)).stem}-generated")
+    model = BLIP3oInference(config.ckpt, config.device)
+    if config.graphs:
+        model.translator.graphs = Graphs(model.device)
+    tower = text_tower_of(model.loaded, config.towers.text)
+    solver = sampling_solver(config.solver, model.config.solver)
+    drawer = drawer_of(model.loaded, config.decoder) if config.draw else None
+    limit = batch_limit("batch_size", config.batch_size)
+    with claimed(out, "out"):
+        parts = []
+        with Work("sampling", len(captions), "captions", line_seconds) as work, limit:
+            for start in range(0, len(captions), config.batch_size):
+                part = captions[start : start + config.batch_size]
+                ids = torch.arange(start, start + len(part))
+                settings: dict[str, Any] = {"solver": solver, "sample_ids": ids}
+                draws = [
+                    model.from_text(part, tower, seed=config.seed + number, **settings)
+                    for number in range(config.n)
+                ]
+                parts.append(torch.stack([draw.cpu() for draw in draws]))  # type: ignore[union-attr]
+                work.advance(len(part))
+        tokens_KBND = torch.cat(parts, 1)
+        save_prompts(out, captions, tokens_KBND, model.loaded.hash, solver, config.seed)
+        if drawer is not None:
+            draw_prompts(out, captions, tokens_KBND, drawer)
+    print(f"{config.n} samples of each of {len(captions)} captions by {solver.label}: {out}")
+    if config.draw:
+        print(f"drawings: {out / 'sheet.png'}")
+    return out
+
+
+def sampling_solver(given: SolverConfig, own: SolverConfig) -> SolverConfig:
+    """Return the run's `own` solver where `given` is the plain default, with its guidance."""
+    if given.name != "mean" or own.name == "mean":
+        return given
+    scale = given.guidance_scale
+    return own if scale == 1 else replace(own, guidance_scale=scale)
 
 
 def _print_captions(best: dict[str, list[tuple[str, float]]]) -> None:

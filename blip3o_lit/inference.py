@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from blip3o_lit.drawing.drawer import Drawer
+    from blip3o_lit.towers.text_tower import TextTower
     from blip3o_lit.towers.tower import Tower
 
 
@@ -57,6 +58,7 @@ class BLIP3oInference:
         self.translator, self.config = self.loaded.translator, self.loaded.config
         self.shape, self.facts = self.loaded.shape, self.loaded.facts
         self._drawers: dict[str | None, Drawer] = {}
+        self._text_tower: TextTower | None = None
 
     @own_defaults()
     def generate(
@@ -232,6 +234,42 @@ class BLIP3oInference:
             tower = load_tower(TowersConfig().condition, device=str(self.device))
         tokens = picture_tokens(tower, images, self.config.mode, pixels or PixelsConfig())
         return self.generate(tokens, **settings)
+
+    @own_defaults()
+    def from_text(
+        self,
+        captions: str | Sequence[str],
+        tower: TextTower | None = None,
+        grid: Tensor | None = None,
+        **settings: Any,
+    ) -> Generated:
+        """Generate target tokens of captions.
+
+        Args:
+            captions: One caption or several.
+            tower: The text tower; by default the one that the model's words are of.
+            grid: Condition tokens `[B, M, C]` beside them, for a model that reads both.
+            **settings: Passed on to `generate`; captions sample with the run's own solver.
+
+        Returns:
+            `[B, N, D]`.
+
+        Raises:
+            UserError: If the model reads no words, or its text tower can't be had.
+        """
+        from blip3o_lit.translation.words import caption_condition, text_tower_of, words_spec
+
+        captions = [captions] if isinstance(captions, str) else list(captions)
+        if not captions:
+            raise UserError("from_text: give a caption at least")
+        spec = words_spec(self.loaded)
+        if (grid is None) != (self.shape.condition is None):
+            need = "no grid" if self.shape.condition is None else "a grid beside its words: grid="
+            raise UserError(f"from_text: {self.loaded.file} reads {need}")
+        if tower is None:
+            self._text_tower = self._text_tower or text_tower_of(self.loaded)
+            tower = self._text_tower
+        return self.generate(caption_condition(captions, tower, spec.dtype, grid), **settings)
 
     @own_defaults()
     def draw(self, tokens: Tensor | np.ndarray, decoder: str | None = None) -> list[Image]:

@@ -130,7 +130,9 @@ def _shareable(loaded: Loaded) -> dict[str, Any]:
         data["tokens"] = next(iter(names), None)
     if data.get("images"):
         data["images"] = Path(data["images"]).name
-    shared["config"] |= {"resume": None, "overwrite": False}
+    begun = shared["config"].get("init_from")
+    begun = Path(begun).name if begun else None
+    shared["config"] |= {"resume": None, "overwrite": False, "init_from": begun}
     shared["checkpoint"] = loaded.hash
     shared["name"] = loaded.facts.get("name", loaded.folder.resolve().name)
     return shared

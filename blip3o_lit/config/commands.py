@@ -18,19 +18,26 @@ class GenerateConfig:
     tokens: str = ""
     """Token store that holds the condition tokens."""
     out: str = ""
-    """Folder for the generated store; a stopped command goes on where it was."""
+    """Folder for the generated store; a stopped command goes on where it was. With `prompts` left
+    out: FILE-generated."""
     images: str | None = None
     """A picture, or a folder of them, in place of a token store: prints the best captions."""
+    prompts: str | None = None
+    """Text file with one caption per line, in place of a token store: tokens of each caption."""
+    n: int = above_zero(1)
+    """Samples of each caption of `prompts`, each with a seed of its own from `seed` on."""
     captions: str | None = None
     """Text file with one caption per line, ranked for each picture of `images`."""
     best: int = above_zero(3)
     """Captions printed per picture."""
     towers: TowersConfig = field(default_factory=TowersConfig)
-    """Encoders of pictures (condition) and captions (target)."""
+    """Encoders of pictures (condition) and captions (target); of `prompts` by default the text
+    tower that the checkpoint's words are of."""
     pixels: PixelsConfig = field(default_factory=PixelsConfig)
     """How pictures become pixels: as in the extraction of the training tokens."""
     draw: bool = False
-    """Draw the generated tokens too: a PNG per sample in `drawings/` of `out`."""
+    """Draw the generated tokens too: a PNG per sample in `drawings/` of `out`; of `prompts` also
+    one of all, sheet.png."""
     decoder: str | None = None
     """Folder or hub id of a decoder that draws; null: the read-out of the training images."""
     split: str | None = None
@@ -51,8 +58,14 @@ class GenerateConfig:
             raise UserError("ckpt=PATH is missing: name a checkpoint or a run directory")
         if bool(self.images) != bool(self.captions):
             raise UserError("images=PATH and captions=FILE belong together: give both")
-        if not self.images and not (self.tokens and self.out):
-            raise UserError("tokens=DIR and out=DIR are missing (or images=PATH captions=FILE)")
+        if self.prompts and (self.images or self.tokens):
+            raise UserError("prompts= generates from captions: drop tokens= and images=")
+        if self.n > 1 and not self.prompts:
+            raise UserError(f"n={self.n} samples are of each caption of prompts=FILE: give it")
+        if not self.images and not self.prompts and not (self.tokens and self.out):
+            raise UserError(
+                "tokens=DIR and out=DIR are missing (or prompts=FILE, or images=PATH captions=FILE)"
+            )
         if self.images and (self.tokens or self.out):
             raise UserError("images= prints captions, tokens= out= writes a store: give one pair")
         if self.draw and self.images:

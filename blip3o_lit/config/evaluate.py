@@ -7,6 +7,7 @@ from blip3o_lit.config import registry as register
 from blip3o_lit.config.checks import above_zero, check_fields, choice, several
 from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.config.optimizer import check_width
+from blip3o_lit.config.solver import solver_from_label
 
 BASELINE_SETS = {
     "none": (),
@@ -61,6 +62,8 @@ class EvaluateConfig:
     solvers: list[str] = field(default_factory=lambda: ["heun-10", "ab2-4"])
     """Estimators beside the posterior mean, as solver-steps, or guided: heun-10@1.5, mean@1.5;
     fitted-4 has 4 evaluations, and is fitted on the training split where none is stored."""
+    guidance: list[float] = field(default_factory=list)
+    """Guidance scales at which the first of `solvers` is scored too, as [1,1.5,2,3,4]."""
     curve: list[str] = field(
         default_factory=lambda: [
             *("euler-1", "euler-2", "euler-4", "euler-8", "euler-16"),
@@ -100,9 +103,24 @@ class EvaluateConfig:
         check_fields(self)
         for width in self.ema:
             check_width("ema", width)
+        if self.guidance and not self.solvers:
+            raise UserError("guidance=[...] needs a solver in solvers=[], as heun-10")
         for name in self.own_baselines:
             one_of("own_baselines", name, register.baseline)
         for name in self.metrics:
             one_of("metrics", name, register.metric)
+        for label in self.guided:
+            solver_from_label(label)
         if self.drawn_images < 0:
             raise UserError(f"drawn_images={self.drawn_images} must be 0 or more")
+
+    @property
+    def guided(self) -> list[str]:
+        """The labels of the guidance curve, as heun-10@1.5."""
+        plain = self.solvers[0].partition("@")[0] if self.solvers else ""
+        return [f"{plain}@{scale:g}" for scale in self.guidance]
+
+    @property
+    def estimators(self) -> list[str]:
+        """All solvers that are scored, those of the guidance curve behind the others."""
+        return [*self.solvers, *self.guided]

@@ -18,9 +18,11 @@ from blip3o_lit.drawing.digits import SCENES, digit_reader
 from blip3o_lit.drawing.drawer import IMAGES as FITTED_IMAGES
 from blip3o_lit.drawing.drawer import Drawer, split_readout, thumbnails
 from blip3o_lit.drawing.readout import Readout, psnr
+from blip3o_lit.drawing.scene_reader import scene_reader
 from blip3o_lit.drawing.sheet import Drawing, Row, report_row
 from blip3o_lit.evaluation.estimators import Batch, Estimator
 from blip3o_lit.evaluation.hidden_half import HiddenHalf
+from blip3o_lit.evaluation.named_digits import NamedDigits
 from blip3o_lit.metrics.cosine import cosine
 from blip3o_lit.tokens.reading.reader import TokenReader
 
@@ -31,7 +33,7 @@ class Drawings:
     """Draws what estimators predict for some of the first `images` of `held`.
 
     The read-out is fitted on `train` alone and kept in `folder`. `masked`: the condition tower saw
-    the left half of demo scenes alone.
+    the left half of demo scenes alone. `named`: captions of such scenes are part of the condition.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class Drawings:
         folder: Path,
         report: Report,
         masked: bool = False,
+        named: bool = False,
     ) -> None:
         self.held, self.config = held, config
         self.why_not = _why_not(held, train, config)
         self.drawer: Drawer | None = None
         self.hidden: HiddenHalf | None = None
+        self.named: NamedDigits | None = None
         if self.why_not:
             return
         if config.decoder:
@@ -66,6 +70,10 @@ class Drawings:
             report("digit reader", 0, SCENES)
             self.hidden = HiddenHalf(digit_reader(folder))
             report("digit reader", SCENES, SCENES)
+        if named:
+            report("scene reader", 0, SCENES)
+            self.named = NamedDigits(scene_reader(folder))
+            report("scene reader", SCENES, SCENES)
 
     def add(self, predictions: Mapping[str, Tensor], true_BND: Tensor, sample_B: Tensor) -> None:
         if self.drawer is None:
@@ -98,6 +106,8 @@ class Drawings:
             scores.setdefault("psnr_thumbnail", []).append(psnr(drawn, pictures))
         if self.hidden is not None:
             self.hidden.add(name, drawn)
+        if self.named is not None:
+            self.named.add(name, drawn, self.held.captions(ids))
 
     def _thumbnails(self, ids: np.ndarray, like: Tensor) -> Tensor:
         """Return thumbnails at the size of drawn pictures."""
@@ -112,7 +122,8 @@ class Drawings:
         if self.drawer is None:
             return {}
         scores = self._psnr.get(name, {})
-        return {key: float(torch.cat(parts).mean()) for key, parts in scores.items()}
+        means = {key: float(torch.cat(parts).mean()) for key, parts in scores.items()}
+        return means | (self.named.scores(name) if self.named is not None else {})
 
     def facts(self) -> dict[str, Any]:
         """Return what the drawings are made with, and how well true tokens can be drawn at all."""
@@ -125,6 +136,8 @@ class Drawings:
             facts["ceiling"] = ceiling
         if self.hidden is not None:
             facts["hidden_half"] = self.hidden.result()
+        if self.named is not None:
+            facts["named"] = self.named.result()
         return facts
 
     @property

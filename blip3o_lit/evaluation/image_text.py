@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics.utilities import dim_zero_cat
 
 from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.images.text import label_of
-from blip3o_lit.metrics.retrieval import Retrieval, caption_ids
+from blip3o_lit.metrics.retrieval import NO_CAPTION, Retrieval, caption_ids
 from blip3o_lit.models.baselines import Ridge
 from blip3o_lit.tokens.classes import Classes
 from blip3o_lit.tokens.reading.reader import TokenReader
@@ -36,10 +37,17 @@ class ImageText:
 
     Classes are the store's class prompts where it has them, else means of training captions.
     A sample's label is a class's name, or its number from 0; where names are numbers, its name.
+    With `compares` the similarity to the own caption is told beside the recall.
     """
 
-    def __init__(self, held: TokenReader, train: TokenReader | None, device: torch.device) -> None:
-        self.held = held
+    def __init__(
+        self,
+        held: TokenReader,
+        train: TokenReader | None,
+        device: torch.device,
+        compares: bool = False,
+    ) -> None:
+        self.held, self.compares = held, compares
         self.read_outs: dict[str, ReadOut] = {}
         self.classes: tuple[list[str], Tensor] | None = None
         self.classes_from = "training captions"
@@ -103,7 +111,17 @@ class ImageText:
         }
         read_out = "cls" if self.held.shape.target.cls else "patch_mean"
         images = self.recall["tower"]["chance"].captioned
-        return {"read_out": read_out, "images": images, **tables.pop("tower"), **tables}
+        alike = {"similarity": self._similarity()} if self.compares else {}
+        return {"read_out": read_out, "images": images, **tables.pop("tower"), **tables, **alike}
+
+    def _similarity(self) -> dict[str, float]:
+        """Return the mean cosine of each source's embedding to its own caption's, by the tower."""
+        found = {}
+        for source, recall in self.recall["tower"].items():
+            cosine_B = (dim_zero_cat(recall.image) * dim_zero_cat(recall.text)).sum(-1)
+            known_B = dim_zero_cat(recall.caption) != NO_CAPTION
+            found[source] = float(cosine_B[known_B].mean())
+        return found
 
     def zero_shot(self) -> dict[str, Any]:
         """Return top-1 accuracy by source, and how often a source agrees with the true tokens.

@@ -24,6 +24,7 @@ from blip3o_lit.evaluation.estimators import (
     known_problem,
 )
 from blip3o_lit.evaluation.examples import examples, ranked, worst
+from blip3o_lit.evaluation.guidance import guidance_curve
 from blip3o_lit.evaluation.held_out import HeldOut
 from blip3o_lit.evaluation.hidden_half import shows_scenes
 from blip3o_lit.evaluation.image_text import ImageText
@@ -68,7 +69,7 @@ class Scorer:
         self.images = min(config.images or len(held), len(held))
         self.solver_images = min(config.solver_images or self.images, self.images)
         self.curve_images = min(config.curve_images, self.images)
-        labels = [*config.solvers, *config.curve]
+        labels = [*config.estimators, *config.curve]
         for one in (loaded, rival) if rival is not None else (loaded,):
             fit_solvers(one, train, missing_budgets(one, labels), config.seed, report)
         self.device = loaded.device
@@ -87,10 +88,14 @@ class Scorer:
         if train is not None:
             self.fits = BaselineFits(train, loaded, config, folder, report)
             self.mean_ND = self.fits.mean_token()
-        self.image_text = ImageText(held, train, self.device)
+        self.image_text = ImageText(held, train, self.device, loaded.shape.words is not None)
         # Its images are among those that the solvers draw samples of: all have the same ones.
         masked = loaded.config.data.name == "demo_masked" and shows_scenes(held)
-        self.drawings = Drawings(held, train, config, self.solver_images, folder, report, masked)
+        self.has_words = loaded.shape.words is not None
+        named = self.has_words and shows_scenes(held)
+        self.drawings = Drawings(
+            held, train, config, self.solver_images, folder, report, masked, named
+        )
 
     def run(self) -> dict[str, Any]:
         """Return the content of `evaluation.json`, which has finite numbers only."""
@@ -144,6 +149,7 @@ class Scorer:
             "worst": worst(self.reader, cosine_B),
             "examples": self._examples(cosine_B),
             "nfe_curve": self._curve_points(scored.curve),
+            "guidance": {},
             "time_bins": time_bins(
                 self.loaded.translator,
                 self.held_out.batches(self.curve_images, "loss by time"),
@@ -166,6 +172,7 @@ class Scorer:
             result["fitted_solvers"] = {str(nfe): records[nfe] for nfe in sorted(records)}
         for name, tally in estimators.items():
             result["estimators"][name]["nfe"] = tally.nfe
+        result["guidance"] = guidance_curve(self.config.guided, result)
         if problem is not None:
             result["optimum"] = self._scores(optima, reference)
             result["optimum"]["mean"]["expected_mse"] = problem.token_error()
@@ -189,8 +196,12 @@ class Scorer:
 
     def _estimators(self, loaded: Loaded) -> Tallies:
         """Return a tally for the posterior mean, where there is one, and for each solver."""
-        solvers = [solver_from_label(label) for label in self.config.solvers]
-        if loaded.config.flow.has_mean:
+        solvers = [solver_from_label(label) for label in self.config.estimators]
+        own = loaded.config.solver
+        if self.has_words and own.name != "mean":
+            # Captions leave much open: the run's own samples speak for it, not the mean.
+            solvers = [own, *([SolverConfig()] if loaded.config.flow.has_mean else []), *solvers]
+        elif loaded.config.flow.has_mean:
             solvers = [SolverConfig(), *solvers]
         if not solvers:
             raise UserError("this flow has no posterior mean at t = 0: name a solver in solvers=[]")
@@ -247,6 +258,8 @@ class Scorer:
         self.drawings.add(drawn, true_BND, sample_B)
         meant = {GENERATED: tokens[headline]}
         meant |= {name: tokens[name] for name in self.baselines}
+        if self.has_words:
+            meant |= {name: tokens[name] for name in own if name in tokens and name != headline}
         meant["true"] = true_BND
         meant["mean_token"] = self.mean_ND.expand(len(sample_B), -1, -1)
         self.image_text.add(meant, sample_B.numpy())

@@ -4,6 +4,7 @@ Shape suffixes: B images, N tokens, C channels, S side of the input.
 """
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -12,19 +13,22 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.base.first_rank import ALONE, FirstRank
+from blip3o_lit.config.checks import names_of
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.towers import TowersConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.extraction.direct.listing import Listing, PictureShard
-from blip3o_lit.extraction.encoding import TowerSet
+from blip3o_lit.extraction.encoding import WORDS, TowerSet
 from blip3o_lit.images.item import Reject, Source, decode
 from blip3o_lit.images.open import open_source
 from blip3o_lit.tokens.reading.packed import Batch, PackedBatch
 from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.tokens.store.heads import Head
-from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
+from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex
+from blip3o_lit.tokens.store.sequences import sequence_specs
 from blip3o_lit.towers.load import load_tower
+from blip3o_lit.towers.text_tower import load_text_tower
 
 SHARD_IMAGES = 256
 """Images of a shard, as an extraction makes them by default: the order depends on it."""
@@ -47,7 +51,7 @@ def pictures_of(config: TrainConfig) -> Source:
 
         demo = data.demo
         return demo_source(demo.images, demo.validation_images, SHARD_IMAGES)
-    return open_source(data.images or "", SHARD_IMAGES, config.split.file)
+    return open_source(data.images or "", SHARD_IMAGES, config.split.file, data.keep)
 
 
 class PictureStore:
@@ -61,7 +65,7 @@ class PictureStore:
         self, config: TrainConfig, device: str, real: bool = True, ranks: FirstRank = ALONE
     ) -> None:
         self.config, self.device = config, device
-        self.path, self.cache = Path(config.data.images or ""), None
+        self.path, self.supply = Path(config.data.images or ""), None
         self.address = str(self.path)
         self.listing = Listing(pictures_of(config), config.split, config.pixels, SHARD_IMAGES)
         changes = config.pixels.changes()
@@ -75,7 +79,20 @@ class PictureStore:
         else:
             entries = self._estimated()
         rule = self.listing.source.split_rule
-        self.index = TokenIndex(plain.arrays, entries, split_rule=rule)
+        self.index = TokenIndex(plain.arrays | self._words(real), entries, split_rule=rule)
+
+    def _words(self, real: bool) -> dict[str, ArraySpec]:
+        """Return the specs of captions' words, where the condition has them: for a plan alone."""
+        towers, condition = self.config.towers, self.config.data.condition
+        if WORDS not in names_of(condition):
+            return {}
+        if real or towers.text.kind is None:
+            raise UserError(
+                f"data=images with data.condition={condition}: captions are not encoded on the "
+                "fly: extract with towers.text.kind=KIND and train on data=tokens"
+            )
+        info = load_text_tower(towers.text, towers.pretrained, "meta").info
+        return sequence_specs(WORDS, info.longest, info.width, 1, tower=info.name)
 
     def _entry(self, number: int) -> ShardEntry:
         shard = self.shards[number]
@@ -87,7 +104,7 @@ class PictureStore:
         images, split = self.listing.images, self.config.split
         held_out = round(images * split.fraction)
         if self.listing.source.all_split:
-            items = (item for entries in self.listing.entries for item in entries)
+            items = (item for part in self.listing.parts for item in part.items)
             held_out = sum(getattr(item, "split", "") != "train" for item in items)
         parts = {"train": images - held_out, "validation": held_out}
         return [ShardEntry(split, "", split, n, 1, "") for split, n in parts.items() if n]
@@ -119,7 +136,7 @@ class PictureReader(TokenReader):
         self,
         store: PictureStore,
         split: str,
-        condition: str = "eva",
+        condition: str | Sequence[str] = "eva",
         target: str = "clip",
         mode: ModeConfig | None = None,
         max_shards: int | None = None,
@@ -127,7 +144,12 @@ class PictureReader(TokenReader):
     ) -> None:
         super().__init__(store, split, condition, target, mode, max_shards, limit)  # type: ignore[arg-type]
 
-    def viewed(self, condition: str, target: str, mode: ModeConfig) -> TokenReader:
+    @property
+    def mean_length(self) -> float:
+        """The longest caption's: how long they are is known once they are encoded."""
+        return float(self.shape.words.longest) if self.shape.words else 0.0
+
+    def viewed(self, condition: str | Sequence[str], target: str, mode: ModeConfig) -> TokenReader:
         return PictureReader(self.store, self.split, condition, target, mode)
 
     def read_packed(self, ids: np.ndarray, pin: bool = False) -> PackedBatch:

@@ -17,6 +17,7 @@ import torch
 from benchmarks.timing import result
 from benchmarks.training import SHAPE, model_config, real_step, saved_bytes
 from blip3o_lit.budget.states import rank_bytes, units
+from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.precision import PRECISIONS
 
@@ -58,7 +59,7 @@ def run() -> list[dict[str, Any]]:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         measured[name] = json.loads(done.stdout)
     config = model_config("base")
-    held = rank_bytes("single", units(config, SHAPE), PRECISIONS["bf16"], "adamw", 1)
+    held = rank_bytes("single", units(config, SHAPE), PRECISIONS["bf16"], OptimizerConfig(), 1)
     one, two = (saved_bytes(build_network(config, SHAPE), batch) for batch in (1, 2))
     kept = one + (BATCH - 1) * (two - one)  # the weights in bf16 are kept once
     gib = [size / 2**30 for size in (measured["peak"], held, kept)]

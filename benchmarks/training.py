@@ -25,7 +25,7 @@ from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.network_of import build_network
-from blip3o_lit.training.ema import update_average
+from blip3o_lit.training.ema import update_averages
 
 SHAPE = PairShape(TokenShape((16, 16), False, 4096), TokenShape((16, 16), False, 1024))
 TOKENS = 256
@@ -121,7 +121,7 @@ def real_step(config: ModelConfig, batch: int, dtype: torch.dtype) -> Callable[[
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        update_average(average, network, 0.99)
+        update_averages([average], network, [0.99])
         optimizer.zero_grad()
 
     return step

@@ -10,7 +10,7 @@ from blip3o_lit.base.home import fits
 from blip3o_lit.base.words import changes, pasteable
 from blip3o_lit.cli.command import run_command
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.evaluate import EvaluateConfig
+from blip3o_lit.config.evaluate import OWN, EvaluateConfig
 
 if TYPE_CHECKING:
     from blip3o_lit.checkpoints.load import Loaded
@@ -34,8 +34,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from blip3o_lit.base.progress import phases
     from blip3o_lit.base.units import human_time
     from blip3o_lit.budget.out_of_memory import batch_limit
-    from blip3o_lit.checkpoints.load import best_device, find_weights, load
+    from blip3o_lit.checkpoints.load import best_device, load, load_averages
     from blip3o_lit.checkpoints.solvers import save_solvers
+    from blip3o_lit.checkpoints.weights import find_weights
     from blip3o_lit.drawing.drawer import save_readout
     from blip3o_lit.evaluation.forecast import phase_seconds
     from blip3o_lit.evaluation.readers import open_readers
@@ -58,8 +59,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for one in (loaded, rival) if config.graphs else ():
         if one is not None:
             one.translator.graphs = Graphs(one.device)
+    averages = load_averages(loaded, config.ema) if config.ema else {}
     with phases() as report, batch_limit("batch_size", config.batch_size):
-        scorer = Scorer(loaded, held, train, config, fits(), report, rival)
+        scorer = Scorer(loaded, held, train, config, fits(), report, rival, averages)
         seconds = phase_seconds(scorer)
         parts = ", ".join(f"{name} {human_time(time)}" for name, time in seconds.items())
         whole = human_time(sum(seconds.values()))
@@ -78,8 +80,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         save_solvers(fitted, loaded.content, folder)
     page = write_report(folder)
     show(result)
+    show_averages(result)
     print(f"evaluation: {folder / 'evaluation.json'}\nreport: {page}")
-    words = pasteable("ckpt", loaded.file), pasteable("out", folder / "export")
+    words = [pasteable("ckpt", loaded.file), pasteable("out", folder / "export")]
+    if folder == loaded.folder and result.get("averages", {}).get("best", OWN) != OWN:
+        words.append("ema=best")
     print("next: python -m blip3o_lit.export", *words)
     return result
 
@@ -134,6 +139,20 @@ def show(result: dict[str, Any]) -> None:
     console.print(
         f"{result['standing']}: {result['verdict_note']}", highlight=False, soft_wrap=True
     )
+
+
+def show_averages(result: dict[str, Any]) -> None:
+    """Print a line for each average of the run's weights, and which is best."""
+    averages = result.get("averages")
+    if averages is None:
+        return
+    for name, scores in averages["scores"].items():
+        width = "the run's own average" if name == OWN else f"ema {name}"
+        missed = f", {scores['missed']:.1%} of its profile missed" if "missed" in scores else ""
+        print(f"{width}: {result['headline']} cosine {scores['cosine']:.5f}{missed}")
+    best = averages["best"]
+    which = "the run's own average" if best == OWN else f"ema {best}"
+    print(f"best: {which}")
 
 
 def main() -> None:

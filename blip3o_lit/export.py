@@ -14,10 +14,16 @@ def export(config: ExportConfig) -> Path | None:
 
     Or, by `format`, graphs that run without this package.
     """
-    from blip3o_lit.checkpoints.export import push, write_export
+    from blip3o_lit.checkpoints.export import chosen, push, write_export
     from blip3o_lit.checkpoints.load import load
 
-    loaded = load(config.ckpt, as_stored=True)
+    loaded = load(chosen(config.ckpt, config.ema, config.soup), as_stored=True)
+    average = loaded.facts.get("average")
+    if average is not None and config.ema is not None:
+        print(
+            f"ema {average['width']:g}, of {average['stored']} stored averages: "
+            f"{average['missed']:.1%} of its profile missed"
+        )
     out = Path(config.out) if config.out else None
     if out is not None and config.format != "safetensors":
         from blip3o_lit.checkpoints.graph_export import write_graphs

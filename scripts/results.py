@@ -7,19 +7,17 @@
     python scripts/results.py list             # every run with its command line
 
 A run is a run directory, outputs/results/TESTBED/RECIPE/seed-N, as the train command writes it, and
-an evaluation.json as the evaluate command does. Several of these scripts may work side by side:
-each takes runs that no other has begun.
+an evaluation.json as the evaluate command does; what the page reads of it is kept in docs/results.
+Several of these scripts may work side by side: each takes runs that no other has begun.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from recipes import RUNS, Run
 from results_page import write_page
+from results_records import finished, read_record, write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "outputs" / "results"
@@ -41,7 +40,7 @@ def folder_of(run: Run) -> Path:
 
 def work(runs: list[Run], deadline: float) -> None:
     """Train and score what is missing, one run after the other."""
-    missing = [run for run in runs if not finished(run)]
+    missing = [run for run in runs if read_record(run) is None]
     print(f"{len(runs)} runs, {len(missing)} to do", flush=True)
     for run in missing:
         if time.monotonic() > deadline:
@@ -54,7 +53,7 @@ def work(runs: list[Run], deadline: float) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            if finished(run):
+            if read_record(run) is not None:
                 continue
             began = time.perf_counter()
             scores = measure(run)
@@ -62,12 +61,6 @@ def work(runs: list[Run], deadline: float) -> None:
                 f"{name} {block['cosine']:.4f}" for name, block in scores["estimators"].items()
             )
             print(f"{run.name:<44} {cosines}  {time.perf_counter() - began:.0f} s", flush=True)
-
-
-def finished(run: Run) -> bool:
-    """Return whether a run was trained and scored by today's command lines."""
-    note = folder_of(run) / "recipe.json"
-    return note.is_file() and json.loads(note.read_text("utf-8")) == run.identity
 
 
 def measure(run: Run) -> dict[str, Any]:
@@ -96,19 +89,11 @@ def measure(run: Run) -> dict[str, Any]:
         readers = open_readers(loaded, config)
         scorer = Scorer(loaded, *readers, config, fits(), lambda *_: None)
         scores = scorer.run()
-    scores["training_seconds"] = seconds
-    scores["parameters"] = sum(p.numel() for p in loaded.translator.network.parameters())
     write_json(folder / "evaluation.json", scores)
     shutil.rmtree(folder / "checkpoints")  # 100 runs of them would fill a small disk
-    write_json(folder / "recipe.json", run.identity)
+    weights = sum(p.numel() for p in loaded.translator.network.parameters())
+    write_record(run, scores, {"training_seconds": round(seconds), "parameters": weights})
     return scores
-
-
-def evaluations(runs: list[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Yield the runs that are finished with their evaluations."""
-    for run in runs:
-        if finished(run):
-            yield run, json.loads((folder_of(run) / "evaluation.json").read_text("utf-8"))
 
 
 def main(words: list[str]) -> int:
@@ -126,7 +111,7 @@ def main(words: list[str]) -> int:
     deadline = time.monotonic() + 60 * float(given.get("minutes", "inf"))
     if "page" not in plain:
         work([run for run in RUNS if given.get("only", "") in run.name], deadline)
-    found = dict(evaluations(RUNS))
+    found = finished()
     write_page(PAGE, found)
     print(f"{len(found)} of {len(RUNS)} runs are in {PAGE.relative_to(ROOT)}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
-from recipes import CONFIRMED_MASKED, DEFAULT
+from recipes import DEFAULT, LARGER
 from results_found import Found, over_seeds, scores_of, table
 
 KINDS = ("digit", "nothing", "specks")
@@ -17,7 +17,7 @@ def masked(found: Found) -> list[str]:
     if not scored:
         return []
     rows = []
-    for name in ("mean", "euler-4", "ab2-4", "ab2-8", "heun-10"):
+    for name in ("mean", "ab2-4", "fitted-4", "ab2-8", "fitted-8", "heun-10"):
         rows.append([name, *_masked_cells([s["estimators"][name] for s in scored])])
     for name in ("regression", "ridge", "mean_token"):
         rows.append([name, *_masked_cells([s["baselines"][name] for s in scored])])
@@ -31,6 +31,20 @@ def masked(found: Found) -> list[str]:
     ]
 
 
+def larger(found: Found) -> list[str]:
+    """Return the same of a larger network."""
+    scored = scores_of(found, LARGER, "demo_masked_large")
+    if not scored:
+        return []
+    names = list(scored[0]["estimators"])
+    rows = [[n, *_masked_cells([s["estimators"][n] for s in scored])] for n in names]
+    return [
+        "The same by `experiment=demo_large` (256 wide, 4 deep):",
+        "",
+        *table(["tokens of", "cosine", "token Frechet"], rows),
+    ]
+
+
 def _masked_cells(blocks: list[dict[str, Any]]) -> list[str]:
     cosine = over_seeds([block["cosine"] for block in blocks])
     return [cosine, f"{mean(block['frechet_token'] for block in blocks):.3f}"]
@@ -39,7 +53,7 @@ def _masked_cells(blocks: list[dict[str, Any]]) -> list[str]:
 def hidden_halves(found: Found) -> list[str]:
     """Return what a reader of drawn digits finds in the hidden half, beside the truth."""
     lines: list[str] = []
-    for testbed, recipe in (("demo_masked", DEFAULT), ("demo_masked_size", CONFIRMED_MASKED)):
+    for testbed, recipe in (("demo_masked", DEFAULT), ("demo_masked_large", LARGER)):
         halves = [
             scores["drawings"]["hidden_half"]
             for scores in scores_of(found, recipe, testbed)

@@ -48,6 +48,10 @@ STORES = {
 }
 
 
+TOWERS = {"eva8b_clipl14": 4.06e12, "eva02l_clipl14": 0.32e12}
+"""Operations of both towers for one image, as `extract towers=NAME dry_run=true` counts them."""
+
+
 @dataclass
 class Assumptions:
     """What the figures depend on; each can be given as KEY=VALUE."""
@@ -55,6 +59,10 @@ class Assumptions:
     images: float = 100e6
     gpus: float = 1000
     node_gpus: float = 8
+    picture_kb: float = 165
+    """Of a JPEG: the public BLIP3o tars have 16.5 GB for 100,000."""
+    core_decodes: float = 200
+    """Pictures of 400x400 that a core decodes and prepares a second (benchmarks ONLY=decoding)."""
     shard_samples: float = 256
     window: float = 16
     """Shards that are shuffled together."""
@@ -182,6 +190,30 @@ def caches(facts: Assumptions) -> list[list[str]]:
     return rows
 
 
+def pictures(facts: Assumptions) -> list[list[str]]:
+    """Return what runs straight from pictures ask of disks and cores, and what a store saves."""
+    arithmetic = facts.gpus * facts.peak * facts.mfu
+    stored = token_bytes(STORES["full"])
+    rows = []
+    for pair, towers in TOWERS.items():
+        for name, model in MODELS.items():
+            step = 3 * units(model, STORES["full"]).forward_flops
+            images = arithmetic / (step + towers)
+            rows.append(
+                [
+                    pair,
+                    name,
+                    f"{images:,.0f}",
+                    f"{images * facts.picture_kb / 1e6:,.1f} GB/s",
+                    f"{images / facts.gpus / facts.core_decodes:.1f}",
+                    f"{facts.images / images / 60:,.0f} min",
+                    f"{images * stored / 1e9:,.0f} GB/s",
+                    f"{facts.images * step / arithmetic / 60:,.1f} min",
+                ]
+            )
+    return rows
+
+
 def simulate(work: float, interval: float, save: float, restart: float, mtbf: float) -> float:
     """Return wall time over useful time, failures drawn from an exponential law; all in seconds.
 
@@ -257,6 +289,9 @@ def main() -> None:
     heads = ["store", "data.shuffle_window", "caches", "fetches of a shard, an epoch"]
     heads += ["bucket, nextdit", "a node", "least data.cache_gb"]
     show("A bucket and caches of whole shards", heads, caches(facts))
+    heads = ["towers", "model", "images/s", "pictures", "cores a GPU", "an epoch"]
+    heads += ["data.keep writes, first epoch", "an epoch from the store"]
+    show("Straight from pictures", heads, pictures(facts))
     parameters = units(MODELS["nextdit"], STORES["full"]).total
     save = SAVED_BYTES * parameters / 1e9 / facts.write_gbps
     mtbf = facts.gpu_hours_per_failure / facts.gpus

@@ -23,8 +23,10 @@ import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from blip3o_lit.config.data import DataConfig, LinearGaussianConfig
+from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
+from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import (
     CheckpointConfig,
@@ -43,6 +45,8 @@ CROSS = ModelConfig(
     width=16, depth=2, heads=2, kv_heads=1, mlp_width=16, conditioning="cross", positions="learned"
 )
 STEPS, HALF = 20, 10
+WORDS = "words-store"
+"""The store, below a job's folder, of jobs whose condition has words."""
 OLDER = "reduce_scatter_tensor"  # its name before torch 2.15
 LAYOUTS = {
     "1": StrategyConfig("single"),
@@ -90,8 +94,8 @@ def half(run: Path) -> Path:
 
 
 def run_job(folder: Path, job: dict[str, Any]) -> None:
-    """Do one job: name and layout, and where given model, micro, precision, optimizer, resume, bad,
-    asynchronous and measure; with two processes, reduce-scatters are counted.
+    """Do one job: name and layout, and where given model, micro, precision, optimizer, profiles,
+    words, resume, bad, asynchronous and measure; with two processes, reduce-scatters are counted.
 
     `bad` is a step in which the last rank has a gradient that is not finite. A job to measure takes
     two steps and leaves the bytes of all tensors alive after a step.
@@ -99,7 +103,13 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
     changes: dict[str, Any] = {"micro_batch_size": job.get("micro", 8)}
     changes["model"] = MODELS[job.get("model", "cross")]
     changes["precision"] = PrecisionConfig(job.get("precision", "fp32"))
-    changes["optimizer"] = OptimizerConfig(job.get("optimizer", "adamw"))
+    changes["optimizer"] = OptimizerConfig(
+        job.get("optimizer", "adamw"), ema_profiles=job.get("profiles", [])
+    )
+    if "words" in job:
+        changes["data"] = DataConfig(tokens=str(folder / WORDS), condition=job["words"])
+        changes["flow"] = FlowConfig(condition_dropout=0.25)
+        changes["solver"] = SolverConfig("euler", steps=2, guidance_scale=2.0)
     if "resume" in job:
         changes["resume"] = str(half(folder / job["resume"]))
     run = config(job["layout"], **changes)

@@ -90,7 +90,7 @@ class Condition:
 
     def dropped(self, drop_B: Tensor) -> Condition:
         """Return it without the condition of some images: their grid is zero, their length 0."""
-        drop_B11 = drop_B[:, None, None]
+        drop_B11 = drop_B.view(-1, 1, 1)
         grid = None if self.grid is None else self.grid.masked_fill(drop_B11, 0)
         words = self.words.masked_fill(drop_B11, 0)
         return Condition(grid, words, self.length.masked_fill(drop_B, 0))
@@ -118,7 +118,7 @@ def dropped(condition: AnyCondition, drop_B: Tensor | None = None) -> AnyConditi
     if isinstance(condition, Tensor):
         if drop_B is None:
             return torch.zeros_like(condition)
-        return condition.masked_fill(drop_B[:, None, None], 0)
+        return condition.masked_fill(drop_B.view(-1, 1, 1), 0)
     return condition.dropped(torch.ones_like(condition.length).bool() if drop_B is None else drop_B)
 
 

@@ -1,5 +1,6 @@
 """Writing files so that no reader, and no power cut, ever sees half of one."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_lit.config.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a full disk answers, or a spent quota."""
 
 
 @contextmanager
@@ -121,13 +125,25 @@ def one_at_a_time(path: Path, required: bool = True) -> Iterator[None]:
         yield
 
 
-def check_disk(out: Path, needed: float, what: str, fix: str) -> None:
-    """Stop before the disk is full; `what` takes `needed` bytes."""
+def check_disk(out: Path, needed: float, what: str, fix: str, key: str = "out") -> None:
+    """Stop before the disk is full; `what` takes `needed` bytes, `key` is the folder's override."""
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(
-            f"out={out} has {free / 1e9:.2f} GB free, {what} {needed / 1e9:.2f} GB: {fix}"
+            f"{key}={out} has {free / 1e9:.2f} GB free, {what} {needed / 1e9:.2f} GB: {fix}"
         )
+
+
+@contextmanager
+def room_on_disk(place: str) -> Iterator[None]:
+    """Say in one line that the disk of `place`, such as `out=DIR`, is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        line = f"{place}: the disk is full ({error.strerror}): free some, run it again"
+        raise UserError(line) from error
 
 
 def temporary_name(path: Path) -> Path:

@@ -19,7 +19,7 @@ def forecast(config: TrainConfig, data: TokenDataModule, steps: int) -> list[tup
     devices = int(config.trainer.devices) if config.trainer.devices.isdigit() else 1
     machine = imagined_machine(config.gpu, config.world or devices * config.trainer.num_nodes)
     plan = make_plan(config, data, steps, machine)
-    whole = states(plan.units, plan.placement.precision, config.optimizer.name)
+    whole = states(plan.units, plan.placement.precision, config.optimizer)
     rows = plan.rows() + _memory(plan, whole)
     if isinstance(data, PictureDataModule):
         rows += picture_rows(plan, data)

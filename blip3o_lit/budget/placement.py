@@ -159,7 +159,7 @@ def _fitting_micro_batch(
         if per_process % micro_batch:
             continue
         accumulated = micro_batch < per_process
-        states = rank_bytes(strategy, counts, precision, config.optimizer.name, shards, accumulated)
+        states = rank_bytes(strategy, counts, precision, config.optimizer, shards, accumulated)
         if states + kept.of(micro_batch, strategy) <= room:
             return micro_batch
     return 1

@@ -12,6 +12,9 @@ from blip3o_lit.budget.states import Units, rank_bytes, units
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
 
+SNAPSHOT_BYTES = 2
+"""Of a parameter of a stored average, which is fp16."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,7 +47,7 @@ class Plan:
             strategy or place.strategy,
             self.units,
             place.precision,
-            self.config.optimizer.name,
+            self.config.optimizer,
             place.world // self.config.strategy.replicas,
             place.accumulation > 1,
         )
@@ -95,6 +98,22 @@ class Plan:
                 f"{gib(self.state_bytes())} weights, gradients, optimizer and EMA; "
                 f"about {gib(self.activation_bytes())} activations a process",
             ),
+            *self._averages(),
+        ]
+
+    def _averages(self) -> list[tuple[str, str]]:
+        """Return what the profiles take on the disk, beside what each checkpoint has of them."""
+        widths, count = self.config.optimizer.ema_profiles, self.config.optimizer.ema_snapshots
+        if not widths:
+            return []
+        one = SNAPSHOT_BYTES * self.units.total * len(widths)
+        names = ", ".join(f"{width:g}" for width in widths)
+        return [
+            (
+                "averages",
+                f"widths {names}: stored up to {min(count, self.steps)} times, {gib(one)} each, "
+                f"{gib(min(count, self.steps) * one)} of disk in all",
+            )
         ]
 
 

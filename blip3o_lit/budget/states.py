@@ -8,6 +8,7 @@ from torch import nn
 
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.precision import Precision
 
@@ -59,14 +60,15 @@ class States:
         return self.saved + self.gradients
 
 
-def states(counts: Units, precision: Precision, optimizer: str) -> States:
+def states(counts: Units, precision: Precision, optimizer: OptimizerConfig) -> States:
     """Return the bytes of a whole network's states.
 
-    AdamW's two moments, and Muon's one, have the weights' format; the average is fp32.
+    AdamW's two moments, and Muon's one, have the weights' format; the averages are fp32.
     """
     size = precision.weights.itemsize
-    moments = 2 * counts.total - (counts.hidden if optimizer == "muon" else 0)
-    return States(size * counts.total, size * counts.total, size * moments, 4 * counts.total)
+    moments = 2 * counts.total - (counts.hidden if optimizer.name == "muon" else 0)
+    averages = 4 * counts.total * (1 + len(optimizer.ema_profiles))
+    return States(size * counts.total, size * counts.total, size * moments, averages)
 
 
 def gathered_bytes(counts: Units, precision: Precision) -> int:
@@ -83,7 +85,7 @@ def rank_bytes(
     strategy: str,
     counts: Units,
     precision: Precision,
-    optimizer: str,
+    optimizer: OptimizerConfig,
     world: int,
     accumulated: bool = False,
 ) -> int:

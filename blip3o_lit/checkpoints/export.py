@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ from safetensors.torch import save_file
 
 from blip3o_lit.base.files import read_json, replacing, write_json
 from blip3o_lit.base.shape import PairShape
+from blip3o_lit.base.words import pasteable
 from blip3o_lit.checkpoints.drawer import own_readout
-from blip3o_lit.checkpoints.load import CONFIG_FILE, WEIGHTS_FILE, Loaded, load
+from blip3o_lit.checkpoints.load import Loaded, Weights, load
 from blip3o_lit.checkpoints.solvers import save_solvers
+from blip3o_lit.checkpoints.weights import CONFIG_FILE, WEIGHTS_FILE, find_weights
 from blip3o_lit.config.checks import names_of, paths_of
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.evaluate import OWN
 from blip3o_lit.drawing.drawer import save_readout
 from blip3o_lit.tokens.reading.open import store_folder
 from blip3o_lit.tokens.store.heads import HEADS_FILE
@@ -33,10 +37,11 @@ def write_export(loaded: Loaded, out: Path) -> None:
     its heads.safetensors come along, and readout.safetensors, which draws its tokens; its fitted
     solvers, where it has any, as solvers.safetensors.
     """
-    if loaded.file.parent.resolve() == out.resolve():
-        raise UserError(f"out={out} is the folder of the checkpoint: choose another one")
+    for file in (loaded.file, *loaded.weights.others):
+        if file.parent.resolve() == out.resolve():
+            raise UserError(f"out={out} is the folder of the checkpoint: choose another one")
     if not loaded.as_stored:
-        loaded = load(loaded.file, as_stored=True)
+        loaded = load(loaded.weights, as_stored=True)
     out.mkdir(parents=True, exist_ok=True)
     facts = _shareable(loaded)
     state = {name: value.contiguous() for name, value in loaded.translator.state_dict().items()}
@@ -54,6 +59,31 @@ def write_export(loaded: Loaded, out: Path) -> None:
         save_solvers(loaded.translator.fitted, loaded.content, out)
     write_json(out / CONFIG_FILE, facts)
     (out / CARD_FILE).write_text(model_card(loaded, facts), "utf-8")
+
+
+def chosen(ckpt: str, ema: str | None, soup: list[str]) -> Weights:
+    """Return the weights to export: a checkpoint's, another average of its run, or a mean of runs.
+
+    Raises:
+        UserError: If `ema` is best and no evaluation of these weights has compared averages.
+    """
+    if soup:
+        first, *others = (find_weights(source) for source in soup)
+        return Weights(first, others=tuple(others))
+    weights = Weights(find_weights(ckpt))
+    if ema != "best":
+        return weights if ema is None else replace(weights, width=float(ema))
+    result = read_json(weights.folder / "evaluation.json", "evaluate again")
+    averages = result.get("averages")
+    if averages is None or result.get("checkpoint") != weights.hash:
+        raise UserError(
+            f"ema=best: {weights.folder} has no evaluation of these weights that compares averages:"
+            f" run python -m blip3o_lit.evaluate {pasteable('ckpt', ckpt)} 'ema=[0.05,0.1,0.2]' "
+            "first"
+        )
+    best = averages["best"]
+    print(f"ema=best: {'the average of the run itself' if best == OWN else best}")
+    return weights if best == OWN else replace(weights, width=float(best))
 
 
 def push(loaded: Loaded, repository: str, private: bool = True) -> str:
@@ -100,7 +130,9 @@ def _shareable(loaded: Loaded) -> dict[str, Any]:
         data["tokens"] = next(iter(names), None)
     if data.get("images"):
         data["images"] = Path(data["images"]).name
-    shared["config"] |= {"resume": None, "overwrite": False}
+    begun = shared["config"].get("init_from")
+    begun = Path(begun).name if begun else None
+    shared["config"] |= {"resume": None, "overwrite": False, "init_from": begun}
     shared["checkpoint"] = loaded.hash
     shared["name"] = loaded.facts.get("name", loaded.folder.resolve().name)
     return shared
@@ -132,7 +164,7 @@ from blip3o_lit import BLIP3oInference
 |---|---|
 | network | {run.model.architecture}, {run.model.width} wide, {run.model.depth} blocks |
 | parameters | {parameters:,} |
-| weights | exponential average, decay {run.optimizer.ema_decay} |
+| weights | {_which(facts, run.optimizer.ema_decay)} |
 | conditioning | {run.model.conditioning} |
 | flow | {run.flow.path} path, {run.flow.prediction} output |
 | tokens | mode {run.mode.name}, store {facts["tokens"]["hash"][:16]} |
@@ -178,9 +210,24 @@ tokens = model.generate(Condition({None if grid is None else "grid"}, words, len
 # {given}"""
 
 
+def _which(facts: dict[str, Any], decay: float) -> str:
+    """Return in words what was averaged."""
+    if "soup" in facts:
+        members = ", ".join(
+            f"{member['name']} ({member['step']} steps)" for member in facts["soup"]
+        )
+        return f"mean of {members}"
+    if "average" in facts:
+        average = facts["average"]
+        missed = f"{average['missed']:.1%} of its profile missed"
+        return f"power-function average, width {average['width']:g} of the run ({missed})"
+    return f"exponential average, decay {decay}"
+
+
 def _scores(loaded: Loaded) -> str:
     result = read_json(loaded.folder / "evaluation.json", "evaluate again")
-    if result.get("checkpoint") != loaded.hash:
+    plain = loaded.weights.width is None and not loaded.weights.others
+    if not plain or result.get("checkpoint") != loaded.hash:
         return "Not evaluated: run `python -m blip3o_lit.evaluate` on this folder."
     lines = ["| | evaluations | " + " | ".join(SCORES) + " |", "|---" * (len(SCORES) + 2) + "|"]
     for name, scores in (result["estimators"] | result["baselines"]).items():

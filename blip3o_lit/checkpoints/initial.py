@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from blip3o_lit.base.shape import PairShape
-from blip3o_lit.checkpoints.load import find_weights, read_weights
 from blip3o_lit.checkpoints.resume import changed
+from blip3o_lit.checkpoints.solvers import weights_hash
+from blip3o_lit.checkpoints.weights import find_weights, read_weights
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.flow.objective import FlowObjective
@@ -33,6 +34,8 @@ class InitialWeights:
     """Parts that stay at their start values, and why."""
     changed: list[str] = field(default_factory=list)
     """Keys of model and flow that were others there."""
+    start: str = ""
+    """What a run that begins so shares with others that do, for `soup=`."""
 
     @torch.no_grad()
     def put(self, part: str, module: nn.Module) -> None:
@@ -95,7 +98,11 @@ def initial_weights(config: TrainConfig, shape: PairShape) -> InitialWeights | N
         for key, then, now in changed(config, facts["config"])
         if key.startswith(("model.", "flow.", "mode."))
     ]
-    return InitialWeights(config.init_from, same, left, differing)
+    network = {name: tensor for name, tensor in same.items() if name.startswith("network.")}
+    start = f"the weights {weights_hash(network)[:16]}"
+    if own.keys() - same.keys():
+        start += f" and the seed {config.seed}"
+    return InitialWeights(config.init_from, same, left, differing, start)
 
 
 def _size(tensor: Tensor | None) -> object:

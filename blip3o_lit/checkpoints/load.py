@@ -3,8 +3,6 @@
 What is read are tensors and plain data only.
 """
 
-import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,33 +11,54 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from blip3o_lit.base.files import check_format, sha256_of
+from blip3o_lit.base.files import sha256_of
 from blip3o_lit.base.shape import PairShape
+from blip3o_lit.checkpoints.averages import averages
 from blip3o_lit.checkpoints.sharded import PLAIN
 from blip3o_lit.checkpoints.solvers import SOLVERS_FILE, content_hash, kept_solvers
+from blip3o_lit.checkpoints.soup import souped
+from blip3o_lit.checkpoints.weights import find_weights, read_weights
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.registry import check_origins
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.drawing.drawer import READOUT_FILE
 from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.precision import PRECISIONS, cast_weights
 from blip3o_lit.tokens.scales import identity_scales
 from blip3o_lit.translation.translator import Translator
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-WEIGHTS_IN_FOLDER = (
-    *(WEIGHTS_FILE, "checkpoints/best.ckpt", "checkpoints/last.ckpt"),
-    *("best.ckpt", "last.ckpt"),
-)
-PARTS = ("network", "objective", "condition_standardizer", "target_standardizer")
-PARTS += ("words_standardizer",)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights: those of a file, another average of its run, or the mean of several files."""
+
+    file: Path
+    width: float | None = None
+    """Of the average, where it isn't the file's own."""
+    others: tuple[Path, ...] = ()
+    """Files whose weights are averaged with those."""
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of the weight file, or of a folder's list of checksums."""
+        return sha256_of(self.file / PLAIN if self.file.is_dir() else self.file)
+
+    @property
+    def folder(self) -> Path:
+        """The run directory or exported folder that the weights belong to."""
+        parent = self.file.parent
+        return parent.parent if parent.name == "checkpoints" else parent
+
+    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what is known about a translator, and its state dict."""
+        if self.others:
+            return souped([self.file, *self.others])
+        facts, state = read_weights(self.file)
+        if self.width is None:
+            return facts, state
+        return averages(self.file, facts, [self.width])[self.width].put(facts, state)
 
 
 @dataclass(frozen=True)
@@ -51,65 +70,38 @@ class Loaded:
     shape: PairShape
     facts: dict[str, Any]
     """Plain data of the checkpoint: format, version, config, shape, tokens, step."""
-    file: Path
-    """The file that the weights came from."""
+    weights: Weights
     as_stored: bool
     """Whether every weight has the format that it has in that file."""
+
+    @property
+    def file(self) -> Path:
+        """The file that the weights came from, the first of several."""
+        return self.weights.file
+
+    @property
+    def folder(self) -> Path:
+        """The run directory or exported folder that the weights belong to."""
+        return self.weights.folder
+
+    @property
+    def hash(self) -> str:
+        """See `Weights.hash`."""
+        return self.weights.hash
 
     @property
     def device(self) -> torch.device:
         return next(self.translator.network.parameters()).device
 
     @cached_property
-    def hash(self) -> str:
-        """sha256 of the weight file, or of a folder's list of checksums."""
-        return sha256_of(self.file / PLAIN if self.file.is_dir() else self.file)
-
-    @cached_property
     def content(self) -> str:
         """sha256 of the weights as stored and of the flow, the same in a run and its export."""
-        return content_hash(self.config.flow, read_weights(self.file)[1])
-
-    @property
-    def folder(self) -> Path:
-        """The run directory or exported folder that the weights belong to."""
-        parent = self.file.parent
-        return parent.parent if parent.name == "checkpoints" else parent
+        return content_hash(self.config.flow, self.weights.read()[1])
 
 
-def find_weights(source: str | Path) -> Path:
-    """Return the weight file that a path or hub id stands for.
-
-    It may be a checkpoint, a run directory (best, else last), an exported folder, or the id of a
-    repository on the Hugging Face Hub that holds one.
-    """
-    path = Path(source).expanduser()
-    for name in ("", *WEIGHTS_IN_FOLDER):
-        if (path / name).is_file() or (path / name / PLAIN).is_file():
-            return path / name
-    if path.is_dir():
-        raise UserError(f"{path} holds neither checkpoints/best.ckpt nor {WEIGHTS_FILE}")
-    if _HUB_ID.fullmatch(str(source)):
-        return _from_hub(str(source))
-    raise UserError(f"no checkpoint at {source}: give a .ckpt file, a run directory or an export")
-
-
-def _from_hub(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(
-            repository, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, READOUT_FILE, SOLVERS_FILE]
-        )
-    except Exception as error:  # the hub client raises some twenty classes; all mean the same here
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{repository} is neither a path nor a model that the hub gives: {reason}"
-        ) from error
-    return find_weights(folder)
-
-
-def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool = False) -> Loaded:
+def load(
+    source: str | Path | Weights, device: str | torch.device = "cpu", as_stored: bool = False
+) -> Loaded:
     """Rebuild a translator from a checkpoint, a run directory, an export or a hub id.
 
     Args:
@@ -118,8 +110,29 @@ def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool
         as_stored: Keep every weight in its own format, to be written again; otherwise those of
             products get the format that they are used in.
     """
-    file = find_weights(source)
-    facts, state = read_weights(file)
+    weights = source if isinstance(source, Weights) else Weights(find_weights(source))
+    return _built(weights, *weights.read(), device, as_stored)
+
+
+def load_averages(loaded: Loaded, widths: list[float]) -> dict[float, Loaded]:
+    """Return a translator with other averages of its run's weights, by width."""
+    facts, state = read_weights(loaded.file)
+    return {
+        width: _built(
+            Weights(loaded.file, width), *average.put(facts, state), loaded.device, as_stored=False
+        )
+        for width, average in averages(loaded.file, facts, widths).items()
+    }
+
+
+def _built(
+    weights: Weights,
+    facts: dict[str, Any],
+    state: dict[str, Tensor],
+    device: str | torch.device,
+    as_stored: bool,
+) -> Loaded:
+    file = weights.file
     check_origins(str(file), facts.get("parts"))
     try:
         config = OmegaConf.to_object(
@@ -144,7 +157,7 @@ def load(source: str | Path, device: str | torch.device = "cpu", as_stored: bool
     translator.to(device).eval().requires_grad_(False)
     if translator.autocast is not None and not as_stored:
         cast_weights(translator.network, translator.autocast)
-    loaded = Loaded(translator, config, shape, facts, file, as_stored)
+    loaded = Loaded(translator, config, shape, facts, weights, as_stored)
     solvers = loaded.folder / SOLVERS_FILE
     if solvers.is_file():
         translator.fitted = kept_solvers(solvers, content_hash(config.flow, state))
@@ -161,47 +174,6 @@ def _translator(config: TrainConfig, shape: PairShape, device: str | torch.devic
         PRECISIONS[config.precision.name].inference(device),
         scales.get("words_standardizer"),
     )
-
-
-def read_weights(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what is known about a translator, and its state dict: that of its averaged weights."""
-    return _read_export(file) if file.suffix == ".safetensors" else _read_checkpoint(file)
-
-
-def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the facts and the translator's state dict; the weight average is its network."""
-    from blip3o_lit.checkpoints import files as checkpointing
-
-    checkpoint = checkpointing.load(file, without_optimizer=True)
-    saved, state = checkpoint.get("state_dict"), {}
-    if not isinstance(saved, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in saved.items()
-    ):
-        raise checkpointing.damaged(file)
-    for name, tensor in saved.items():
-        part, _, rest = name.partition(".")
-        part = {"ema": "network", "network": "trained"}.get(part, part)
-        if part in PARTS:
-            state[f"{part}.{rest}"] = tensor
-    return checkpoint["blip3o"], state
-
-
-def _read_export(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from blip3o_lit.checkpoints import files as checkpointing
-
-    config = file.with_name(CONFIG_FILE)
-    try:
-        facts = json.loads(config.read_text("utf-8"))
-        state = load_file(file)
-        known = {"config", "shape", "tokens", "step"} <= set(facts)
-    except FileNotFoundError as error:
-        raise UserError(f"{config} is missing: export again") from error
-    except (ValueError, SafetensorError, TypeError) as error:
-        raise UserError(f"{file.parent}: the export is damaged: export again") from error
-    if not known:
-        raise UserError(f"{config} was not written by blip3o_lit's export")
-    check_format(config, facts.get("format", checkpointing.FORMAT), checkpointing.FORMAT)
-    return facts, state
 
 
 def best_device() -> str:

@@ -24,6 +24,7 @@ from blip3o_lit.base.objects import PAUSES, Objects, why
 from blip3o_lit.base.secrets import masked
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.sharded import PLAIN
+from blip3o_lit.checkpoints.snapshots import FOLDER as AVERAGES
 from blip3o_lit.config.errors import UserError
 
 log = logging.getLogger("blip3o_lit")
@@ -181,6 +182,8 @@ def _fetched(objects: Objects, name: str) -> Path | None:
         for file, facts in objects.below(name.rpartition("/")[0]).items()
         if file == name or file.startswith(f"{name}/")
     }
+    if files and "/" in name:  # of a run's copy: what the run has stored of its averages, too
+        files |= objects.below(AVERAGES)
     if not files:
         return None
     place = home() / "mirrors" / hashlib.sha256(f"{objects.url}/{name}".encode()).hexdigest()[:32]

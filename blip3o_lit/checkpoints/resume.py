@@ -33,7 +33,7 @@ PICTURE_KEYS = ("towers", "pixels", "split")
 """Count where a run encodes pictures itself; before it could, a run had none of them."""
 FREE_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "log_every", "deterministic", "profile")
 FREE_TRAINER_KEYS += ("memory_history", "extra")
-FREE_DATA_KEYS = ("threads", "verify", "tower_batch", "cache", "cache_gb")
+FREE_DATA_KEYS = ("threads", "verify", "tower_batch", "cache", "cache_gb", "keep")
 
 
 def essential(config: dict[str, Any]) -> dict[str, Any]:
@@ -42,6 +42,8 @@ def essential(config: dict[str, Any]) -> dict[str, Any]:
     data = _without(config.get("data", {}), FREE_DATA_KEYS)
     if not data.get("images"):
         data, config = _without(data, ("images",)), _without(config, PICTURE_KEYS)
+    if not config.get("data", {}).get("keep"):
+        data = _without(data, ("keep_storage",))
     return _without(config, FREE_KEYS) | {"trainer": trainer, "data": data}
 
 
@@ -154,7 +156,7 @@ def _origin(run_dir: Path) -> str | None:
 
 
 def _check_network(config: TrainConfig, path: Path) -> None:
-    whole = ("batch_size", "optimizer.name", "seed")
+    whole = ("batch_size", "optimizer.name", "optimizer.ema_profiles", "seed")
     free = ("model.compile", "model.activation_checkpointing", "model.activation_budget")
     for key, then, now in differences(config, path):
         if (key.startswith(("model.", "mode.")) and key not in free) or key in whole:

@@ -22,7 +22,12 @@ SOLVERS_FILE = "solvers.safetensors"
 
 def content_hash(flow: FlowConfig, state: Mapping[str, Tensor]) -> str:
     """Return the sha256 of a translator's weights, as stored, and of its flow."""
-    digest = hashlib.sha256(json.dumps(asdict(flow), sort_keys=True).encode())
+    return weights_hash(state, json.dumps(asdict(flow), sort_keys=True))
+
+
+def weights_hash(state: Mapping[str, Tensor], words: str = "") -> str:
+    """Return the sha256 of tensors by name, after some words."""
+    digest = hashlib.sha256(words.encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

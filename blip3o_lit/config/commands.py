@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from blip3o_lit.config.checks import above_zero, check_fields, choice
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.optimizer import check_width
 from blip3o_lit.config.solver import SolverConfig, solver_from_label
 from blip3o_lit.config.towers import PixelsConfig, TowersConfig
 
@@ -80,6 +81,11 @@ class ExportConfig:
 
     ckpt: str = ""
     """A checkpoint file or a run directory."""
+    ema: str | None = None
+    """Another average of the run's weights than its own: a width, as 0.1, or best, the one that
+    `evaluate ema=[...]` found."""
+    soup: list[str] = field(default_factory=list)
+    """In place of ckpt: runs that began with the same weights, whose mean is exported."""
     out: str = ""
     """Folder for config.json, model.safetensors, heads, readout, solvers.safetensors, README.md."""
     format: str = choice("safetensors", ("safetensors", "torch_export", "onnx"))
@@ -92,16 +98,29 @@ class ExportConfig:
     """Whether a repository that is made for it is private."""
 
     def __post_init__(self) -> None:
-        if not self.ckpt:
+        if self.soup and (self.ckpt or self.ema):
+            raise UserError("soup=[A,B] takes the place of ckpt= and ema=: give one of them")
+        if not self.ckpt and not self.soup:
             raise UserError("ckpt=PATH is missing: name a checkpoint or a run directory")
+        if len(self.soup) == 1:
+            raise UserError(f"soup=[{self.soup[0]}] is one run: name two or more, or give ckpt=")
         if not self.out and not self.push_to_hub:
             raise UserError("out=DIR is missing: give it, or push_to_hub=ORG/NAME")
         check_fields(self)
+        if self.ema not in (None, "best"):
+            check_width("ema", _number(self.ema))
         solver = solver_from_label(self.graph_solver)
         if solver.name in ("mean", "dopri5"):
             raise UserError(f"graph_solver={self.graph_solver}: name one of fixed steps, as heun-4")
         if self.format != "safetensors" and self.push_to_hub:
             raise UserError(f"format={self.format}: push_to_hub takes format=safetensors alone")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"ema={text} must be a width, as 0.1, or best") from None
 
 
 @dataclass

@@ -5,6 +5,7 @@ from typing import Any
 
 from blip3o_lit.config.checks import above_zero, check_fields, choice, named, names_of, several
 from blip3o_lit.config.errors import UserError, within
+from blip3o_lit.config.extract import STORAGE
 
 DEMOS = ("demo", "demo_masked", "demo_text", "demo_half_text")
 """Names of stores of scenes."""
@@ -100,7 +101,13 @@ class DataConfig:
     images: str | None = None
     """Of name=images: a folder, local tars, a .csv, .tsv or .jsonl, or demo, as in `extract`."""
     tower_batch: int | None = above_zero(None)
-    """Of name=images: images that the towers take at a time; null: the micro-batch."""
+    """Of name=images: images that the towers take at a time; null: the micro-batch, or 16 where
+    tokens are kept."""
+    keep: str | None = None
+    """Of name=images: a folder in which tokens are stored when they are first read, and read from
+    then on. It becomes a store as `extract` makes it."""
+    keep_storage: str = choice("float16", STORAGE)
+    """Of data.keep: float16, bfloat16 (towers with large outliers), float32 or int8."""
     cache: str | None = None
     """Where shards of a store behind an address are kept; null: in the user's cache folder."""
     cache_gb: float | None = above_zero(None)
@@ -144,6 +151,8 @@ class DataConfig:
                 "data=images and data.images=SRC belong together, without data.tokens: a folder, "
                 "tars, a table or demo"
             )
+        if self.keep and self.name != "images":
+            raise UserError(f"data.keep={self.keep} stores the tokens of data=images: leave it out")
         if self.images and len(names_of(self.condition)) > 1:
             raise UserError(
                 f"data=images encodes pictures, no words: data.condition={self.condition}: extract "

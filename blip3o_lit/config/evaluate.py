@@ -6,6 +6,7 @@ from typing import Any
 from blip3o_lit.config import registry as register
 from blip3o_lit.config.checks import above_zero, check_fields, choice, several
 from blip3o_lit.config.errors import UserError, one_of
+from blip3o_lit.config.optimizer import check_width
 from blip3o_lit.config.solver import solver_from_label
 
 BASELINE_SETS = {
@@ -13,6 +14,9 @@ BASELINE_SETS = {
     "cheap": ("mean_token", "ridge"),
     "all": ("mean_token", "ridge", "mlp", "regression"),
 }
+
+OWN = "own"
+"""In evaluation.json: the average that the run itself validates by."""
 
 
 @dataclass
@@ -34,6 +38,9 @@ class EvaluateConfig:
     """A checkpoint file, a run directory, an exported folder or a hub id."""
     vs: str | None = None
     """Another checkpoint of the same tokens, compared image by image."""
+    ema: list[float] = field(default_factory=list)
+    """Widths of further averages of the run's weights, as [0.05,0.1,0.2], scored beside its own:
+    from what a run with optimizer.ema_profiles stored."""
     data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
     """Token store."""
     split: str = "validation"
@@ -94,6 +101,8 @@ class EvaluateConfig:
         if not self.ckpt:
             raise UserError("ckpt=PATH is missing: name a checkpoint or a run directory")
         check_fields(self)
+        for width in self.ema:
+            check_width("ema", width)
         if self.guidance and not self.solvers:
             raise UserError("guidance=[...] needs a solver in solvers=[], as heun-10")
         for name in self.own_baselines:

@@ -1,8 +1,12 @@
 """Optimizer group: AdamW or Muon, the schedule and the weight average."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from blip3o_lit.config.checks import above_zero, between, check_fields, choice, not_negative
+from blip3o_lit.config.errors import UserError
+
+WIDTHS = (0.005, 0.28)
+"""Of power-function averages: the standard deviation of the steps over the run's length."""
 
 
 @dataclass
@@ -32,5 +36,24 @@ class OptimizerConfig:
     ema_decay: float = between(0.999, 0.0, 1.0)
     """Decay of the fp32 weight average, ramped up as (1 + step) / (10 + step)."""
 
+    ema_profiles: list[float] = field(default_factory=list)
+    """Widths of further averages that are kept, as [0.05,0.1] of the run's length, so that
+    `evaluate ema=[0.07,0.15]` and `export ema=best` choose another one after training; []: none."""
+    ema_snapshots: int = above_zero(16)
+    """Times that those are stored over the run, in `averages/` of its folder."""
+
     def __post_init__(self) -> None:
         check_fields(self, "optimizer.")
+        for width in self.ema_profiles:
+            check_width("optimizer.ema_profiles", width)
+        if len(set(self.ema_profiles)) < len(self.ema_profiles):
+            raise UserError(f"optimizer.ema_profiles={self.ema_profiles} names a width twice")
+
+
+def check_width(key: str, width: float) -> None:
+    """Refuse a width that no average over a run's steps has."""
+    if not WIDTHS[0] <= width <= WIDTHS[1]:
+        raise UserError(
+            f"{key}: {width:g} is no width of an average: give a share of the run from "
+            f"{WIDTHS[0]:g} to {WIDTHS[1]:g}, as 0.1"
+        )

@@ -8,7 +8,7 @@ Shape suffixes: B images, M condition tokens, C condition width, N target tokens
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ _BATCH = 64
 
 Baseline = MeanToken | Ridge | PatchMLP | Regression
 NEED_GRID = ("ridge", "mlp")
-"""They predict a token from the condition's token at its place, and words have none."""
+"""They predict a token from the grid's token at its place: of a condition they read the grid."""
 Pairs = Iterator[tuple[AnyCondition, Tensor]]
 """Batches of standardised condition and target tokens."""
 
@@ -72,7 +72,7 @@ class BaselineFits:
         baseline = self.get(name)
 
         def predict(condition: AnyCondition, sample_B: Tensor) -> tuple[Tensor, int]:
-            standard_BND = baseline.predict(self.translator.standardised(condition))
+            standard_BND = baseline.predict(self._standardised(name, condition))
             return self.target.restore(standard_BND), 0
 
         return predict
@@ -119,7 +119,7 @@ class BaselineFits:
             self.report(name, step, self.steps)
 
         def shuffled() -> Pairs:
-            return self._shuffled(draws)
+            return self._shuffled(name, draws)
 
         if isinstance(baseline, PatchMLP):
             baseline.fit(shuffled, self.steps, bf16=self.bf16, progress=progress)
@@ -128,9 +128,17 @@ class BaselineFits:
         optimizer = self.run.optimizer
         baseline.fit(shuffled, self.steps, optimizer, self.bf16, progress, weight, restore)
 
-    def _batch(self, ids: np.ndarray) -> tuple[AnyCondition, Tensor]:
+    def _standardised(self, name: str, condition: AnyCondition) -> AnyCondition:
+        """Return what a baseline reads of a raw condition."""
+        condition = self.translator.standardised(condition)
+        if isinstance(condition, Tensor) or name not in NEED_GRID:
+            return condition
+        assert condition.grid is not None
+        return condition.grid
+
+    def _batch(self, name: str, ids: np.ndarray) -> tuple[AnyCondition, Tensor]:
         batch = self.train.read(ids)
-        condition = self.translator.standardised(batch["condition"].to(self.device))
+        condition = self._standardised(name, batch["condition"].to(self.device))
         return condition, self.target.standardise(batch["target"].to(self.device))
 
     def _in_order(self, name: str) -> Pairs:
@@ -140,16 +148,16 @@ class BaselineFits:
         batches = np.split(ids, range(_BATCH, count, _BATCH))
         done = 0
         for batch in fetched_ahead(self.train, batches, batches):
-            yield self._batch(batch)
+            yield self._batch(name, batch)
             done += len(batch)
             self.report(name, done, count)
 
-    def _shuffled(self, draws: np.random.Generator) -> Pairs:
+    def _shuffled(self, name: str, draws: np.random.Generator) -> Pairs:
         """Yield one pass in random order; a smaller last batch is dropped."""
         size = min(self.run.batch_size, len(self.train))
         order = draws.permutation(len(self.train))
         for start in range(0, len(order) - size + 1, size):
-            yield self._batch(order[start : start + size])
+            yield self._batch(name, order[start : start + size])
 
 
 def _unfitted(name: str, model: ModelConfig, shape: PairShape) -> Baseline:
@@ -157,4 +165,5 @@ def _unfitted(name: str, model: ModelConfig, shape: PairShape) -> Baseline:
         return Regression(model, shape)
     if register.baseline.own(name) is not None:
         return register.baseline.build(name, shape)
+    shape = replace(shape, words=None) if name in NEED_GRID else shape
     return {"mean_token": MeanToken, "ridge": Ridge, "mlp": PatchMLP}[name](shape)

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from blip3o_lit.base.condition import Condition
+from blip3o_lit.base.home import expanded
 from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.checks import names_of
 from blip3o_lit.config.data import DataConfig
@@ -21,6 +22,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.train import TrainConfig
+from blip3o_lit.extraction.direct.kept import kept_store
 from blip3o_lit.extraction.direct.store import PictureReader, PictureStore
 from blip3o_lit.extraction.engine import device_of
 from blip3o_lit.testbeds.token_source import token_stores
@@ -39,19 +41,20 @@ def open_readers(loaded: Loaded, config: EvaluateConfig) -> tuple[TokenReader, T
     if not pictures:
         data = replace(run.data, tokens=config.data.tokens or _trained_on(loaded))
     elif config.data.tokens:
-        data = replace(run.data, name="tokens", images=None, tokens=config.data.tokens)
+        data = replace(run.data, name="tokens", images=None, keep=None, tokens=config.data.tokens)
     else:
         data = run.data
     paths = {str(data.images): None} if data.images else token_stores(data)
     path = " + ".join(paths)
     sides = (data.condition, data.target, run.mode)
     train = None
-    if data.images:
+    kept = bool(data.keep) and (expanded(data.keep or "") / "index.json").is_file()
+    if data.images and not kept:
         held, train = _of_pictures(run, config)
     elif len(paths) > 1:
         held, train = _several(StoreSet(paths, data), config, data, run.mode)
     else:
-        store = open_store(path, data)
+        store = kept_store(run, device_of(config.device)) if kept else open_store(path, data)
         if "train" in store.index.splits:
             train = TokenReader(
                 store, "train", *sides, max_shards=data.max_shards, limit=data.subset

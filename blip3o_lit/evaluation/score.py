@@ -3,6 +3,7 @@
 Shape suffixes: B images, N target tokens, D target width.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from blip3o_lit.base.progress import Report
 from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
+from blip3o_lit.config.evaluate import BASELINE_SETS, OWN, EvaluateConfig
 from blip3o_lit.config.solver import SolverConfig, solver_from_label
 from blip3o_lit.evaluation.baselines import NEED_GRID, BaselineFits
 from blip3o_lit.evaluation.drawings import Drawings
@@ -38,7 +39,9 @@ from blip3o_lit.report.record import FORMAT
 from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.reading.reader import TokenReader
 
+log = logging.getLogger("blip3o_lit")
 CURVE = ("cosine", "cosine_centred", "mse", "frechet", "norm_ratio", "seconds_per_image")
+AVERAGE_SCORES = ("cosine", "cosine_ci95", "cosine_centred", "mse", "norm_ratio", "frechet")
 GENERATED = "generated"
 HALVES = ("demo_masked", "demo_half_text")
 """Data whose condition tower sees the left half alone."""
@@ -49,7 +52,8 @@ PICTURE_ROWS = 2
 class Scorer:
     """Scores `loaded` on `held`, beside baselines of `train`, which `folder` keeps.
 
-    `rival`, another translator of the same tokens, is compared with it image by image.
+    `rival`, another translator of the same tokens, is compared with it image by image, and
+    `averages`, of its own run's weights by width, are scored in the same pass.
     """
 
     def __init__(
@@ -61,9 +65,10 @@ class Scorer:
         folder: Path,
         report: Report,
         rival: Loaded | None = None,
+        averages: dict[float, Loaded] | None = None,
     ) -> None:
         self.loaded, self.reader, self.train, self.rival = loaded, held, train, rival
-        self.config = config
+        self.config, self.averages = config, averages or {}
         self.shape = loaded.shape.target
         self.images = min(config.images or len(held), len(held))
         self.solver_images = min(config.solver_images or self.images, self.images)
@@ -74,8 +79,11 @@ class Scorer:
         self.device = loaded.device
         self.held_out = HeldOut(held, self.device, config.batch_size, report)
         self.baselines = [*BASELINE_SETS[config.baselines], *config.own_baselines]
-        if loaded.shape.words is not None:
+        if loaded.shape.condition is None:
+            left_out = [name for name in self.baselines if name in NEED_GRID]
             self.baselines = [name for name in self.baselines if name not in NEED_GRID]
+            if left_out:
+                log.info("%s left out: they read a grid, and this has words", ", ".join(left_out))
         if train is None and self.baselines:
             raise UserError(
                 f"{held.store.address} has no train split to fit baselines on: set baselines=none"
@@ -112,6 +120,7 @@ class Scorer:
         optima = self._tallies(exact_estimators(problem) if problem else {})
         rivals = self._estimators(self.rival) if self.rival else {}
         headline = next(iter(estimators))
+        averaged = self._averaged(headline)
         scored = MainPass(
             self.shape, self.device, self.images, self.solver_images, self.curve_images
         )
@@ -119,6 +128,7 @@ class Scorer:
             for name, tally in tallies.items():
                 group = scored.every if name == headline else scored.solvers
                 group.tallies[prefix + name] = tally
+        scored.every.tallies |= {f"average {name}": tally for name, tally in averaged.items()}
         scored.every.tallies |= baselines
         scored.every.tallies |= {f"optimum {name}": tally for name, tally in optima.items()}
         scored.curve.tallies = self._curve()
@@ -158,6 +168,9 @@ class Scorer:
             },
             **estimators[headline].maps,
         }
+        if averaged:
+            own = result["estimators"][headline]
+            result["averages"] = self._averages(own, averaged, reference)
         records = self.loaded.translator.fitted.records
         if records:
             result["fitted_solvers"] = {str(nfe): records[nfe] for nfe in sorted(records)}
@@ -198,6 +211,27 @@ class Scorer:
         seed = self.config.seed
         tallies = {s.label: generated(loaded, s, seed) for s in solvers}
         return self._tallies(tallies, memo=loaded.translator.memo)
+
+    def _averaged(self, headline: str) -> Tallies:
+        """Return a tally for each further average, by the estimator that is the headline."""
+        solver, seed = solver_from_label(headline), self.config.seed
+        found = {f"{width:g}": one for width, one in self.averages.items()}
+        estimators = {name: generated(one, solver, seed) for name, one in found.items()}
+        return self._tallies(estimators, breadth=False)
+
+    def _averages(
+        self, own: dict[str, Any], averaged: Tallies, reference: Reference
+    ) -> dict[str, Any]:
+        """Return the scores of each average of the run's weights, and which is best."""
+        results = {OWN: own} | {name: tally.result(reference) for name, tally in averaged.items()}
+        scores = {
+            name: {key: found[key] for key in AVERAGE_SCORES if key in found}
+            for name, found in results.items()
+        }
+        for width, one in self.averages.items():
+            scores[f"{width:g}"] |= one.facts["average"]
+        best = max(scores, key=lambda name: scores[name]["cosine"])
+        return {"scores": scores, "best": best}
 
     def _baselines(self) -> Tallies:
         if self.fits is None:

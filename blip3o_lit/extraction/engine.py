@@ -6,7 +6,6 @@ store is byte-identical to that of an undisturbed run. Workers share nothing but
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from blip3o_lit.base.files import check_disk, write_synced
+from blip3o_lit.base.files import check_disk, room_on_disk, write_synced
 from blip3o_lit.base.launcher import is_task, number, tasks_of
 from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
@@ -72,10 +71,12 @@ class Extraction:
         out: Path,
         config: ExtractConfig,
         words: TextTower | None = None,
+        key: str = "out",
     ) -> None:
         """Prepare the towers and open the folder; `images` and `out` of `config` are not read.
 
-        `words` is the tower whose states of the captions are kept, where they are.
+        Towers on the meta device tell what they would store. `words` is the tower whose states of
+        the captions are kept, where they are; `key` is the override of the folder.
         """
         engine = config.extract
         self.source, self.out, self.config = source, out, config
@@ -83,18 +84,8 @@ class Extraction:
         grows = config.append and (out / "index.json").exists()
         self.old = OldStore(out) if grows else None
         self.splitter = Splitter(config.split.by, config.split.fraction, config.split.seed)
-        self.towers = TowerSet(
-            towers,
-            source.captions if self.old is None else TEXT in self.old.arrays,
-            "float16" if config.storage == "int8" else config.storage,
-            config.store,
-            device_of(engine.device),
-            engine.compile,
-            config.pixels.changes(),
-            config.thumbnails,
-            words,
-            config.captions,
-        )
+        self.words = words
+        self.towers = self.tower_set(towers)
         if self.old is not None:
             self.old.check(self.towers, config)
         self.classes = dict(source.classes)
@@ -105,7 +96,24 @@ class Extraction:
                 raise UserError(f"classes={config.classes}: {target.info.name} has no text side")
         rules = [source.split_rule, "" if source.all_split else self.splitter.words]
         self.split_rule = "; else ".join(rule for rule in rules if rule)
-        self.ledger = Ledger(out, source, self._recipe(), engine.shard_samples, self.old)
+        self.ledger = Ledger(out, source, self._recipe(), engine.shard_samples, self.old, key)
+
+    def tower_set(self, towers: Mapping[str, Tower]) -> TowerSet:
+        """Return both towers as they encode for this store."""
+        config = self.config
+        meta = all(tower.device.type == "meta" for tower in towers.values())
+        return TowerSet(
+            towers,
+            self.source.captions if self.old is None else TEXT in self.old.arrays,
+            "float16" if config.storage == "int8" else config.storage,
+            config.store,
+            "meta" if meta else device_of(config.extract.device),
+            config.extract.compile,
+            config.pixels.changes(),
+            config.thumbnails,
+            self.words,
+            config.captions,
+        )
 
     def _recipe(self) -> dict[str, Any]:
         """Return all that decides the content of the store."""
@@ -137,24 +145,26 @@ class Extraction:
         began = time.perf_counter()
         if self.ledger.finished:
             return Outcome(TokenIndex.load(self.out), 0, 0.0, already=True)
+        with room_on_disk(f"{self.ledger.key}={self.out}"):
+            pipeline = self.pipeline()
+            images = self._work(pipeline)
+            index = self.finish(pipeline.arrays)
+        added = index.samples - self.old.index.samples if self.old and index else 0
+        return Outcome(index, images, time.perf_counter() - began, added=added)
+
+    def pipeline(self) -> Pipeline:
+        """Return what does the work, with the scales of int8 measured and the old store read."""
         towers, ledger, config = self.towers, self.ledger, self.config
         held = None
         if self.old is None:
             arrays, scales = stored_arrays(towers, self.source, config, ledger.state)
         else:
             arrays, scales, held = self.old.arrays, self.old.scales(), self.old.held()
-        pipeline = Pipeline(towers, ledger, self.splitter, config, arrays, scales, held)
-        try:
-            images = self._work(pipeline)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise UserError(
-                    f"out={self.out}: the disk is full; free some, run it again"
-                ) from error
-            raise
-        index = ledger.finish(partial(self._write_store, arrays))
-        added = index.samples - self.old.index.samples if self.old and index else 0
-        return Outcome(index, images, time.perf_counter() - began, added=added)
+        return Pipeline(towers, ledger, self.splitter, config, arrays, scales, held)
+
+    def finish(self, arrays: dict[str, ArraySpec]) -> TokenIndex | None:
+        """Write the store's other files, its index last; None while units are missing."""
+        return self.ledger.finish(partial(self._write_store, arrays))
 
     def _work(self, pipeline: Pipeline) -> int:
         """Run the pipeline with progress; returns the images read."""
@@ -171,7 +181,8 @@ class Extraction:
         what = f"the tokens of {total - before} images take"
         fix = "free some, choose another folder or store=grid_64"
         if self.old is None:  # how many pictures of an append are new is not known yet
-            check_disk(self.out, (total - before) * self.towers.sample_bytes, what, fix)
+            needed = (total - before) * self.towers.sample_bytes
+            check_disk(self.out, needed, what, fix, self.ledger.key)
         written = 0
         with Work("extracting", total, "images") as work:
             work.skip(before)
@@ -212,7 +223,7 @@ class Extraction:
             )
         for leftover in self.out.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        for name, content in self._files().items():
+        for name, content in self.files().items():
             write_synced(self.out / name, content)
         self.ledger.write_recipe(self.out / RECIPE_FILE)
         shards = sorted(work.shards, key=lambda s: (split_rank(s.split), s.file))
@@ -236,7 +247,8 @@ class Extraction:
         self.ledger.clear()
         return index
 
-    def _files(self) -> dict[str, bytes]:
+    def files(self) -> dict[str, bytes]:
+        """Return the small files beside the shards, by name."""
         files = {HEADS_FILE: sorted_safetensors(*self.towers.heads())}
         scales = self.ledger.state / SCALES_FILE
         if scales.exists():

@@ -7,7 +7,7 @@ decoding, the towers' forward passes and writing overlap, and the order of sampl
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -77,10 +77,11 @@ class Pipeline:
         self.towers, self.ledger, self.splitter, self.held = towers, ledger, splitter, held
         self.engine, self.pixels = config.extract, config.pixels
         self.arrays, self.scales = arrays, scales
+        self._open: set[Unit] = set()
 
     def run(
         self, parts: list[tuple[int, Part]], done: dict[int, list[UnitRecord]]
-    ) -> Iterator[tuple[int, UnitRecord | None]]:
+    ) -> Generator[tuple[int, UnitRecord | None]]:
         """Do the units of numbered parts that are not `done`.
 
         Yields a batch's entries and, when it closed a unit, that unit's record.
@@ -96,6 +97,9 @@ class Pipeline:
         finally:
             for pool in (readers, forward, disk):
                 pool.shutdown(cancel_futures=True)
+            for unit in self._open:
+                unit.abort()
+            self._open.clear()
 
     def _entries(
         self, parts: list[tuple[int, Part]], done: dict[int, list[UnitRecord]]
@@ -111,8 +115,10 @@ class Pipeline:
             upcoming = next(entries, None)
             unit = self._unit(number, len(records))
             while not unit.last:
-                needed = size * self.towers.sample_bytes
-                check_disk(self.ledger.out, needed, "the next shard takes up to", fix)
+                left = size if part.length is None else min(size, part.length - unit.number * size)
+                needed = left * self.towers.sample_bytes
+                what = "the next shard takes up to"
+                check_disk(self.ledger.out, needed, what, fix, self.ledger.key)
                 while upcoming is not None and unit.seen < size:
                     unit.seen += 1
                     yield unit, upcoming
@@ -124,7 +130,9 @@ class Pipeline:
 
     def _unit(self, part_number: int, number: int) -> Unit:
         thumbnails = self.towers.thumbnails
-        return Unit(self.ledger, part_number, number, self.arrays, self.scales, thumbnails)
+        unit = Unit(self.ledger, part_number, number, self.arrays, self.scales, thumbnails)
+        self._open.add(unit)
+        return unit
 
     def _load(
         self, step: tuple[Unit, Item | Lost | None]
@@ -187,7 +195,11 @@ class Pipeline:
                 facts[CONTENT] = ready.content
             shard = batch.unit.shard(ready.split)
             shard.add(item.sample_key, sample, facts, ready.thumbnail)
-        return batch.entries, batch.unit.close() if batch.closes else None
+        if not batch.closes:
+            return batch.entries, None
+        record = batch.unit.close()
+        self._open.discard(batch.unit)
+        return batch.entries, record
 
 
 def tower_pool(device: torch.device) -> tuple[int, ThreadPoolExecutor]:
@@ -198,8 +210,15 @@ def tower_pool(device: torch.device) -> tuple[int, ThreadPoolExecutor]:
     the machine does.
     """
     if device.type != "cpu":
-        return 1, ThreadPoolExecutor(1, "towers")
+        return 1, ThreadPoolExecutor(1, "towers", _on_a_stream, (device,))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores or 1
     lanes = min(cores, MOST_LANES)
     return lanes, ThreadPoolExecutor(lanes, "towers", torch.set_num_threads, (cores // lanes,))
+
+
+def _on_a_stream(device: torch.device) -> None:
+    """Give a thread a stream of its own, so that no training step beside it waits for towers."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))  # on which the weights came
+    torch.cuda.set_stream(stream)

@@ -65,7 +65,8 @@ class UnitRecord:
 class Ledger:
     """The records of one output folder; `recipe` is all that decides the store's content.
 
-    `old` is the store that the folder holds and that the source is appended to.
+    `old` is the store that the folder holds and that the source is appended to; `key` is the
+    override that names the folder.
     """
 
     def __init__(
@@ -75,8 +76,10 @@ class Ledger:
         recipe: dict[str, Any],
         shard_samples: int,
         old: OldStore | None = None,
+        key: str = "out",
     ) -> None:
         """Open the folder for this recipe, or find that it is finished."""
+        self.key = key
         self.out, self.source, self.recipe, self.old = out, source, recipe, old
         self.shard_samples = shard_samples
         self.state = out / STATE
@@ -133,7 +136,8 @@ class Ledger:
         differing = [key for key in recipe if old.get(key) != recipe[key]]
         if differing:
             raise UserError(
-                f"out={self.out} holds {what} made with another {', '.join(differing)}: {fix}"
+                f"{self.key}={self.out} holds {what} made with another {', '.join(differing)}: "
+                f"{fix}"
             )
 
     def unit_name(self, part_number: int, unit: int) -> str:
@@ -242,6 +246,11 @@ class Unit:
         record = UnitRecord(self.seen, self.last, entries, self.lost, self.known)
         write_synced(self.path, json.dumps(asdict(record), sort_keys=True).encode())
         return record
+
+    def abort(self) -> None:
+        """Remove what is written of a unit that will not be finished."""
+        for shard in self._shards.values():
+            shard.abort()
 
 
 def check_rejects(work: UnitRecord, images: int, limit: float, file: Path | None = None) -> None:

@@ -78,7 +78,7 @@ class TokenDataModule(pl.LightningDataModule):
         """
         data = self.data
         sides = (data.condition, data.target, self.mode)
-        stores = StoreSet(self.stores, data)
+        stores = self._stores(ranks)
         stores.check([*names_of(data.condition), data.target])
         self.train = train = stores.reader(
             TRAIN, *sides, data.max_shards, data.subset, weighted=True
@@ -105,6 +105,9 @@ class TokenDataModule(pl.LightningDataModule):
         self.target_standardizer = scales["target"]
         self.condition_standardizer = scales.get("condition")
         self.words_standardizer = scales.get("words")
+
+    def _stores(self, ranks: FirstRank) -> StoreSet:
+        return StoreSet(self.stores, self.data)
 
     def steps_for(self, max_steps: int, max_epochs: int | None) -> int:
         """Set and return the run's optimizer steps; `max_epochs`, where given, wins.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from blip3o_lit.base.files import one_at_a_time, replacing
 from blip3o_lit.base.first_rank import ALONE, FirstRank
 from blip3o_lit.base.home import home
+from blip3o_lit.base.progress import Work
 from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.reading.ahead import fetched_ahead
@@ -173,11 +174,14 @@ def spread_ids(shard_sizes: np.ndarray, images: int) -> np.ndarray:
     return np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in chosen])[:images]
 
 
-def reader_batches(reader: TokenReader, images: int, threads: int) -> Iterable[Batch]:
+def reader_batches(reader: TokenReader, images: int, threads: int) -> Iterator[Batch]:
     """Read the ids of `spread_ids` in small batches, ahead of their use; all captions of each."""
     ids = spread_ids(reader.shard_sizes, images)
     pieces = np.split(ids, range(READ_SAMPLES, len(ids), READ_SAMPLES))
-    return prefetch(reader.read_all, fetched_ahead(reader, pieces, pieces), threads)
+    with Work("measuring channels", len(ids), "images") as work:
+        for batch in prefetch(reader.read_all, fetched_ahead(reader, pieces, pieces), threads):
+            yield batch
+            work.advance(len(batch["target"]))
 
 
 def mixture_moments(reader: MixedReader, images: int, threads: int) -> Moments:

@@ -24,6 +24,7 @@ from blip3o_lit.base.secrets import masked
 from blip3o_lit.budget.plan import Plan
 from blip3o_lit.checkpoints.files import FORMAT
 from blip3o_lit.checkpoints.initial import InitialWeights
+from blip3o_lit.checkpoints.soup import start_of
 from blip3o_lit.config.registry import origins
 from blip3o_lit.config.solver import SolverConfig, solver_from_label, started_later
 from blip3o_lit.config.train import part_names
@@ -33,6 +34,7 @@ from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.flow.pairs import UNIFORMS, pair_times
 from blip3o_lit.flow.times import training_times
 from blip3o_lit.metrics.cosine import TokenScores
+from blip3o_lit.models import power_average
 from blip3o_lit.models.float8 import float8_blocks
 from blip3o_lit.models.initialisation import is_sharded, local
 from blip3o_lit.models.network_of import build_network
@@ -41,7 +43,7 @@ from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.batches import align_checkpoint
 from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.scales import identity_scales, standardised
-from blip3o_lit.training.ema import ramped_decay, update_average
+from blip3o_lit.training.ema import ramped_decay, update_averages
 from blip3o_lit.training.own_parts import check_plain
 from blip3o_lit.training.schedule import learning_rate_factor
 from blip3o_lit.training.timed_losses import TimedLosses
@@ -71,8 +73,11 @@ class TranslationModule(LightningModule):
         with torch.device("meta"):
             self.network = build_network(self.config.model, self.shape)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
+        self.widths = self.config.optimizer.ema_profiles
+        self.profiles = nn.ModuleList(copy.deepcopy(self.ema) for _ in self.widths)
         self.network.to(self.precision.weights)
         self.initial = initial
+        self.start = initial.start if initial is not None else f"the seed {self.config.seed}"
         if self.config.precision.float8:
             float8_blocks(self.network)
         if not self.sharded:
@@ -105,26 +110,28 @@ class TranslationModule(LightningModule):
     @torch.no_grad()
     def _start(self, device: torch.device) -> None:
         """Give the networks memory and start values: no process ever holds more than its part."""
-        for network in (self.network, self.ema):
+        averages = (self.ema, *self.profiles)
+        for network in (self.network, *averages):
             network.to_empty(device=device)
         self.network.init_weights(self.config.seed)
         if self.initial is not None:
             self.initial.put("network", self.network)
             self.initial = None  # its memory
-        self.ema.fill_buffers()
-        for average, weight in zip(self.ema.parameters(), self.network.parameters()):
-            average.copy_(weight)
+        for average in averages:
+            average.fill_buffers()  # type: ignore[operator]
+            for own, weight in zip(average.parameters(), self.network.parameters()):
+                own.copy_(weight)
 
     def configure_model(self) -> None:
-        """Shard both networks by block while they have no memory yet, where the strategy asks."""
+        """Shard the networks by block while they have no memory yet, where the strategy asks."""
         if not self.sharded or not next(self.network.parameters()).is_meta:
             return
         from blip3o_lit.training.fsdp2 import Fsdp2Strategy, shard
 
         assert isinstance(self.trainer.strategy, Fsdp2Strategy)
         compute = self.precision.products if self.precision.low else None
-        for network in (self.network, self.ema):
-            shard(network, self.trainer.strategy.mesh, compute)
+        for network in (self.network, self.ema, *self.profiles):
+            shard(network, self.trainer.strategy.mesh, compute)  # type: ignore[arg-type]
         self._start(self.trainer.strategy.root_device)
 
     @property
@@ -284,8 +291,10 @@ class TranslationModule(LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        decay = ramped_decay(self.config.optimizer.ema_decay, self.global_step + 1)
-        update_average(self.ema, self.network, decay)
+        step = self.global_step + 1
+        decays = [ramped_decay(self.config.optimizer.ema_decay, step)]
+        decays += [power_average.decay(width, step) for width in self.widths]
+        update_averages([self.ema, *self.profiles], self.network, decays)
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         config = self.config.optimizer
@@ -299,6 +308,7 @@ class TranslationModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make Lightning's counters of micro-batches agree with the optimizer steps done."""
+        self.start = start_of(checkpoint["blip3o"])
         align_checkpoint(checkpoint, self.trainer.accumulate_grad_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -312,6 +322,7 @@ class TranslationModule(LightningModule):
             "tokens": self.store_facts,
             "step": self.global_step,
             "parts": origins(part_names(self.config)),
+            "start": self.start,
         }
 
 

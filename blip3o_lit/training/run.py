@@ -130,7 +130,7 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "kernels"))
         module.network.compile_blocks()
         data.compile_towers()
-    callbacks = Callbacks(plan, data, run_dir)
+    callbacks = Callbacks(plan, data, run_dir, resumed)
     if callbacks.mirror is not None:
         callbacks.mirror.begin(resumed is None, config.overwrite)
     run_loggers = loggers(config, run_dir, resumed, start) if launch().first else []
@@ -145,23 +145,33 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
 def open_data(config: TrainConfig, first: FirstRank = ALONE) -> tuple[TokenDataModule, int]:
     """Open the token store and return it with the number of optimizer steps."""
     if config.data.name == "images":
-        from blip3o_lit.extraction.direct.datamodule import PictureDataModule
-
-        pictures = PictureDataModule(config)
-        pictures.open(first, statistics=not config.plan)
-        steps = pictures.steps_for(config.trainer.max_steps, config.trainer.max_epochs)
-        return pictures, steps
-    data = TokenDataModule(
-        config.data,
-        config.mode,
-        token_stores(config.data),
-        seed=config.seed,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        validation_images=config.evaluation.images,
-    )
-    data.open(first)
+        data = _pictures(config, first)
+    else:
+        data = TokenDataModule(
+            config.data,
+            config.mode,
+            token_stores(config.data),
+            seed=config.seed,
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            validation_images=config.evaluation.images,
+        )
+        data.open(first)
     return data, data.steps_for(config.trainer.max_steps, config.trainer.max_epochs)
+
+
+def _pictures(config: TrainConfig, first: FirstRank) -> TokenDataModule:
+    """Open the pictures of a run; for a plan without decoding any."""
+    from blip3o_lit.extraction.direct.datamodule import PictureDataModule
+    from blip3o_lit.extraction.direct.kept import KeptDataModule
+
+    if config.data.keep and not config.plan:
+        kept = KeptDataModule(config)
+        kept.open(first)
+        return kept
+    pictures = PictureDataModule(config)
+    pictures.open(first, statistics=not config.plan)
+    return pictures
 
 
 def fit(

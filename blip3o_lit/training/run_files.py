@@ -24,6 +24,7 @@ from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.in_place import remove
 from blip3o_lit.checkpoints.metrics_csv import read_rows
 from blip3o_lit.checkpoints.resume import config_hash
+from blip3o_lit.checkpoints.snapshots import FOLDER as AVERAGES
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.training.environment import environment
@@ -82,6 +83,7 @@ def remove_run(run_dir: Path) -> None:
         if path.name in ("best.ckpt", "last.ckpt") or checkpointing.step_of(path) >= 0:
             old.append(path)
     old += (run_dir / "tensorboard").glob("events.out.tfevents.*")
+    old += (run_dir / AVERAGES).glob("step-*.safetensors")
     if old and not (run_dir / "environment.json").is_file():
         raise UserError(
             f"overwrite=true: {run_dir} has {old[0].name}, but no environment.json as every run "

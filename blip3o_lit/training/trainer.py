@@ -26,9 +26,11 @@ from blip3o_lit.checkpoints.background import Background
 from blip3o_lit.checkpoints.files import AtomicCheckpointIO
 from blip3o_lit.checkpoints.mirror import Mirror
 from blip3o_lit.checkpoints.resume import config_hash
+from blip3o_lit.checkpoints.snapshots import FOLDER as AVERAGES
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.models.precision import AUTO, bf16_is_faster
 from blip3o_lit.tokens.datamodule import TokenDataModule
+from blip3o_lit.training.callbacks.averages import Snapshots
 from blip3o_lit.training.callbacks.bad_steps import BadSteps
 from blip3o_lit.training.callbacks.checkpoints import MONITOR, Checkpoints
 from blip3o_lit.training.callbacks.garbage import Garbage
@@ -64,7 +66,9 @@ def machine_of(config: TrainConfig, machine: Machine, ranks: FirstRank = ALONE) 
 class Callbacks:
     """The callbacks of a run, and by name those that are asked for something after it."""
 
-    def __init__(self, plan: Plan, data: TokenDataModule, run_dir: Path) -> None:
+    def __init__(
+        self, plan: Plan, data: TokenDataModule, run_dir: Path, resumed: Path | None = None
+    ) -> None:
         config, place = plan.config, plan.placement
         every = config.trainer.log_every
         cuda = place.device == "cuda"
@@ -102,6 +106,11 @@ class Callbacks:
             patience = config.evaluation.patience
             self.in_order.append(EarlyStopping(MONITOR, mode="max", patience=patience))
         self.in_order += own_callbacks(config.callbacks)
+        widths, count = config.optimizer.ema_profiles, config.optimizer.ema_snapshots
+        if widths:
+            every, saves = max(1, math.ceil(plan.steps / count)), self.checkpoints.saves
+            folder = run_dir / AVERAGES
+            self.in_order.append(Snapshots(folder, every, widths, saves, resumed))
         self.in_order += [self.checkpoints, SlowData(masked(str(data.store_path)))]
 
 

@@ -32,7 +32,7 @@ class Translator(nn.Module):
     condition doesn't have.
     `autocast` is the format of the network's matrix products; None leaves it to the caller. The
     state of an ODE solver is fp32 either way. With `graphs` solvers run as CUDA graphs; with `memo`
-    those that are given one and the same condition tensor in turn share what they can.
+    those that are given one and the same condition in turn share what they can.
     """
 
     def __init__(
@@ -127,16 +127,16 @@ class Translator(nn.Module):
         seed: int,
     ) -> Iterator[LossRecord]:
         """Yield the loss of raw tokens at each time, with the noise that `generate` would draw."""
-        standard: Any = self.standardised(condition)
+        encoded: Any = self.standardised(condition)
         x1_BND = self.target_standardizer.standardise(target_BND)
         z_BND = self._noise(sample_B, seed, x1_BND.device)
         encode = getattr(self.network, "encode", None)
         with self.precision(x1_BND.device.type):
-            standard = standard if encode is None else encode(standard)
+            encoded = encoded if encode is None else encode(encoded)
         for time in times:
             t_B = torch.full((len(x1_BND),), time, device=x1_BND.device)
             with self.precision(x1_BND.device.type):
-                record = self.objective.loss(self.network, standard, x1_BND, z_BND, t_B)
+                record = self.objective.loss(self.network, encoded, x1_BND, z_BND, t_B)
             yield record
 
     def _noise(self, sample_B: Tensor, seed: int, device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.optimizer import make_optimizer
 from blip3o_lit.models.precision import PRECISIONS, Precision
-from blip3o_lit.training.ema import update_average
+from blip3o_lit.training.ema import update_averages
 from blip3o_lit.training.run import run_training
 
 SHAPE = PairShape(TokenShape((8, 8), False, 96), TokenShape((8, 8), False, 64))
@@ -50,7 +50,7 @@ def train(model: ModelConfig, images: int, precision: Precision, name: str) -> N
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        update_average(average, network, 0.9)
+        update_averages([average], network, [0.9])
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_planned_bytes_are_those_of_the_allocator(
     model: ModelConfig, precision: str, optimizer: str
 ) -> None:
     images, formats = 16, PRECISIONS[precision]
-    planned = rank_bytes("single", units(model, SHAPE), formats, optimizer, 1)
+    planned = rank_bytes("single", units(model, SHAPE), formats, OptimizerConfig(optimizer), 1)
     planned += activations(model, FlowConfig(), SHAPE, formats).of(images, "single")
     measured = allocator_peak(lambda: train(model, images, formats, optimizer))
     assert planned == pytest.approx(measured, rel=0.15)

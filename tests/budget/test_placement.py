@@ -103,7 +103,7 @@ def test_a_micro_batch_fills_the_device_and_not_more() -> None:
     config = run("auto", 1, 4096, "auto", "fp32")
     counts, formats = units(SMALL, SHAPE), FORMATS["fp32"]
     kept = activations(SMALL, config.flow, SHAPE, formats, "cuda")
-    states = rank_bytes("single", counts, formats, config.optimizer.name, 1, True)
+    states = rank_bytes("single", counts, formats, config.optimizer, 1, True)
     for gb in (1, 2, 8):
         there = machine(1, "plain", "auto", 1, gb)
         place = resolve(config, SHAPE, there)
@@ -116,7 +116,7 @@ def test_processes_on_a_cpu_share_its_memory() -> None:
     config = run("8", 1, 8 * 4096, "ddp", "fp32")
     counts, formats = units(SMALL, SHAPE), FORMATS["fp32"]
     kept = activations(SMALL, config.flow, SHAPE, formats)
-    states = rank_bytes("ddp", counts, formats, config.optimizer.name, 8, True)
+    states = rank_bytes("ddp", counts, formats, config.optimizer, 8, True)
     there = machine(0, "plain", "auto", 1)
     place = resolve(config, SHAPE, there)
     room = there.memory * USABLE["cpu"] / 8
@@ -130,7 +130,7 @@ def test_fsdp2_needs_no_room_for_autocasts_copies() -> None:
     counts, formats = units(SMALL, SHAPE), FORMATS["bf16"]
     kept = activations(SMALL, config.flow, SHAPE, formats, "cuda")
     assert kept.fixed > 0
-    states = rank_bytes("fsdp2", counts, formats, config.optimizer.name, 8, accumulated=True)
+    states = rank_bytes("fsdp2", counts, formats, config.optimizer, 8, accumulated=True)
     needed = states + 64 * kept.image
     exact = math.ceil(needed / USABLE["cuda"]) + 1
     there = replace(machine(8, "plain", "auto", 1), memory=exact)

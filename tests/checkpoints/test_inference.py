@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from blip3o_lit import BLIP3oInference
 from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.checkpoints.export import write_export
-from blip3o_lit.checkpoints.load import find_weights, load
+from blip3o_lit.checkpoints.load import load
+from blip3o_lit.checkpoints.weights import find_weights
 from blip3o_lit.config.commands import ExportConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig

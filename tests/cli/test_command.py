@@ -102,6 +102,9 @@ def test_experiments_name_their_cost_and_command() -> None:
         text = path.read_text()
         for word in ("What:", "Cost:", "Expect:", "Command:"):
             assert f"# {word}" in text, f"{path.name} lacks {word}"
+        cost = " ".join(text.partition("# Cost:")[2].partition("# Expect:")[0].split())
+        if "CPU" in cost:  # minutes say nothing without what the cores reach
+            assert "GFLOP/s" in cost, f"{path.name}: on which cores?"
 
 
 def test_schema_refuses_a_key_that_came_past_hydra() -> None:

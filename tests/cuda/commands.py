@@ -14,7 +14,8 @@ from on_shim import Trace
 from PIL import Image
 
 from blip3o_lit import evaluate, extract, generate, train
-from blip3o_lit.evaluation.tally import Reference, Tally, feed
+from blip3o_lit.evaluation.main_pass import Group
+from blip3o_lit.evaluation.tally import Reference, Tally
 
 FOLDER = Path(sys.argv[1])
 STORE, RUN = FOLDER / "store", FOLDER / "run"
@@ -57,7 +58,7 @@ def scores_of_random_tokens():
         true_BND = torch.randn(8, shape.tokens, shape.width)
         mean_ND, sample_B = torch.zeros_like(true_BND[0]), torch.arange(8)
         own = Tally(lambda *_: (true_BND + 1, 1), mean_ND, shape, cpu, tally.breadth is not None)
-        feed({"own": own}, truth := Reference(shape, cpu), (true_BND, true_BND, sample_B))
+        Group(8, truth := Reference(shape, cpu), {"own": own}).add((true_BND, true_BND, sample_B))
         scores = scored(own, truth)
         tally.maps = own.maps
         return scores | {"images": tally.images}

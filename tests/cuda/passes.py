@@ -23,7 +23,7 @@ from blip3o_lit.flow.objective import FlowObjective
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.optimizer import make_optimizer
 from blip3o_lit.tokens.statistics import Standardizer
-from blip3o_lit.training.ema import update_average
+from blip3o_lit.training.ema import update_averages
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product", "linear")
 FREE = ("empty", "detach", "_unsafe_view", "new_empty")
@@ -92,7 +92,7 @@ def measured(step):
                 torch.nn.utils.clip_grads_with_norm_(step.network.parameters(), 1.0, norm)
                 step.optimizer.step()
                 step.optimizer.zero_grad()
-                update_average(step.average, step.network, 0.9)
+                update_averages([step.average], step.network, [0.9])
             if counting:
                 moved.append(mode.by)
             else:

@@ -1,5 +1,8 @@
 """Whole runs of 8 steps on the shim: runs.py FOLDER LAYOUT/PRECISION/OPTIMIZER/MICRO ...
 
+A layout is single, ddp, fsdp2, compile, words or compile-words; the last two have words beside the
+grid.
+
 Prints a JSON: for each run the host's waits in three quiet steps, the copies from memory that is
 not pinned, and the steps done. Kernels do nothing, so all values are zeros.
 """
@@ -14,11 +17,17 @@ import layouts
 import torch
 from lightning import Callback
 from on_shim import Trace
+from PIL import Image
+from small_words import write_words
 from torch._dynamo.utils import counters
 
 import blip3o_lit.training.trainer as trainer_module
+from blip3o_lit.config.data import DataConfig
+from blip3o_lit.config.extract import SplitConfig
+from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
+from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.trainer import (
     CheckpointConfig,
     EvaluationConfig,
@@ -51,12 +60,23 @@ class Probe(Callback):
 
 def run(folder, layout, precision, optimizer, micro):
     probe, tokens = Probe(), layouts.config("1")
+    if layout in ("images", "kept"):
+        tokens.data, tokens.split = pictures(folder, layout), SplitConfig("content", 0.4)
+    model = replace(MODEL, compile="compile" in layout)
+    if "words" in layout:
+        store = folder.parent / layouts.WORDS
+        if not store.exists():
+            write_words(store, train=72, validation=20)
+        data = DataConfig(tokens=str(store), condition=["eva", "words"])
+        solver = SolverConfig("euler", steps=2, guidance_scale=2.0)
+        tokens = replace(tokens, data=data, flow=FlowConfig(condition_dropout=0.2), solver=solver)
+        model = replace(model, conditioning="cross")
     config = replace(
         tokens,
-        model=replace(MODEL, compile=layout == "compile"),
+        model=model,
         precision=PrecisionConfig(precision),
         optimizer=OptimizerConfig(optimizer),
-        strategy=StrategyConfig({"compile": "single"}.get(layout, layout)),
+        strategy=StrategyConfig(layout if layout in ("ddp", "fsdp2") else "single"),
         trainer=TrainerConfig(
             max_steps=8, log_every=4, accelerator="cuda", devices=str(WORLD), max_bad_steps=10**6
         ),
@@ -86,6 +106,18 @@ def run(folder, layout, precision, optimizer, micro):
         "breaks": sum(counters["graph_break"].values()),
         "saved": sorted(path.name for path in (folder / "checkpoints").iterdir()),
     }
+
+
+def pictures(folder, layout):
+    """Draw pictures, which the towers encode on the imitated device."""
+    source = folder.parent / f"{layout} pictures"
+    source.mkdir()
+    draw = torch.Generator().manual_seed(0)
+    for number in range(48):
+        pixels = torch.randint(256, (8, 8, 3), generator=draw, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(source / f"{number}.png")
+    keep = str(folder.parent / "keep") if layout == "kept" else None
+    return DataConfig("images", images=str(source), keep=keep)
 
 
 def compile_without_kernels():

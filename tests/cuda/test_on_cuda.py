@@ -11,7 +11,9 @@ from cuda_shim import on_cuda
 SINGLE = (
     *("single/bf16/adamw/16", "single/fp16/adamw/16", "single/fp32/adamw/8"),
     *("single/tf32/muon/16", "single/bf16_true/muon/16", "compile/bf16/adamw/16"),
+    *("words/bf16/adamw/16", "compile-words/bf16/adamw/16"),
 )
+PICTURES = ("images/bf16/adamw/16", "kept/bf16/adamw/16")
 RANKS = ("ddp/bf16/adamw/4", "fsdp2/bf16/adamw/8")
 QUIET = 3
 """Steps that are traced: they log nothing, validate nothing and save nothing."""
@@ -26,6 +28,11 @@ def found(said: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found(on_cuda("runs.py", tmp_path_factory.mktemp("single"), *SINGLE, **NEW))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found(on_cuda("runs.py", tmp_path_factory.mktemp("pictures"), *PICTURES, **NEW))
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +73,27 @@ def test_tokens_are_copied_from_pinned_memory(single: dict[str, Any], name: str)
     assert all("training/module.py" in place for place in single[name]["pageable"])
 
 
+@pytest.mark.parametrize("name", PICTURES)
+def test_towers_in_front_of_the_network_make_no_step_wait(
+    pictures: dict[str, Any], name: str
+) -> None:
+    """Pixels come from pinned memory, tokens stay on the device."""
+    run = pictures[name]
+    assert "last.ckpt" in run["saved"]
+    assert run["kernels"] > 0
+    assert run["waits"] == {}
+    assert run["pinned"] > 0
+    assert all("training/module.py" in place for place in run["pageable"])
+
+
 def test_all_blocks_and_batches_are_one_graph(single: dict[str, Any]) -> None:
     """Over training, partial validation batches and saving."""
     run = single["compile/bf16/adamw/16"]
+    assert (run["graphs"], run["breaks"]) == (1, 0)
+
+
+def test_captions_of_any_length_are_one_graph(single: dict[str, Any]) -> None:
+    run = single["compile-words/bf16/adamw/16"]
     assert (run["graphs"], run["breaks"]) == (1, 0)
 
 

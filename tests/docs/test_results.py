@@ -17,6 +17,7 @@ from recipes import BASE, DEFAULT, PARTS, RECIPES, RUNS, SEED_RECIPES, Recipe, R
 from results_claims import REASONS, claims
 from results_found import Found, interval
 from results_page import verdict, write_page
+from results_records import RECORDS, agree, read_record, rounded
 
 
 def scores(cosine: float, sample: float = 0.9) -> dict[str, Any]:
@@ -47,6 +48,33 @@ def test_every_run_is_a_valid_command_line(run: Run) -> None:
     scored = composed("evaluate", EvaluateConfig, ["ckpt=run", *run.evaluation])
     assert config.seed == 0
     assert scored.images
+
+
+def test_settings_agree_but_for_keys_that_came_later() -> None:
+    then = {"train": {"lr": 0.1, "model": {"width": 64}}}
+    assert agree(then, {"train": {"lr": 0.1, "model": {"width": 64, "new": 0}, "other": 1}})
+    assert not agree(then, {"train": {"lr": 0.1, "model": {"width": 65}}})
+    assert not agree(then, {"train": {"lr": 0.1, "model": {}}})
+
+
+def test_every_record_is_a_run_of_today_s_and_is_on_the_page() -> None:
+    """One that was made with other settings, or of a recipe that is gone, is taken out."""
+    names = {run.name: run for run in RUNS}
+    files = sorted(RECORDS.rglob("*.json"))
+    for file in files:
+        name = str(file.relative_to(RECORDS).with_suffix(""))
+        assert name in names, name
+        assert read_record(names[name]) is not None, name
+    page = (ROOT / "docs" / "results.md").read_text("utf-8")
+    assert not files or f"{len(files)} of {len(RUNS)} runs" in " ".join(page.split())
+
+
+def test_figures_are_rounded_wherever_they_stand() -> None:
+    assert rounded({"a": [1 / 3, {"b": 2 / 3}], "c": "x", "d": 7}) == {
+        "a": [0.333333, {"b": 0.666667}],
+        "c": "x",
+        "d": 7,
+    }
 
 
 def test_an_interval_is_student_s() -> None:

@@ -1,9 +1,14 @@
 """Appends: three of them make what one extraction makes, a killed one leaves the old store."""
 
 import json
+import os
+import random
+import signal
+import sys
 
 import numpy as np
 import pytest
+from disturbed import SERVER
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import EngineConfig, ExtractConfig, SplitConfig
@@ -113,6 +118,47 @@ def test_a_killed_append_leaves_the_old_store_and_goes_on(tmp_path, towers):
     (out / ".extract" / "unit-all-000001.json").write_text(json.dumps(record))
     assert run(photos, out, towers, config(append=True)).already
     assert len(samples(out)) == 12
+
+
+def append_here(photos, out, count):
+    """Append, and die at the `count`th access to a file of the store."""
+    seen = 0
+
+    def look(event, arguments):
+        nonlocal seen
+        seen += event in ("open", "os.rename", "os.remove") and str(out) in str(arguments[0])
+        if seen == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+    run(photos, out, {name: demo.load(name) for name in demo.NAMES}, config(append=True))
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.soak)])
+def test_sigkills_in_an_append_leave_the_old_store(tmp_path, towers, kills):
+    photos, out, whole = tmp_path / "photos", tmp_path / "out", tmp_path / "whole"
+    draw(photos, range(4))
+    run(photos, out, towers, config())
+    old, before, added, draws = TokenIndex.load(out), samples(out), 4, random.Random(kills)
+    for _ in range(kills):
+        draw(photos, range(added, added + 3))
+        process = SERVER.Process(target=append_here, args=(photos, out, draws.randint(5, 60)))
+        process.start()
+        process.join(280)
+        assert process.exitcode in (0, -signal.SIGKILL)
+        now = samples(out)  # opens every shard, checks its sha256 and reads all
+        if TokenIndex.load(out) == old:
+            assert now.keys() == before.keys()
+        else:  # it was killed after its last step, or had ended
+            assert len(now) == added + 3
+            old, before, added = TokenIndex.load(out), now, added + 3
+    run(photos, out, towers, config(append=True))
+    run(photos, whole, towers, config())
+    one, many = samples(whole), samples(out)
+    assert one.keys() == many.keys()
+    for key, (split, arrays, _) in one.items():
+        assert split == many[key][0]
+        assert all(np.array_equal(array, many[key][1][name]) for name, array in arrays.items())
 
 
 def test_a_changed_picture_comes_under_a_key_of_its_own(tmp_path, towers):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from disturbed import run
 from quick_run import config, differences, state
 
 from blip3o_lit.budget.pictures import TwoWays
@@ -19,12 +21,18 @@ from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.extract import EngineConfig, ExtractConfig, SplitConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.train import TrainConfig
-from blip3o_lit.config.trainer import CheckpointConfig, EvaluationConfig, TrainerConfig
+from blip3o_lit.config.trainer import (
+    CheckpointConfig,
+    EvaluationConfig,
+    StrategyConfig,
+    TrainerConfig,
+)
 from blip3o_lit.evaluation.readers import open_readers
 from blip3o_lit.extraction.direct.datamodule import PictureDataModule
 from blip3o_lit.extraction.direct.store import PictureReader, PictureStore
 from blip3o_lit.extraction.engine import extract
 from blip3o_lit.images.open import open_source
+from blip3o_lit.tokens.reading.batches import BatchPlan
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.towers import demo
 from blip3o_lit.towers.scenes import scene
@@ -84,9 +92,17 @@ def column(run: Path, name: str) -> list[float]:
     return [float(row[name]) for row in read_rows(run / "metrics.csv") if row[name]]
 
 
-def test_a_run_on_pictures_is_the_run_on_their_store_and_resumes(photos, store, tmp_path):
-    direct, stored, resumed = (tmp_path / name for name in ("direct", "stored", "resumed"))
-    run_training(run_config(images=photos), direct, [])
+@pytest.fixture(scope="module")
+def direct(photos: Path, tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
+    """A run on pictures, in one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLIP3O_HOME", str(shared_home))
+        run_training(run_config(images=photos), photos.parent / "direct", [])
+    return photos.parent / "direct"
+
+
+def test_a_run_on_pictures_is_the_run_on_their_store_and_resumes(photos, store, direct, tmp_path):
+    stored, resumed = tmp_path / "stored", tmp_path / "resumed"
     run_training(run_config(tokens=store), stored, [])
     assert len(column(direct, "train/loss")) == STEPS
     for name in ("train/loss", "val/cosine"):
@@ -108,6 +124,42 @@ def test_a_run_on_pictures_is_the_run_on_their_store_and_resumes(photos, store, 
     changed = draw(tmp_path / "photos", 20)
     with pytest.raises(UserError, match=r"the images of .* have changed since"):
         run_training(run_config(images=changed, resume=resume), tmp_path / "other", [])
+
+
+def test_two_ranks_go_on_with_the_run_of_one(photos, direct, tmp_path):
+    """From a checkpoint in mid-epoch, with the same global batch."""
+    resume = str(direct / "checkpoints" / "step-00000003.ckpt")
+    trainer = TrainerConfig(STEPS, log_every=1, accelerator="cpu", devices="2")
+    strategy = StrategyConfig("ddp")
+    two = run_config(images=photos, resume=resume, trainer=trainer, strategy=strategy)
+    assert run(tmp_path / "two", two, two) == [0, 0], (tmp_path / "two/said-0.txt").read_text()
+    for name in ("train/loss", "val/cosine"):
+        assert column(tmp_path / "two", name) == pytest.approx(column(direct, name), rel=1e-5)
+
+
+def test_ranks_read_the_very_tokens_of_one_process(photos, direct):
+    """Bit for bit, where the towers take one image at a time."""
+    plain = run_config(images=photos)
+    plain.data.tower_batch = 1
+    data = PictureDataModule(plain)
+    data.open()
+    data.steps = STEPS
+    saved = state(direct / "checkpoints" / "step-00000003.ckpt")["data"][0]
+
+    def batches(world: int) -> list[list[dict[str, torch.Tensor]]]:
+        ranks = []
+        for rank in range(world):
+            loader = data.train_dataloader()
+            loader.rank, loader.plan = rank, BatchPlan(8, world, 8 // world)
+            loader.load_state_dict(saved)
+            ranks.append([data.encoded(batch) for batch in loader])
+        return ranks
+
+    (one,), two = batches(1), batches(2)
+    assert len(one) == STEPS - 3
+    for whole, *parts in zip(one, *two):
+        for key, tensor in whole.items():
+            assert torch.equal(tensor, torch.cat([part[key] for part in parts])), key
 
 
 @pytest.mark.parametrize("mode", ["patch_only", "cls_patch", "grid_64"])
@@ -161,6 +213,8 @@ def test_the_cheaper_way():
     ways = TwoWays(4e12, 0.13e12, images=100, seen=1000, store_bytes=200.0, disk=500.0)
     assert (ways.cheaper, ways.storage) == ("store", "float16")
     assert ways.direct - ways.by_store == pytest.approx(900 * 4e12)
+    assert ways.by_keeping == ways.by_store
+    assert replace(ways, seen=60).by_keeping == replace(ways, seen=60).direct
     assert replace(ways, disk=150.0).storage == "int8"
     assert replace(ways, disk=50.0).cheaper == "images"
     assert replace(ways, seen=60).cheaper == "images"

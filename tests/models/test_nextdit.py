@@ -11,11 +11,14 @@ from diffusers.models.embeddings import PixArtAlphaTextProjection, get_2d_rotary
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from blip3o_lit.base.shape import PairShape, TokenShape
+from blip3o_lit.base.condition import Condition
+from blip3o_lit.base.shape import PairShape, SequenceShape, TokenShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.model import ModelConfig
+from blip3o_lit.models.network import EncodedCondition
 from blip3o_lit.models.network_of import build_network
 from blip3o_lit.models.nextdit import NextDiT
+from blip3o_lit.models.words import key_mask
 
 TINY = ModelConfig(
     architecture="nextdit",
@@ -64,13 +67,13 @@ class Reference(nn.Module):
         )
         self.grid, self.head_width = shape.target.grid, config.width // config.heads
 
-    def velocity(self, x, t, c):
+    def velocity(self, x, t, c, mask=None):
         """Return data - noise from a network of noise level 1000 (1 - t) that says noise - data."""
         out = self.model(
             hidden_states=x.transpose(1, 2).unflatten(2, self.grid),
             timestep=1000 * (1 - t),
             encoder_hidden_states=self.model.caption_projection(c),
-            encoder_mask=torch.ones(c.shape[:2]),
+            encoder_mask=torch.ones(c.shape[:2]) if mask is None else mask,
             image_rotary_emb=get_2d_rotary_pos_embed_lumina(self.head_width, 384, 384),
             cross_attention_kwargs={},
         ).sample
@@ -114,6 +117,27 @@ def test_the_model_equals_diffusers_with_grouped_keys(multiplier):
     expected = theirs.velocity(x, t, c)
     assert expected.std() > 0.1
     assert (ours(x, t, c) - expected).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_words_behind_a_mask_are_those_of_diffusers():
+    """All of the network but its null token, which they don't have: captions are 1 to 7 words."""
+    shape = PairShape(None, SHAPE.target, SequenceShape(7, 24))
+    theirs, ours = reference(TINY, SHAPE), NextDiT(TINY, shape)
+    ours.load_official(theirs.state_dict())
+    x, t, _ = inputs(SHAPE, batch=4)
+    length_B = torch.tensor([1, 3, 4, 7])
+    condition = Condition(None, torch.randn(4, 7, 24), length_B)
+    expected = theirs.velocity(x, t, condition.words, condition.present.float())
+    words_BLW, pooled_BT = ours.words(condition)
+    pairs = tuple(block.keys_values(words_BLW, None) for block in ours.blocks)
+    encoded = EncodedCondition(None, pooled_BT, pairs, key_mask(length_B, 7, 7))
+    assert expected.std() > 0.1
+    assert (ours(x, t, encoded) - expected).abs().max() <= 1e-5
+    unmasked = (ours(x, t, encoded._replace(mask=None)) - expected).abs().amax((1, 2))
+    assert unmasked[:3].min() > 1e-3
+    names = {name.removeprefix("model.") for name in theirs.state_dict()} - {"pad_token"}
+    assert set(ours.official_state()) == names
 
 
 @pytest.mark.parametrize(("multiplier", "hidden"), [(1.0, 4864), (1.5, 7168)])

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import http.server
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -21,8 +22,11 @@ import pytest
 import torch
 from bucket import Bucket
 from conftest import ROOT
+from disturbed import Disturbance, assert_same_end, run
 from hub_server import TOKEN
 from hub_server import serving as hub
+from quick_run import config
+from small_disk import fill, small_disk
 from small_store import int8_tokens, write_int8, write_store
 
 from blip3o_lit.base import objects
@@ -30,10 +34,12 @@ from blip3o_lit.base.objects import Objects, is_url
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
+from blip3o_lit.config.trainer import TrainerConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.open import open_store
 from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
 from blip3o_lit.tokens.store.index import TokenIndex
+from blip3o_lit.training.run import run_training
 
 CLS_PATCH = ModeConfig("cls_patch")
 
@@ -125,6 +131,7 @@ import os, signal, sys
 from pathlib import Path
 from blip3o_lit.base.objects import Objects
 from blip3o_lit.tokens.store.index import TokenIndex
+from blip3o_lit.training.run import run_training
 from blip3o_lit.tokens.store.shard_cache import ShardCache
 
 url, cache, after = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
@@ -211,10 +218,34 @@ def test_a_kill_leaves_no_bad_file(folder: Path, url: str, tmp_path: Path) -> No
     assert not list((tmp_path / "cache" / "shards").glob("*.part"))
 
 
-@pytest.mark.soak
-def test_twenty_kills_leave_no_bad_file(folder: Path, url: str, tmp_path: Path) -> None:
-    for number in range(20):
-        check_killed(url, folder, tmp_path / str(number // 4), 1 + number % 2)
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.soak)])
+def test_a_run_that_is_killed_leaves_no_bad_file_and_ends_as_a_local_one(
+    bucket: Bucket, tmp_path: Path, kills: int
+) -> None:
+    """Each kill at some access to a file of the cache, or some time after it."""
+    store, cache, folder = tmp_path / "store", tmp_path / "cache", tmp_path / "killed"
+    index = write_store(store, 60, 7)
+    url = bucket.upload(store, f"kills-{kills}")
+    data = DataConfig("tokens", url, cache=str(cache), shuffle_window=1)
+    wanted = config(
+        data=data, resume="auto", trainer=TrainerConfig(9 + 4 * kills, accelerator="cpu")
+    )
+    known, draws = {shard.sha256: shard.file for shard in index.shards}, random.Random(kills)
+    for number in range(kills):
+        if number % 2:  # else whole shards are there, and resumption reads them
+            for path in shards(cache)[::2]:
+                path.unlink()
+        delay = 0.02 * draws.random() if number % 3 else 0.0
+        at = Disturbance("/cache/shards/", draws.randint(3, 60), delay=delay)
+        codes = run(folder, wanted, planned=at, **bucket.variables)
+        assert codes in ([-signal.SIGKILL], [-signal.SIGPROF], [0])
+        for path in shards(cache):
+            assert path.read_bytes() == (store / known[path.stem]).read_bytes()
+    assert run(folder, wanted, **bucket.variables) == [0]
+    assert not list((cache / "shards").glob("*.part"))
+    local = replace(wanted, data=replace(data, tokens=str(store), cache=None))
+    run_training(local, tmp_path / "local", [])
+    assert_same_end(tmp_path / "local", folder)
 
 
 def test_a_cut_off_file_of_the_cache_is_fetched_again(
@@ -343,12 +374,26 @@ def test_faults_are_one_line(
     refused("check the credentials")
 
 
-def test_a_full_disk_is_one_line(url: str) -> None:
-    if not Path("/dev/full").exists() or os.getuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    cache = Path("/dev/shm") / f"cache-{os.getpid()}"
-    del cache
-    pytest.skip("see below")
+def test_a_full_disk_is_one_line_and_what_was_fetched_stays(
+    folder: Path, url: str, tmp_path: Path
+) -> None:
+    expected = seen(module(folder, tmp_path))
+    whole = sum(shard.bytes for shard in TokenIndex.load(folder).shards)
+    with small_disk(tmp_path / "disk", whole * 2) as disk:
+        data = module(url, disk, cache_gb=1)
+        fetched = {path: path.read_bytes() for path in shards(disk)}
+        filler = fill(disk)
+        with pytest.raises(
+            UserError, match=r"data\.cache=.*No space left.*lower data\.cache_gb"
+        ) as it:
+            seen(data)
+        assert "\n" not in str(it.value)
+        assert all(path.read_bytes() == content for path, content in fetched.items())
+        assert not list((disk / "shards").glob("*.part"))
+        with pytest.raises(UserError, match=r"data\.cache=.*disk is full"):
+            module(url + "/", disk / "other", cache_gb=1)
+        filler.unlink()
+        assert same(seen(module(url, disk, cache_gb=1)), expected)
 
 
 def test_keys_of_the_aws_files(

@@ -29,6 +29,10 @@ SMALL = [
     *("data.linear_gaussian.images=72", "data.linear_gaussian.validation_images=20"),
     *("evaluation.every=2", "evaluation.images=20", "checkpoint.every=2", "precision=fp32"),
 ]
+BY_HAND = (
+    "MLflow is an extra outside the lock; by hand: pip install --target /tmp/mlflow mlflow-skinny; "
+    "PYTHONPATH=/tmp/mlflow python -m pytest tests/training/test_own_parts.py -k mlflow"
+)
 OWN = """
 from lightning import Callback
 from pathlib import Path
@@ -164,7 +168,7 @@ def test_profiler_callbacks_and_loggers_of_lightning(
 
 
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mlflow")
+    pytest.importorskip("mlflow", reason=BY_HAND)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert train(monkeypatch, f"hydra.run.dir={tmp_path}", "logger=[csv,mlflow]") == 0

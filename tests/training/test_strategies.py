@@ -9,17 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import half, processes, run_job
+from layouts import WORDS, half, processes, run_job
+from safetensors.torch import load_file
+from small_words import write_words
 
 from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.load import load
 from blip3o_lit.checkpoints.metrics_csv import read_rows
 from blip3o_lit.checkpoints.resume import resolve_resume
+from blip3o_lit.checkpoints.snapshots import FOLDER
 from blip3o_lit.config.errors import UserError
 
 pytestmark = pytest.mark.timeout(900)  # The first test waits for two processes and all runs.
+WIDTHS = [0.05, 0.1]
 PAIRS = [("fsdp2", "fsdp2"), ("fsdp2-full", "fsdp2"), ("1", "fsdp2"), ("fsdp2", "ddp")]
 ALONE = [("fsdp2", "1"), ("fsdp2-full", "1")]
+WORDS_JOBS: dict[str, dict[str, Any]] = {
+    "words": {"words": "words", "model": "nextdit"},
+    "joined": {"words": ["eva", "words"]},
+}
 SOURCES, TARGETS = ("1", "ddp", "fsdp2", "fsdp2-full"), ("1", "ddp", "fsdp2")
 
 
@@ -63,6 +71,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
     run_job(folder, {"name": "muon", "layout": "1", "optimizer": "muon", "micro": 16})
     run_job(folder, {"name": "async 1", "layout": "1", "micro": 16, "asynchronous": True})
     run_job(folder, {"name": "bad", "layout": "1", "micro": 16, "bad": 5})
+    run_job(folder, {"name": "averages 1", "layout": "1", "micro": 16, "profiles": WIDTHS})
+    write_words(folder / WORDS, train=72, validation=20)
+    for name, job in WORDS_JOBS.items():
+        run_job(folder, {"name": name, "layout": "1", "micro": 16, **job})
+        run_job(folder, {**resumption(name, "1"), **job} | {"name": f"{name} resumed"})
     straight = [{"name": name, "layout": name} for name in ("ddp", "fsdp2", "fsdp2-full")]
     others: list[dict[str, Any]] = [
         {"name": "muon fsdp2", "layout": "fsdp2", "optimizer": "muon"},
@@ -73,11 +86,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Path:
         {"name": "accumulated fsdp2", "layout": "fsdp2", "micro": 2},
         {"name": "async fsdp2", "layout": "fsdp2", "asynchronous": True},
         {"name": "async full", "layout": "fsdp2-full", "asynchronous": True},
+        *({"name": f"averages {it}", "layout": it, "profiles": WIDTHS} for it in ("ddp", "fsdp2")),
+        resumption("averages fsdp2", "fsdp2") | {"name": "averages again", "profiles": WIDTHS},
         {"name": "bad fsdp2", "layout": "fsdp2", "bad": 5},
         {"name": "bad muon", "layout": "fsdp2", "optimizer": "muon", "bad": 1},
         {"name": "bf16_true", "layout": "fsdp2", "precision": "bf16_true"},
         {"name": "peak ddp", "layout": "ddp", "model": "wide", "micro": 1, "measure": True},
         {"name": "peak fsdp2", "layout": "fsdp2", "model": "wide", "micro": 1, "measure": True},
+        *({"name": f"{name} ddp", "layout": "ddp", **job} for name, job in WORDS_JOBS.items()),
+        *({"name": f"{name} fsdp2", "layout": "fsdp2", **job} for name, job in WORDS_JOBS.items()),
         *({"name": f"{it} compiled", "layout": it, "model": "compiled"} for it in ("ddp", "fsdp2")),
     ]
     processes(folder, [*straight, *others, *(resumption(*pair) for pair in PAIRS)])
@@ -109,6 +126,19 @@ def test_compiled_blocks_are_one_graph_and_take_the_same_steps(runs: Path, layou
 
 def test_a_sharded_nextdit_takes_the_same_steps(runs: Path) -> None:
     assert_same_run(runs / "nextdit", runs / "nextdit fsdp2")
+
+
+@pytest.mark.parametrize("name", WORDS_JOBS)
+def test_words_train_alike_in_every_layout_and_resume_bit_equal(runs: Path, name: str) -> None:
+    """Each rank pads to its own longest caption, and a quarter is trained without a condition."""
+    for layout in ("ddp", "fsdp2"):
+        assert_same_run(runs / name, runs / f"{name} {layout}")
+    assert_same_run(runs / name, runs / f"{name} resumed", exactly=True)
+    loaded = load(runs / name)
+    scale = loaded.translator.words_standardizer
+    assert scale is not None
+    assert scale.mean_NC.shape == (1, 5)
+    assert scale.mean_NC.abs().min() > 1
 
 
 @pytest.mark.parametrize("name", ["muon fsdp2", "muon resumed", "muon ddp"])
@@ -233,3 +263,16 @@ def test_every_pair_of_layouts_resumes(runs: Path) -> None:
             run_job(runs, resumption(source, target))
         same = {"fsdp2-full": "fsdp2"}.get(source, source) == target
         assert_same_run(runs / target, runs / f"{source} to {target}", exactly=same)
+
+
+def test_every_layout_stores_the_same_averages(runs: Path) -> None:
+    folders = {name: runs / f"averages {name}" / FOLDER for name in ("1", "ddp", "fsdp2", "again")}
+    files = sorted(file.name for file in folders["1"].iterdir())
+    assert files == [f"step-{step:08d}.safetensors" for step in range(2, 21, 2)]
+    stored = {name: load_file(folder / files[-1]) for name, folder in folders.items()}
+    for name, folder in folders.items():
+        assert sorted(file.name for file in folder.iterdir()) == files
+        for key, tensor in stored[name].items():
+            assert torch.allclose(tensor.float(), stored["1"][key].float(), atol=1e-3), key
+    for file in files:
+        assert len({(folders[name] / file).read_bytes() for name in ("fsdp2", "again")}) == 1

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from blip3o_lit.base.first_rank import ALONE, FirstRank
+from blip3o_lit.base.progress import Work
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.extraction.direct.store import PIXELS, PictureReader, PictureStore
 from blip3o_lit.extraction.engine import device_of
@@ -15,6 +16,11 @@ from blip3o_lit.tokens.reading.loader import prefetch
 from blip3o_lit.tokens.reading.packed import Batch
 from blip3o_lit.tokens.statistics import READ_SAMPLES, cached_standardizers, spread_ids
 from blip3o_lit.towers.tower import TowerCost, tower_cost
+
+
+def tower_device(config: TrainConfig) -> str:
+    """Return where this process's towers run: on its GPU, if the run is on one."""
+    return "cpu" if config.trainer.accelerator in ("cpu", "mps") else device_of("auto")
 
 
 class PictureDataModule(TokenDataModule):
@@ -41,8 +47,7 @@ class PictureDataModule(TokenDataModule):
         Without `statistics` nothing is decoded and no weights are read: enough for a plan.
         """
         config, data = self.config, self.data
-        device = "cpu" if config.trainer.accelerator in ("cpu", "mps") else device_of("auto")
-        store = PictureStore(config, device, statistics, ranks)
+        store = PictureStore(config, tower_device(config), statistics, ranks)
         sides = (data.condition, data.target, self.mode)
         self.train = train = PictureReader(store, TRAIN, *sides, data.max_shards, data.subset)
         self.validation = None
@@ -69,8 +74,11 @@ class PictureDataModule(TokenDataModule):
     def _batches(self, reader: PictureReader, images: int) -> Iterator[Batch]:
         ids = spread_ids(reader.shard_sizes, images)
         pieces = np.split(ids, range(READ_SAMPLES, len(ids), READ_SAMPLES))
-        for batch in prefetch(reader.read_packed, pieces, self.data.threads):
-            yield reader.encode(batch)  # type: ignore[arg-type]
+        with Work("measuring channels", len(ids), "images") as work:
+            for batch in prefetch(reader.read_packed, pieces, self.data.threads):
+                encoded = reader.encode(batch)  # type: ignore[arg-type]
+                yield encoded
+                work.advance(len(encoded["condition"]))
 
     @cached_property
     def costs(self) -> list[TowerCost]:

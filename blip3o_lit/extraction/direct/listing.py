@@ -19,7 +19,7 @@ from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import SplitConfig
 from blip3o_lit.config.towers import PixelsConfig
-from blip3o_lit.images.item import Item, Lost, Reject, Source, decode
+from blip3o_lit.images.item import Item, ListPart, Lost, Reject, Source, decode
 from blip3o_lit.images.split import Splitter
 from blip3o_lit.images.tars import TarPart
 from blip3o_lit.tokens.reading.loader import ordered
@@ -40,6 +40,8 @@ class PictureShard:
 
     split: str
     items: list[Item]
+    part: int
+    """Number of the part."""
 
     def key(self, sample: int) -> str:
         return self.items[sample].sample_key
@@ -55,8 +57,8 @@ class Listing:
     def __init__(self, source: Source, split: SplitConfig, pixels: PixelsConfig, size: int) -> None:
         """List a source whose shards have `size` entries at most, before they are split."""
         self.source, self.split, self.pixels = source, split, pixels
-        self.entries: list[list[Item | Lost]] = []
-        """By shard: of all splits together, as an extraction cuts them."""
+        self.parts: list[ListPart] = []
+        """A shard of each split that occurs in it becomes of each, as an extraction cuts them."""
         for part in source.parts:
             if isinstance(part, TarPart):
                 if part.is_remote:
@@ -66,7 +68,9 @@ class Listing:
                     )
                 part = replace(part, by_place=True)
             entries = list(part.entries())
-            self.entries += [entries[i : i + size] for i in range(0, len(entries), size)]
+            starts = range(0, len(entries), size)
+            cuts = ((f"{part.name} {i}", entries[i : i + size]) for i in starts)
+            self.parts += [ListPart(name, cut, part.split) for name, cut in cuts]
         rule = [split.by, split.fraction, split.seed, asdict(pixels), VERSION]
         text = json.dumps([source.fingerprint, source.name == "demo", rule])
         self.hash = hashlib.sha256(text.encode()).hexdigest()
@@ -76,22 +80,23 @@ class Listing:
     def images(self) -> int:
         """Pictures, unreadable ones included."""
         return sum(
-            isinstance(entry, Item) or entry.image for part in self.entries for entry in part
+            isinstance(entry, Item) or entry.image for part in self.parts for entry in part.items
         )
 
     def shards(self, threads: int, ranks: FirstRank = ALONE) -> list[PictureShard]:
         """Return the shards in the order of an extraction's index; the first rank looks."""
         names: list[str]
         names, codes = ranks.finds(lambda: list(self._known(threads)))
-        if [len(code) for code in codes] != [len(entries) for entries in self.entries]:
+        if [len(code) for code in codes] != [part.length for part in self.parts]:
             raise UserError(f"data.images={self.source.name}: this rank sees other images there")
         shards = []
         for split in sorted(names, key=split_rank):
             letter = LETTERS[names.index(split)]
-            for entries, code in zip(self.entries, codes):
-                items = [e for e, c in zip(entries, code) if c == letter and isinstance(e, Item)]
+            for number, (part, code) in enumerate(zip(self.parts, codes)):
+                pairs = zip(part.items, code)
+                items = [e for e, c in pairs if c == letter and isinstance(e, Item)]
                 if items:
-                    shards.append(PictureShard(split, items))
+                    shards.append(PictureShard(split, items, number))
         if not shards:
             raise UserError(f"data.images={self.source.name}: no image could be used")
         return shards
@@ -107,7 +112,7 @@ class Listing:
             names, codes = list(data["names"]), list(data["codes"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.file} is damaged: delete it, it is made again") from error
-        if [len(code) for code in codes] != [len(entries) for entries in self.entries]:
+        if [len(code) for code in codes] != [part.length for part in self.parts]:
             raise UserError(f"{self.file} is of other images: delete it, it is made again")
         return names, codes
 
@@ -129,12 +134,12 @@ class Listing:
         lost: list[str] = []
         pool = ThreadPoolExecutor(threads, "decode")
         try:
-            flat: Iterator[Item | Lost] = (e for entries in self.entries for e in entries)
+            flat: Iterator[Item | Lost] = (e for part in self.parts for e in part.items)
             found = ordered(pool, look, flat, AHEAD)
             with Work("looking at", self.images, "images") as work:
-                for entries in self.entries:
+                for part in self.parts:
                     code = ""
-                    for _ in entries:
+                    for _ in part.items:
                         split, reason = next(found)
                         lost += [reason] if reason else []
                         if split and split not in names:

@@ -51,7 +51,7 @@ def pictures_of(config: TrainConfig) -> Source:
 
         demo = data.demo
         return demo_source(demo.images, demo.validation_images, SHARD_IMAGES)
-    return open_source(data.images or "", SHARD_IMAGES, config.split.file)
+    return open_source(data.images or "", SHARD_IMAGES, config.split.file, data.keep)
 
 
 class PictureStore:
@@ -65,7 +65,7 @@ class PictureStore:
         self, config: TrainConfig, device: str, real: bool = True, ranks: FirstRank = ALONE
     ) -> None:
         self.config, self.device = config, device
-        self.path, self.cache = Path(config.data.images or ""), None
+        self.path, self.supply = Path(config.data.images or ""), None
         self.address = str(self.path)
         self.listing = Listing(pictures_of(config), config.split, config.pixels, SHARD_IMAGES)
         changes = config.pixels.changes()
@@ -104,7 +104,7 @@ class PictureStore:
         images, split = self.listing.images, self.config.split
         held_out = round(images * split.fraction)
         if self.listing.source.all_split:
-            items = (item for entries in self.listing.entries for item in entries)
+            items = (item for part in self.listing.parts for item in part.items)
             held_out = sum(getattr(item, "split", "") != "train" for item in items)
         parts = {"train": images - held_out, "validation": held_out}
         return [ShardEntry(split, "", split, n, 1, "") for split, n in parts.items() if n]

@@ -1,4 +1,4 @@
-"""Shards of a remote store brought into the cache before they are read, in the order of reading."""
+"""Shards that are fetched or made, brought before they are read, in the order of reading."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.reader import Supply, TokenReader
 from blip3o_lit.tokens.store.index import ShardEntry
-from blip3o_lit.tokens.store.shard_cache import ShardCache
 
 FETCHES = 4
 """Shards that a process fetches at a time."""
@@ -22,7 +21,7 @@ def fetched_ahead(
     reader: TokenReader, items: Iterable[T], ids: Iterable[np.ndarray]
 ) -> Iterator[T]:
     """Yield the items, whose samples are `ids`, while the shards of later ones are fetched."""
-    if not reader.caches:
+    if not reader.supplies:
         yield from items
         return
     ahead = FetchAhead(reader, ids)
@@ -36,16 +35,16 @@ def fetched_ahead(
 
 
 class FetchAhead:
-    """Threads that fetch the shards of coming items, as many as the caches say are kept ahead.
+    """Threads that fetch the shards of coming items, as many as their supplies say are kept ahead.
 
     What fails is raised where the shard is read.
     """
 
     def __init__(self, reader: TokenReader, ids: Iterable[np.ndarray]) -> None:
         self.reader = reader
-        self.shards = max(cache.ahead for cache in reader.caches)
+        self.shards = max(supply.ahead for supply in reader.supplies)
         self._needs = enumerate(ids)
-        self._queue: deque[tuple[ShardCache, ShardEntry]] = deque()
+        self._queue: deque[tuple[Supply, ShardEntry]] = deque()
         self._last: dict[str, int] = {}
         """The last coming item known to need a shard, by the shard's sha256."""
         self._reached = 0
@@ -72,14 +71,14 @@ class FetchAhead:
 
     def _work(self) -> None:
         while (fetch := self._next()) is not None:
-            cache, entry = fetch
-            while not cache.fetch_ahead(entry, self._ended):
+            supply, entry = fetch
+            while not supply.fetch_ahead(entry, self._ended):
                 with self._changed:
                     self._changed.wait(1.0)  # until others are let go of
                     if self._ended() or entry.sha256 not in self._last:
                         break
 
-    def _next(self) -> tuple[ShardCache, ShardEntry] | None:
+    def _next(self) -> tuple[Supply, ShardEntry] | None:
         """Return the next shard to fetch, waiting while enough of them are ahead."""
         with self._changed:
             while not self._queue:

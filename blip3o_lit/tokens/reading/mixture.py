@@ -23,10 +23,9 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.open import open_store
 from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.packed import PackedBatch, PackedTokens
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import Supply, TokenReader, TokenStore
 from blip3o_lit.tokens.store.heads import Head
 from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
-from blip3o_lit.tokens.store.shard_cache import ShardCache
 
 T = TypeVar("T")
 COMPARED = ("kind", "tower", "layer", "shape", "cls", "grid", "normed", "projected")
@@ -40,12 +39,17 @@ class StoreSet:
     Stores of equal content are one: their weights add up.
     """
 
-    def __init__(self, stores: Mapping[str, float | None], data: DataConfig) -> None:
+    def __init__(
+        self,
+        stores: Mapping[str, float | None],
+        data: DataConfig,
+        opened: Callable[[str, DataConfig], TokenStore] = open_store,
+    ) -> None:
         """Open the stores by path or address; weights are given for all of them or for none."""
         found: dict[str, TokenStore] = {}
         weights: dict[str, float] = {}
         for path, weight in stores.items():
-            store = open_store(path, data)
+            store = opened(path, data)
             key = store.index.hash
             found.setdefault(key, store)
             weights[key] = weights.get(key, 0.0) + (weight or 0.0)
@@ -180,10 +184,10 @@ class MixedReader(TokenReader):
         return MixedReader(readers, self.names, self.weights)
 
     @property
-    def caches(self) -> list[ShardCache]:
-        return [cache for reader in self.readers for cache in reader.caches]
+    def supplies(self) -> list[Supply]:
+        return [supply for reader in self.readers for supply in reader.supplies]
 
-    def fetches(self, ids: np.ndarray) -> list[tuple[ShardCache, ShardEntry]]:
+    def fetches(self, ids: np.ndarray) -> list[tuple[Supply, ShardEntry]]:
         parts = self._parts(ids, lambda reader, own, _: reader.fetches(own))
         return [fetch for _, fetches in parts for fetch in fetches]
 

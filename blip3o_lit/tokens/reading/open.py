@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blip3o_lit.base.files import one_at_a_time, write_synced
+from blip3o_lit.base.files import one_at_a_time, room_on_disk, write_synced
 from blip3o_lit.base.home import expanded, home
 from blip3o_lit.base.objects import Objects, is_url
 from blip3o_lit.config.data import DataConfig
@@ -39,7 +39,7 @@ def open_store(address: Path | str, data: DataConfig) -> TokenStore:
     cache = ShardCache(_cache_folder(data), objects)
     _set_limits(cache, index, data)
     folder = store_folder(address, data)
-    with one_at_a_time(folder / "index.json"):
+    with room_on_disk(f"data.cache={cache.folder}"), one_at_a_time(folder / "index.json"):
         _fetch_small_files(objects, folder, content)
     return TokenStore(folder, index, data.verify, cache)
 

@@ -12,13 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -40,7 +38,6 @@ from blip3o_lit.tokens.store.heads import Head
 from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
 from blip3o_lit.tokens.store.int8 import load_scales, scale_array
 from blip3o_lit.tokens.store.mapped_shard import Shard
-from blip3o_lit.tokens.store.shard_cache import ShardCache
 from blip3o_lit.tokens.store.storage import TORCH_TYPES, finite
 from blip3o_lit.tokens.views import sides_of, view_of
 
@@ -57,11 +54,36 @@ class Place(NamedTuple):
     sample: int
 
 
+class Supply(Protocol):
+    """Brings shards that are not in a store's folder when it is opened."""
+
+    address: str
+    """What messages call the store."""
+    limit: int
+    """Bytes of shards that may be open or there; 0: any."""
+    ahead: int
+    """Shards that are brought before they are read."""
+
+    def hold(self, entry: ShardEntry, let_go: Callable[[], object] = int) -> BinaryIO:
+        """Return a shard's open file once it is there; `let_go` closes others of this process."""
+        ...
+
+    def mapped(
+        self, entry: ShardEntry, index: TokenIndex, verify: str, let_go: Callable[[], object]
+    ) -> Shard:
+        """Map a shard."""
+        ...
+
+    def fetch_ahead(self, entry: ShardEntry, ended: Callable[[], bool]) -> bool:
+        """Bring a shard; return False where there is no room for it now."""
+        ...
+
+
 class TokenStore:
     """A token store: its index, its shards as they are needed, and its heads.
 
-    Shards lie in its folder, or where there is a `cache` come through that; the small files of a
-    remote store lie in the folder in either case.
+    Shards lie in its folder, or where there is a `supply` come through that; the small files lie in
+    the folder in either case.
     """
 
     def __init__(
@@ -69,15 +91,15 @@ class TokenStore:
         path: Path,
         index: TokenIndex,
         verify: str = "size",
-        cache: ShardCache | None = None,
+        supply: Supply | None = None,
     ) -> None:
-        self.path, self.index, self.verify, self.cache = path, index, verify, cache
-        self.address = cache.objects.url if cache else str(path)
+        self.path, self.index, self.verify, self.supply = path, index, verify, supply
+        self.address = supply.address if supply else str(path)
         """What messages call it."""
         self._open_shards = OPEN_SHARDS
-        if cache is not None:  # An open shard is in use, and a cache must have others to remove.
+        if supply and supply.limit:  # An open shard is in use, and others must be there to remove.
             largest = max(shard.bytes for shard in index.shards)
-            self._open_shards = max(1, min(OPEN_SHARDS, cache.limit // largest // 2))
+            self._open_shards = max(1, min(OPEN_SHARDS, supply.limit // largest // 2))
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._verified: set[int] = set()
         self._lock = threading.RLock()
@@ -95,30 +117,21 @@ class TokenStore:
     def shard(self, number: int) -> Shard:
         """Return a shard, mapping it if need be; safe to call from several threads."""
         entry = self.index.shards[number]
-        if self.cache is not None and number not in self._shards:
-            self.cache.hold(entry, self._let_go).close()  # Other threads read on meanwhile.
+        if self.supply is not None and number not in self._shards:
+            self.supply.hold(entry, self._let_go).close()  # Other threads read on meanwhile.
         with self._lock:
             if number not in self._shards:
                 verify = "size" if number in self._verified else self.verify
-                if self.cache is None:
+                if self.supply is None:
                     shard = Shard.open(self.path, entry, self.index, verify)
                 else:
-                    shard = self._cached(self.cache, entry, verify)
+                    shard = self.supply.mapped(entry, self.index, verify, self._let_go)
                 self._shards[number] = shard
                 self._verified.add(number)
                 if len(self._shards) > self._open_shards:
                     self._shards.popitem(last=False)
             self._shards.move_to_end(number)
             return self._shards[number]
-
-    def _cached(self, cache: ShardCache, entry: ShardEntry, verify: str) -> Shard:
-        """Map a shard, which stays in the cache as long as it is mapped."""
-        held = cache.hold(entry, self._let_go)
-        own = replace(entry, file=cache.path(entry).name, offsets=f"{entry.sha256}.idx")
-        shard = Shard.open(cache.shards, own, self.index, verify)
-        shard.entry = entry
-        weakref.finalize(shard, held.close)
-        return shard
 
     def _let_go(self) -> None:
         """Unmap the shards that no batch is being read from."""
@@ -383,15 +396,15 @@ class TokenReader:
         return [str(item.get("caption", "")) for item in self.metadata(ids)]
 
     @property
-    def caches(self) -> list[ShardCache]:
-        """The caches that shards come through; none for a local store."""
-        return [self.store.cache] if self.store.cache else []
+    def supplies(self) -> list[Supply]:
+        """What shards come through; nothing for a store that is there."""
+        return [self.store.supply] if self.store.supply else []
 
-    def fetches(self, ids: np.ndarray) -> list[tuple[ShardCache, ShardEntry]]:
-        """Return the shards that samples lie in, each with the cache that it comes through."""
+    def fetches(self, ids: np.ndarray) -> list[tuple[Supply, ShardEntry]]:
+        """Return the shards that samples lie in, each with what it comes through."""
         places = np.unique(np.searchsorted(self._first_ids, ids, "right") - 1)
         entries = [self.store.index.shards[number] for number in self._shard_numbers[places]]
-        return [(cache, entry) for cache in self.caches for entry in entries]
+        return [(supply, entry) for supply in self.supplies for entry in entries]
 
     def keys(self, ids: np.ndarray) -> list[str]:
         return [self.store.shard(n).key(sample) for n, sample in self._locate(ids)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_lit.base.files import write_synced
+from blip3o_lit.base.files import FULL, write_synced
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.store import tar
 from blip3o_lit.tokens.store.index import (
@@ -73,9 +73,13 @@ class Shard:
             )
         if offsets is None:
             offsets = scan(data, index.arrays, index.thumbnails, str(path), entry.samples)
-            # A read-only store is fine: the offsets then live in memory alone.
+            # A read-only store is fine, and so is a full disk: the offsets live in memory alone.
             if os.access(folder, os.W_OK):
-                write_synced(offsets_file, pack_offsets(offsets, entry.sha256))
+                try:
+                    write_synced(offsets_file, pack_offsets(offsets, entry.sha256))
+                except OSError as error:
+                    if error.errno not in FULL:
+                        raise
         return cls(folder, entry, index, data, offsets)
 
     @classmethod

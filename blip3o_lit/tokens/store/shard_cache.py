@@ -15,16 +15,19 @@ import mmap
 import os
 import re
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from blip3o_lit.base.files import sync_folder
+from blip3o_lit.base.files import FULL, sync_folder
 from blip3o_lit.base.objects import Objects
 from blip3o_lit.base.units import human_time
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.tokens.store.index import ShardEntry
+from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
+from blip3o_lit.tokens.store.mapped_shard import Shard
 
 PATIENCE = 600.0
 """Seconds to wait for room where all shards of a full cache are in use by other processes."""
@@ -45,6 +48,7 @@ class ShardCache:
 
     def __init__(self, folder: Path, objects: Objects, limit: int = 0, ahead: int = 32) -> None:
         self.folder, self.objects, self.limit, self.ahead = folder, objects, limit, ahead
+        self.address = objects.url
         self.shards = folder / "shards"
         self._failed: dict[str, UserError] = {}
         with self._readable():
@@ -89,6 +93,17 @@ class ShardCache:
                     f"use for {human_time(PATIENCE)}: give more"
                 )
             time.sleep(POLL)
+
+    def mapped(
+        self, entry: ShardEntry, index: TokenIndex, verify: str, let_go: Callable[[], object]
+    ) -> Shard:
+        """Map a shard, which stays as long as it is mapped."""
+        held = self.hold(entry, let_go)
+        own = replace(entry, file=self.path(entry).name, offsets=f"{entry.sha256}.idx")
+        shard = Shard.open(self.shards, own, index, verify)
+        shard.entry = entry
+        weakref.finalize(shard, held.close)
+        return shard
 
     def fetch_ahead(self, entry: ShardEntry, ended: Callable[[], bool]) -> bool:
         """Fetch a shard unless that is being done; return False where there is no room for it now.
@@ -193,8 +208,7 @@ class ShardCache:
                     os.posix_fallocate(file.fileno(), 0, size)
                     return True
                 except OSError as error:  # The disk is fuller than the limit lets hope.
-                    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                    if not full or not self._remove_one(oldest):
+                    if error.errno not in FULL or not self._remove_one(oldest):
                         raise
 
     def _remove_one(self, oldest: Iterator[tuple[Path, os.stat_result]]) -> int:
@@ -228,7 +242,7 @@ class ShardCache:
             raise
         except OSError as error:
             fix = "choose another data.cache"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in FULL:
                 fix = "lower data.cache_gb or choose another data.cache"
             elif error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
                 fix = "its file system has no locks: choose another data.cache"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -155,7 +156,9 @@ class ShardWriter:
         return ShardEntry(tar_name, idx_name, self.split, len(self), self._position, sha256)
 
     def abort(self) -> None:
-        self._file.close()
+        """Remove what is written."""
+        with suppress(OSError):  # what is still to be written may find no room
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 

@@ -15,12 +15,10 @@ NAMES = {"recall_of_set": "recall"}
 
 
 def guidance_curve(labels: list[str], result: dict[str, Any]) -> dict[str, Any]:
-    """Return the points of guided estimators and the best scales; nothing without labels.
+    """Return the points of guided estimators and the best scales.
 
     `recall` is that of captions at 1 from generated tokens, by the tower's own read-out.
     """
-    if not labels:
-        return {}
     points = []
     for label in labels:
         solver = solver_from_label(label)

@@ -41,6 +41,8 @@ from blip3o_lit.tokens.reading.reader import TokenReader
 CURVE = ("cosine", "cosine_centred", "mse", "frechet", "norm_ratio", "seconds_per_image")
 AVERAGE_SCORES = ("cosine", "cosine_ci95", "cosine_centred", "mse", "norm_ratio", "frechet")
 GENERATED = "generated"
+HALVES = ("demo_masked", "demo_half_text")
+"""Data whose condition tower sees the left half alone."""
 PICTURE_ROWS = 2
 """Drawn rows of the best, the median and the worst images."""
 
@@ -90,7 +92,7 @@ class Scorer:
             self.mean_ND = self.fits.mean_token()
         self.image_text = ImageText(held, train, self.device, loaded.shape.words is not None)
         # Its images are among those that the solvers draw samples of: all have the same ones.
-        masked = loaded.config.data.name == "demo_masked" and shows_scenes(held)
+        masked = loaded.config.data.name in HALVES and shows_scenes(held)
         self.has_words = loaded.shape.words is not None
         named = self.has_words and shows_scenes(held)
         self.drawings = Drawings(
@@ -149,7 +151,6 @@ class Scorer:
             "worst": worst(self.reader, cosine_B),
             "examples": self._examples(cosine_B),
             "nfe_curve": self._curve_points(scored.curve),
-            "guidance": {},
             "time_bins": time_bins(
                 self.loaded.translator,
                 self.held_out.batches(self.curve_images, "loss by time"),
@@ -172,7 +173,8 @@ class Scorer:
             result["fitted_solvers"] = {str(nfe): records[nfe] for nfe in sorted(records)}
         for name, tally in estimators.items():
             result["estimators"][name]["nfe"] = tally.nfe
-        result["guidance"] = guidance_curve(self.config.guided, result)
+        if self.config.guided:
+            result["guidance"] = guidance_curve(self.config.guided, result)
         if problem is not None:
             result["optimum"] = self._scores(optima, reference)
             result["optimum"]["mean"]["expected_mse"] = problem.token_error()

@@ -11,7 +11,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.images.item import EXTENSIONS, Item, Lost, Reject, file_bytes
 from blip3o_lit.images.names import extension_of, plain, stem_of
 from blip3o_lit.images.table import TABLES
-from blip3o_lit.images.text import GARBLED, encoding, is_text, json_text, text_of
+from blip3o_lit.images.text import GARBLED, encoding, is_text, json_texts, texts_of
 from blip3o_lit.images.walk import Below, below, is_token_store
 
 CAPTIONS = ("txt", "caption", "json")
@@ -35,12 +35,20 @@ class Listing:
 
 
 def caption_of(content: bytes, extension: str) -> str:
-    """Return the caption in a txt, caption or json file; what is no text is replaced."""
+    """Return the first caption in a file, empty where it has none."""
+    return next(iter(captions_of(content, extension)), "")
+
+
+def captions_of(content: bytes, extension: str) -> list[str]:
+    """Return the captions in a txt, caption or json file; what is no text is replaced.
+
+    A json file may have a list of them.
+    """
     text = content.decode(encoding(content), errors="replace").strip()
     try:
-        return json_text(text, CAPTION_KEYS) if extension == "json" else text_of(text)
+        return json_texts(text, CAPTION_KEYS) if extension == "json" else texts_of(text)
     except (ValueError, RecursionError):
-        return ""
+        return []
 
 
 def read_folder(folder: Path, out: Path | None = None) -> Listing:
@@ -57,10 +65,13 @@ def read_folder(folder: Path, out: Path | None = None) -> Listing:
     captions, used = _captions(folder, entries)
     digest = hashlib.sha256()
     items: list[Item | Lost] = list(entries.lost)
-    for name, caption in captions.items():
+    for name, texts in captions.items():
+        caption = "\t".join(texts)
         source = plain(name)
         digest.update(f"{source}\t{_size(folder / name)}\t{caption}\n".encode(errors="replace"))
-        items.append(Item(source, partial(file_bytes, folder / name), caption))
+        items.append(
+            Item(source, partial(file_bytes, folder / name), *texts[:1], further=tuple(texts[1:]))
+        )
     items.sort(key=lambda item: item.source)
     _pass_over(folder, entries, used)
     if not entries.pictures and not entries.tars:
@@ -72,10 +83,11 @@ def read_folder(folder: Path, out: Path | None = None) -> Listing:
     return Listing(items, tars, fingerprint, entries.beside)
 
 
-def _captions(folder: Path, entries: Below) -> tuple[dict[str, str], set[str]]:
-    """Return the caption of each picture, and the files that are captions."""
+def _captions(folder: Path, entries: Below) -> tuple[dict[str, list[str]], set[str]]:
+    """Return the captions of each picture, and the files that are captions."""
     texts = {(stem_of(name), extension_of(name)): name for name in entries.others}
-    captions, used = dict.fromkeys(entries.pictures, ""), set()
+    captions: dict[str, list[str]] = {picture: [] for picture in entries.pictures}
+    used: set[str] = set()
     for picture in entries.pictures:
         for stem, extension in product((picture, stem_of(picture)), CAPTIONS):
             text = texts.get((stem, extension))  # a.png.txt, or a.txt
@@ -89,7 +101,7 @@ def _captions(folder: Path, entries: Below) -> tuple[dict[str, str], set[str]]:
                 continue
             if not is_text(content):
                 entries.skip(text, GARBLED)
-            captions[picture] = captions[picture] or caption_of(content, extension)
+            captions[picture] = captions[picture] or captions_of(content, extension)
     return captions, used
 
 

@@ -14,6 +14,8 @@ class Text:
     name: str
     extension: str
     content: str
+    further: tuple[str, ...] = ()
+    """Captions behind the first."""
 
 
 @dataclass
@@ -46,10 +48,17 @@ class Sample:
             near = [text for text in self.texts if not several or self._near(text, name)]
             used |= {text.name for text in near}
             near.sort(key=lambda text: text.name.rpartition(".")[0] == self.name)  # its own first
-            caption = next((t.content for t in near if t.extension != LABEL and t.content), "")
+            own = (text for text in near if text.extension != LABEL and text.content)
+            caption = next(own, Text("", "", ""))
             classes = next((t.content for t in near if t.extension == LABEL and t.content), "")
             extra = {"label": classes} if classes else {}
-            yield Item(f"{label}/{plain(name)}", read, caption, extra=extra)
+            yield Item(
+                f"{label}/{plain(name)}",
+                read,
+                caption.content,
+                extra=extra,
+                further=caption.further,
+            )
         yield from (lost for place, lost in self.lost if place == len(self.pictures))
         if self.pictures or self.cut or any(lost.image for _, lost in self.lost):
             for text in self.texts:

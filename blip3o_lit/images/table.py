@@ -11,7 +11,7 @@ from typing import Any
 from blip3o_lit.base.files import sha256_of
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.images.item import Item, Lost, file_bytes
-from blip3o_lit.images.text import column, first_text, label_of, read_text
+from blip3o_lit.images.text import column, first_text, first_texts, label_of, read_text
 
 TABLES = ("csv", "tsv", "jsonl")
 PATHS = ("path", "image", "imagepath", "file", "filename", "filepath")
@@ -140,7 +140,7 @@ def _item(table: Path, row: dict[str, Any], where: str) -> Item | Lost:
     """Return a row's image; a relative path is relative to the table's folder."""
     try:
         path = _path(row)
-        caption, split = first_text(row, CAPTIONS), first_text(row, (SPLIT,))
+        captions, split = first_texts(row, CAPTIONS), first_text(row, (SPLIT,))
         label = label_of(row.get(LABEL))
     except ValueError as error:
         return Lost(where, str(error))
@@ -158,9 +158,10 @@ def _item(table: Path, row: dict[str, Any], where: str) -> Item | Lost:
     return Item(
         name,
         partial(file_bytes, file),
-        caption,
+        next(iter(captions), ""),
         split_name(split, f"{table.parent / where}") if split else "",
         extra={LABEL: label} if label else {},
+        further=tuple(captions[1:]),
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from blip3o_lit.base.remote import PAUSES, open_remote, resumed
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.images.folder import CAPTION_BYTES, CAPTIONS, caption_of
+from blip3o_lit.images.folder import CAPTION_BYTES, CAPTIONS, captions_of
 from blip3o_lit.images.item import EXTENSIONS, MAX_BYTES, Item, Lost, with_split
 from blip3o_lit.images.names import ARCHIVES, Passed, companion, extension_of, plain, unread
 from blip3o_lit.images.sample import LABEL, Sample, Text
@@ -158,7 +158,8 @@ class Members:
             content = self._content(member)
             if extension in CAPTIONS and not is_text(content):
                 sample.lose(self._lost(name, GARBLED, image=False))
-            sample.texts.append(Text(name, extension, caption_of(content, extension)))
+            first, *further = captions_of(content, extension) or [""]
+            sample.texts.append(Text(name, extension, first, tuple(further)))
         else:
             self.passed.add(name)
 

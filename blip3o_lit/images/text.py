@@ -78,6 +78,16 @@ def text_of(value: Any) -> str:
     return "" if text in NOTHING else text
 
 
+def texts_of(value: Any) -> list[str]:
+    """Return all texts of a cell or a JSON value: of a list each that is not empty.
+
+    What `text_of` refuses is a ValueError here too.
+    """
+    first = text_of(value)
+    rest = [text_of(item) for item in value] if isinstance(value, list) else [first]
+    return [text for text in rest if text]
+
+
 def label_of(value: Any) -> str:
     """Return a label as text; `3.0`, which pandas makes of 3 beside a gap, is 3 again."""
     text = text_of(value)
@@ -96,17 +106,24 @@ def first_text(row: dict[str, Any], names: tuple[str, ...]) -> str:
     return ""
 
 
+def first_texts(row: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    """Return all texts of the first name that has any; the first of them is `first_text`'s."""
+    if not first_text(row, names):
+        return []
+    return next(texts for name in names if (texts := texts_of(row.get(name))))
+
+
 def column(name: str) -> str:
     """Return a column's name as it is compared: small letters and digits alone."""
     return re.sub(r"[\W_]+", "", name).lower()
 
 
-def json_text(content: str, names: tuple[str, ...]) -> str:
-    """Return the text of a JSON document: itself, or the first of an object's fields that has any.
+def json_texts(content: str, names: tuple[str, ...]) -> list[str]:
+    """Return the texts of a JSON document: its own, or of the first of an object's fields with any.
 
     A ValueError says that it is no JSON or no text, a RecursionError that it is nested too deep.
     """
     data = json.loads(content)
     if not isinstance(data, dict):
-        return text_of(data)
-    return first_text({column(name): value for name, value in data.items()}, names)
+        return texts_of(data)
+    return first_texts({column(name): value for name, value in data.items()}, names)

@@ -15,6 +15,7 @@ from blip3o_lit.report.scores import baseline, estimator, rows
 from blip3o_lit.report.tables import Table, table
 from blip3o_lit.report.templating import Section
 
+NAMED = ("digit", "colour", "place", "all", "empty")
 KINDS = ("digit", "nothing", "specks")
 NAMES = {"true": "True tokens", "mean_token": "Mean token", "mean": "Posterior mean"}
 
@@ -84,6 +85,37 @@ def hidden_half(record: RunRecord) -> Section | None:
         "reader": finite(mapping(block.get("reader_on_true_tokens")).get("digit")),
     }
     return Section("hidden_half", "The hidden half", data)
+
+
+def named(record: RunRecord) -> Section | None:
+    """Return how often drawn scenes show what their captions name, beside true ones and chance."""
+    block = mapping(mapping(record.evaluation.get("drawings")).get("named"))
+    shares, swapped = mapping(block.get("shares")), mapping(block.get("swapped"))
+    if not shares:
+        return None
+    ones = mapping(block.get("one_digit"))
+    lines = [
+        [
+            _name(key, record),
+            *(mapping(shares[key]).get(flag) for flag in NAMED),
+            mapping(ones.get(key)).get("digit"),
+            mapping(swapped.get(key)).get("all"),
+        ]
+        for key in ["true", *(row.key for row in rows(record))]
+        if key in shares
+    ]
+    heads = ["", "digit", "colour", "place", "all three", "left empty"]
+    data = {
+        "shares": table([*heads, "digit of one-digit scenes", "all three, other caption"], lines),
+        "captions": finite(block.get("captions")),
+        "best": [
+            [name.removeprefix("named_").replace("_", " "), finite(scale)]
+            for name, scale in mapping(
+                mapping(record.evaluation.get("guidance")).get("best")
+            ).items()
+        ],
+    }
+    return Section("named", "What captions name", data)
 
 
 def _draws(block: dict[str, Any]) -> Table | None:

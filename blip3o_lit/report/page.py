@@ -12,7 +12,7 @@ from blip3o_lit.report.templating import write_page
 
 SECTIONS = (
     *(drawings.drawings, held_out.result, held_out.positions, held_out.sampling),
-    *(drawings.hidden_half, captions.retrieval, captions.images),
+    *(drawings.hidden_half, drawings.named, captions.retrieval, captions.images),
     *(further.stores, further.against, further.samples, further.fitted_solvers, further.times),
     *(further.paired, further.rest),
     *(about_run.training, about_run.configuration, about_run.environment, about_run.repeat),

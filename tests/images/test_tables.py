@@ -15,9 +15,10 @@ from PIL import Image
 from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.extraction.classes import read_classes
-from blip3o_lit.images.folder import caption_of
+from blip3o_lit.images.folder import caption_of, read_folder
 from blip3o_lit.images.item import Item, Lost
 from blip3o_lit.images.open import open_source
+from blip3o_lit.images.table import table_items
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.metrics.retrieval import Retrieval, caption_ids
 from blip3o_lit.models.baselines import Ridge
@@ -319,3 +320,24 @@ def test_true_tokens_that_are_all_alike_have_no_r2():
     values = scores.compute()
     assert values["r2"] is values["std_ratio"] is values["variance_ratio"] is None
     assert -1 <= values["cosine"] <= 1
+
+
+def test_lists_hold_several_captions(tmp_path: Path) -> None:
+    rows = [
+        {"path": "a.jpg", "caption": ["a red seven", "", "a seven"], "title": "no"},
+        {"path": "b.jpg", "caption": [], "text": ["a two"]},
+        {"path": "c.jpg"},
+    ]
+    table = tmp_path / "list.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [item.captions for item in table_items(table)[0] if isinstance(item, Item)]
+    assert found == [("a red seven", "a seven"), ("a two",), ()]
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.json").write_text(json.dumps({"caption": ["a red seven", "a seven"]}))
+    (tmp_path / "b.txt").write_text("a two")
+    items = read_folder(tmp_path).items
+    assert [i.captions for i in items if isinstance(i, Item)] == [
+        ("a red seven", "a seven"),
+        ("a two",),
+    ]

@@ -226,9 +226,8 @@ def test_a_run_that_is_killed_leaves_no_bad_file_and_ends_as_a_local_one(
     index = write_store(store, 60, 7)
     url = bucket.upload(store, f"kills-{kills}")
     data = DataConfig("tokens", url, cache=str(cache), shuffle_window=1)
-    wanted = config(
-        data=data, resume="auto", trainer=TrainerConfig(9 + 4 * kills, accelerator="cpu")
-    )
+    trainer = TrainerConfig(9 + 4 * kills, log_every=1, accelerator="cpu")
+    wanted = config(data=data, resume="auto", trainer=trainer)
     known, draws = {shard.sha256: shard.file for shard in index.shards}, random.Random(kills)
     for number in range(kills):
         if number % 2:  # else whole shards are there, and resumption reads them

@@ -136,6 +136,9 @@ def show(result: dict[str, Any]) -> None:
             f"better on {100 * paired['wins']:.0f} % of images",
             highlight=False,
         )
+    if result.get("left_out"):
+        names = ", ".join(result["left_out"])
+        console.print(f"left out: {names}, which read a grid; this condition is words alone")
     console.print(
         f"{result['standing']}: {result['verdict_note']}", highlight=False, soft_wrap=True
     )

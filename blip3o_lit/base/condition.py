@@ -82,7 +82,7 @@ class Condition:
             grid = [sizes[0], shape.condition.tokens, shape.condition.width]
         given = None if self.grid is None else list(self.grid.shape)
         if given != grid:
-            raise UserError(f"beside the words is a grid {given}, expected {grid}")
+            raise UserError(f"the grid beside the words is {given}, expected {grid or 'none'}")
         words = self.words.masked_fill(~self.present[..., None], 0)
         for tokens in (words, self.grid):
             if tokens is not None and not bool(torch.isfinite(tokens).all()):

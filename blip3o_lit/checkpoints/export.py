@@ -142,7 +142,8 @@ def model_card(loaded: Loaded, facts: dict[str, Any]) -> str:
     run, target = loaded.config, loaded.shape.target
     parameters = sum(p.numel() for p in loaded.translator.network.parameters())
     towers = facts.get("arrays", {})
-    source = towers.get("condition", {}).get("tower", run.data.condition)
+    sources = [towers[side].get("tower") for side in ("condition", "words") if side in towers]
+    source = " and ".join(f"`{name}`" for name in sources or names_of(run.data.condition) if name)
     goal = towers.get("target", {}).get("tower", run.data.target)
     return f"""---
 library_name: blip3o_lit
@@ -152,7 +153,7 @@ tags: [flow-matching, clip, image-tokens]
 
 # {facts["name"]}
 
-Translates {_condition(loaded.shape)} of the tower `{source}` into
+Translates {_condition(loaded.shape)} of the tower {source} into
 {target.tokens} tokens of width {target.width} of the tower `{goal}`, by flow matching.
 
 ```python

@@ -81,11 +81,6 @@ class ExportConfig:
 
     ckpt: str = ""
     """A checkpoint file or a run directory."""
-    ema: str | None = None
-    """Another average of the run's weights than its own: a width, as 0.1, or best, the one that
-    `evaluate ema=[...]` found."""
-    soup: list[str] = field(default_factory=list)
-    """In place of ckpt: runs that began with the same weights, whose mean is exported."""
     out: str = ""
     """Folder for config.json, model.safetensors, heads, readout, solvers.safetensors, README.md."""
     format: str = choice("safetensors", ("safetensors", "torch_export", "onnx"))
@@ -96,6 +91,11 @@ class ExportConfig:
     """Repository of the Hugging Face Hub to upload to, ORG/NAME."""
     private: bool = True
     """Whether a repository that is made for it is private."""
+    ema: str | None = None
+    """Another average of the run's weights than its own: a width, as 0.1, or best, the one that
+    `evaluate ema=[...]` found."""
+    soup: list[str] = field(default_factory=list)
+    """In place of ckpt: runs that began with the same weights, whose mean is exported."""
 
     def __post_init__(self) -> None:
         if self.soup and (self.ckpt or self.ema):

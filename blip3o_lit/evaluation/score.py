@@ -3,7 +3,6 @@
 Shape suffixes: B images, N target tokens, D target width.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ from blip3o_lit.report.record import FORMAT
 from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.reading.reader import TokenReader
 
-log = logging.getLogger("blip3o_lit")
 CURVE = ("cosine", "cosine_centred", "mse", "frechet", "norm_ratio", "seconds_per_image")
 AVERAGE_SCORES = ("cosine", "cosine_ci95", "cosine_centred", "mse", "norm_ratio", "frechet")
 GENERATED = "generated"
@@ -79,11 +77,10 @@ class Scorer:
         self.device = loaded.device
         self.held_out = HeldOut(held, self.device, config.batch_size, report)
         self.baselines = [*BASELINE_SETS[config.baselines], *config.own_baselines]
+        self.left_out: list[str] = []
         if loaded.shape.condition is None:
-            left_out = [name for name in self.baselines if name in NEED_GRID]
+            self.left_out = [name for name in self.baselines if name in NEED_GRID]
             self.baselines = [name for name in self.baselines if name not in NEED_GRID]
-            if left_out:
-                log.info("%s left out: they read a grid, and this has words", ", ".join(left_out))
         if train is None and self.baselines:
             raise UserError(
                 f"{held.store.address} has no train split to fit baselines on: set baselines=none"
@@ -191,6 +188,8 @@ class Scorer:
                 "run": self.rival.folder.name,
                 "cosine": {name: estimators[name].compared_with(both[name]) for name in both},
             }
+        if self.left_out:
+            result["left_out"] = self.left_out
         result["verdict"] = verdict(result["estimators"][headline]["cosine"])
         result["standing"] = standing(result)
         result["verdict_note"] = verdict_note(result)

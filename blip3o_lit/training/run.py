@@ -101,6 +101,7 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
                 sys.exit(FAILED_CODE)
             return result["best"]["cosine"]
     plan = make_plan(config, data, steps, machine)
+    initial = None if resumed else initial_weights(config, data.shape)  # before a file is written
     place = plan.placement
     data.micro_batch_size = place.micro_batch
     cluster = ranks(launch(), place.devices, place.nodes)
@@ -115,7 +116,6 @@ def train_in(run_dir: Path, config: TrainConfig, overrides: list[str]) -> float 
     if config.dry_run:
         run_files.console.print("dry run: everything was built, no step was taken")
         return None
-    initial = None if resumed else initial_weights(config, data.shape)
     if initial is not None and launch().first:
         initial.say()
     module = TranslationModule(plan, data, initial)

@@ -95,6 +95,9 @@ def test_runs_that_differ_are_refused_by_what_differs(runs: Path, tmp_path: Path
     ):
         with pytest.raises(UserError, match=said):
             soup(tmp_path / "out", runs / "a", second)
+    with pytest.raises(UserError, match="give the model that it has"):
+        run(tmp_path / "refused", model=narrow, init_from=str(runs / "a"))
+    assert not list((tmp_path / "refused").iterdir()), "a refused start leaves no run behind"
     with pytest.raises(UserError, match="is one run: name two or more"):
         ExportConfig(soup=["a"], out="x")
     with pytest.raises(UserError, match="takes the place of ckpt= and ema="):

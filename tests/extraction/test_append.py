@@ -126,9 +126,10 @@ def append_here(photos, out, count):
 
     def look(event, arguments):
         nonlocal seen
-        seen += event in ("open", "os.rename", "os.remove") and str(out) in str(arguments[0])
-        if seen == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if event in ("open", "os.rename", "os.remove") and str(out) in str(arguments[0]):
+            seen += 1
+            if seen == count:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(look)
     run(photos, out, {name: demo.load(name) for name in demo.NAMES}, config(append=True))

@@ -131,7 +131,6 @@ import os, signal, sys
 from pathlib import Path
 from blip3o_lit.base.objects import Objects
 from blip3o_lit.tokens.store.index import TokenIndex
-from blip3o_lit.training.run import run_training
 from blip3o_lit.tokens.store.shard_cache import ShardCache
 
 url, cache, after = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])

@@ -102,10 +102,10 @@ def from_prompts(config: GenerateConfig, line_seconds: float = 10.0) -> Path:
     from blip3o_lit.base.progress import Work
     from blip3o_lit.budget.out_of_memory import batch_limit
     from blip3o_lit.checkpoints.drawer import drawer_of
+    from blip3o_lit.checkpoints.words import text_tower_of
     from blip3o_lit.inference import BLIP3oInference
     from blip3o_lit.translation.cuda_graphs import Graphs
     from blip3o_lit.translation.prompts import draw_prompts, save_prompts
-    from blip3o_lit.translation.words import text_tower_of
 
     captions = lines_of("prompts", str(config.prompts))
     out = Path(config.out or f"{Path(str(config.prompts)).stem}-generated")

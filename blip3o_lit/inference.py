@@ -257,7 +257,7 @@ class BLIP3oInference:
         Raises:
             UserError: If the model reads no words, or its text tower can't be had.
         """
-        from blip3o_lit.translation.words import caption_condition, text_tower_of, words_spec
+        from blip3o_lit.checkpoints.words import caption_condition, text_tower_of, words_spec
 
         captions = [captions] if isinstance(captions, str) else list(captions)
         if not captions:

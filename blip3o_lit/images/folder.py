@@ -69,9 +69,8 @@ def read_folder(folder: Path, out: Path | None = None) -> Listing:
         caption = "\t".join(texts)
         source = plain(name)
         digest.update(f"{source}\t{_size(folder / name)}\t{caption}\n".encode(errors="replace"))
-        items.append(
-            Item(source, partial(file_bytes, folder / name), *texts[:1], further=tuple(texts[1:]))
-        )
+        read, first = partial(file_bytes, folder / name), next(iter(texts), "")
+        items.append(Item(source, read, first, further=tuple(texts[1:])))
     items.sort(key=lambda item: item.source)
     _pass_over(folder, entries, used)
     if not entries.pictures and not entries.tars:

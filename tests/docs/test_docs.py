@@ -47,6 +47,7 @@ NOT_RUN = {
     "python.md": "tests/docs/test_api.py runs them",
     "migrating.md": "tests/seeds/test_from_seed.py runs them",
     "export.md 1": "tests/checkpoints/test_graph_export.py runs it without the package",
+    "text.md": "tests/evaluation/test_words_run.py runs the same on a small run",
     "tutorial.md 1": "needs the demo's towers and a run on their tokens: a minute",
 }
 

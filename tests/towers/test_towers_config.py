@@ -31,7 +31,7 @@ def towers(*overrides: str) -> TowersConfig:
 
 def test_every_option_is_there() -> None:
     named = ["demo", "eva02l_clipl14", "eva02l_dinov2b", "eva8b_clipl14", "siglip2_clipl14"]
-    assert named == GROUPS
+    assert [*named, "text_clipl14"] == GROUPS
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,7 @@ def test_every_option_is_there() -> None:
         ("eva02l_clipl14", (True, 1024), (True, 1024)),
         ("eva02l_dinov2b", (True, 1024), (True, 768)),
         ("siglip2_clipl14", (False, 1024), (True, 1024)),
+        ("text_clipl14", (True, 1024), (True, 1024)),
     ],
 )
 def test_every_pair_has_a_16x16_grid(

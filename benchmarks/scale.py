@@ -16,7 +16,8 @@ import numpy as np
 
 from benchmarks.timing import result
 from blip3o_lit.tokens.reading.order import SampleOrder
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex
 
 SHARDS, SHARD_SAMPLES, WINDOW, BATCH = 40_000, 250, 16, 4096

@@ -32,7 +32,8 @@ from blip3o_lit.config.trainer import (
 )
 from blip3o_lit.extraction.demo import demo_source
 from blip3o_lit.extraction.engine import extract
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.copy_as import copy_as
 from blip3o_lit.tokens.store.shards import ArraySpec, TokenWriter
 from blip3o_lit.towers import demo

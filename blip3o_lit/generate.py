@@ -18,7 +18,7 @@ from blip3o_lit.config.solver import SolverConfig
 
 if TYPE_CHECKING:
     from blip3o_lit.checkpoints.load import Loaded
-    from blip3o_lit.tokens.reading.reader import TokenStore
+    from blip3o_lit.tokens.reading.token_store import TokenStore
     from blip3o_lit.tokens.store.index import ArraySpec
 
 
@@ -166,7 +166,8 @@ def generate(config: GenerateConfig) -> Path:
     from blip3o_lit.checkpoints.load import best_device, load
     from blip3o_lit.drawing.store_drawings import DRAWINGS, draw_store
     from blip3o_lit.tokens.reading.open import open_store
-    from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+    from blip3o_lit.tokens.reading.reader import TokenReader
+    from blip3o_lit.tokens.reading.token_store import TokenStore
     from blip3o_lit.tokens.views import target_or_other
     from blip3o_lit.translation.cuda_graphs import Graphs
     from blip3o_lit.translation.generated_store import GeneratedStore

@@ -184,7 +184,8 @@ def baseline() -> float:
 
     from blip3o_lit.config.mode import ModeConfig
     from blip3o_lit.extraction.demo import demo_store
-    from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+    from blip3o_lit.tokens.reading.reader import TokenReader
+    from blip3o_lit.tokens.reading.token_store import TokenStore
 
     store, mode = TokenStore.open(demo_store()), ModeConfig("grid_64", True)
     train, held = (TokenReader(store, split, mode=mode) for split in ("train", "validation"))

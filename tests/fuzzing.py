@@ -39,7 +39,8 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.report.page import write_report
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store import tar
 from blip3o_lit.tokens.store.index import TokenIndex
 

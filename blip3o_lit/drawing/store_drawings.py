@@ -5,7 +5,7 @@ import shutil
 from blip3o_lit.base.progress import Report
 from blip3o_lit.drawing.drawer import Drawer
 from blip3o_lit.drawing.sheet import image_of
-from blip3o_lit.tokens.reading.reader import Place, TokenStore
+from blip3o_lit.tokens.reading.token_store import Place, TokenStore
 
 DRAWINGS = "drawings"
 

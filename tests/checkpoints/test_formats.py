@@ -26,7 +26,7 @@ from blip3o_lit.export import export
 from blip3o_lit.inference import BLIP3oInference
 from blip3o_lit.report.page import write_report
 from blip3o_lit.seeds.store import convert
-from blip3o_lit.tokens.reading.reader import TokenStore
+from blip3o_lit.tokens.reading.token_store import TokenStore
 
 TOKENS = torch.zeros(1, 16, 6)
 

@@ -23,7 +23,8 @@ from blip3o_lit import train
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.inference import BLIP3oInference
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 
 OLDER = ROOT / "tests" / "checkpoints" / "older"
 EXPECTED = load_file(OLDER / "expected.safetensors")

@@ -26,7 +26,8 @@ from blip3o_lit.evaluate import evaluate
 from blip3o_lit.export import export
 from blip3o_lit.generate import generate
 from blip3o_lit.inference import BLIP3oInference
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 
 DINO = replace(spec(), dtype="float32", shape=(16, 64), cls=False)
 

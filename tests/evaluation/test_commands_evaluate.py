@@ -17,7 +17,8 @@ from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.export import export
 from blip3o_lit.generate import generate
 from blip3o_lit.inference import BLIP3oInference
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 
 
 @pytest.fixture(scope="module")

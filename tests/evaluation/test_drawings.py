@@ -17,7 +17,8 @@ from blip3o_lit.drawing.drawer import READOUT_FILE, kept_readout, split_readout
 from blip3o_lit.drawing.readout import psnr
 from blip3o_lit.evaluate import evaluate
 from blip3o_lit.report.captions import PICTURE
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 
 
 def scored(run: Path, **settings: Any) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from PIL import Image
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.evaluation.examples import EXAMPLES, examples, worst
 from blip3o_lit.metrics.retrieval import Retrieval, caption_ids
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.shards import ArraySpec, TokenWriter
 from blip3o_lit.towers.scenes import scene, scene_of
 

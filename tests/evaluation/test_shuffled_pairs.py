@@ -16,7 +16,8 @@ from blip3o_lit.config.trainer import EvaluationConfig, TrainerConfig
 from blip3o_lit.evaluation.readers import open_readers
 from blip3o_lit.evaluation.score import Scorer
 from blip3o_lit.testbeds.linear_gaussian import linear_gaussian_store
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.shards import TokenWriter
 from blip3o_lit.training.run import run_training
 

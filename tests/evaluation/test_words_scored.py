@@ -26,7 +26,8 @@ from blip3o_lit.evaluation.baselines import BaselineFits
 from blip3o_lit.evaluation.readers import open_readers, trained_images
 from blip3o_lit.generate import generate
 from blip3o_lit.tokens.datamodule import TokenDataModule
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 
 BOTH = ["eva", "words"]
 

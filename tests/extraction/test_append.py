@@ -15,7 +15,7 @@ from blip3o_lit.config.extract import EngineConfig, ExtractConfig, SplitConfig
 from blip3o_lit.extraction.demo import demo_source
 from blip3o_lit.extraction.engine import Extraction, extract
 from blip3o_lit.images.open import open_source
-from blip3o_lit.tokens.reading.reader import Place, TokenStore
+from blip3o_lit.tokens.reading.token_store import Place, TokenStore
 from blip3o_lit.tokens.store.index import TokenIndex
 from blip3o_lit.towers import demo
 from blip3o_lit.towers.scenes import scene

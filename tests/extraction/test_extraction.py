@@ -22,7 +22,7 @@ from blip3o_lit.images.item import Item, slices
 from blip3o_lit.images.item import Source as Images
 from blip3o_lit.images.open import open_source
 from blip3o_lit.tokens.classes import Classes
-from blip3o_lit.tokens.reading.reader import TokenStore
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.heads import Head
 from blip3o_lit.tokens.store.index import TokenIndex
 from blip3o_lit.towers import demo
@@ -107,7 +107,7 @@ def test_stores_that_are_passed_on_can_do_without_thumbnails(tmp_path, towers):
 
 
 def _place(store, number, row):
-    from blip3o_lit.tokens.reading.reader import Place
+    from blip3o_lit.tokens.reading.token_store import Place
 
     return Place(number, row)
 

@@ -33,7 +33,8 @@ from blip3o_lit.extraction.direct.kept import KeptShards
 from blip3o_lit.extraction.engine import extract
 from blip3o_lit.images.item import Item
 from blip3o_lit.images.open import open_source
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.index import TokenIndex
 from blip3o_lit.towers import demo
 from blip3o_lit.towers.scenes import scene

@@ -27,7 +27,8 @@ from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.config.trainer import EvaluationConfig, LoggerConfig, PrecisionConfig, TrainerConfig
 from blip3o_lit.extraction.engine import extract
 from blip3o_lit.images.open import open_source
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.towers.load import load_tower
 from blip3o_lit.towers.tower import Tower
 from blip3o_lit.training.run import run_training

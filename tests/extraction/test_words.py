@@ -16,7 +16,8 @@ from blip3o_lit.config.towers import TextTowerConfig
 from blip3o_lit.extraction.demo import demo_source
 from blip3o_lit.extraction.engine import extract
 from blip3o_lit.images.item import Item, Source, slices
-from blip3o_lit.tokens.reading.reader import Place, TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import Place, TokenStore
 from blip3o_lit.towers import demo, scenes
 from blip3o_lit.towers.text_tower import TextTower, load_text_tower
 

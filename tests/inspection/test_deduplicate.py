@@ -12,7 +12,8 @@ from small_store import ARRAYS, jpeg, sample, write_store
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.inspection.deduplicate import JOURNAL, deduplicate
 from blip3o_lit.inspection.store import inspect
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.index import TokenIndex
 from blip3o_lit.tokens.store.shards import TokenWriter
 

@@ -29,7 +29,8 @@ from blip3o_lit.inspection.finding import Finding
 from blip3o_lit.inspection.numbers import HEADER
 from blip3o_lit.inspection.repair import repair
 from blip3o_lit.inspection.store import inspect
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store import tar
 from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex
 from blip3o_lit.tokens.store.int8 import fit_int8

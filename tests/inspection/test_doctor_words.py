@@ -15,7 +15,8 @@ from small_words import CAPTIONS, LONGEST, WIDTH, words_of, write_words
 from blip3o_lit.inspection.deduplicate import deduplicate
 from blip3o_lit.inspection.repair import repair
 from blip3o_lit.inspection.store import inspect
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.index import TokenIndex
 from blip3o_lit.tokens.store.sequences import packed, sequence_specs
 from blip3o_lit.tokens.store.shards import TokenWriter

@@ -23,7 +23,8 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.seeds import journal
 from blip3o_lit.seeds.store import BATCH_BYTES, convert
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.index import TokenIndex
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage")

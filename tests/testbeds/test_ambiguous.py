@@ -12,7 +12,8 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.testbeds.ambiguous import ambiguous_store, coverage, draw
 from blip3o_lit.testbeds.law import Problem
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 
 CONFIG = AmbiguousConfig(images=64, validation_images=4096)
 

@@ -11,7 +11,8 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.metrics.cosine import TokenScores
 from blip3o_lit.testbeds.law import Problem
 from blip3o_lit.testbeds.linear_gaussian import draw, linear_gaussian_store
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 
 SMALL = LinearGaussianConfig(images=1024, validation_images=256)
 

@@ -21,7 +21,8 @@ from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.batches import BatchPlan, align_checkpoint, batch_plan
 from blip3o_lit.tokens.reading.loader import TokenLoader, ValidationLoader, prefetch
 from blip3o_lit.tokens.reading.order import SampleOrder
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 
 SAMPLES = 22
 BATCH = 8

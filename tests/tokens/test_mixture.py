@@ -18,7 +18,7 @@ from blip3o_lit.tokens.reading.batches import BatchPlan
 from blip3o_lit.tokens.reading.loader import TokenLoader
 from blip3o_lit.tokens.reading.mixture import MixedOrder, MixedReader, StoreSet, interleaved, shares
 from blip3o_lit.tokens.reading.order import SampleOrder
-from blip3o_lit.tokens.reading.reader import TokenStore
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.copy_as import copy_as
 from blip3o_lit.tokens.store.shards import TokenWriter
 

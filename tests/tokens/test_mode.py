@@ -15,7 +15,8 @@ from small_store import sample, write_store
 from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.shards import ArraySpec
 
 GRID = (16, 16)

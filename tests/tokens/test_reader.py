@@ -15,7 +15,8 @@ from small_store import ARRAYS, sample, write_store
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.tokens.reading.reader import OPEN_SHARDS, TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import OPEN_SHARDS, TokenStore
 from blip3o_lit.tokens.store import tar
 from blip3o_lit.tokens.store.shards import ArraySpec, TokenWriter
 from blip3o_lit.tokens.store.storage import finite

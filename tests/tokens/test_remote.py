@@ -37,7 +37,8 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.trainer import TrainerConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.open import open_store
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.index import TokenIndex
 from blip3o_lit.training.run import run_training
 

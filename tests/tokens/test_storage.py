@@ -11,7 +11,8 @@ from small_store import int8_tokens, write_int8, write_store
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.copy_as import copy_as
 
 CLS_PATCH = ModeConfig("cls_patch")

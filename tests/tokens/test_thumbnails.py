@@ -16,7 +16,8 @@ from small_store import ARRAYS, jpeg, sample, write_store
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.copy_as import copy_as
 from blip3o_lit.tokens.store.index import TokenIndex
 from blip3o_lit.tokens.store.shards import TokenWriter

@@ -13,7 +13,8 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.generate import caption
 from blip3o_lit.inference import BLIP3oInference
-from blip3o_lit.tokens.reading.reader import TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.shards import ArraySpec, TokenWriter
 from blip3o_lit.towers import demo, scenes
 from blip3o_lit.translation.pictures import (

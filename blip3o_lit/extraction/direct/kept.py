@@ -31,7 +31,7 @@ from blip3o_lit.extraction.pipeline import Pipeline
 from blip3o_lit.extraction.units import UnitRecord
 from blip3o_lit.tokens.datamodule import TRAIN, TokenDataModule
 from blip3o_lit.tokens.reading.mixture import StoreSet
-from blip3o_lit.tokens.reading.reader import TokenStore
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
 from blip3o_lit.tokens.store.mapped_shard import Shard
 from blip3o_lit.towers.tower import tower_cost

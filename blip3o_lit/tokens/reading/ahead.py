@@ -9,7 +9,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from blip3o_lit.tokens.reading.reader import Supply, TokenReader
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import Supply
 from blip3o_lit.tokens.store.index import ShardEntry
 
 FETCHES = 4

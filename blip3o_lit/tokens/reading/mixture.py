@@ -23,7 +23,8 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.open import open_store
 from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.packed import PackedBatch, PackedTokens
-from blip3o_lit.tokens.reading.reader import Supply, TokenReader, TokenStore
+from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.token_store import Supply, TokenStore
 from blip3o_lit.tokens.store.heads import Head
 from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
 

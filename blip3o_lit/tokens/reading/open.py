@@ -14,7 +14,7 @@ from blip3o_lit.base.objects import Objects, is_url
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.classes import CLASSES_FILE
-from blip3o_lit.tokens.reading.reader import TokenStore
+from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.index import TokenIndex
 from blip3o_lit.tokens.store.int8 import SCALES_FILE

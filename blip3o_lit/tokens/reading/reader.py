@@ -1,22 +1,16 @@
-"""Random access to local token shards: a memory map and an offset table per shard.
+"""Random access to one split of a token store, by sample ids, in one view.
 
-Nothing is decoded: a batch is one tensor, and each sample's bytes are copied once, from the page
-cache into their place in it. Offsets are read when a shard is first used.
-
-Shape suffixes: B samples, N tokens, C condition width, D target width, P text width, K captions,
-L tokens of the longest caption that is read, E width of words, R rows of several captions.
+Shape suffixes: B samples, N tokens, C condition width, D target width, P text width, L tokens of
+the longest caption that is read, E width of words, R rows of several captions.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,234 +18,21 @@ from torch import Tensor
 
 from blip3o_lit.base.shape import PairShape, SequenceShape
 from blip3o_lit.config.checks import names_of
-from blip3o_lit.config.errors import UserError, one_of
+from blip3o_lit.config.errors import one_of
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.reading.packed import (
     LENGTH,
     WORDS,
     Batch,
     PackedBatch,
-    PackedTokens,
     restored,
 )
-from blip3o_lit.tokens.store.heads import Head
-from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
-from blip3o_lit.tokens.store.int8 import load_scales, scale_array
-from blip3o_lit.tokens.store.mapped_shard import Shard
-from blip3o_lit.tokens.store.storage import TORCH_TYPES, finite
+from blip3o_lit.tokens.reading.token_store import Place, Supply, TokenStore
+from blip3o_lit.tokens.store.index import ShardEntry
 from blip3o_lit.tokens.views import sides_of, view_of
 
 MEASURED = 4
 """Shards whose captions' lengths say how long the captions of a split are."""
-OPEN_SHARDS = 64
-"""Shards kept mapped; the default shuffle window is 16."""
-
-
-class Place(NamedTuple):
-    """The numbers of a shard in the index and of a sample in it."""
-
-    number: int
-    sample: int
-
-
-class Supply(Protocol):
-    """Brings shards that are not in a store's folder when it is opened."""
-
-    address: str
-    """What messages call the store."""
-    limit: int
-    """Bytes of shards that may be open or there; 0: any."""
-    ahead: int
-    """Shards that are brought before they are read."""
-
-    def hold(self, entry: ShardEntry, let_go: Callable[[], object] = int) -> BinaryIO:
-        """Return a shard's open file once it is there; `let_go` closes others of this process."""
-        ...
-
-    def mapped(
-        self, entry: ShardEntry, index: TokenIndex, verify: str, let_go: Callable[[], object]
-    ) -> Shard:
-        """Map a shard."""
-        ...
-
-    def fetch_ahead(self, entry: ShardEntry, ended: Callable[[], bool]) -> bool:
-        """Bring a shard; return False where there is no room for it now."""
-        ...
-
-
-class TokenStore:
-    """A token store: its index, its shards as they are needed, and its heads.
-
-    Shards lie in its folder, or where there is a `supply` come through that; the small files lie in
-    the folder in either case.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        index: TokenIndex,
-        verify: str = "size",
-        supply: Supply | None = None,
-    ) -> None:
-        self.path, self.index, self.verify, self.supply = path, index, verify, supply
-        self.address = supply.address if supply else str(path)
-        """What messages call it."""
-        self._open_shards = OPEN_SHARDS
-        if supply and supply.limit:  # An open shard is in use, and others must be there to remove.
-            largest = max(shard.bytes for shard in index.shards)
-            self._open_shards = max(1, min(OPEN_SHARDS, supply.limit // largest // 2))
-        self._shards: OrderedDict[int, Shard] = OrderedDict()
-        self._verified: set[int] = set()
-        self._lock = threading.RLock()
-        self._known_finite: dict[tuple[str, str], bytearray] = {}
-        self._scales: dict[str, np.ndarray] | None = None
-
-    @classmethod
-    def open(cls, path: Path | str, verify: str = "size") -> TokenStore:
-        """Load the index of a folder.
-
-        `verify="size"` checks a shard's size when it is first used, `full` its sha256 too.
-        """
-        return cls(Path(path), TokenIndex.load(path), verify)
-
-    def shard(self, number: int) -> Shard:
-        """Return a shard, mapping it if need be; safe to call from several threads."""
-        entry = self.index.shards[number]
-        if self.supply is not None and number not in self._shards:
-            self.supply.hold(entry, self._let_go).close()  # Other threads read on meanwhile.
-        with self._lock:
-            if number not in self._shards:
-                verify = "size" if number in self._verified else self.verify
-                if self.supply is None:
-                    shard = Shard.open(self.path, entry, self.index, verify)
-                else:
-                    shard = self.supply.mapped(entry, self.index, verify, self._let_go)
-                self._shards[number] = shard
-                self._verified.add(number)
-                if len(self._shards) > self._open_shards:
-                    self._shards.popitem(last=False)
-            self._shards.move_to_end(number)
-            return self._shards[number]
-
-    def _let_go(self) -> None:
-        """Unmap the shards that no batch is being read from."""
-        with self._lock:
-            self._shards.clear()
-
-    def read_stored(
-        self, places: list[Place], array: str, first_row: int = 0, pin: bool = False
-    ) -> Tensor:
-        """Copy an array of some samples as it is stored, from `first_row` on: `[B, N, C]`.
-
-        Each sample's numbers are checked to be finite on its first read.
-        """
-        spec = self.index.arrays[array]
-        dtype = TORCH_TYPES[spec.dtype]
-        shape = (len(places), spec.shape[0] - first_row, *spec.shape[1:])
-        out = torch.empty(shape, dtype=dtype, pin_memory=pin)
-        numbers = (out.view(torch.int16) if dtype == torch.bfloat16 else out).numpy()
-        end = spec.nbytes
-        start = end // spec.shape[0] * first_row
-        content = out.view(-1).view(torch.uint8).view(len(places), end - start).numpy()
-        # One shard after the other: a batch may come from more of them than a cache has room for.
-        for i in sorted(range(len(places)), key=lambda i: places[i].number):
-            number, sample = places[i]
-            shard = self.shard(number)
-            np.copyto(content[i], shard.content(array, sample, start, end))
-            known = self._known(shard, array, shard.entry.samples)
-            if not known[sample]:
-                self._check_finite(shard, array, sample, numbers[i])
-                known[sample] = True
-        return out
-
-    def _known(self, shard: Shard, array: str, count: int) -> bytearray:
-        """Return the marks of what is known to be finite, which the caller sets."""
-        return self._known_finite.setdefault((shard.entry.file, array), bytearray(count))
-
-    def _check_finite(self, shard: Shard, array: str, sample: int, numbers: np.ndarray) -> None:
-        if not finite(numbers, self.index.arrays[array].dtype):
-            where = f"sample {shard.key(sample)} in {self.address}/{shard.entry.file}"
-            raise UserError(
-                f"{where}: {array} holds NaN or infinity; extract it again or drop it (doctor "
-                "lists all)"
-            )
-
-    def read_words(
-        self,
-        places: list[Place],
-        array: str,
-        draw_B: np.ndarray | None = None,
-        pin: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Copy one caption of each sample: words `[B, L, E]`, zeros behind each, lengths `[B]`.
-
-        `draw_B`, from 0 to 1, says which of an image's captions it is; None: the first. L is the
-        longest of those that are read; an image without captions has length 0. Each caption is
-        checked to be finite on its first read.
-        """
-        spec = self.index.arrays[array]
-        number_B, sample_B = np.array(places, np.int64).reshape(-1, 2).T
-        start_B, length_B = np.zeros_like(sample_B), np.zeros_like(sample_B)
-        caption_B, most = np.zeros_like(sample_B), 0
-        for number in np.unique(number_B).tolist():
-            own = np.flatnonzero(number_B == number)
-            lengths_BK = self.shard(number).lengths(array)[sample_B[own]].astype(np.int64)
-            most = lengths_BK.shape[1]
-            if draw_B is not None:
-                counts_B = (lengths_BK > 0).sum(1)
-                caption_B[own] = (draw_B[own] * counts_B).astype(np.int64)
-            ends_BK, rows = lengths_BK.cumsum(1), np.arange(len(own))
-            length_B[own] = lengths_BK[rows, caption_B[own]]
-            start_B[own] = ends_BK[rows, caption_B[own]] - length_B[own]
-        shape = (len(places), max(1, int(length_B.max(initial=0))), spec.shape[1])
-        out = torch.empty(shape, dtype=TORCH_TYPES[spec.dtype], pin_memory=pin)
-        numbers = (out.view(torch.int16) if out.dtype == torch.bfloat16 else out).numpy()
-        content = out.view(-1).view(torch.uint8).view(len(places), -1).numpy()
-        size = spec.row_bytes
-        rows = zip(caption_B.tolist(), (start_B * size).tolist(), (length_B * size).tolist())
-        wanted = list(rows)
-        for i in np.argsort(number_B, kind="stable").tolist():
-            (number, sample), (caption, start, length) = places[i], wanted[i]
-            shard = self.shard(number)
-            content[i, :length] = shard.content(array, sample, start, start + length)
-            content[i, length:] = 0
-            known = self._known(shard, array, shard.entry.samples * most)
-            if not known[sample * most + caption]:
-                self._check_finite(shard, array, sample, numbers[i])
-                known[sample * most + caption] = True
-        return out, torch.from_numpy(length_B)
-
-    def read_captions(self, place: Place, array: str) -> tuple[Tensor, np.ndarray]:
-        """Return all captions of a sample, one after the other `[R, E]`, and their lengths."""
-        spec, shard = self.index.arrays[array], self.shard(place.number)
-        lengths_K = shard.lengths(array)[place.sample]
-        stored = shard.stored(array, spec, place.sample)
-        self._check_finite(shard, array, place.sample, stored)
-        return torch.from_numpy(stored.copy()).view(TORCH_TYPES[spec.dtype]), lengths_K
-
-    def read_packed(
-        self, places: list[Place], array: str, first_row: int = 0, pin: bool = False
-    ) -> Tensor | PackedTokens:
-        """Copy as `read_stored` does; int8 tokens get their scales."""
-        spec = self.index.arrays[array]
-        stored_BNC = self.read_stored(places, array, first_row, pin)
-        if spec.dtype != "int8":
-            return stored_BNC
-        if self._scales is None:
-            self._scales = load_scales(self.path, self.index.arrays)
-        scale_KC = torch.from_numpy(self._scales[array][first_row : int(spec.cls) + 1])
-        token_BN = None
-        if spec.scale == "token":
-            token_BN = self.read_stored(places, scale_array(array), first_row, pin)
-        return PackedTokens(stored_BNC, scale_KC.pin_memory() if pin else scale_KC, token_BN)
-
-    def read(self, places: list[Place], array: str, first_row: int = 0) -> Tensor:
-        """Copy as `read_stored` does; int8 tokens are restored to fp16."""
-        tokens = self.read_packed(places, array, first_row)
-        return tokens.restore() if isinstance(tokens, PackedTokens) else tokens
-
-    def head(self, array: str) -> Head:
-        return Head.load(self.path, array, self.index.arrays[array].normed)
 
 
 class TokenReader:

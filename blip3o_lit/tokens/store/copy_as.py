@@ -11,7 +11,7 @@ import numpy as np
 from blip3o_lit.config.errors import one_of
 from blip3o_lit.config.extract import STORAGE
 from blip3o_lit.tokens.classes import CLASSES_FILE
-from blip3o_lit.tokens.reading.reader import Place, TokenStore
+from blip3o_lit.tokens.reading.token_store import Place, TokenStore
 from blip3o_lit.tokens.store.heads import HEADS_FILE
 from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex, lengths_array, sequences_of
 from blip3o_lit.tokens.store.int8 import fit_int8

@@ -35,9 +35,10 @@ from blip3o_lit.tokens.reading.packed import (
     restored,
 )
 from blip3o_lit.tokens.store.heads import Head
-from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
+from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex, lengths_array
 from blip3o_lit.tokens.store.int8 import load_scales, scale_array
 from blip3o_lit.tokens.store.mapped_shard import Shard
+from blip3o_lit.tokens.store.sequences import chosen
 from blip3o_lit.tokens.store.storage import TORCH_TYPES, finite
 from blip3o_lit.tokens.views import sides_of, view_of
 
@@ -186,30 +187,23 @@ class TokenStore:
         """Copy one caption of each sample: words `[B, L, E]`, zeros behind each, lengths `[B]`.
 
         `draw_B`, from 0 to 1, says which of an image's captions it is; None: the first. L is the
-        longest of those that are read; an image without captions has length 0. Each caption is
-        checked to be finite on its first read.
+        longest of those; an image without captions has length 0. First reads are checked.
         """
         spec = self.index.arrays[array]
         number_B, sample_B = np.array(places, np.int64).reshape(-1, 2).T
-        start_B, length_B = np.zeros_like(sample_B), np.zeros_like(sample_B)
-        caption_B, most = np.zeros_like(sample_B), 0
+        caption_B, start_B, length_B = np.zeros((3, len(places)), np.int64)
+        most = self.index.arrays[lengths_array(array)].shape[0]
         for number in np.unique(number_B).tolist():
-            own = np.flatnonzero(number_B == number)
-            lengths_BK = self.shard(number).lengths(array)[sample_B[own]].astype(np.int64)
-            most = lengths_BK.shape[1]
-            if draw_B is not None:
-                counts_B = (lengths_BK > 0).sum(1)
-                caption_B[own] = (draw_B[own] * counts_B).astype(np.int64)
-            ends_BK, rows = lengths_BK.cumsum(1), np.arange(len(own))
-            length_B[own] = lengths_BK[rows, caption_B[own]]
-            start_B[own] = ends_BK[rows, caption_B[own]] - length_B[own]
+            own = number_B == number
+            lengths_BK = self.shard(number).lengths(array)[sample_B[own]]
+            found = chosen(lengths_BK, draw_B if draw_B is None else draw_B[own])
+            caption_B[own], start_B[own], length_B[own] = found
         shape = (len(places), max(1, int(length_B.max(initial=0))), spec.shape[1])
         out = torch.empty(shape, dtype=TORCH_TYPES[spec.dtype], pin_memory=pin)
         numbers = (out.view(torch.int16) if out.dtype == torch.bfloat16 else out).numpy()
         content = out.view(-1).view(torch.uint8).view(len(places), -1).numpy()
         size = spec.row_bytes
-        rows = zip(caption_B.tolist(), (start_B * size).tolist(), (length_B * size).tolist())
-        wanted = list(rows)
+        wanted = np.stack((caption_B, start_B * size, length_B * size), 1).tolist()
         for i in np.argsort(number_B, kind="stable").tolist():
             (number, sample), (caption, start, length) = places[i], wanted[i]
             shard = self.shard(number)
@@ -224,10 +218,10 @@ class TokenStore:
     def read_captions(self, place: Place, array: str) -> tuple[Tensor, np.ndarray]:
         """Return all captions of a sample, one after the other `[R, E]`, and their lengths."""
         spec, shard = self.index.arrays[array], self.shard(place.number)
-        lengths_K = shard.lengths(array)[place.sample]
         stored = shard.stored(array, spec, place.sample)
         self._check_finite(shard, array, place.sample, stored)
-        return torch.from_numpy(stored.copy()).view(TORCH_TYPES[spec.dtype]), lengths_K
+        words_RE = torch.from_numpy(stored.copy()).view(TORCH_TYPES[spec.dtype])
+        return words_RE, shard.lengths(array)[place.sample]
 
     def read_packed(
         self, places: list[Place], array: str, first_row: int = 0, pin: bool = False
@@ -277,7 +271,6 @@ class TokenReader:
         index = self.index
         one_of("split", split, index.splits)
         self.grid, self.words = sides_of(names_of(condition), index.arrays)
-        """Names of the condition's arrays: its grid, its sequence."""
         one_of("data.target", target, index.arrays)
         self.target = target
         self.array_names = (*filter(None, (self.grid, self.words)), target)
@@ -318,9 +311,8 @@ class TokenReader:
 
     @cached_property
     def mean_length(self) -> float:
-        """Mean length of the captions in a few shards all over the split; 0 without words."""
-        if not self.words:
-            return 0.0
+        """Mean length of the captions in a few shards all over the split, of a store with words."""
+        assert self.words
         few = np.unique(np.linspace(0, len(self._shard_numbers) - 1, MEASURED).astype(int))
         shards = [self.store.shard(number) for number in self._shard_numbers[few].tolist()]
         lengths = np.concatenate([shard.lengths(self.words).reshape(-1) for shard in shards])
@@ -361,8 +353,7 @@ class TokenReader:
     def _read_grids(self, places: list[Place], pin: bool = False) -> PackedBatch:
         out: PackedBatch = {}
         for side, view in self.views.items():
-            array = self.target if side == "target" else self.grid
-            assert array
+            array = self.target if side == "target" else str(self.grid)
             if view.computes:
                 tokens = view.compute(self.store.read(places, array, view.first))
                 out[side] = tokens.pin_memory() if pin else tokens
@@ -375,8 +366,7 @@ class TokenReader:
         places = self._locate(ids)
         out = restored(self._read_grids(places))
         if self.words:
-            captions = [self.store.read_captions(place, self.words)[0] for place in places]
-            out[WORDS] = torch.cat(captions)
+            out[WORDS] = torch.cat([self.store.read_captions(p, self.words)[0] for p in places])
         return out
 
     def text(self, ids: np.ndarray) -> Tensor | None:

@@ -12,6 +12,7 @@ from disturbed import SERVER
 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import EngineConfig, ExtractConfig, SplitConfig
+from blip3o_lit.config.towers import TextTowerConfig
 from blip3o_lit.extraction.demo import demo_source
 from blip3o_lit.extraction.engine import Extraction, extract
 from blip3o_lit.images.open import open_source
@@ -19,6 +20,7 @@ from blip3o_lit.tokens.reading.token_store import Place, TokenStore
 from blip3o_lit.tokens.store.index import TokenIndex
 from blip3o_lit.towers import demo
 from blip3o_lit.towers.scenes import scene
+from blip3o_lit.towers.text_tower import load_text_tower
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,30 @@ def test_three_appends_are_one_extraction(tmp_path, towers):
         assert (split, facts) == (many[key][0], many[key][2])
         assert all(np.array_equal(array, many[key][1][name]) for name, array in arrays.items())
     assert not (grown / ".extract").exists()
+
+
+def test_words_are_appended_as_they_are_extracted(tmp_path, towers):
+    text = load_text_tower(TextTowerConfig("demo"))
+    photos, grown, whole = tmp_path / "photos", tmp_path / "grown", tmp_path / "whole"
+
+    def words(out, numbers, **changes):
+        draw(photos, numbers)
+        source = open_source(str(photos), 4, out=str(out))
+        extract(source, towers, out, config(captions=2, **changes), text)
+        store, found = TokenStore.open(out, "full"), {}
+        for number, entry in enumerate(store.index.shards):
+            for row in range(entry.samples):
+                tokens, lengths = store.read_captions(Place(number, row), "words")
+                found[store.shard(number).key(row)] = tokens.tolist(), lengths.tolist()
+        return found
+
+    first = words(grown, range(3), append=True)
+    both = words(grown, range(3, 8), append=True)
+    assert len(both) == 8
+    assert first.items() <= both.items()
+    assert both == words(whole, range(8))
+    with pytest.raises(UserError, match="append=true: words is stored .* and not made here"):
+        run(photos, grown, towers, config(append=True))
 
 
 def test_int8_keeps_the_scales_of_the_store(tmp_path, towers):

@@ -28,6 +28,7 @@ from hub_server import serving as hub
 from quick_run import config
 from small_disk import fill, small_disk
 from small_store import int8_tokens, write_int8, write_store
+from small_words import write_words
 
 from blip3o_lit.base import objects
 from blip3o_lit.base.objects import Objects, is_url
@@ -97,6 +98,23 @@ def test_cold_warm_and_local_are_the_same(
     assert len(fetched) == sum(parts) + 1  # and one question whether there are parts
     for path in shards(tmp_path / "cache"):
         assert {path.stem, path.name} & {shard.sha256 for shard in index.shards}
+
+
+def test_words_in_a_bucket_are_those_of_the_folder(
+    bucket: Bucket, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    index = write_words(tmp_path / "words")
+    url = bucket.upload(tmp_path / "words", request.node.name)
+    room = 7 * max(shard.bytes for shard in index.shards) / 1e9  # and no more
+    found = []
+    for tokens in (str(tmp_path / "words"), url):
+        own = module(tokens, tmp_path / "cache", condition=["eva", "words"], cache_gb=room)
+        assert own.words_standardizer is not None
+        parts = [own.words_standardizer.mean_NC, own.words_standardizer.std_NC]
+        for batch in (*own.train_dataloader(), *own.val_dataloader()):
+            parts += [batch[key] for key in ("sample", "condition", "words", "length")]
+        found.append(parts)
+    assert same(*found)
 
 
 def test_stores_in_buckets_and_folders_mix_as_folders_do(

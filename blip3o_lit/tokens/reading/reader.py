@@ -58,7 +58,6 @@ class TokenReader:
         index = self.index
         one_of("split", split, index.splits)
         self.grid, self.words = sides_of(names_of(condition), index.arrays)
-        """Names of the condition's arrays: its grid, its sequence."""
         one_of("data.target", target, index.arrays)
         self.target = target
         self.array_names = (*filter(None, (self.grid, self.words)), target)
@@ -99,9 +98,8 @@ class TokenReader:
 
     @cached_property
     def mean_length(self) -> float:
-        """Mean length of the captions in a few shards all over the split; 0 without words."""
-        if not self.words:
-            return 0.0
+        """Mean length of the captions in a few shards all over the split, of a store with words."""
+        assert self.words
         few = np.unique(np.linspace(0, len(self._shard_numbers) - 1, MEASURED).astype(int))
         shards = [self.store.shard(number) for number in self._shard_numbers[few].tolist()]
         lengths = np.concatenate([shard.lengths(self.words).reshape(-1) for shard in shards])
@@ -142,8 +140,7 @@ class TokenReader:
     def _read_grids(self, places: list[Place], pin: bool = False) -> PackedBatch:
         out: PackedBatch = {}
         for side, view in self.views.items():
-            array = self.target if side == "target" else self.grid
-            assert array
+            array = self.target if side == "target" else str(self.grid)
             if view.computes:
                 tokens = view.compute(self.store.read(places, array, view.first))
                 out[side] = tokens.pin_memory() if pin else tokens
@@ -156,8 +153,7 @@ class TokenReader:
         places = self._locate(ids)
         out = restored(self._read_grids(places))
         if self.words:
-            captions = [self.store.read_captions(place, self.words)[0] for place in places]
-            out[WORDS] = torch.cat(captions)
+            out[WORDS] = torch.cat([self.store.read_captions(p, self.words)[0] for p in places])
         return out
 
     def text(self, ids: np.ndarray) -> Tensor | None:

@@ -24,9 +24,10 @@ from blip3o_lit.tokens.reading.packed import (
     PackedTokens,
 )
 from blip3o_lit.tokens.store.heads import Head
-from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
+from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex, lengths_array
 from blip3o_lit.tokens.store.int8 import load_scales, scale_array
 from blip3o_lit.tokens.store.mapped_shard import Shard
+from blip3o_lit.tokens.store.sequences import chosen
 from blip3o_lit.tokens.store.storage import TORCH_TYPES, finite
 
 OPEN_SHARDS = 64
@@ -172,30 +173,23 @@ class TokenStore:
         """Copy one caption of each sample: words `[B, L, E]`, zeros behind each, lengths `[B]`.
 
         `draw_B`, from 0 to 1, says which of an image's captions it is; None: the first. L is the
-        longest of those that are read; an image without captions has length 0. Each caption is
-        checked to be finite on its first read.
+        longest of those; an image without captions has length 0. First reads are checked.
         """
         spec = self.index.arrays[array]
         number_B, sample_B = np.array(places, np.int64).reshape(-1, 2).T
-        start_B, length_B = np.zeros_like(sample_B), np.zeros_like(sample_B)
-        caption_B, most = np.zeros_like(sample_B), 0
+        caption_B, start_B, length_B = np.zeros((3, len(places)), np.int64)
+        most = self.index.arrays[lengths_array(array)].shape[0]
         for number in np.unique(number_B).tolist():
-            own = np.flatnonzero(number_B == number)
-            lengths_BK = self.shard(number).lengths(array)[sample_B[own]].astype(np.int64)
-            most = lengths_BK.shape[1]
-            if draw_B is not None:
-                counts_B = (lengths_BK > 0).sum(1)
-                caption_B[own] = (draw_B[own] * counts_B).astype(np.int64)
-            ends_BK, rows = lengths_BK.cumsum(1), np.arange(len(own))
-            length_B[own] = lengths_BK[rows, caption_B[own]]
-            start_B[own] = ends_BK[rows, caption_B[own]] - length_B[own]
+            own = number_B == number
+            lengths_BK = self.shard(number).lengths(array)[sample_B[own]]
+            found = chosen(lengths_BK, draw_B if draw_B is None else draw_B[own])
+            caption_B[own], start_B[own], length_B[own] = found
         shape = (len(places), max(1, int(length_B.max(initial=0))), spec.shape[1])
         out = torch.empty(shape, dtype=TORCH_TYPES[spec.dtype], pin_memory=pin)
         numbers = (out.view(torch.int16) if out.dtype == torch.bfloat16 else out).numpy()
         content = out.view(-1).view(torch.uint8).view(len(places), -1).numpy()
         size = spec.row_bytes
-        rows = zip(caption_B.tolist(), (start_B * size).tolist(), (length_B * size).tolist())
-        wanted = list(rows)
+        wanted = np.stack((caption_B, start_B * size, length_B * size), 1).tolist()
         for i in np.argsort(number_B, kind="stable").tolist():
             (number, sample), (caption, start, length) = places[i], wanted[i]
             shard = self.shard(number)
@@ -210,10 +204,10 @@ class TokenStore:
     def read_captions(self, place: Place, array: str) -> tuple[Tensor, np.ndarray]:
         """Return all captions of a sample, one after the other `[R, E]`, and their lengths."""
         spec, shard = self.index.arrays[array], self.shard(place.number)
-        lengths_K = shard.lengths(array)[place.sample]
         stored = shard.stored(array, spec, place.sample)
         self._check_finite(shard, array, place.sample, stored)
-        return torch.from_numpy(stored.copy()).view(TORCH_TYPES[spec.dtype]), lengths_K
+        words_RE = torch.from_numpy(stored.copy()).view(TORCH_TYPES[spec.dtype])
+        return words_RE, shard.lengths(array)[place.sample]
 
     def read_packed(
         self, places: list[Place], array: str, first_row: int = 0, pin: bool = False

@@ -3,7 +3,7 @@
 An array of kind `sequence` stores `[T, E]` per sample, T the sum of its captions' lengths; beside
 it `<array>_lengths` says how long each caption is, int32 `[K]`, 0 behind the last.
 
-Shape suffixes: S samples, K captions, T tokens of all captions of a sample, E width.
+Shape suffixes: S and B samples, K captions, T tokens of all captions of a sample, E width.
 """
 
 from __future__ import annotations
@@ -36,6 +36,21 @@ def packed(
     lengths_K[: len(captions)] = [len(caption) for caption in captions]
     rows = [*captions] or [np.empty((0, specs[name].shape[1]), np.float32)]
     return {name: np.concatenate(rows), lengths_array(name): lengths_K}
+
+
+def chosen(
+    lengths_BK: np.ndarray, draw_B: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return which caption of each sample is read, where it starts, and how long it is: `[B]` each.
+
+    `draw_B` lies from 0 to below 1; without it the first is.
+    """
+    lengths_BK, rows = lengths_BK.astype(np.int64), np.arange(len(lengths_BK))
+    caption_B = np.zeros(len(rows), np.int64)
+    if draw_B is not None:
+        caption_B = (draw_B * (lengths_BK > 0).sum(1)).astype(np.int64)
+    length_B = lengths_BK[rows, caption_B]
+    return caption_B, lengths_BK.cumsum(1)[rows, caption_B] - length_B, length_B
 
 
 def faulty(lengths_SK: np.ndarray, tokens_S: np.ndarray, longest: int) -> np.ndarray:

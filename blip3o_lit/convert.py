@@ -21,6 +21,7 @@ def convert(config: ConvertConfig) -> None:
     for name, spec in index.arrays.items():
         if spec.cosine is not None:
             print(f"{name} in int8: mean cosine {spec.cosine:.6f} to the tokens of the pickles")
+    print("no pictures: pickles hold none, so tokens are drawn with decoder=DIR alone")
     full = "cls_patch" if all(spec.cls for spec in tokens) else "patch_only"
     view = f"mode={index.reduced or full}"
     tokens_word = pasteable("data.tokens", config.out or "")

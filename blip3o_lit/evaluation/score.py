@@ -166,8 +166,8 @@ class Scorer:
             **estimators[headline].maps,
         }
         if averaged:
-            own = result["estimators"][headline]
-            result["averages"] = self._averages(own, averaged, reference)
+            kept = result["estimators"][headline]
+            result["averages"] = self._averages(kept, averaged, reference)
         records = self.loaded.translator.fitted.records
         if records:
             result["fitted_solvers"] = {str(nfe): records[nfe] for nfe in sorted(records)}

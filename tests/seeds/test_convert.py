@@ -371,3 +371,14 @@ def test_the_command_exits_with_2_and_one_line(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "data.tokens=out mode=cls_patch" in done.stdout
     assert TokenIndex.load(tmp_path / "out").samples == 8
+
+
+def test_the_command_says_that_pickles_hold_no_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from blip3o_lit.convert import convert as command
+
+    chunks(tmp_path / "in", [5], 64)
+    command(ConvertConfig(str(tmp_path / "in"), str(tmp_path / "out")))
+    assert "no pictures: pickles hold none" in capsys.readouterr().out
+    assert not TokenIndex.load(tmp_path / "out").thumbnails

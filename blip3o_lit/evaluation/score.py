@@ -12,8 +12,8 @@ from torch import Tensor
 from blip3o_lit.base.progress import Report
 from blip3o_lit.checkpoints.load import Loaded
 from blip3o_lit.config.errors import UserError
-from blip3o_lit.config.evaluate import BASELINE_SETS, OWN, EvaluateConfig
-from blip3o_lit.config.solver import SolverConfig, solver_from_label
+from blip3o_lit.config.evaluate import BASELINE_SETS, EvaluateConfig
+from blip3o_lit.config.solver import solver_from_label
 from blip3o_lit.evaluation.baselines import NEED_GRID, BaselineFits
 from blip3o_lit.evaluation.drawings import Drawings
 from blip3o_lit.evaluation.estimators import (
@@ -29,9 +29,10 @@ from blip3o_lit.evaluation.held_out import HeldOut
 from blip3o_lit.evaluation.hidden_half import shows_scenes
 from blip3o_lit.evaluation.image_text import ImageText
 from blip3o_lit.evaluation.main_pass import Group, MainPass, Tallies
-from blip3o_lit.evaluation.probes import Coverage, Draws, swapped, time_bins
+from blip3o_lit.evaluation.probes import Coverage, swapped, time_bins
 from blip3o_lit.evaluation.solver_fits import fit_solvers, missing_budgets
-from blip3o_lit.evaluation.tally import Reference, Tally
+from blip3o_lit.evaluation.tally import Reference
+from blip3o_lit.evaluation.tallying import Tallying, scores_of_averages
 from blip3o_lit.evaluation.verdict import check_finite, standing, verdict, verdict_note
 from blip3o_lit.flow.memo import Memo
 from blip3o_lit.report.record import FORMAT
@@ -39,7 +40,6 @@ from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 CURVE = ("cosine", "cosine_centred", "mse", "frechet", "norm_ratio", "seconds_per_image")
-AVERAGE_SCORES = ("cosine", "cosine_ci95", "cosine_centred", "mse", "norm_ratio", "frechet")
 GENERATED = "generated"
 HALVES = ("demo_masked", "demo_half_text")
 """Data whose condition tower sees the left half alone."""
@@ -111,13 +111,14 @@ class Scorer:
                 translator.memo = None
 
     def _result(self) -> dict[str, Any]:
-        estimators = self._estimators(self.loaded)
-        baselines = self._baselines()
+        tallying = Tallying(self.config, self.shape, self.device, self.mean_ND)
+        estimators = tallying.estimators(self.loaded)
+        baselines = tallying.of(self._baselines())
         problem = known_problem(self.reader)
-        optima = self._tallies(exact_estimators(problem) if problem else {})
-        rivals = self._estimators(self.rival) if self.rival else {}
+        optima = tallying.of(exact_estimators(problem) if problem else {})
+        rivals = tallying.estimators(self.rival) if self.rival else {}
         headline = next(iter(estimators))
-        averaged = self._averaged(headline)
+        averaged = tallying.averaged(self.averages, headline)
         scored = MainPass(
             self.shape, self.device, self.images, self.solver_images, self.curve_images
         )
@@ -128,11 +129,9 @@ class Scorer:
         scored.every.tallies |= {f"average {name}": tally for name, tally in averaged.items()}
         scored.every.tallies |= baselines
         scored.every.tallies |= {f"optimum {name}": tally for name, tally in optima.items()}
-        scored.curve.tallies = self._curve()
-        scored.draws, scored.draw_images = (
-            self._draws(),
-            min(self.config.sample_images, self.images),
-        )
+        scored.curve.tallies = tallying.curve(self.loaded)
+        scored.draws = tallying.draws(self.loaded, self.drawings.add_draws)
+        scored.draw_images = min(self.config.sample_images, self.images)
         if problem is not None and len(problem.weights_K) > 1:
             scored.coverage = Coverage(self.reader.store.path)
         own = estimators | baselines
@@ -167,7 +166,7 @@ class Scorer:
         }
         if averaged:
             kept = result["estimators"][headline]
-            result["averages"] = self._averages(kept, averaged, reference)
+            result["averages"] = scores_of_averages(kept, self.averages, averaged, reference)
         records = self.loaded.translator.fitted.records
         if records:
             result["fitted_solvers"] = {str(nfe): records[nfe] for nfe in sorted(records)}
@@ -196,62 +195,10 @@ class Scorer:
         check_finite(result)
         return result
 
-    def _estimators(self, loaded: Loaded) -> Tallies:
-        """Return a tally for the posterior mean, where there is one, and for each solver."""
-        solvers = [solver_from_label(label) for label in self.config.estimators]
-        own = loaded.config.solver
-        if self.has_words and own.name != "mean":
-            # Captions leave much open: the run's own samples speak for it, not the mean.
-            solvers = [own, *([SolverConfig()] if loaded.config.flow.has_mean else []), *solvers]
-        elif loaded.config.flow.has_mean:
-            solvers = [SolverConfig(), *solvers]
-        if not solvers:
-            raise UserError("this flow has no posterior mean at t = 0: name a solver in solvers=[]")
-        seed = self.config.seed
-        tallies = {s.label: generated(loaded, s, seed) for s in solvers}
-        return self._tallies(tallies, memo=loaded.translator.memo)
-
-    def _averaged(self, headline: str) -> Tallies:
-        """Return a tally for each further average, by the estimator that is the headline."""
-        solver, seed = solver_from_label(headline), self.config.seed
-        found = {f"{width:g}": one for width, one in self.averages.items()}
-        estimators = {name: generated(one, solver, seed) for name, one in found.items()}
-        return self._tallies(estimators, breadth=False)
-
-    def _averages(
-        self, own: dict[str, Any], averaged: Tallies, reference: Reference
-    ) -> dict[str, Any]:
-        """Return the scores of each average of the run's weights, and which is best."""
-        results = {OWN: own} | {name: tally.result(reference) for name, tally in averaged.items()}
-        scores = {
-            name: {key: found[key] for key in AVERAGE_SCORES if key in found}
-            for name, found in results.items()
-        }
-        for width, one in self.averages.items():
-            scores[f"{width:g}"] |= one.facts["average"]
-        best = max(scores, key=lambda name: scores[name]["cosine"])
-        return {"scores": scores, "best": best}
-
-    def _baselines(self) -> Tallies:
+    def _baselines(self) -> dict[str, Estimator]:
         if self.fits is None:
             return {}
-        return self._tallies({name: self.fits.estimator(name) for name in self.baselines})
-
-    def _tallies(
-        self, estimators: dict[str, Estimator], breadth: bool = True, memo: Memo | None = None
-    ) -> Tallies:
-        return {
-            name: Tally(
-                estimate,
-                self.mean_ND,
-                self.shape,
-                self.device,
-                breadth,
-                self.config.metrics,
-                memo,
-            )
-            for name, estimate in estimators.items()
-        }
+        return {name: self.fits.estimator(name) for name in self.baselines}
 
     def _watch(self, tokens: dict[str, Tensor], batch: Batch, headline: str, own: Tallies) -> None:
         """Draw tokens of a batch, and ask what they mean."""
@@ -341,11 +288,6 @@ class Scorer:
                 columns[f"sample {number + 1}"] = estimate
         return {"rows": self.drawings.rows(self.held_out.read(ids), titles, columns)}
 
-    def _curve(self) -> Tallies:
-        solvers = [solver_from_label(label) for label in self.config.curve]
-        estimators = {s.label: generated(self.loaded, s, self.config.seed) for s in solvers}
-        return self._tallies(estimators, False, self.loaded.translator.memo)
-
     def _curve_points(self, curve: Group) -> list[dict[str, Any]]:
         points = []
         for label, tally in curve.tallies.items():
@@ -354,15 +296,6 @@ class Scorer:
             scores = tally.result(curve.reference)
             points.append(point | {name: scores[name] for name in CURVE if name in scores})
         return points
-
-    def _draws(self) -> Draws | None:
-        count, config = self.config.samples, self.config
-        if count < 2 or not config.solvers or not self.loaded.config.flow.has_mean:
-            return None
-        solver = solver_from_label(config.solvers[0])
-        draws = [generated(self.loaded, solver, config.seed + number) for number in range(count)]
-        mean = generated(self.loaded, SolverConfig(), config.seed)
-        return Draws(draws, mean, self.device, self.drawings.add_draws)
 
     def _samples(self, scored: MainPass) -> dict[str, Any]:
         if scored.draws is None:

@@ -49,6 +49,7 @@ SMALL = {
     "train -m experiment=demo": f"{STEPS} flow.prediction=sample",
     "blip3o_lit.report": "",
     "scripts/simulate_cluster.py gpus": "",
+    "train experiment=text data=images": "",
     "printf": "",
 }
 """Beginning of a command -> what makes it small."""
@@ -80,6 +81,11 @@ REASONS = {
     "export soup": "test_soup.py has such runs",
     "train logger=[csv,mlflow]": "test_own_parts.py logs so where MLflow is installed",
     "generate ckpt=RUN tokens=tokens out=generated solver=map": "test_maps.py has such a run",
+    "train experiment=demo_text": "takes hours; test_words_run.py has such a run",
+    "generate ckpt=runs/words": "test_words_run.py has such a run",
+    "evaluate ckpt=runs/words": "the same",
+    "extract images=photos towers=text": "downloads two towers",
+    "train experiment=text data=tokens": "wants that store; test_words_run.py has such a run",
     "scripts/from_seed.py": "test_from_seed.py runs every block of that page",
     "scripts/objective_table.py": "takes hours",
     "scripts/simulate_cluster.py": "a minute; its smaller line is run",

@@ -142,8 +142,8 @@ def test_a_run_killed_in_its_first_epoch_ends_as_an_undisturbed_one(
     assert killed == [-9] * ranks, (folder / "said-0.txt").read_text()
     found, damaged = checkpointing.newest_to_resume(folder)
     assert damaged == []
-    assert found is not None
-    assert 0 < checkpointing.step_of(found) < 8
+    # The towers run ahead of the steps: the ninth shard may come before the first checkpoint.
+    assert found is None or 0 < checkpointing.step_of(found) < 8
     assert not (keep / "index.json").exists()
     assert ranks == 2 or list(keep.glob(".train-*.tmp"))
     assert run(folder, wanted(tars, keep=str(keep))) == [0], (folder / "said-0.txt").read_text()

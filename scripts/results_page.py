@@ -69,7 +69,7 @@ def _head(found: Found) -> list[str]:
         "",
         "which goes on where it was stopped (`python scripts/results.py list` prints each command",
         f"line; records are in `docs/results`). {len(found)} of {len(RUNS)} runs,",
-        f"{minutes:.0f} minutes of training on one CPU core each. Cosines are per token, raw, on",
+        f"{minutes:.0f} CPU-minutes of training. Cosines are per token, raw, on",
         "256 held-out images. *mean* is one network evaluation at t = 0; *ab2-4*, *ab2-8*,",
         "*fitted-4* and *heun-10* draw samples (4, 8, 4 and 19 evaluations). Numbers are means",
         "over seeds, with half their range in brackets. Networks are small and runs short: read",

@@ -30,6 +30,7 @@ from small_disk import fill, small_disk
 from small_store import int8_tokens, write_int8, write_store
 from small_words import write_words
 
+from blip3o_lit import api
 from blip3o_lit.base import objects
 from blip3o_lit.base.objects import Objects, is_url
 from blip3o_lit.config.data import DataConfig
@@ -115,6 +116,24 @@ def test_words_in_a_bucket_are_those_of_the_folder(
             parts += [batch[key] for key in ("sample", "condition", "words", "length")]
         found.append(parts)
     assert same(*found)
+
+
+def test_baselines_and_scores_through_a_bucket_are_those_of_the_folder(
+    folder: Path, url: str, tmp_path: Path
+) -> None:
+    small = ["model.width=16", "model.depth=1", "model.heads=2", "model.kv_heads=1"]
+    small += ["model.mlp_width=16", "trainer.max_steps=3", "batch_size=4", "trainer.log_every=1"]
+    asked = ["solvers=[heun-2]", "curve=[]", "samples=0", "drawn_images=0", "baselines=cheap"]
+    found = []
+    for name, tokens in (("local", str(folder)), ("bucket", url)):
+        words = ["data=tokens", f"data.tokens={tokens}", f"data.cache={tmp_path / 'cache'}"]
+        run = api.train(api.compose("train", *words, *small, "logger=csv"), tmp_path / name)
+        scores = api.evaluate(api.compose("evaluate", f"ckpt={run}", *asked, "device=cpu"))
+        blocks = {**scores["estimators"], **scores["baselines"]}
+        assert set(blocks) == {"mean", "heun-2", "mean_token", "ridge"}
+        found.append({n: b | {"seconds_per_image": 0} for n, b in blocks.items()})
+    assert found[0] == found[1]
+    assert shards(tmp_path / "cache")
 
 
 def test_stores_in_buckets_and_folders_mix_as_folders_do(

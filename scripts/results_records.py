@@ -60,7 +60,7 @@ def write_record(run: Run, scores: dict[str, Any], facts: dict[str, Any]) -> Non
     file = RECORDS / f"{run.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {"settings": run.settings(), **facts, "scores": record_of(scores)}
-    file.write_text(json.dumps(content, indent=0) + "\n", "utf-8")
+    file.write_text(json.dumps(content) + "\n", "utf-8")
 
 
 def read_record(run: Run) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from blip3o_lit import BLIP3oInference
 from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.checkpoints.export import write_export
+from blip3o_lit.checkpoints.initial import initial_weights
 from blip3o_lit.checkpoints.load import load
 from blip3o_lit.checkpoints.weights import find_weights
 from blip3o_lit.config.commands import ExportConfig
@@ -171,6 +172,13 @@ def test_an_upload_over_http_comes_back_as_the_same_model(model, run, tmp_path, 
         assert hub.blobs  # the weights went as a large file
         loaded = BLIP3oInference("me/model", "cpu")
         assert torch.equal(loaded.generate(conditions()), model.generate(conditions()))
+        begun = initial_weights(replace(model.config, init_from="me/model"), model.shape)
+        assert begun is not None
+        own = model.translator.state_dict()
+        assert all(torch.equal(own[name], tensor) for name, tensor in begun.tensors.items())
+        assert sum(name.startswith("network.") for name in begun.tensors) == len(
+            list(model.translator.network.parameters())
+        )
         assert export(ExportConfig(ckpt=str(run), push_to_hub="me/open", private=False)) is None
         assert not hub.private["me/open"]
         with pytest.raises(UserError, match="me/nothing is neither"):

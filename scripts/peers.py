@@ -46,7 +46,8 @@ class Parts:
     time: nn.Module
     blocks: list[nn.Module]
     final: nn.Module
-    rope: Callable[[Tensor], Tensor]
+    ropes: tuple[Callable[[Tensor], Tensor], ...]
+    """Of the blocks, and of a head's."""
     positions_NW: Tensor
     head: int = 0
     """Blocks of RAE's wide head, the last ones; each sees the noisy tokens anew."""
@@ -79,7 +80,7 @@ class Peer(Network):
     def tables(self) -> tuple[Any, ...]:
         with torch.device("cpu"):
             parts = self.parts()
-        return parts.rope, parts.positions_NW
+        return parts.ropes, parts.positions_NW
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:
@@ -111,19 +112,19 @@ class Peer(Network):
         self, x_BND: Tensor, t_B: Tensor, condition: Any, s_B: Tensor | None = None
     ) -> Tensor:
         encoded = self.encoded(condition)
-        rope, positions_NW = self.fixed[0]
+        ropes, positions_NW = self.fixed[0]
         time_BW = self.time(t_B)
         signal_BW = time_BW + encoded.pooled
         x_BNW = self.input(x_BND) + encoded.tokens + positions_NW
         body = len(self.blocks) - self.head
         for block in self.blocks[:body]:
-            x_BNW = block(x_BNW, signal_BW, feat_rope=rope[0])
+            x_BNW = block(x_BNW, signal_BW, feat_rope=ropes[0])
         if not self.head:
             return self.final(x_BNW, signal_BW).to(x_BND.dtype)
         state = self.project(nn.functional.silu(time_BW[:, None] + x_BNW))
         x_BNW = self.head_input(x_BND)
         for block in self.blocks[body:]:
-            x_BNW = block(x_BNW, state, feat_rope=rope[1])
+            x_BNW = block(x_BNW, state, feat_rope=ropes[1])
         return self.final(x_BNW, state).to(x_BND.dtype)
 
 
@@ -143,7 +144,7 @@ class LightningDiT(Peer):
             theirs.TimestepEmbedder(width),
             [theirs.LightningDiTBlock(width, heads, **options) for _ in range(self.config.depth)],
             theirs.FinalLayer(width, 1, self.shape.target.width, use_rmsnorm=True),
-            (rope,),  # type: ignore[arg-type]
+            (rope,),
             _sincos(theirs.get_2d_sincos_pos_embed(width, side)),
         )
 
@@ -161,7 +162,7 @@ class JiT(Peer):
             theirs.TimestepEmbedder(width),
             [theirs.JiTBlock(width, heads, mlp_ratio=MLP) for _ in range(self.config.depth)],
             theirs.FinalLayer(width, 1, self.shape.target.width),
-            (rope,),  # type: ignore[arg-type]
+            (rope,),
             _sincos(theirs.get_2d_sincos_pos_embed(width, side)),
         )
 
@@ -187,7 +188,7 @@ class RAE(Peer):
             theirs.GaussianFourierEmbedding(width),
             [*body, theirs.LightningDDTBlock(wide, heads, mlp_ratio=MLP)],
             theirs.DDTFinalLayer(wide, 1, self.shape.target.width, use_rmsnorm=True),
-            ropes,  # type: ignore[arg-type]
+            ropes,
             _sincos(theirs.get_2d_sincos_pos_embed(width, side)),
             1,
             wide,

@@ -26,9 +26,9 @@ from blip3o_lit.extraction.direct.kept import kept_store
 from blip3o_lit.extraction.direct.store import PictureReader, PictureStore
 from blip3o_lit.extraction.engine import device_of
 from blip3o_lit.testbeds.token_source import token_stores
-from blip3o_lit.tokens.reading.mixture import StoreSet
 from blip3o_lit.tokens.reading.open import open_store, store_folder
 from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.store_set import StoreSet
 
 COMPARED = 256
 """Images of equal keys whose tokens are compared: keys alone may be mere numbers."""

@@ -15,11 +15,14 @@ from blip3o_lit.config.checks import names_of
 from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
+from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.tokens.reading.batches import BatchPlan, batch_plan
 from blip3o_lit.tokens.reading.loader import TokenLoader, ValidationLoader
-from blip3o_lit.tokens.reading.mixture import MixedReader, StoreSet, order_of
+from blip3o_lit.tokens.reading.mixed_order import order_of
+from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.reading.packed import Batch, PackedBatch, on_device
 from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.store_set import StoreSet
 from blip3o_lit.tokens.statistics import (
     Moments,
     Standardizer,
@@ -30,6 +33,18 @@ from blip3o_lit.tokens.statistics import (
 )
 
 TRAIN, VALIDATION = "train", "validation"
+
+
+def run_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the arguments of a data module that are the same whatever a run reads."""
+    return {
+        "data": config.data,
+        "mode": config.mode,
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "micro_batch_size": config.micro_batch_size,
+        "validation_images": config.evaluation.images,
+    }
 
 
 class TokenDataModule(pl.LightningDataModule):

@@ -36,7 +36,7 @@ from blip3o_lit.checkpoints.resume import (
 from blip3o_lit.config.errors import LostRank
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.testbeds.token_source import token_stores
-from blip3o_lit.tokens.datamodule import TokenDataModule
+from blip3o_lit.tokens.datamodule import TokenDataModule, run_settings
 from blip3o_lit.training import run_files
 from blip3o_lit.training.cluster import first_rank, ranks
 from blip3o_lit.training.environment import quiet_libraries
@@ -147,15 +147,7 @@ def open_data(config: TrainConfig, first: FirstRank = ALONE) -> tuple[TokenDataM
     if config.data.name == "images":
         data = _pictures(config, first)
     else:
-        data = TokenDataModule(
-            config.data,
-            config.mode,
-            token_stores(config.data),
-            seed=config.seed,
-            batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-            validation_images=config.evaluation.images,
-        )
+        data = TokenDataModule(store=token_stores(config.data), **run_settings(config))
         data.open(first)
     return data, data.steps_for(config.trainer.max_steps, config.trainer.max_epochs)
 

@@ -82,40 +82,33 @@ class Translator(nn.Module):
         Returns:
             Raw target tokens `x1_BND` (fp32), the number of network evaluations, and the states.
         """
-        memo = self.memo
-        if memo is None or self.graphs is not None or noise_BND is not None or intermediates:
-            inputs = (condition, sample_B, seed, solver, noise_BND, intermediates)
-            return self._generate(*inputs)
-        memo.at(condition)
-        inputs = (condition, sample_B, seed, solver)
-        return memo.once((repr(solver), seed), lambda: self._generate(*inputs, memo=memo))
+        repeatable = noise_BND is None and not intermediates
+        graphs = None if intermediates else self.graphs
+        memo = self.memo if repeatable and graphs is None else None
 
-    def _generate(
-        self,
-        condition: AnyCondition,
-        sample_B: Tensor,
-        seed: int,
-        solver: SolverConfig,
-        noise_BND: Tensor | None = None,
-        intermediates: bool = False,
-        memo: Memo | None = None,
-    ) -> Sample:
-        scheme = self.fitted.scheme(solver) if solver.name == "fitted" else None
-        condition = self.standardised(condition)
-        if noise_BND is None:
-            noise_BND = self._noise(sample_B, seed, condition.device)
-        with self.precision(condition.device.type):
-            inputs = (self.objective, self.network, condition, noise_BND, solver)
-            if self.graphs is None or intermediates:
-                result = sample(*inputs, intermediates, scheme, memo, seed)
-            else:
-                result = self.graphs.sample(*inputs, scheme)
-        restore = self.target_standardizer.restore
-        return replace(
-            result,
-            x1_BND=restore(result.x1_BND),
-            intermediates=[restore(x_BND) for x_BND in result.intermediates],
-        )
+        def compute() -> Sample:
+            scheme = self.fitted.scheme(solver) if solver.name == "fitted" else None
+            standard = self.standardised(condition)
+            noise = noise_BND
+            if noise is None:
+                noise = self._noise(sample_B, seed, condition.device)
+            inputs = (self.objective, self.network, standard, noise, solver)
+            with self.precision(condition.device.type):
+                if graphs is None:
+                    result = sample(*inputs, intermediates, scheme, memo, seed)
+                else:
+                    result = graphs.sample(*inputs, scheme)
+            restore = self.target_standardizer.restore
+            return replace(
+                result,
+                x1_BND=restore(result.x1_BND),
+                intermediates=[restore(x_BND) for x_BND in result.intermediates],
+            )
+
+        if memo is None:
+            return compute()
+        memo.at(condition)
+        return memo.once((repr(solver), seed), compute)
 
     @torch.no_grad()
     def losses_at(

@@ -16,8 +16,10 @@ from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.batches import BatchPlan
 from blip3o_lit.tokens.reading.loader import TokenLoader
-from blip3o_lit.tokens.reading.mixture import MixedOrder, MixedReader, StoreSet, interleaved, shares
+from blip3o_lit.tokens.reading.mixed_order import MixedOrder, interleaved
+from blip3o_lit.tokens.reading.mixture import MixedReader, shares
 from blip3o_lit.tokens.reading.order import SampleOrder
+from blip3o_lit.tokens.reading.store_set import StoreSet
 from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.copy_as import copy_as
 from blip3o_lit.tokens.store.shards import TokenWriter

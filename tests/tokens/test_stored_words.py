@@ -22,9 +22,11 @@ from blip3o_lit.flow.draws import Stream, uniforms
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.tokens.reading.batches import batch_plan
 from blip3o_lit.tokens.reading.loader import TokenLoader, ValidationLoader
-from blip3o_lit.tokens.reading.mixture import MixedReader, StoreSet, order_of
+from blip3o_lit.tokens.reading.mixed_order import order_of
+from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.reading.packed import PackedTokens
 from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.reading.store_set import StoreSet
 from blip3o_lit.tokens.reading.token_store import Place, TokenStore
 from blip3o_lit.tokens.statistics import moments_of, reader_batches
 from blip3o_lit.tokens.store.copy_as import copy_as

@@ -11,7 +11,7 @@ from blip3o_lit.base.progress import Work
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.extraction.direct.store import PIXELS, PictureReader, PictureStore
 from blip3o_lit.extraction.engine import device_of
-from blip3o_lit.tokens.datamodule import TRAIN, VALIDATION, TokenDataModule
+from blip3o_lit.tokens.datamodule import TRAIN, VALIDATION, TokenDataModule, run_settings
 from blip3o_lit.tokens.reading.loader import prefetch
 from blip3o_lit.tokens.reading.packed import Batch
 from blip3o_lit.tokens.statistics import READ_SAMPLES, cached_standardizers, spread_ids
@@ -30,15 +30,7 @@ class PictureDataModule(TokenDataModule):
     validation: PictureReader | None
 
     def __init__(self, config: TrainConfig) -> None:
-        super().__init__(
-            config.data,
-            config.mode,
-            config.data.images or "",
-            seed=config.seed,
-            batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-            validation_images=config.evaluation.images,
-        )
+        super().__init__(store=config.data.images or "", **run_settings(config))
         self.config = config
 
     def open(self, ranks: FirstRank = ALONE, statistics: bool = True) -> None:

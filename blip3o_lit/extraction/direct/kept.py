@@ -29,8 +29,8 @@ from blip3o_lit.extraction.direct.store import PictureStore, load_pair
 from blip3o_lit.extraction.engine import Extraction
 from blip3o_lit.extraction.pipeline import Pipeline
 from blip3o_lit.extraction.units import UnitRecord
-from blip3o_lit.tokens.datamodule import TRAIN, TokenDataModule
-from blip3o_lit.tokens.reading.mixture import StoreSet
+from blip3o_lit.tokens.datamodule import TRAIN, TokenDataModule, run_settings
+from blip3o_lit.tokens.reading.store_set import StoreSet
 from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
 from blip3o_lit.tokens.store.mapped_shard import Shard
@@ -268,15 +268,7 @@ class KeptDataModule(TokenDataModule):
     """Token pairs of pictures, stored in `data.keep` by the time that they are first read."""
 
     def __init__(self, config: TrainConfig) -> None:
-        super().__init__(
-            config.data,
-            config.mode,
-            config.data.keep or "",
-            seed=config.seed,
-            batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-            validation_images=config.evaluation.images,
-        )
+        super().__init__(store=config.data.keep or "", **run_settings(config))
         self.config = config
 
     def open(self, ranks: FirstRank = ALONE) -> None:

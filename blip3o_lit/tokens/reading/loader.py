@@ -21,7 +21,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.flow.draws import Stream, uniforms
 from blip3o_lit.tokens.reading.ahead import fetched_ahead
 from blip3o_lit.tokens.reading.batches import BatchPlan
-from blip3o_lit.tokens.reading.mixture import MixedOrder
+from blip3o_lit.tokens.reading.mixed_order import MixedOrder
 from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.packed import PackedBatch, uploaded
 from blip3o_lit.tokens.reading.reader import TokenReader

@@ -1,27 +1,21 @@
-"""Several stores read as one: their samples side by side, and an order with a share for each.
+"""Several stores read as one: their samples side by side, and how often each comes in an epoch.
 
 An epoch has as many samples as the stores together. Without weights each comes once; with weights a
-store has its share of them, by largest remainder. A store whose share is larger than itself goes on
-into further epochs of its own, so none of its samples comes twice before all have come. Stores are
-interleaved evenly: every stretch of the order has each store's share, to within a sample or two.
+store has its share of them, by largest remainder.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_lit.config.data import DataConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
-from blip3o_lit.tokens.reading.open import open_store
-from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.packed import PackedBatch, PackedTokens
 from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.tokens.reading.token_store import Supply, TokenStore
@@ -29,95 +23,6 @@ from blip3o_lit.tokens.store.heads import Head
 from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
 
 T = TypeVar("T")
-COMPARED = ("kind", "tower", "layer", "shape", "cls", "grid", "normed", "projected")
-COMPARED += ("preprocessing",)
-"""Facts of an array that the stores of a run have in common."""
-
-
-class StoreSet:
-    """Stores of equal arrays, in an order that does not depend on how they are named.
-
-    Stores of equal content are one: their weights add up.
-    """
-
-    def __init__(
-        self,
-        stores: Mapping[str, float | None],
-        data: DataConfig,
-        opened: Callable[[str, DataConfig], TokenStore] = open_store,
-    ) -> None:
-        """Open the stores by path or address; weights are given for all of them or for none."""
-        found: dict[str, TokenStore] = {}
-        weights: dict[str, float] = {}
-        for path, weight in stores.items():
-            store = opened(path, data)
-            key = store.index.hash
-            found.setdefault(key, store)
-            weights[key] = weights.get(key, 0.0) + (weight or 0.0)
-        self.weighted = len(found) > 1 and all(weight is not None for weight in stores.values())
-        self.stores = [found[key] for key in sorted(found)]
-        self.weights = [weights[key] for key in sorted(found)]
-        self.names = _names([store.address for store in self.stores])
-
-    def check(self, arrays: Sequence[str]) -> None:
-        """Refuse stores whose arrays of these names differ, naming the difference."""
-        first, *others = self.stores
-        for other in others:
-            pair = (
-                f"in {first.address} and {{}} in {other.address}: a run's stores have equal arrays"
-            )
-            for name in arrays:
-                one, two = (store.index.arrays.get(name) for store in (first, other))
-                if one is None or two is None:
-                    lacking = first if one is None else other
-                    raise UserError(f"data.tokens: {lacking.address} has no array {name}")
-                for key in COMPARED:
-                    old, new = getattr(one, key), getattr(two, key)
-                    if key == "shape" and one.kind == two.kind == "sequence":
-                        old, new = old[1:], new[1:]  # the longest captions may differ
-                    if old != new:
-                        raise UserError(f"data.tokens: {key} of {name} is {old} {pair.format(new)}")
-            if first.index.reduced != other.index.reduced:
-                kinds = [store.index.reduced or "full" for store in (first, other)]
-                raise UserError(f"data.tokens: tokens are {kinds[0]} {pair.format(kinds[1])}")
-
-    def with_split(self, split: str) -> list[int]:
-        """Return the numbers of the stores that have a split."""
-        return [n for n, store in enumerate(self.stores) if split in store.index.splits]
-
-    def facts(self) -> list[dict[str, Any]]:
-        """Return what a run's record says of each store."""
-        weights = self.weights if self.weighted else [None] * len(self.stores)
-        return [
-            {"path": store.address, "hash": store.index.hash, "weight": weight}
-            for store, weight in zip(self.stores, weights)
-        ]
-
-    def reader(
-        self,
-        split: str,
-        condition: str | Sequence[str],
-        target: str,
-        mode: ModeConfig,
-        max_shards: int | None = None,
-        limit: int | None = None,
-        weighted: bool = False,
-    ) -> TokenReader:
-        """Return the reader of a split of all stores that have it; one store has a plain one.
-
-        `max_shards` counts in each store; of `limit` samples each gives an equal part.
-        """
-        numbers = self.with_split(split) or [0]
-        if limit is not None:
-            limit = max(1, limit // len(numbers))
-        readers = [
-            TokenReader(self.stores[n], split, condition, target, mode, max_shards, limit)
-            for n in numbers
-        ]
-        if len(readers) == 1:
-            return readers[0]
-        weights = [self.weights[n] for n in numbers] if weighted and self.weighted else None
-        return MixedReader(readers, [self.names[n] for n in numbers], weights)
 
 
 class MixedStore:
@@ -246,66 +151,6 @@ class MixedReader(TokenReader):
         return _in_place(self._parts(ids, lambda reader, own, _: reader.keys(own)))
 
 
-class MixedOrder:
-    """Sample ids by global position over several stores, each with an order of its own."""
-
-    def __init__(self, seed: int, reader: MixedReader, window: int) -> None:
-        self.seed, self.reader, self.window = seed % 2**63, reader, window
-        self.counts, self.starts = reader.counts, reader.starts
-        self.samples = int(self.counts.sum())
-        self.orders = [
-            SampleOrder(seed + number, one.shard_sizes, window)
-            for number, one in enumerate(reader.readers)
-        ]
-
-    def again(self) -> "MixedOrder":
-        """Return the same order, which keeps windows of its own."""
-        return MixedOrder(self.seed, self.reader, self.window)
-
-    def at(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids, and each one's epoch in its own store, at `count` positions."""
-        ids, epochs = np.empty(count, np.int64), np.empty(count, np.int64)
-        done = 0
-        while done < count:
-            epoch, place = divmod(position + done, self.samples)
-            length = min(count - done, self.samples - place)
-            numbers, before = interleaved(self.counts, place, length)
-            for number, order in enumerate(self.orders):
-                places = np.flatnonzero(numbers == number)
-                if len(places):
-                    own = epoch * int(self.counts[number]) + int(before[places[0]])
-                    found, own_epochs = order.at(own, len(places))
-                    ids[done + places] = found + self.starts[number]
-                    epochs[done + places] = own_epochs
-            done += length
-        return ids, epochs
-
-
-def order_of(reader: TokenReader, seed: int, window: int) -> SampleOrder | MixedOrder:
-    """Return the order of a run's training samples."""
-    if isinstance(reader, MixedReader):
-        return MixedOrder(seed, reader, window)
-    return SampleOrder(seed, reader.shard_sizes, window)
-
-
-def interleaved(counts: np.ndarray, first: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the store at `length` places from `first` on, and how many of it came before.
-
-    The first store's samples are spread evenly over the epoch, the second's over what is left, and
-    so on; over all `counts.sum()` places each store comes `counts` times.
-    """
-    places = np.arange(first, first + length)
-    numbers, before = np.zeros(length, np.int64), np.zeros(length, np.int64)
-    left = np.ones(length, bool)
-    rest = int(counts.sum())
-    for number, count in enumerate(counts.tolist()):
-        earlier = places * count // rest
-        own = left & ((places + 1) * count // rest > earlier)
-        numbers[own], before[own] = number, earlier[own]
-        places, rest, left = places - earlier, max(rest - count, 1), left & ~own
-    return numbers, before
-
-
 def shares(weights: np.ndarray, total: int) -> np.ndarray:
     """Return whole numbers that add up to `total`, in proportion, by largest remainder."""
     exact = weights / weights.sum() * total
@@ -344,12 +189,3 @@ def _joined(parts: list[tuple[np.ndarray, Tensor]], count: int, pin: bool = Fals
 def _in_place(parts: list[tuple[np.ndarray, list[T]]]) -> list[T]:
     found = {place: item for places, items in parts for place, item in zip(places.tolist(), items)}
     return [found[place] for place in range(len(found))]
-
-
-def _names(addresses: list[str]) -> list[str]:
-    """Return the folders' names, with numbers where two are called alike."""
-    names = [Path(address).resolve().name.replace("/", "_") for address in addresses]
-    return [
-        name if names.count(name) == 1 else f"{name}-{names[:number].count(name) + 1}"
-        for number, name in enumerate(names)
-    ]

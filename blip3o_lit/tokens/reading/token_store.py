@@ -153,7 +153,10 @@ class TokenStore:
 
     def _known(self, shard: Shard, array: str, count: int) -> bytearray:
         """Return the marks of what is known to be finite, which the caller sets."""
-        return self._known_finite.setdefault((shard.entry.file, array), bytearray(count))
+        marks = self._known_finite.get((shard.entry.file, array))
+        if marks is None:
+            marks = self._known_finite.setdefault((shard.entry.file, array), bytearray(count))
+        return marks
 
     def _check_finite(self, shard: Shard, array: str, sample: int, numbers: np.ndarray) -> None:
         if not finite(numbers, self.index.arrays[array].dtype):

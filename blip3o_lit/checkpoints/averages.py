@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from blip3o_lit.checkpoints.snapshots import Snapshot, damaged, snapshots_of
+from blip3o_lit.checkpoints.weights import folder_of
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.optimizer import check_width
 from blip3o_lit.models.power_average import Fit, fit
@@ -57,8 +58,7 @@ def averages(file: Path, facts: dict[str, Any], widths: list[float]) -> dict[flo
             "0.1]"
         )
     step = int(facts["step"])
-    run_dir = file.parent.parent if file.parent.name == "checkpoints" else file.parent
-    stored = snapshots_of(run_dir, step)
+    stored = snapshots_of(folder_of(file), step)
     sources = [(width, step) for width in kept]
     sources += [(width, one.step) for one in stored for width in one.widths]
     fits = [fit([w for w, _ in sources], [s for _, s in sources], width, step) for width in widths]

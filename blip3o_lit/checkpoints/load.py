@@ -19,7 +19,7 @@ from blip3o_lit.checkpoints.averages import averages
 from blip3o_lit.checkpoints.sharded import PLAIN
 from blip3o_lit.checkpoints.solvers import SOLVERS_FILE, content_hash, kept_solvers
 from blip3o_lit.checkpoints.soup import souped
-from blip3o_lit.checkpoints.weights import find_weights, read_weights
+from blip3o_lit.checkpoints.weights import find_weights, folder_of, read_weights
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.registry import check_origins
 from blip3o_lit.config.train import TrainConfig
@@ -48,8 +48,7 @@ class Weights:
     @property
     def folder(self) -> Path:
         """The run directory or exported folder that the weights belong to."""
-        parent = self.file.parent
-        return parent.parent if parent.name == "checkpoints" else parent
+        return folder_of(self.file)
 
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what is known about a translator, and its state dict."""

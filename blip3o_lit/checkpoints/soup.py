@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blip3o_lit.base.words import flatten
-from blip3o_lit.checkpoints.weights import read_weights
+from blip3o_lit.checkpoints.weights import folder_of, read_weights
 from blip3o_lit.config.errors import UserError
 
 FREE = ("model.compile", "model.activation_checkpointing", "model.activation_budget")
@@ -54,8 +54,7 @@ def souped(files: list[Path]) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _member(file: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
-    name = facts.get("name", folder.resolve().name)
+    name = facts.get("name", folder_of(file).resolve().name)
     return {"name": name, "step": facts["step"], "start": start_of(facts)}
 
 

@@ -61,6 +61,11 @@ def _from_hub(repository: str) -> Path:
     return find_weights(folder)
 
 
+def folder_of(file: Path) -> Path:
+    """Return the run directory or exported folder that a weight file belongs to."""
+    return file.parent.parent if file.parent.name == "checkpoints" else file.parent
+
+
 def read_weights(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what is known about a translator, and its state dict: that of its averaged weights."""
     return _read_export(file) if file.suffix == ".safetensors" else _read_checkpoint(file)

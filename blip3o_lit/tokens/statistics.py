@@ -151,19 +151,23 @@ def moments_of(batches: Iterable[Batch], shape: PairShape) -> Moments:
     """
     totals: Moments = {}
     for batch in batches:
-        for side, has_cls in _sides(shape).items():
-            tokens = batch[side] if side != "words" else batch[side][None]
+        for side, grid in _sides(shape).items():
+            tokens = batch[side] if grid else batch[side][None]
             if tokens.shape[1]:
-                moments = TokenMoments.of(tokens, has_cls)
-                totals[side] = totals[side].merge(moments) if side in totals else moments
+                _merge(totals, side, TokenMoments.of(tokens, grid is not None and grid.cls))
     return totals
 
 
-def _sides(shape: PairShape) -> dict[str, bool]:
-    """Return the sides of a task, and whether each has a CLS token."""
+def _merge(totals: Moments, side: str, moments: TokenMoments) -> None:
+    """Add moments to those that a side has."""
+    totals[side] = totals[side].merge(moments) if side in totals else moments
+
+
+def _sides(shape: PairShape) -> dict[str, TokenShape | None]:
+    """Return the sides of a task with their grids; words have none."""
     grids = {"condition": shape.condition, "target": shape.target}
-    sides = {side: grid.cls for side, grid in grids.items() if grid}
-    return sides | ({"words": False} if shape.words else {})
+    sides: dict[str, TokenShape | None] = {side: grid for side, grid in grids.items() if grid}
+    return sides | ({"words": None} if shape.words else {})
 
 
 def spread_ids(shard_sizes: np.ndarray, images: int) -> np.ndarray:
@@ -191,17 +195,15 @@ def mixture_moments(reader: MixedReader, images: int, threads: int) -> Moments:
         used = min(len(one), max(1, images * count // int(reader.counts.sum())))
         found = moments_of(reader_batches(one, used, threads), reader.shape)
         for side, moments in found.items():
-            scaled = moments.scaled(count / used)
-            totals[side] = totals[side].merge(scaled) if side in totals else scaled
+            _merge(totals, side, moments.scaled(count / used))
     return totals
 
 
 def _compute(file: Path, found: Moments, shape: PairShape) -> None:
     tensors: dict[str, Tensor] = {}
-    for side in _sides(shape):
+    for side, grid in _sides(shape).items():
         if side not in found:
             raise UserError(f"no image has {side}: choose another data.condition")
-        grid = {"condition": shape.condition, "target": shape.target}.get(side)
         standardizer = Standardizer.of(found[side], grid)
         tensors[f"{side}.mean"] = standardizer.mean_NC
         tensors[f"{side}.std"] = standardizer.std_NC

@@ -1,7 +1,7 @@
 """The seeds' pickles -> token shards: `python -m blip3o_lit.convert source=PATH out=DIR`."""
 
 from blip3o_lit.base.words import pasteable
-from blip3o_lit.cli.command import SHARDS_KEPT, run_command
+from blip3o_lit.cli.command import TOKENS_KEPT, run_command
 from blip3o_lit.config.convert import ConvertConfig
 
 
@@ -29,7 +29,7 @@ def convert(config: ConvertConfig) -> None:
 
 
 def main() -> None:
-    run_command("convert", ConvertConfig, convert, SHARDS_KEPT)
+    run_command("convert", ConvertConfig, convert, TOKENS_KEPT)
 
 
 if __name__ == "__main__":

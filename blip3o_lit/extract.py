@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip3o_lit.base.words import pasteable
-from blip3o_lit.cli.command import SHARDS_KEPT, run_command
+from blip3o_lit.cli.command import TOKENS_KEPT, run_command
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.extract import ExtractConfig
 
@@ -133,7 +133,7 @@ def _print_price(config: ExtractConfig) -> None:
 
 
 def main() -> None:
-    run_command("extract", ExtractConfig, extract, SHARDS_KEPT)
+    run_command("extract", ExtractConfig, extract, TOKENS_KEPT)
 
 
 if __name__ == "__main__":

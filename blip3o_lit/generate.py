@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip3o_lit.base.files import claimed
-from blip3o_lit.cli.command import SHARDS_KEPT, run_command
+from blip3o_lit.cli.command import TOKENS_KEPT, run_command
 from blip3o_lit.config.commands import GenerateConfig
 from blip3o_lit.config.errors import UserError, one_of
 from blip3o_lit.config.solver import SolverConfig
@@ -96,7 +96,12 @@ def lines_of(key: str, path: str) -> list[str]:
 
 
 def from_prompts(config: GenerateConfig, line_seconds: float = 10.0) -> Path:
-    """Write tokens of captions, and draw them where asked to; return the folder."""
+    """Write tokens of captions, and draw them where asked to; return the folder.
+
+    Stopped, it goes on behind the last batch that was written.
+    """
+    import hashlib
+
     import torch
 
     from blip3o_lit.base.progress import Work
@@ -105,7 +110,7 @@ def from_prompts(config: GenerateConfig, line_seconds: float = 10.0) -> Path:
     from blip3o_lit.checkpoints.words import text_tower_of
     from blip3o_lit.inference import BLIP3oInference
     from blip3o_lit.translation.cuda_graphs import Graphs
-    from blip3o_lit.translation.prompts import draw_prompts, save_prompts
+    from blip3o_lit.translation.prompts import SHEET_FILE, PromptsFolder
 
     captions = lines_of("prompts", str(config.prompts))
     out = Path(config.out or f"{Path(str(config.prompts)).stem}-generated")
@@ -115,27 +120,35 @@ def from_prompts(config: GenerateConfig, line_seconds: float = 10.0) -> Path:
     tower = text_tower_of(model.loaded, config.towers.text)
     solver = sampling_solver(config.solver, model.config.solver)
     drawer = drawer_of(model.loaded, config.decoder) if config.draw else None
+    settings = {
+        "checkpoint": model.loaded.hash,
+        "prompts": hashlib.sha256("\n".join(captions).encode()).hexdigest(),
+        "n": config.n,
+        "solver": asdict(solver),
+        "seed": config.seed,
+    }
     limit = batch_limit("batch_size", config.batch_size)
     with claimed(out, "out"):
-        parts = []
+        folder = PromptsFolder(out, captions, settings)
         with Work("sampling", len(captions), "captions", line_seconds) as work, limit:
-            for start in range(0, len(captions), config.batch_size):
+            work.skip(folder.sampled)
+            for start in range(folder.sampled, len(captions), config.batch_size):
                 part = captions[start : start + config.batch_size]
                 ids = torch.arange(start, start + len(part))
-                settings: dict[str, Any] = {"solver": solver, "sample_ids": ids}
                 draws = [
-                    model.from_text(part, tower, seed=config.seed + number, **settings)
+                    model.from_text(
+                        part, tower, seed=config.seed + number, solver=solver, sample_ids=ids
+                    )
                     for number in range(config.n)
                 ]
-                parts.append(torch.stack([draw.cpu() for draw in draws]))  # type: ignore[union-attr]
+                folder.add(torch.stack(draws))  # type: ignore[arg-type]
                 work.advance(len(part))
-        tokens_KBND = torch.cat(parts, 1)
-        save_prompts(out, captions, tokens_KBND, model.loaded.hash, solver, config.seed)
+        folder.finish()
         if drawer is not None:
-            draw_prompts(out, captions, tokens_KBND, drawer)
+            folder.draw(drawer, line_seconds)
     print(f"{config.n} samples of each of {len(captions)} captions by {solver.label}: {out}")
     if config.draw:
-        print(f"drawings: {out / 'sheet.png'}")
+        print(f"drawings: {out / SHEET_FILE}")
     return out
 
 
@@ -238,7 +251,7 @@ def _spec(loaded: Loaded, store: TokenStore, settings: dict[str, Any]) -> ArrayS
 
 
 def main() -> None:
-    run_command("generate", GenerateConfig, run, SHARDS_KEPT)
+    run_command("generate", GenerateConfig, run, TOKENS_KEPT)
 
 
 if __name__ == "__main__":

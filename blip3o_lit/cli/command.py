@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 Config = TypeVar("Config")
-SHARDS_KEPT = "the finished shards are kept: give the same line again to go on"
-"""What Ctrl-C leaves of the commands that write a token store."""
+TOKENS_KEPT = "what is finished is kept: give the same line again to go on"
+"""What Ctrl-C leaves of the commands that write tokens."""
 RANKED = ("train", "extract")
 """Commands that several processes may run together."""
 

@@ -3,7 +3,6 @@
 A shard appears whole or not at all, so a stopped writer goes on with the first missing shard.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from blip3o_lit.base.files import sha256_of, write_json
+from blip3o_lit.base.files import sha256_of
 from blip3o_lit.base.progress import Report
-from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex
 from blip3o_lit.tokens.store.shards import ShardWriter
+from blip3o_lit.translation.begun import begin
 from blip3o_lit.translation.translator import Translator
-
-SETTINGS_FILE = "generate.json"
 
 
 @dataclass
@@ -42,8 +39,7 @@ class GeneratedStore:
 
     def write(self, readers: dict[str, TokenReader], report: Report) -> TokenIndex:
         """Write the shards that are missing, then the index; `readers` are the source's splits."""
-        self._claim()
-        write_json(self.out / SETTINGS_FILE, self.settings)
+        begin(self.out, self.settings, ("index.json",))
         entries: list[ShardEntry] = []
         for split, reader in readers.items():
             first = 0
@@ -58,18 +54,6 @@ class GeneratedStore:
         index = TokenIndex({self.array: self.spec}, entries, reduced, source.index.split_rule)
         index.write(self.out)
         return index
-
-    def _claim(self) -> None:
-        """Refuse a folder that holds anything but the start of this very store."""
-        file = self.out / SETTINGS_FILE
-        if not file.is_file():
-            if (self.out / "index.json").exists():
-                raise UserError(f"{self.out} holds another token store: choose another out=")
-        elif json.loads(file.read_text("utf-8")) != self.settings:
-            raise UserError(
-                f"{self.out} holds tokens of another checkpoint, store, solver or seed: choose "
-                "another out="
-            )
 
     def _written(self, name: str, split: str, samples: int) -> ShardEntry | None:
         """Return the entry of a shard that an earlier call wrote, or None."""

@@ -102,9 +102,9 @@ def test_a_stopped_generation_goes_on_and_another_is_refused(run, store, tmp_pat
     generate(config)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == whole
     assert (out / "train-000000.tar").stat().st_mtime_ns == kept
-    with pytest.raises(UserError, match="choose another out="):
+    with pytest.raises(UserError, match="begun with another seed: choose another out="):
         generate(GenerateConfig(str(run), str(store), str(out), seed=1, device="cpu"))
-    with pytest.raises(UserError, match="another token store"):
+    with pytest.raises(UserError, match=r"holds index\.json of another command"):
         generate(GenerateConfig(str(run), str(store), str(store), device="cpu"))
 
 

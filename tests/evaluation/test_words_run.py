@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from disturbed import SERVER, Disturbance
 from made_run import make_run, small_config
 from PIL import Image
 from safetensors.torch import load_file
@@ -28,6 +31,7 @@ from blip3o_lit.generate import from_prompts, sampling_solver
 from blip3o_lit.inference import BLIP3oInference
 from blip3o_lit.towers import demo
 from blip3o_lit.towers.text_tower import load_text_tower
+from blip3o_lit.translation.prompts import PromptsFolder
 
 CAPTIONS = ["a red seven at the top left", "a blue two at the centre, a pink zero at the top"]
 
@@ -96,6 +100,82 @@ def test_prompts_are_sampled_drawn_and_written(run: Path, tmp_path: Path) -> Non
     names = sorted(path.name for path in (out / "drawings").iterdir())
     assert names == ["00000-0.png", "00000-1.png", "00001-0.png", "00001-1.png"]
     assert Image.open(out / "sheet.png").width > 256
+
+
+def killed_there(config: GenerateConfig, folder: Path, planned: Disturbance | None) -> None:
+    """What a forked process does."""
+    (folder / "pids.json").write_text(json.dumps([os.getpid()]))
+    torch.set_num_threads(1)
+    if planned is not None:
+        planned.install(folder)
+    from_prompts(config)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder, hidden ones included."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_prompts_killed_anywhere_go_on_to_the_same_bytes(run: Path, tmp_path: Path) -> None:
+    lines = [f"a red seven, {CAPTIONS[0]}"[: 11 + 13 * n] for n in range(5)]
+    (tmp_path / "captions.txt").write_text("\n".join(lines))
+    config = GenerateConfig(
+        ckpt=str(run),
+        prompts=str(tmp_path / "captions.txt"),
+        out=str(tmp_path / "undisturbed"),
+        n=2,
+        draw=True,
+        device="cpu",
+        batch_size=2,
+    )
+
+    def start(config: GenerateConfig, count: int | None) -> int | None:
+        planned = None if count is None else Disturbance(str(config.out), count)
+        process = SERVER.Process(target=killed_there, args=(config, tmp_path, planned))
+        process.start()
+        process.join(100)
+        return process.exitcode
+
+    assert start(config, None) == 0
+    whole = content(tmp_path / "undisturbed")
+    assert "tokens.safetensors" in whole
+    assert not [name for name in whole if "parts" in name or "tmp" in name]
+    killed = replace(config, out=str(tmp_path / "killed"))
+    codes = [start(killed, count) for count in (9, 16, 25)]
+    assert codes == [-9] * 3
+    assert start(killed, None) == 0
+    assert content(tmp_path / "killed") == whole
+    last = tmp_path / "killed" / "tokens.safetensors"
+    written = last.stat().st_mtime_ns
+    assert start(killed, None) == 0
+    assert last.stat().st_mtime_ns == written
+    (tmp_path / "captions.txt").write_text("\n".join([*lines, "a blue two"]))
+    killed.solver = SolverConfig("heun", steps=3)
+    for change, said in (
+        ({}, r"another prompts, solver\.name, solver\.steps, solver\.guidance_scale: choose"),
+        ({"seed": 3, "n": 1}, "another prompts, n, "),
+    ):
+        with pytest.raises(UserError, match=said):
+            from_prompts(replace(killed, **change))
+    assert content(tmp_path / "killed") == whole
+
+
+def test_a_batch_of_another_size_goes_on_where_prompts_stopped(tmp_path: Path) -> None:
+    """As after a device that had too little memory."""
+    lines = [str(number) for number in range(7)]
+    tokens = torch.arange(14.0).view(2, 7, 1, 1)
+    folder = PromptsFolder(tmp_path, lines, {"seed": 0})
+    folder.add(tokens[:, :4])
+    folder.add(tokens[:, 4:5])
+    again = PromptsFolder(tmp_path, lines, {"seed": 0})
+    assert again.sampled == 5
+    again.add(tokens[:, 5:])
+    assert again.sampled == 7
+    again.finish()
+    assert torch.equal(load_file(tmp_path / "tokens.safetensors")["tokens"], tokens)
+    with pytest.raises(UserError, match="begun by another command"):
+        PromptsFolder(tmp_path, lines, {"step": 0})
 
 
 def test_captions_sample_with_the_runs_own_solver() -> None:

@@ -62,3 +62,18 @@ def test_a_constant_embedding_scores_chance():
     result = scored(constant, text, [str(i) for i in range(50)])
     assert result["text_to_image"]["R@5"] == pytest.approx(5 / 50, rel=1e-6)
     assert result["image_to_text"]["R@5"] == pytest.approx(5 / 50, rel=1e-6)
+
+
+def test_captions_swapped_among_images_score_as_random_ones():
+    """However well the true pairs find each other: a mean over shuffles is chance."""
+    draw = torch.Generator().manual_seed(2)
+    text = torch.randn(20, 8, generator=draw)
+    image = text + 0.1 * torch.randn(20, 8, generator=draw)
+    names = [str(number) for number in range(20)]
+    assert scored(image, text, names)["image_to_text"]["R@1"] == 1
+    found = []
+    for _ in range(300):
+        order = torch.randperm(20, generator=draw)
+        result = scored(image, text[order], [names[number] for number in order])
+        found.append([result[way]["R@5"] for way in ("image_to_text", "text_to_image")])
+    np.testing.assert_allclose(np.mean(found, 0), 5 / 20, atol=0.02)

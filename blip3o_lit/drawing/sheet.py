@@ -2,6 +2,7 @@
 
 import base64
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ SIDE = 128
 """Pixels of a picture's longest side on a page or sheet."""
 GAP, LINE = 8, 16
 """Pixels between pictures, and of a line of text."""
+TITLE = 40
+"""Letters of a title's line."""
 INK, GROUND = (30, 30, 30), (255, 255, 255)
 
 
@@ -75,7 +78,8 @@ def sheet(rows: Sequence[Row], side: int = SIDE) -> Image.Image:
     width = max(image.width for line in images for image in line)
     height = max(image.height for line in images for image in line)
     font = ImageFont.load_default(size=12)
-    margin = GAP + max(round(font.getlength(row.title)) for row in rows) + GAP
+    titles = [textwrap.wrap(row.title, TITLE) or [""] for row in rows]
+    margin = GAP + max(round(font.getlength(part)) for title in titles for part in title) + GAP
     columns = max(len(row.drawings) for row in rows)
     step = height + LINE + GAP
     size = (margin + columns * (width + GAP), GAP + LINE + len(rows) * step)
@@ -85,9 +89,9 @@ def sheet(rows: Sequence[Row], side: int = SIDE) -> Image.Image:
     longest = max(rows, key=lambda row: len(row.drawings))
     for left, drawing in zip(lefts, longest.drawings):
         pen.text((left, GAP // 2), drawing.label, INK, font)
-    for number, (row, line) in enumerate(zip(rows, images)):
+    for number, (row, line, title) in enumerate(zip(rows, images, titles)):
         top = GAP + LINE + number * step
-        pen.text((GAP, top + height // 2), row.title, INK, font)
+        pen.text((GAP, top + height // 2), "\n".join(title), INK, font, anchor="lm")
         for left, drawing, image in zip(lefts, row.drawings, line):
             canvas.paste(image, (left, top))
             if drawing.cosine is not None:

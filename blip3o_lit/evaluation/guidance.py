@@ -17,14 +17,15 @@ NAMES = {"recall_of_set": "recall"}
 def guidance_curve(labels: list[str], result: dict[str, Any]) -> dict[str, Any]:
     """Return the points of guided estimators and the best scales.
 
-    `recall` is that of captions at 1 from generated tokens, by the tower's own read-out.
+    `recall` is that of captions at 1 from generated tokens, by the read-out of the similarity.
     """
     points = []
     for label in labels:
         solver = solver_from_label(label)
         scores, retrieval = result["estimators"][solver.label], result["retrieval"]
         source = "generated" if solver.label == result["headline"] else solver.label
-        found = retrieval.get(source, {}).get("image_to_text", {})
+        by_source = retrieval.get(str(retrieval.get("similarity_by")), retrieval)
+        found = by_source.get(source, {}).get("image_to_text", {})
         point = {"scale": solver.guidance_scale, "estimator": solver.label, "nfe": scores["nfe"]}
         values = {
             "recall": found.get("R@1"),

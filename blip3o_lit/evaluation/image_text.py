@@ -37,7 +37,8 @@ class ImageText:
 
     Classes are the store's class prompts where it has them, else means of training captions.
     A sample's label is a class's name, or its number from 0; where names are numbers, its name.
-    With `compares` the similarity to the own caption is told beside the recall.
+    With `compares` the similarity to the own caption is told beside the recall, and by which
+    read-out: `cls`, `fitted` or, as the last resort of a tower that pools by CLS, `patch_mean`.
     """
 
     def __init__(
@@ -111,16 +112,39 @@ class ImageText:
         }
         read_out = "cls" if self.held.shape.target.cls else "patch_mean"
         images = self.recall["tower"]["chance"].captioned
-        alike = {"similarity": self._similarity()} if self.compares else {}
-        return {"read_out": read_out, "images": images, **tables.pop("tower"), **tables, **alike}
+        result = {"read_out": read_out, "images": images, **tables.pop("tower"), **tables}
+        if self.compares:
+            result["similarity_by"] = "fitted" if self.nearest == "fitted" else read_out
+            result["similarity"] = self._similarity()
+        return result
+
+    @property
+    def nearest(self) -> str:
+        """The read-out that comes nearest to how the tower itself embeds a picture.
+
+        A tower that pools by CLS was not trained for a mean of its patches: where a run has no CLS,
+        what was fitted to the store's CLS embeddings stands in, and without it the mean is left.
+        """
+        stands_in = not self.held.shape.target.cls and _keeps_cls(self.held)
+        return "fitted" if stands_in and "fitted" in self.read_outs else "tower"
 
     def _similarity(self) -> dict[str, float]:
-        """Return the mean cosine of each source's embedding to its own caption's, by the tower."""
+        """Return the mean cosine of each source's embedding to that of its own caption.
+
+        `chance` is that of true tokens to the caption of another image.
+        """
         found = {}
-        for source, recall in self.recall["tower"].items():
-            cosine_B = (dim_zero_cat(recall.image) * dim_zero_cat(recall.text)).sum(-1)
-            known_B = dim_zero_cat(recall.caption) != NO_CAPTION
-            found[source] = float(cosine_B[known_B].mean())
+        for source, recall in self.recall[self.nearest].items():
+            if source == "chance":
+                continue
+            caption_B = dim_zero_cat(recall.caption)
+            known_B = caption_B != NO_CAPTION
+            image_BP, text_BP = (dim_zero_cat(x)[known_B] for x in (recall.image, recall.text))
+            found[source] = float((image_BP * text_BP).sum(-1).mean())
+            if source == "true" and len(text_BP) > 1:
+                other_B = caption_B[known_B].roll(1) != caption_B[known_B]
+                chance_B = (image_BP * text_BP.roll(1, 0)).sum(-1)[other_B]
+                found |= {"chance": float(chance_B.mean())} if len(chance_B) else {}
         return found
 
     def zero_shot(self) -> dict[str, Any]:
@@ -182,9 +206,8 @@ def fitted_read_out(train: TokenReader, device: torch.device) -> ReadOut | None:
     Where the store keeps no CLS token, the embedding of the caption takes the image's place. None
     where fewer than two images can be fitted.
     """
-    spec = train.store.index.arrays[train.target]
     ids = np.linspace(0, len(train) - 1, min(FIT_IMAGES, len(train))).round().astype(np.int64)
-    if spec.cls and train.store.index.reduced is None:
+    if _keeps_cls(train):
         embed = _tower_embedding(train, device)
     else:
         embed, ids = train.text, ids[captioned(train, ids)]
@@ -206,6 +229,12 @@ def fitted_read_out(train: TokenReader, device: torch.device) -> ReadOut | None:
     ridge = Ridge(PairShape(pooled, TokenShape((1, 1), False, width))).to(device)
     ridge.fit(batches)
     return lambda tokens_BND: ridge.predict(tokens_BND[:, first:].mean(1, keepdim=True))[:, 0]
+
+
+def _keeps_cls(reader: TokenReader) -> bool:
+    """Whether a store has the CLS tokens of the target's tower."""
+    index = reader.store.index
+    return index.arrays[reader.target].cls and index.reduced is None
 
 
 def _tower_embedding(train: TokenReader, device: torch.device) -> Callable[[np.ndarray], Tensor]:

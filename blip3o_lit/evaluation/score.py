@@ -45,6 +45,8 @@ HALVES = ("demo_masked", "demo_half_text")
 """Data whose condition tower sees the left half alone."""
 PICTURE_ROWS = 2
 """Drawn rows of the best, the median and the worst images."""
+CAPTION_ROWS, CAPTION_SAMPLES = 6, 3
+"""Drawn captions of a run on words, evenly over the split, and samples of each."""
 
 
 class Scorer:
@@ -275,6 +277,8 @@ class Scorer:
         """Return pictures of the best, median and worst images, with two samples of each."""
         if self.drawings.drawer is None:
             return {}
+        if self.has_words:
+            return {"rows": self._caption_rows(next(iter(tallies)))}
         by_kind = ranked(cosine_B, PICTURE_ROWS)
         ids = np.concatenate(list(by_kind.values()))
         kinds = [kind for kind, numbers in by_kind.items() for _ in numbers]
@@ -287,6 +291,24 @@ class Scorer:
                 estimate = generated(self.loaded, solver, config.seed + number)
                 columns[f"sample {number + 1}"] = estimate
         return {"rows": self.drawings.rows(self.held_out.read(ids), titles, columns)}
+
+    def _caption_rows(self, headline: str) -> list[dict[str, object]]:
+        """Return pictures of captions: the true tokens, the regression's, and samples.
+
+        Samples are of the headline's solver, or of the first solver where that draws none.
+        """
+        count = min(CAPTION_ROWS, self.images)
+        ids = np.unique(np.linspace(0, self.images - 1, count).round().astype(np.int64))
+        columns = {}
+        if self.fits is not None and "regression" in self.baselines:
+            columns["regression"] = self.fits.estimator("regression")
+        labels = [headline] if headline != "mean" else self.config.solvers[:1]
+        for label in labels:
+            solver = solver_from_label(label)
+            for number in range(CAPTION_SAMPLES):
+                estimate = generated(self.loaded, solver, self.config.seed + number)
+                columns[f"{label}, sample {number + 1}"] = estimate
+        return self.drawings.rows(self.held_out.read(ids), self.reader.captions(ids), columns)
 
     def _curve_points(self, curve: Group) -> list[dict[str, Any]]:
         points = []

@@ -17,6 +17,11 @@ CAPTIONS = {
     "caption_generated": "From generated tokens",
     "caption_true": "From true tokens",
 }
+READ_OUTS = {
+    "cls": "the tower's own CLS token",
+    "fitted": "a linear read-out fitted to the tower's own embeddings of training images",
+    "patch_mean": "the mean of projected patches: a fallback where the tower pools otherwise",
+}
 Leaf = tuple[list[str], dict[str, float]]
 """The innermost numbers of a block, after the names that lead to them."""
 
@@ -36,11 +41,18 @@ def retrieval(record: RunRecord) -> Section | None:
         read_out = names[0] if len(names) > 2 else tower
         source = names[-2] if len(names) > 1 else ""
         by_direction.append(([names[-1], read_out, source], shares))
+    alike = [
+        ([name], {"cosine": cosine})
+        for name, value in mapping(recall.get("similarity")).items()
+        if (cosine := finite(value)) is not None
+    ]
     by_read_out = [([names[0], names[-1]], shares) for names, shares in accuracies]
     accuracy_heads = ["Read-out", "Tokens", "Top-1", "Agrees with true tokens"]
     data = {
         "recall": _shares(["Direction", "Read-out", "Tokens", *depths], depths, by_direction),
         "accuracy": _shares(accuracy_heads, ["top1", "agreement"], by_read_out),
+        "similarity": _shares(["Tokens", "Cosine"], ["cosine"], alike),
+        "similarity_by": READ_OUTS.get(str(recall.get("similarity_by")), tower),
         "facts": _facts(zero_shot),
         "captioned": finite(recall.get("images")),
     }

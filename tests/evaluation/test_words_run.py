@@ -29,6 +29,7 @@ from blip3o_lit.extraction.demo import demo_source
 from blip3o_lit.extraction.engine import extract
 from blip3o_lit.generate import from_prompts, sampling_solver
 from blip3o_lit.inference import BLIP3oInference
+from blip3o_lit.report.__main__ import main
 from blip3o_lit.towers import demo
 from blip3o_lit.towers.text_tower import load_text_tower
 from blip3o_lit.translation.prompts import PromptsFolder
@@ -232,7 +233,22 @@ def test_an_evaluation_finds_named_digits_and_the_best_guidance(run: Path, tmp_p
     assert [point["scale"] for point in points] == [1, 3]
     assert points[1]["named_all"] == named["shares"]["euler-2@3"]["all"]
     assert result["guidance"]["best"]["frechet_token"] in (1, 3)
+    assert result["retrieval"]["similarity_by"] == "fitted"
     alike = result["retrieval"]["similarity"]
     assert alike["true"] > max(alike["generated"], alike["mean_token"])
+    of_captions = result["retrieval"]["fitted"]["euler-2@3"]["image_to_text"]
+    assert points[1]["recall"] == of_captions["R@1"]
     page = (tmp_path / "report.html").read_text()
+    assert "Cosine to the own caption, by a linear read-out fitted to the tower" in page
+    rows = result["drawings"]["rows"]
+    captions = [row["title"] for row in rows]
+    assert len(captions) == 6
+    assert all(" at the " in caption and caption in page for caption in captions)
+    samples = [f"euler-2@2, sample {number}" for number in (1, 2, 3)]
+    labels = ["picture", "true tokens", "regression", *samples]
+    for row in rows:
+        assert [drawing["label"] for drawing in row["drawings"]] == labels
+        assert len({drawing["picture"] for drawing in row["drawings"]}) == len(labels)
+    assert main([str(tmp_path), "--drawings", str(tmp_path / "rows.png")]) == 0
+    assert Image.open(tmp_path / "rows.png").width > 6 * 128
     assert "What captions name" in page

@@ -101,6 +101,19 @@ def test_cold_warm_and_local_are_the_same(
         assert path.stem[:64] in {shard.sha256 for shard in index.shards}
 
 
+def test_threads_look_ahead_only_for_what_is_missing(url: str, tmp_path: Path) -> None:
+    data = module(url, tmp_path / "cache")
+
+    def names() -> set[str]:
+        found: set[str] = set()
+        for _ in data.train_dataloader():
+            found |= {thread.name for thread in threading.enumerate()}
+        return found
+
+    names()
+    assert not {name for name in names() if name.startswith("ahead")}
+
+
 def test_words_in_a_bucket_are_those_of_the_folder(
     bucket: Bucket, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

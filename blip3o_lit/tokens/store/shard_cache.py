@@ -183,11 +183,19 @@ class ShardCache:
         return True
 
     def _adopted(self, entry: ShardEntry) -> bool:
-        """Let a shard that is there from another address serve all, if its sha256 is right."""
+        """Let a shard that is there from another address serve all, if its sha256 is right.
+
+        One that is being read keeps its name, and is passed over.
+        """
+        whole = self.shards / f"{entry.sha256}.tar"
         for path in self.shards.glob(f"{entry.sha256}-*.tar"):
             with suppress(FileNotFoundError, PermissionError), path.open("rb") as file:
+                if not _locked(file) or not _is_named(file, path):
+                    continue
                 if hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256:
-                    path.rename(self.shards / f"{entry.sha256}.tar")
+                    path.rename(whole)
+                    with suppress(FileNotFoundError):
+                        path.with_suffix(".idx").rename(whole.with_suffix(".idx"))
                     return True
         return False
 

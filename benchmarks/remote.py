@@ -33,13 +33,13 @@ from benchmarks.made_store import ARRAYS, BATCH
 from benchmarks.timing import interleaved, result
 from blip3o_lit.base.objects import CHUNK, Objects
 from blip3o_lit.config.data import DataConfig
-from blip3o_lit.tokens.reading.ahead import FETCHES
 from blip3o_lit.tokens.reading.batches import BatchPlan
 from blip3o_lit.tokens.reading.loader import TokenLoader
 from blip3o_lit.tokens.reading.open import open_store
 from blip3o_lit.tokens.reading.order import SampleOrder
 from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.tokens.reading.token_store import TokenStore
+from blip3o_lit.tokens.store.shard_cache import FETCHES
 from blip3o_lit.tokens.store.shards import TokenWriter
 
 SAMPLES, SHARD, WINDOW, ROUNDS = 256, 32, 2, 5

@@ -12,11 +12,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from blip3o_lit.base.files import sha256_of, write_synced
+from blip3o_lit.base.files import write_synced
 from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.inspection.store import shard_problem
 from blip3o_lit.tokens.store import tar
+from blip3o_lit.tokens.store.checksums import checksums_of
 from blip3o_lit.tokens.store.index import (
     STORED,
     ArraySpec,
@@ -142,8 +143,8 @@ def _sound(
     arrays: dict[str, ArraySpec],
     thumbnails: bool,
 ) -> ShardEntry:
-    """Check a shard, write its offsets, and return its entry."""
-    problem = shard_problem(folder, entry) if entry else ""
+    """Check a shard, write its offsets, and return its entry, which has a crc32 from now on."""
+    problem, crc32 = shard_problem(folder, entry) if entry else ("", "")
     if problem:
         raise UserError(problem)
     parts = SHARD.fullmatch(name)
@@ -154,9 +155,11 @@ def _sound(
     offsets = scan(map_tar(path), arrays, thumbnails, name, promise)
     if entry is None:
         idx_name, size = path.with_suffix(".idx").name, path.stat().st_size
-        entry = ShardEntry(name, idx_name, parts[1], len(offsets), size, sha256_of(path))
+        sums = checksums_of(path)
+        crc32, facts = sums.crc32, (parts[1], len(offsets), size, sums.sha256)
+        entry = ShardEntry(name, idx_name, *facts)
     write_synced(folder / entry.offsets, pack_offsets(offsets, entry.sha256))
-    return entry
+    return replace(entry, crc32=crc32)
 
 
 def _arrays_of_shards(folder: Path) -> tuple[dict[str, ArraySpec], bool]:

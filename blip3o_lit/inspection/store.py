@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_lit.base.files import sha256_of
 from blip3o_lit.base.progress import Work
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.drawing.thumbnail import opened
 from blip3o_lit.inspection.finding import Finding
 from blip3o_lit.inspection.numbers import ArrayNumbers, CaptionLengths
 from blip3o_lit.tokens.classes import Classes
+from blip3o_lit.tokens.store.checksums import checksums_of
 from blip3o_lit.tokens.store.heads import HEADS_FILE, Head
 from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex, repair_command
 from blip3o_lit.tokens.store.int8 import dequantise, load_scales, scale_array
@@ -66,7 +66,9 @@ class Inspection:
             self.note("fail", "scales", str(error))
         with Work("reading", self.index.samples, "samples") as work:
             for entry in self.index.shards:
-                problem = shard_problem(self.folder, entry)
+                problem, crc32 = shard_problem(self.folder, entry)
+                if not problem and entry.crc32 not in ("", crc32):
+                    problem = f"{entry.file} is sound, its crc32 in index.json is of another file"
                 try:
                     shard = Shard.by_headers(self.folder, entry, self.index)
                     self.offsets(shard)
@@ -253,20 +255,24 @@ def content_mark(shard: Shard, name: str, spec: ArraySpec, sample: int) -> bytes
     return digest(np.ascontiguousarray(patches).data)
 
 
-def shard_problem(folder: Path, entry: ShardEntry) -> str:
-    """Compare a tar's size and checksum with the index; empty when both are right."""
+def shard_problem(folder: Path, entry: ShardEntry) -> tuple[str, str]:
+    """Compare a tar's size and sha256 with the index.
+
+    Returns:
+        What is wrong, empty when both are right; and the tar's crc32, if it was read.
+    """
     path = folder / entry.file
     try:
         facts = path.stat()
     except OSError as error:
-        return f"{entry.file} ({entry.samples} samples) can't be read: {error.strerror}"
+        return f"{entry.file} ({entry.samples} samples) can't be read: {error.strerror}", ""
     if not stat.S_ISREG(facts.st_mode):
-        return f"{entry.file} is no regular file"
+        return f"{entry.file} is no regular file", ""
     if facts.st_size != entry.bytes:
-        return f"{entry.file} has {facts.st_size} bytes, index.json promises {entry.bytes}"
-    if sha256_of(path) != entry.sha256:
-        return f"{entry.file} has another sha256 than index.json says: its content changed"
-    return ""
+        return f"{entry.file} has {facts.st_size} bytes, index.json promises {entry.bytes}", ""
+    sums = checksums_of(path)
+    wrong = f"{entry.file} has another sha256 than index.json says: its content changed"
+    return (wrong if sums.sha256 != entry.sha256 else ""), sums.crc32
 
 
 def digest(content: bytes | memoryview) -> bytes:

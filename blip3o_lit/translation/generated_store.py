@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from blip3o_lit.base.files import sha256_of
 from blip3o_lit.base.progress import Report
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.tokens.reading.reader import TokenReader
+from blip3o_lit.tokens.store.checksums import checksums_of
 from blip3o_lit.tokens.store.index import ArraySpec, ShardEntry, TokenIndex
 from blip3o_lit.tokens.store.shards import ShardWriter
 from blip3o_lit.translation.begun import begin
@@ -60,8 +60,8 @@ class GeneratedStore:
         tar, offsets = self.out / f"{name}.tar", self.out / f"{name}.idx"
         if not tar.is_file() or not offsets.is_file():
             return None
-        size = tar.stat().st_size
-        return ShardEntry(tar.name, offsets.name, split, samples, size, sha256_of(tar))
+        size, sums = tar.stat().st_size, checksums_of(tar)
+        return ShardEntry(tar.name, offsets.name, split, samples, size, sums.sha256, sums.crc32)
 
     def _write_shard(self, name: str, reader: TokenReader, first: int, end: int) -> ShardEntry:
         """Generate and write the samples `first` to `end` of a reader."""

@@ -20,7 +20,6 @@ from conftest import ROOT
 from safetensors.torch import save_file
 from small_store import jpeg, write_store
 
-from blip3o_lit.base.files import sha256_of
 from blip3o_lit.config.commands import DoctorConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.mode import ModeConfig
@@ -32,6 +31,7 @@ from blip3o_lit.inspection.store import inspect
 from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.tokens.reading.token_store import TokenStore
 from blip3o_lit.tokens.store import tar
+from blip3o_lit.tokens.store.checksums import checksums_of
 from blip3o_lit.tokens.store.index import ArraySpec, TokenIndex
 from blip3o_lit.tokens.store.int8 import fit_int8
 from blip3o_lit.tokens.store.shards import TokenWriter, pack_offsets, unpack_offsets
@@ -78,7 +78,8 @@ def accept_changes(folder: Path) -> None:
     data = json.loads((folder / "index.json").read_text())
     for shard in data["shards"]:
         old = shard["sha256"]
-        shard["sha256"] = sha256_of(folder / shard["file"])
+        sums = checksums_of(folder / shard["file"])
+        shard |= {"sha256": sums.sha256, "crc32": sums.crc32}
         path = folder / shard["offsets"]
         offsets = unpack_offsets(path.read_bytes(), shard["samples"], len(SPECS) + 2, old)
         assert offsets is not None

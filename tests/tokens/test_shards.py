@@ -185,6 +185,7 @@ VALID = TokenIndex({"eva": EVA, "clip": CLIP}, []).to_dict() | {
             "samples": 3,
             "bytes": 4096,
             "sha256": "0" * 64,
+            "crc32": "0" * 8,
         }
     ],
 }

@@ -152,12 +152,17 @@ class KeptShards:
             if not self._make(self._units[entry.sha256], lambda: False):
                 time.sleep(POLL)
 
-    def mapped(
-        self, entry: ShardEntry, index: TokenIndex, verify: str, let_go: Callable[[], object]
-    ) -> Shard:
-        """Map a shard."""
-        self.hold(entry, let_go).close()
+    def mapped(self, entry: ShardEntry, index: TokenIndex, verify: str, held: BinaryIO) -> Shard:
+        """Map a shard, whose file stays whoever holds it."""
+        held.close()
         return Shard.open(self.folder, self._written[entry.sha256], index, verify)
+
+    def holds(self, entry: ShardEntry) -> bool:
+        """Return whether a shard is made; of one that is wrong too, which `hold` says."""
+        try:
+            return self._found(entry) is not None
+        except UserError:
+            return True
 
     def fetch_ahead(self, entry: ShardEntry, ended: Callable[[], bool]) -> bool:
         """Make a shard unless another process does. What fails is raised when it is asked for."""

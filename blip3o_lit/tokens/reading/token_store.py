@@ -55,10 +55,12 @@ class Supply(Protocol):
         """Return a shard's open file once it is there; `let_go` closes others of this process."""
         ...
 
-    def mapped(
-        self, entry: ShardEntry, index: TokenIndex, verify: str, let_go: Callable[[], object]
-    ) -> Shard:
-        """Map a shard."""
+    def mapped(self, entry: ShardEntry, index: TokenIndex, verify: str, held: BinaryIO) -> Shard:
+        """Map a shard whose open file `hold` returned; that is closed by the time it is let go."""
+        ...
+
+    def holds(self, entry: ShardEntry) -> bool:
+        """Return whether a shard need not be brought; what is wrong is raised by `hold`."""
         ...
 
     def fetch_ahead(self, entry: ShardEntry, ended: Callable[[], bool]) -> bool:
@@ -103,22 +105,33 @@ class TokenStore:
 
     def shard(self, number: int) -> Shard:
         """Return a shard, mapping it if need be; safe to call from several threads."""
-        entry = self.index.shards[number]
-        if self.supply is not None and number not in self._shards:
-            self.supply.hold(entry, self._let_go).close()  # Other threads read on meanwhile.
         with self._lock:
-            if number not in self._shards:
-                verify = "size" if number in self._verified else self.verify
-                if self.supply is None:
-                    shard = Shard.open(self.path, entry, self.index, verify)
-                else:
-                    shard = self.supply.mapped(entry, self.index, verify, self._let_go)
-                self._shards[number] = shard
-                self._verified.add(number)
-                if len(self._shards) > self._open_shards:
-                    self._shards.popitem(last=False)
-            self._shards.move_to_end(number)
+            if number in self._shards:
+                self._shards.move_to_end(number)
+                return self._shards[number]
+            if self.supply is None:
+                return self._mapped(number)
+        held = self.supply.hold(self.index.shards[number], self._let_go)  # Others read on.
+        with self._lock:
+            return self._mapped(number, held)
+
+    def _mapped(self, number: int, held: BinaryIO | None = None) -> Shard:
+        """Map a shard, unless another thread has by now; `held` is its open file from a supply."""
+        if number in self._shards:
+            if held:
+                held.close()
             return self._shards[number]
+        entry = self.index.shards[number]
+        verify = "size" if number in self._verified else self.verify
+        if self.supply and held:
+            shard = self.supply.mapped(entry, self.index, verify, held)
+        else:
+            shard = Shard.open(self.path, entry, self.index, verify)
+        self._shards[number] = shard
+        self._verified.add(number)
+        if len(self._shards) > self._open_shards:
+            self._shards.popitem(last=False)
+        return shard
 
     def _let_go(self) -> None:
         """Unmap the shards that no batch is being read from."""

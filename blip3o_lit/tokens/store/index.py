@@ -36,6 +36,7 @@ KEY_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ
 """What names of samples, arrays and splits are made of: they are parts of file names."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*").fullmatch
 SHA256 = re.compile(r"[0-9a-f]{64}").fullmatch
+CRC32 = re.compile(r"[0-9a-f]{8}|").fullmatch
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,11 @@ class ShardEntry:
     samples: int
     bytes: int
     sha256: str
+    crc32: str = ""
+    """Of the tar, 8 digits base 16; empty where an older version wrote it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "crc32" or value}
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,7 @@ class TokenIndex:
             "splits": self.splits,
             "split_rule": self.split_rule,
             "rejects": self.rejects,
-            "shards": [asdict(shard) for shard in self.shards],
+            "shards": [shard.to_dict() for shard in self.shards],
         }
 
     def write(self, folder: Path) -> None:
@@ -262,6 +268,10 @@ class TokenIndex:
                     raise UserError(f"shard name {file!r} leaves the folder: the store is not ours")
             if not SHA256(shard.sha256):
                 raise UserError(f"shard {shard.file} has no sha256")
+            if not CRC32(shard.crc32):
+                raise UserError(
+                    f"shard {shard.file}: {shard.crc32!r} is no crc32 (8 digits): leave it out"
+                )
             if min(shard.samples, shard.bytes) < 1 or not shard.split:
                 raise UserError(f"shard {shard.file} counts {shard.samples} samples")
 

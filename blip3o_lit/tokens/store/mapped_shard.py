@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_lit.base.files import FULL, write_synced
+from blip3o_lit.base.files import FULL, replacing
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.store import tar
 from blip3o_lit.tokens.store.index import (
@@ -74,9 +74,11 @@ class Shard:
         if offsets is None:
             offsets = scan(data, index.arrays, index.thumbnails, str(path), entry.samples)
             # A read-only store is fine, and so is a full disk: the offsets live in memory alone.
+            # Nothing waits for the disk: what a power cut leaves of them is checked when read.
             if os.access(folder, os.W_OK):
                 try:
-                    write_synced(offsets_file, pack_offsets(offsets, entry.sha256))
+                    with replacing(offsets_file) as temporary:
+                        temporary.write_bytes(pack_offsets(offsets, entry.sha256))
                 except OSError as error:
                     if error.errno not in FULL:
                         raise

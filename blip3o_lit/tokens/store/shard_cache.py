@@ -1,9 +1,11 @@
 """Shards of remote stores in a local folder: fetched whole, once a node, oldest use removed first.
 
-`shards/` holds files named by their sha256, so stores that share shards share the files, and a
-store that has grown is not fetched anew. What is being fetched is `SHA256.part`, locked by who
-fetches it; it becomes `SHA256.tar` when it is whole, checked and on the disk. Readers hold a shared
-lock on a tar while it is mapped, and what is locked is never removed.
+`shards/` holds files named by their sha256, so a store that has grown is not fetched anew. Where
+the index has a crc32, that is what is checked, in less time; as it can be forged, such a file has a
+mark of its store's address in its name too, and serves other addresses once its sha256 is checked.
+What is being fetched is `NAME.part`, locked by who fetches it; it becomes `NAME.tar` when it is
+whole, checked and on the disk. Readers hold a shared lock on a tar while it is mapped, and what is
+locked is never removed.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import hashlib
 import mmap
 import os
 import re
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,18 +25,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from blip3o_lit.base.files import FULL, sync_folder
+from blip3o_lit.base.files import FULL
 from blip3o_lit.base.objects import Objects
 from blip3o_lit.base.units import human_time
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.tokens.store.checksums import mismatch
 from blip3o_lit.tokens.store.index import ShardEntry, TokenIndex
 from blip3o_lit.tokens.store.mapped_shard import Shard
 
+FETCHES = 4
+"""Shards that a process downloads at a time; what came is checked and synced meanwhile."""
 PATIENCE = 600.0
 """Seconds to wait for room where all shards of a full cache are in use by other processes."""
-POLL = 0.02
+POLL = 0.005
 """Seconds between two looks at what another process fetches or uses."""
-OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)").fullmatch
+OURS = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{32})?\.(tar|part)").fullmatch
 
 
 class _GivenUp(Exception):
@@ -49,8 +55,10 @@ class ShardCache:
     def __init__(self, folder: Path, objects: Objects, limit: int = 0, ahead: int = 32) -> None:
         self.folder, self.objects, self.limit, self.ahead = folder, objects, limit, ahead
         self.address = objects.url
+        self._own = hashlib.sha256(self.address.encode()).hexdigest()[:32]
         self.shards = folder / "shards"
         self._failed: dict[str, UserError] = {}
+        self._turns = threading.Semaphore(FETCHES)
         with self._readable():
             self.shards.mkdir(parents=True, exist_ok=True)
 
@@ -59,7 +67,11 @@ class ShardCache:
         return sum(stat.st_size for _, stat in self._files())
 
     def path(self, entry: ShardEntry) -> Path:
-        return self.shards / f"{entry.sha256}.tar"
+        """Return where a shard is, or is to be."""
+        path = self.shards / f"{entry.sha256}.tar"
+        if not entry.crc32 or path.exists():
+            return path
+        return path.with_stem(f"{entry.sha256}-{self._own}")
 
     def holds(self, entry: ShardEntry) -> bool:
         """Return whether a shard is there, and count that as a use."""
@@ -67,7 +79,7 @@ class ShardCache:
             os.utime(self.path(entry))
         except FileNotFoundError:
             return False
-        except PermissionError:  # the file of another user: its use is not counted
+        except OSError:  # of another user, or on a disk that is read only: it is not counted
             return True
         return True
 
@@ -94,13 +106,15 @@ class ShardCache:
                 )
             time.sleep(POLL)
 
-    def mapped(
-        self, entry: ShardEntry, index: TokenIndex, verify: str, let_go: Callable[[], object]
-    ) -> Shard:
-        """Map a shard, which stays as long as it is mapped."""
-        held = self.hold(entry, let_go)
-        own = replace(entry, file=self.path(entry).name, offsets=f"{entry.sha256}.idx")
-        shard = Shard.open(self.shards, own, index, verify)
+    def mapped(self, entry: ShardEntry, index: TokenIndex, verify: str, held: BinaryIO) -> Shard:
+        """Map a shard, whose file is held as long as it is mapped."""
+        path = self.path(entry)
+        own = replace(entry, file=path.name, offsets=path.with_suffix(".idx").name)
+        try:
+            shard = Shard.open(self.shards, own, index, verify)
+        except BaseException:
+            held.close()
+            raise
         shard.entry = entry
         weakref.finalize(shard, held.close)
         return shard
@@ -148,24 +162,45 @@ class ShardCache:
                 if not (wait and _is_named(file, part)):
                     return True
                 time.sleep(POLL)
-            if path.exists() or not _is_named(file, part):
+            if not _is_named(file, part):
                 return True  # another process was faster, or has given up
+            if path.exists() or self._adopted(entry):
+                part.unlink(missing_ok=True)
+                return True
             try:
                 file.truncate(0)
                 if not self._make_room(entry.bytes, file):
                     part.unlink()
                     return False
-                self._download(entry, file, ended)
+                with self._turns:
+                    self._download(entry, file, ended)
+                self._check(entry, file)
                 os.fsync(file.fileno())
-                part.rename(path)
+                part.rename(path)  # a name that a power cut takes is fetched again
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
-            sync_folder(self.shards)
         return True
 
+    def _adopted(self, entry: ShardEntry) -> bool:
+        """Let a shard that is there from another address serve all, if its sha256 is right.
+
+        One that is being read keeps its name, and is passed over.
+        """
+        whole = self.shards / f"{entry.sha256}.tar"
+        for path in self.shards.glob(f"{entry.sha256}-*.tar"):
+            with suppress(FileNotFoundError, PermissionError), path.open("rb") as file:
+                if not _locked(file) or not _is_named(file, path):
+                    continue
+                if hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256:
+                    path.rename(whole)
+                    with suppress(FileNotFoundError):
+                        path.with_suffix(".idx").rename(whole.with_suffix(".idx"))
+                    return True
+        return False
+
     def _download(self, entry: ShardEntry, file: BinaryIO, ended: Callable[[], bool]) -> None:
-        """Write a shard's bytes into its file and check them."""
+        """Write a shard's bytes into its file."""
         size = entry.bytes
         try:
             got = self.objects.download(entry.file, file.fileno(), size, ended)
@@ -175,9 +210,13 @@ class ShardCache:
             raise _GivenUp
         if got != size:
             raise self._sized(entry) or self._wrong(entry, f"it has not {size} bytes")
-        with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as content:
-            if hashlib.sha256(content).hexdigest() != entry.sha256:
-                raise self._wrong(entry, "its sha256 is another than index.json says")
+
+    def _check(self, entry: ShardEntry, file: BinaryIO) -> None:
+        """Refuse a shard whose file, which is whole, holds other bytes."""
+        with mmap.mmap(file.fileno(), entry.bytes, access=mmap.ACCESS_READ) as content:
+            wrong = mismatch(content, entry.sha256, entry.crc32)
+            if wrong:
+                raise self._wrong(entry, f"its {wrong} is another than index.json says")
 
     def _sized(self, entry: ShardEntry) -> UserError | None:
         """Return the error of a shard that has another size than the index promises."""

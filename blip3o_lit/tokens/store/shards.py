@@ -20,6 +20,7 @@ import numpy as np
 from blip3o_lit.base.files import sync_folder, temporary_name, write_synced
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.tokens.store import tar
+from blip3o_lit.tokens.store.checksums import Checksums
 from blip3o_lit.tokens.store.index import (
     KEY_CHARACTERS,
     ArraySpec,
@@ -83,7 +84,7 @@ class ShardWriter:
         self.thumbnails = thumbnails
         self._temporary = temporary_name(folder / f"{name}.tar")
         self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 (closed in close/abort)
-        self._hash = hashlib.sha256()
+        self._sums = Checksums()
         self._position = 0
         self._rows: list[list[int]] = []
         self._keys: set[str] = set()
@@ -94,7 +95,7 @@ class ShardWriter:
     def _put(self, *parts: bytes | memoryview) -> None:
         for part in parts:
             self._file.write(part)
-            self._hash.update(part)
+            self._sums.update(part)
             self._position += len(part)
 
     def add(
@@ -147,13 +148,14 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        sha256 = self._hash.hexdigest()
-        offsets = pack_offsets(np.array(self._rows, np.uint64), sha256)
+        sums = self._sums
+        offsets = pack_offsets(np.array(self._rows, np.uint64), sums.sha256)
         tar_name, idx_name = f"{self.name}.tar", f"{self.name}.idx"
         write_synced(self.folder / idx_name, offsets)
         self._temporary.replace(self.folder / tar_name)
         sync_folder(self.folder)
-        return ShardEntry(tar_name, idx_name, self.split, len(self), self._position, sha256)
+        facts = self.split, len(self), self._position, sums.sha256, sums.crc32
+        return ShardEntry(tar_name, idx_name, *facts)
 
     def abort(self) -> None:
         """Remove what is written."""

@@ -147,7 +147,7 @@ SEED_RECIPES = (
 GRID = ("1.8e-3", "2.5e-3", "3.5e-3", "5e-3", "7e-3", "1e-2", "1.4e-2", "2e-2", "2.8e-2", "4e-2")
 """Learning rates, a factor of about 1.4 apart."""
 RATES_TRIED = {
-    "muon": {64: GRID[3:], 128: GRID[3:8], 256: GRID[2:8], 512: GRID[1:6]},
+    "muon": {64: GRID[3:9], 128: GRID[3:8], 256: GRID[2:8], 512: GRID[1:6]},
     "adamw": {64: GRID[3:], 128: GRID[3:8], 256: GRID[1:6], 512: GRID[:4]},
 }
 """By optimizer and width: each reaches past its best on both sides."""

@@ -144,23 +144,31 @@ SEED_RECIPES = (
     Recipe("seed_grid64", "seed 001: NextDiT, its schedule, raw targets", _SEED_GRID,
            ("demo",), (0,), _SEED_SCORED),
 )  # fmt: skip
-WIDTHS = (64, 128, 256, 512)
-LEARNING_RATES = ("5e-3", "7e-3", "1e-2", "1.4e-2", "2e-2")
-RATES = tuple(
-    Recipe(
-        f"width_{width}_rate_{rate}",
-        f"{width} wide, rate {rate}",
+GRID = ("1.8e-3", "2.5e-3", "3.5e-3", "5e-3", "7e-3", "1e-2", "1.4e-2", "2e-2", "2.8e-2", "4e-2")
+"""Learning rates, a factor of about 1.4 apart."""
+RATES_TRIED = {
+    "muon": {64: GRID[3:9], 128: GRID[3:8], 256: GRID[2:8], 512: GRID[1:6]},
+    "adamw": {64: GRID[3:], 128: GRID[3:8], 256: GRID[1:6], 512: GRID[:4]},
+}
+"""By optimizer and width: each reaches past its best on both sides."""
+RATES = {
+    (optimizer, width, rate): Recipe(
+        f"width_{width}_rate_{rate}" if optimizer == "muon" else f"adamw_width_{width}_rate_{rate}",
+        f"{optimizer}, {width} wide, rate {rate}",
         f"model.width={width} model.heads={width // 32} model.kv_heads={width // 64} "
-        f"model.mlp_width={2 * width} trainer.max_steps=120 optimizer.lr={rate}",
+        f"model.mlp_width={2 * width} trainer.max_steps=120 optimizer={optimizer} "
+        f"optimizer.lr={rate}",
         ("demo",),
         (0,),
         "baselines=none solvers=[] curve=[] samples=0 images=256 drawn_images=0",
     )
-    for width in WIDTHS
-    for rate in LEARNING_RATES
-)
+    for optimizer, tried in RATES_TRIED.items()
+    for width, rates in tried.items()
+    for rate in rates
+}
+"""The learning rate over widths, by optimizer, width and rate."""
 CLAIMED = (DEFAULT, BASE, MAPS, LARGER, *SEED_RECIPES)
-RECIPES = (*CLAIMED, *RATES, *PARTS)
+RECIPES = (*CLAIMED, *RATES.values(), *PARTS)
 RUNS = tuple(
     sorted(
         (

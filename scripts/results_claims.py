@@ -6,8 +6,11 @@ from collections.abc import Callable
 from statistics import mean
 from typing import Any
 
-from recipes import BASE, DEFAULT, LARGER, MAPS, ON, SEED_RECIPES, Recipe
+from recipes import BASE, DEFAULT, LARGER, MAPS, ON, RATES_TRIED, SEED_RECIPES, Recipe
 from results_found import Found, interval, over_seeds, scores_of, table
+from results_rates import best_of, cosines, enclosed, steps_off
+
+from blip3o_lit.config.rate import BEST
 
 FEW = ("mean", "ab2-4")
 """Estimators of at most 4 network evaluations."""
@@ -47,6 +50,7 @@ def claims(found: Found) -> list[str]:
         *_few_steps(found),
         *_fitted(found),
         *_maps(found),
+        *_rates(found),
     ]
     if not rows:
         return []
@@ -87,6 +91,20 @@ def _peer(found: Found, testbed: str, recipe: Recipe) -> list[Row]:
     if bounds:
         low = [bounds[0]] * len(best)
         rows.append((f"{what}, lower end of 95 %", ">= -0.002", low, lambda v: v >= -0.002))
+    return rows
+
+
+def _rates(found: Found) -> list[Row]:
+    """Hold `optimizer.lr=auto` against the best rate of each width, where lower and higher ran."""
+    rows: list[Row] = []
+    for optimizer in (name for name, _ in BEST):
+        scored = {width: cosines(found, optimizer, width) for width in RATES_TRIED[optimizer]}
+        best = {width: best_of(s) for width, s in scored.items() if s and enclosed(s)}
+        off = [abs(steps_off(optimizer, width, rate)) for width, rate in best.items()]
+        widths = ", ".join(map(str, best))
+        what = f"{optimizer}, widths {widths}: steps of 1.4 from auto to the best rate, at most"
+        if off:
+            rows.append((what, "<= 1", [max(off)], lambda v: v <= 1))
     return rows
 
 

@@ -10,14 +10,11 @@ from recipes import (
     BASE,
     DEFAULT,
     GUESSING,
-    LEARNING_RATES,
     ON,
     PARTS,
     PLAIN,
-    RATES,
     RUNS,
     SEED_RECIPES,
-    WIDTHS,
     Recipe,
 )
 from results_claims import claims
@@ -31,6 +28,7 @@ from results_found import (
     table,
 )
 from results_masked import hidden_halves, larger, masked
+from results_rates import rates
 
 SMALLEST = {"mean": 0.001, "samples": 0.1}
 """Gains below this count as none, however sure: of cosine, and of log Frechet distance."""
@@ -44,7 +42,7 @@ def write_page(path: Path, found: Found) -> None:
         *_choices(found),
         *(line for testbed in GUESSING for line in _parts(found, testbed)),
         *_seeds(found),
-        *_rates(found),
+        *rates(found),
         *_ambiguous(found),
         *masked(found),
         *larger(found),
@@ -162,30 +160,6 @@ def _seeds(found: Found) -> list[str]:
         "long runs). Best estimator of each.",
         "",
         *table(["recipe", "cosine", "1 - cosine", "training", "seeds"], rows),
-    ]
-
-
-def _rates(found: Found) -> list[str]:
-    """Return the mean's cosine over widths and learning rates, and the best rate of each."""
-    by_key = {recipe.key: recipe for recipe in RATES}
-    rows = []
-    for width in WIDTHS:
-        cosines = {}
-        for rate in LEARNING_RATES:
-            for scores in scores_of(found, by_key[f"width_{width}_rate_{rate}"], "demo"):
-                cosines[rate] = scores["estimators"]["mean"]["cosine"]
-        if cosines:
-            cells = [f"{cosines[r]:.4f}" if r in cosines else "-" for r in LEARNING_RATES]
-            rows.append([str(width), *cells, max(cosines, key=lambda rate: cosines[rate])])
-    if not rows:
-        return []
-    return [
-        "## Learning rate over widths",
-        "",
-        "The mean's cosine after 120 steps, one seed. Where the best rate is the same for all",
-        "widths, one that was found in a small network serves a large one.",
-        "",
-        *table(["width", *LEARNING_RATES, "best"], rows),
     ]
 
 

@@ -87,6 +87,7 @@ class Plan:
                 f"{batch} = {place.world} process(es) x {place.micro_batch} x "
                 f"{place.accumulation} accumulated",
             ),
+            *self._auto_rate(),
             ("steps", f"{steps} ({steps * batch / self.train_images:.1f} epochs)"),
             (
                 "arithmetic",
@@ -100,6 +101,14 @@ class Plan:
             ),
             *self._averages(),
         ]
+
+    def _auto_rate(self) -> list[tuple[str, str]]:
+        """Return what optimizer.lr=auto came to."""
+        optimizer = self.config.optimizer
+        if optimizer.auto_lr is None:
+            return []
+        what = f"{optimizer.name}, {self.config.model.width} wide"
+        return [("learning rate", f"{optimizer.peak:g} (optimizer.lr=auto: {what})")]
 
     def _averages(self) -> list[tuple[str, str]]:
         """Return what the profiles take on the disk, beside what each checkpoint has of them."""

@@ -170,7 +170,7 @@ from blip3o_lit import BLIP3oInference
 | flow | {run.flow.path} path, {run.flow.prediction} output |
 | tokens | mode {run.mode.name}, store {facts["tokens"]["hash"][:16]} |
 | training | {facts["step"]} steps of {run.batch_size} images, seed {run.seed} |
-| optimizer | {run.optimizer.name}, learning rate {run.optimizer.lr:g} |
+| optimizer | {run.optimizer.name}, learning rate {run.optimizer.peak:g} |
 | made by | blip3o_lit {facts["version"]} |
 
 ## Scores

@@ -23,6 +23,8 @@ from blip3o_lit.checkpoints import files as checkpointing
 from blip3o_lit.checkpoints.metrics_csv import read_rows
 from blip3o_lit.checkpoints.mirror import fetched
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.optimizer import OptimizerConfig
+from blip3o_lit.config.rate import AUTO
 from blip3o_lit.config.train import TrainConfig
 
 log = logging.getLogger("blip3o_lit")
@@ -156,6 +158,8 @@ def _origin(run_dir: Path) -> str | None:
 
 
 def _check_network(config: TrainConfig, path: Path) -> None:
+    """Refuse a config that can't go on with a checkpoint; lr=auto keeps the number it had there."""
+    _keep_rate(config.optimizer, checkpointing.about(path)["config"]["optimizer"], path)
     whole = ("batch_size", "optimizer.name", "optimizer.ema_profiles", "seed")
     free = ("model.compile", "model.activation_checkpointing", "model.activation_budget")
     for key, then, now in differences(config, path):
@@ -164,6 +168,17 @@ def _check_network(config: TrainConfig, path: Path) -> None:
                 f"resume={path}: {key} was {then} there and is {now} here: give {key}={then}, or "
                 "start afresh"
             )
+
+
+def _keep_rate(optimizer: OptimizerConfig, saved: dict[str, Any], path: Path) -> None:
+    if optimizer.lr != AUTO:
+        return
+    if saved["lr"] != AUTO:
+        raise UserError(
+            f"resume={path}: optimizer.lr was {saved['lr']:g} there and is auto here: give "
+            f"optimizer.lr={saved['lr']:g}, or start afresh"
+        )
+    optimizer.auto_lr = saved["auto_lr"]
 
 
 def differences(config: TrainConfig, path: Path) -> list[tuple[str, Any, Any]]:

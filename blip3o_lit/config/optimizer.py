@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from blip3o_lit.config.checks import above_zero, between, check_fields, choice, not_negative
 from blip3o_lit.config.errors import UserError
+from blip3o_lit.config.rate import AUTO, peak_rate
 
 WIDTHS = (0.005, 0.28)
 """Of power-function averages: the standard deviation of the steps over the run's length."""
@@ -15,8 +16,10 @@ class OptimizerConfig:
 
     name: str = choice("adamw", ("adamw", "muon"))
     """adamw, or muon: Muon on the matrices of the blocks, AdamW on the rest."""
-    lr: float = above_zero(1e-3)
-    """Peak learning rate."""
+    lr: int | float | str = 1e-3
+    """Peak learning rate; auto: what short runs of a network of this width were best at."""
+    auto_lr: float | None = above_zero(None)
+    """Written by lr=auto: the number that it stands for in this run, which a resumption keeps."""
     beta1: float = between(0.9, 0.0, 1.0)
     """Decay of the first moment."""
     beta2: float = between(0.95, 0.0, 1.0)
@@ -44,10 +47,23 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "optimizer.")
+        self.lr = peak_rate(self.lr)
+        if self.auto_lr is not None and self.lr != AUTO:
+            raise UserError(
+                f"optimizer.auto_lr={self.auto_lr:g} is what optimizer.lr=auto stands for, and "
+                f"optimizer.lr is {self.lr}: give optimizer.lr alone"
+            )
         for width in self.ema_profiles:
             check_width("optimizer.ema_profiles", width)
         if len(set(self.ema_profiles)) < len(self.ema_profiles):
             raise UserError(f"optimizer.ema_profiles={self.ema_profiles} names a width twice")
+
+    @property
+    def peak(self) -> float:
+        """The number that `lr` is or stands for; a config of a whole run has it."""
+        peak = self.auto_lr if self.lr == AUTO else self.lr
+        assert isinstance(peak, float), "lr=auto of a network that isn't known yet"
+        return peak
 
 
 def check_width(key: str, width: float) -> None:

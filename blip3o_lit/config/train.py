@@ -11,6 +11,7 @@ from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.mode import ModeConfig
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.optimizer import OptimizerConfig
+from blip3o_lit.config.rate import AUTO, auto_rate
 from blip3o_lit.config.solver import SolverConfig, check_solver, solver_from_label, started_later
 from blip3o_lit.config.towers import PixelsConfig, TowersConfig
 from blip3o_lit.config.trainer import (
@@ -110,6 +111,9 @@ class TrainConfig:
                 "give one of them"
             )
         self.model.second_time |= self.flow.pairs > 0
+        optimizer, model = self.optimizer, self.model
+        if optimizer.lr == AUTO and optimizer.auto_lr is None:
+            optimizer.auto_lr = auto_rate(optimizer.name, model.architecture, model.width)
         check_solver(self.flow, self.solver)
         if self.solver.name == "fitted":
             raise UserError("solver=fitted is fitted after training: give another one to train")

@@ -40,9 +40,9 @@ def make_optimizer(network: nn.Module, config: OptimizerConfig, fused: bool = Tr
     ]
     options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "fused": fused}
     if config.name == "adamw":
-        return AdamW(groups, lr=config.lr, **options)
+        return AdamW(groups, lr=config.peak, **options)
     muon = {"params": hidden, "weight_decay": config.weight_decay, "momentum": config.momentum}
-    return MuonAdamW([*groups, muon], lr=config.lr, **options)
+    return MuonAdamW([*groups, muon], lr=config.peak, **options)
 
 
 class MuonAdamW(AdamW):

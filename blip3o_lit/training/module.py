@@ -45,7 +45,7 @@ from blip3o_lit.tokens.reading.mixture import MixedReader
 from blip3o_lit.tokens.scales import identity_scales, standardised
 from blip3o_lit.training.ema import ramped_decay, update_averages
 from blip3o_lit.training.own_parts import check_plain
-from blip3o_lit.training.schedule import learning_rate_factor
+from blip3o_lit.training.schedule import adopt_settings, learning_rate_factor, settings_of
 from blip3o_lit.training.timed_losses import TimedLosses
 from blip3o_lit.translation.translator import Translator
 
@@ -300,11 +300,18 @@ class TranslationModule(LightningModule):
         config = self.config.optimizer
         # Fused AdamW unscales fp16 gradients itself, after they were clipped: keep it apart.
         optimizer = make_optimizer(self.network, config, not self.precision.loss_scale)
+        self.settings = settings_of(optimizer)
         schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step, self.steps))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def on_train_start(self) -> None:
+        """Give a resumed optimizer, which has its checkpoint's settings, those of the config."""
+        schedule = self.trainer.lr_scheduler_configs[0].scheduler
+        assert isinstance(schedule, LambdaLR)
+        adopt_settings(schedule, self.settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make Lightning's counters of micro-batches agree with the optimizer steps done."""

@@ -38,8 +38,9 @@ def save_solvers(fitted: FittedSolvers, content: str, folder: Path) -> None:
     """Keep fitted solvers beside the weights of that content."""
     tensors = {}
     for nfe, scheme in fitted.schemes.items():
-        tensors[f"{nfe}.times"] = scheme.times_K
-        tensors[f"{nfe}.weights"] = scheme.weights_KS
+        # That of a usual solver may be a view of a larger one.
+        tensors[f"{nfe}.times"] = scheme.times_K.contiguous()
+        tensors[f"{nfe}.weights"] = scheme.weights_KS.contiguous()
     metadata = {"content": content, "records": json.dumps(fitted.records)}
     with replacing(folder / SOLVERS_FILE) as temporary:
         save_file(tensors, temporary, metadata)

@@ -9,15 +9,19 @@ from made_run import make_run
 
 from blip3o_lit import BLIP3oInference
 from blip3o_lit.checkpoints.load import load
-from blip3o_lit.checkpoints.solvers import SOLVERS_FILE
+from blip3o_lit.checkpoints.solvers import SOLVERS_FILE, kept_solvers, save_solvers
 from blip3o_lit.config.commands import ExportConfig
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
+from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.solver import SolverConfig
 from blip3o_lit.config.train import TrainConfig
 from blip3o_lit.evaluate import evaluate
 from blip3o_lit.evaluation.solver_fits import fit_solvers
 from blip3o_lit.export import export
+from blip3o_lit.flow.fitted import scheme_of
+from blip3o_lit.flow.objective import FlowObjective
+from blip3o_lit.flow.scheme import FittedSolvers
 
 SETTINGS = {"baselines": "none", "curve": [], "samples": 0, "images": 16, "device": "cpu"}
 
@@ -111,3 +115,13 @@ def test_training_does_not_take_what_is_fitted_after_it():
 def test_without_training_images_nothing_is_fitted(run):
     with pytest.raises(UserError, match=r"fitted-5.*no training split"):
         fit_solvers(load(run), None, [5], 0, lambda *_: None)
+
+
+@pytest.mark.parametrize("name", ["euler", "midpoint", "heun", "ab2"])
+def test_a_usual_solver_that_was_chosen_is_kept_as_it_is(tmp_path, name):
+    scheme = scheme_of(FlowObjective(FlowConfig()), SolverConfig.named(name, steps=4))
+    nfe = len(scheme.times_K)
+    save_solvers(FittedSolvers({nfe: scheme}, {nfe: {"chosen": name}}), "weights", tmp_path)
+    kept = kept_solvers(tmp_path / SOLVERS_FILE, "weights").schemes[nfe]
+    assert torch.equal(kept.times_K, scheme.times_K)
+    assert torch.equal(kept.weights_KS, scheme.weights_KS)

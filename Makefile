@@ -46,7 +46,7 @@ test: setup ## the whole suite
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright blip3o_lit
-	time OMP_NUM_THREADS=1 $(PY) -m pytest -m "not soak" -n $(WORKERS) --dist loadfile --durations=20 $(LONG_FIRST)
+	time $(PY) -m pytest -m "not soak" -n $(WORKERS) --dist loadfile --durations=20 $(LONG_FIRST)
 
 soak: setup ## the long loops: kills, all resume pairs, the pages, and MINUTES=60 of fuzzing
 	BLIP3O_SOAK_MINUTES=$(MINUTES) $(PY) -m pytest -m soak

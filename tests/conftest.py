@@ -11,6 +11,8 @@ import bucket as server
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Runs in this process and in its children are compared bit by bit: sums in one order.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

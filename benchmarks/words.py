@@ -22,10 +22,11 @@ from benchmarks.timing import interleaved, result
 from benchmarks.training import model_config
 from blip3o_lit.base.condition import Condition
 from blip3o_lit.base.shape import PairShape, SequenceShape, TokenShape
+from blip3o_lit.budget.states import units
 from blip3o_lit.config.model import ModelConfig
 from blip3o_lit.config.towers import TextTowerConfig
 from blip3o_lit.models.network_of import build_network
-from blip3o_lit.tokens.scales import STEP
+from blip3o_lit.tokens.scales import padded
 from blip3o_lit.towers import scenes
 from blip3o_lit.towers.text_tower import load_text_tower
 
@@ -39,11 +40,6 @@ REAL_WORDS, REAL_BATCH, REAL_CAPTIONS = SequenceShape(77, 768), 64, 16_384
 """Of CLIP ViT-L/14; a batch is what one of eight devices has of 512."""
 WORTH = 1.05
 """Bucketing is worth its code from this on: steps of plain batches over those of sorted ones."""
-
-
-def padded(length: int) -> int:
-    """Return how many tokens a network gets for a batch whose longest caption has `length`."""
-    return length + -(length + 1) % STEP
 
 
 def by_case(length_I: Tensor, batch: int, longest: int) -> dict[str, list[Tensor]]:
@@ -106,13 +102,10 @@ def timed(name: str, config: ModelConfig) -> list[dict[str, Any]]:
 def counted(name: str, config: ModelConfig) -> list[dict[str, Any]]:
     """Count the FLOPs of a step at real size."""
     random = torch.Generator().manual_seed(0)
-    known: dict[int, int] = {}
 
     def flops(tokens: int) -> int:
-        if tokens not in known:
-            words = SequenceShape(tokens, REAL_WORDS.width)
-            known[tokens] = build_meta(config, PairShape(None, REAL, words)).forward_flops()
-        return known[tokens]
+        words = SequenceShape(tokens, REAL_WORDS.width)
+        return units(config, PairShape(None, REAL, words)).forward_flops
 
     found = []
     for spread, most in (("8 to 77", 77), ("8 to 30", 30)):
@@ -131,12 +124,6 @@ def counted(name: str, config: ModelConfig) -> list[dict[str, Any]]:
         label = f"words/{name}_{spread.replace(' ', '_')}_flops_over_sorted"
         found.append(result(label, gain, "x", WORTH, "lower"))
     return found
-
-
-def build_meta(config: ModelConfig, shape: PairShape) -> Any:
-    """Build a network without memory for its weights."""
-    with torch.device("meta"):
-        return build_network(config, shape)
 
 
 def run() -> list[dict[str, Any]]:

@@ -108,7 +108,7 @@ def resolve_resume(config: TrainConfig, run_dir: Path, ranks: FirstRank = ALONE)
     if wanted == "auto":
         path = _newest_of_own(run_dir, ranks)
         if path is not None:
-            _check_network(config, path)  # sound: it was read for that
+            _reconcile(config, path)  # sound: it was read for that
             return path
         origin = ranks.finds(lambda: _origin(run_dir))
         if origin is None:
@@ -121,7 +121,7 @@ def resolve_resume(config: TrainConfig, run_dir: Path, ranks: FirstRank = ALONE)
         config.resume = wanted = str(origin)
     if is_url(wanted):
         path = fetched(wanted)
-        _check_network(config, path)
+        _reconcile(config, path)
         return path
     path = _absolute(wanted)
     if path.is_dir() and path.suffix != ".ckpt":
@@ -131,7 +131,7 @@ def resolve_resume(config: TrainConfig, run_dir: Path, ranks: FirstRank = ALONE)
         path = newest
     else:
         checkpointing.check_sound(path, ranks)
-    _check_network(config, path)
+    _reconcile(config, path)
     config.resume = str(path)
     return path
 
@@ -157,12 +157,13 @@ def _origin(run_dir: Path) -> str | None:
     return None if resume == "auto" else resume
 
 
-def _check_network(config: TrainConfig, path: Path) -> None:
+def _reconcile(config: TrainConfig, path: Path) -> None:
     """Refuse a config that can't go on with a checkpoint; lr=auto keeps the number it had there."""
-    _keep_rate(config.optimizer, checkpointing.about(path)["config"]["optimizer"], path)
+    saved = checkpointing.about(path)["config"]
+    _keep_rate(config.optimizer, saved["optimizer"], path)
     whole = ("batch_size", "optimizer.name", "optimizer.ema_profiles", "seed")
     free = ("model.compile", "model.activation_checkpointing", "model.activation_budget")
-    for key, then, now in differences(config, path):
+    for key, then, now in changed(config, saved):
         if (key.startswith(("model.", "mode.")) and key not in free) or key in whole:
             raise UserError(
                 f"resume={path}: {key} was {then} there and is {now} here: give {key}={then}, or "

@@ -16,6 +16,7 @@ from blip3o_lit.base.shape import TokenShape
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.drawing.readout import Readout, fitted_readout
 from blip3o_lit.drawing.thumbnail import opened
+from blip3o_lit.tokens.reading.order import evenly
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 READOUT_FILE = "readout.safetensors"
@@ -38,8 +39,7 @@ def split_readout(train: TokenReader, folder: Path) -> Readout:
 
     `train` is that split and no other, of a store with thumbnails; `folder` keeps what is fitted.
     """
-    count = min(IMAGES, len(train))
-    ids = np.unique(np.linspace(0, len(train) - 1, count).round().astype(np.int64))
+    ids = evenly(len(train), IMAGES)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(ids), _BATCH):

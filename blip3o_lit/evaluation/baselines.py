@@ -29,6 +29,7 @@ from blip3o_lit.models.fitted import load_or_fit
 from blip3o_lit.models.precision import PRECISIONS
 from blip3o_lit.models.regression import PatchMLP, Regression
 from blip3o_lit.tokens.reading.ahead import fetched_ahead
+from blip3o_lit.tokens.reading.order import evenly
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 FORMAT = 2
@@ -144,7 +145,7 @@ class BaselineFits:
     def _in_order(self, name: str) -> Pairs:
         """Yield one pass over `baseline_images` images, evenly spaced over the split."""
         count = min(self.config.baseline_images, len(self.train))
-        ids = np.linspace(0, len(self.train) - 1, count).round().astype(np.int64)
+        ids = evenly(len(self.train), count)
         batches = np.split(ids, range(_BATCH, count, _BATCH))
         done = 0
         for batch in fetched_ahead(self.train, batches, batches):

@@ -24,6 +24,7 @@ from blip3o_lit.evaluation.estimators import Batch, Estimator
 from blip3o_lit.evaluation.hidden_half import HiddenHalf
 from blip3o_lit.evaluation.named_digits import NamedDigits
 from blip3o_lit.metrics.cosine import cosine
+from blip3o_lit.tokens.reading.order import evenly
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 TRUE = "true"
@@ -63,8 +64,7 @@ class Drawings:
             report("read-out", 0, fitted)
             self.drawer = split_readout(train, folder)
             report("read-out", fitted, fitted)
-        count = min(config.drawn_images, images)
-        self.ids = np.unique(np.linspace(0, images - 1, count).round().astype(np.int64))
+        self.ids = evenly(images, config.drawn_images)
         self._psnr: dict[str, dict[str, list[Tensor]]] = {}
         if masked:
             report("digit reader", 0, SCENES)

@@ -21,6 +21,7 @@ from blip3o_lit.images.text import label_of
 from blip3o_lit.metrics.retrieval import NO_CAPTION, Retrieval, caption_ids
 from blip3o_lit.models.baselines import Ridge
 from blip3o_lit.tokens.classes import Classes
+from blip3o_lit.tokens.reading.order import evenly
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 ReadOut = Callable[[Tensor], Tensor]
@@ -206,7 +207,7 @@ def fitted_read_out(train: TokenReader, device: torch.device) -> ReadOut | None:
     Where the store keeps no CLS token, the embedding of the caption takes the image's place. None
     where fewer than two images can be fitted.
     """
-    ids = np.linspace(0, len(train) - 1, min(FIT_IMAGES, len(train))).round().astype(np.int64)
+    ids = evenly(len(train), FIT_IMAGES)
     if _keeps_cls(train):
         embed = _tower_embedding(train, device)
     else:

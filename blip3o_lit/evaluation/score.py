@@ -37,6 +37,7 @@ from blip3o_lit.evaluation.verdict import check_finite, standing, verdict, verdi
 from blip3o_lit.flow.memo import Memo
 from blip3o_lit.report.record import FORMAT
 from blip3o_lit.tokens.reading.mixture import MixedReader
+from blip3o_lit.tokens.reading.order import evenly
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 CURVE = ("cosine", "cosine_centred", "mse", "frechet", "norm_ratio", "seconds_per_image")
@@ -158,7 +159,7 @@ class Scorer:
                 self.config.seed,
             ),
             "samples": self._samples(scored),
-            "drawings": {**self.drawings.facts(), **self._picture_rows(estimators, cosine_B)},
+            "drawings": {**self.drawings.facts(), **self._picture_rows(own, cosine_B)},
             "swapped": self._swapped(estimators),
             "against": {
                 name: {key: tally.compared_with(other) for key, other in baselines.items()}
@@ -278,7 +279,7 @@ class Scorer:
         if self.drawings.drawer is None:
             return {}
         if self.has_words:
-            return {"rows": self._caption_rows(next(iter(tallies)))}
+            return {"rows": self._caption_rows(tallies)}
         by_kind = ranked(cosine_B, PICTURE_ROWS)
         ids = np.concatenate(list(by_kind.values()))
         kinds = [kind for kind, numbers in by_kind.items() for _ in numbers]
@@ -286,29 +287,26 @@ class Scorer:
         headline, config = next(iter(tallies)), self.config
         columns = {headline: tallies[headline].predict}
         for label in config.solvers[:1]:
-            solver = solver_from_label(label)
-            for number in range(2):
-                estimate = generated(self.loaded, solver, config.seed + number)
-                columns[f"sample {number + 1}"] = estimate
+            for number, sample in enumerate(self._sampled(label, 2), 1):
+                columns[f"sample {number}"] = sample
         return {"rows": self.drawings.rows(self.held_out.read(ids), titles, columns)}
 
-    def _caption_rows(self, headline: str) -> list[dict[str, object]]:
+    def _caption_rows(self, tallies: Tallies) -> list[dict[str, object]]:
         """Return pictures of captions: the true tokens, the regression's, and samples.
 
         Samples are of the headline's solver, or of the first solver where that draws none.
         """
-        count = min(CAPTION_ROWS, self.images)
-        ids = np.unique(np.linspace(0, self.images - 1, count).round().astype(np.int64))
-        columns = {}
-        if self.fits is not None and "regression" in self.baselines:
-            columns["regression"] = self.fits.estimator("regression")
-        labels = [headline] if headline != "mean" else self.config.solvers[:1]
-        for label in labels:
-            solver = solver_from_label(label)
-            for number in range(CAPTION_SAMPLES):
-                estimate = generated(self.loaded, solver, self.config.seed + number)
-                columns[f"{label}, sample {number + 1}"] = estimate
+        ids, headline = evenly(self.images, CAPTION_ROWS), next(iter(tallies))
+        columns = {name: tallies[name].predict for name in ("regression",) if name in tallies}
+        for label in [headline] if headline != "mean" else self.config.solvers[:1]:
+            for number, sample in enumerate(self._sampled(label, CAPTION_SAMPLES), 1):
+                columns[f"{label}, sample {number}"] = sample
         return self.drawings.rows(self.held_out.read(ids), self.reader.captions(ids), columns)
+
+    def _sampled(self, label: str, count: int) -> list[Estimator]:
+        """Return samples of a solver, each with noise of its own."""
+        solver, seed = solver_from_label(label), self.config.seed
+        return [generated(self.loaded, solver, seed + number) for number in range(count)]
 
     def _curve_points(self, curve: Group) -> list[dict[str, Any]]:
         points = []

@@ -15,6 +15,7 @@ from blip3o_lit.flow.draws import Stream
 from blip3o_lit.flow.fitted import SolverFit
 from blip3o_lit.flow.scheme import FittedSolvers
 from blip3o_lit.flow.solvers import Evaluations
+from blip3o_lit.tokens.reading.order import evenly
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 TOKENS = 2048
@@ -49,7 +50,7 @@ def fit_solvers(
     if images < 2:
         raise UserError(f"solvers=[fitted-{budgets[0]}] is fitted on 2 training images or more")
     device = next(translator.network.parameters()).device
-    ids = np.linspace(0, len(train) - 1, images).round().astype(np.int64)
+    ids = evenly(len(train), images)
     # Both halves are spread over the whole split.
     ids = np.concatenate([ids[::2], ids[1::2]])
     condition = translator.standardised(train.read(ids)["condition"].to(device))

@@ -15,6 +15,11 @@ their number is such a multiple, which attention kernels read fastest, and batch
 few shapes."""
 
 
+def padded(longest: int) -> int:
+    """Return how many tokens a network gets for a batch whose longest caption has `longest`."""
+    return longest + -(longest + 1) % STEP
+
+
 def identity_scales(shape: PairShape) -> dict[str, Standardizer]:
     """Return scales that change nothing by their names in a translator: those of its sides."""
     scales = {}
@@ -47,5 +52,6 @@ def standardised(
     if condition.grid is not None:
         assert grid is not None
         grid_BMC = grid.standardise(condition.grid)
-    padding = -(tokens_BLE.shape[1] + 1) % STEP
-    return Condition(grid_BMC, F.pad(tokens_BLE, (0, 0, 0, padding)), condition.length)
+    longest = tokens_BLE.shape[1]
+    padding = (0, 0, 0, padded(longest) - longest)
+    return Condition(grid_BMC, F.pad(tokens_BLE, padding), condition.length)

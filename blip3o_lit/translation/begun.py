@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_lit.base.files import read_json, write_json
+from blip3o_lit.base.words import flatten
 from blip3o_lit.config.errors import UserError
 
 SETTINGS_FILE = "generate.json"
@@ -31,7 +32,7 @@ def begin(out: Path, settings: dict[str, Any], others: tuple[str, ...]) -> None:
             if (out / name).exists():
                 raise UserError(f"{out} holds {name} of another command: choose another out=")
     else:
-        begun, wanted = _flat(read_json(file, "remove the folder")), _flat(settings)
+        begun, wanted = flatten(read_json(file, "remove the folder")), flatten(settings)
         if begun.keys() != wanted.keys():
             raise UserError(f"{out} was begun by another command: choose another out=")
         changed = ", ".join(key for key, value in wanted.items() if begun[key] != value)
@@ -40,12 +41,3 @@ def begin(out: Path, settings: dict[str, Any], others: tuple[str, ...]) -> None:
     for leftover in out.rglob(".*.tmp"):
         leftover.unlink()
     write_json(file, settings)
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with those of a solver under names of their own, `solver.steps`."""
-    flat = {}
-    for key, value in settings.items():
-        within = value if isinstance(value, dict) else {"": value}
-        flat |= {f"{key}.{name}".rstrip("."): item for name, item in within.items()}
-    return flat

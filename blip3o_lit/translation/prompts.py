@@ -38,18 +38,15 @@ class PromptsFolder:
     def __init__(self, out: Path, captions: Sequence[str], settings: dict[str, Any]) -> None:
         self.out, self.captions, self.settings = out, captions, settings
         begin(out, settings, (TOKENS_FILE, "index.json"))
-
-    @property
-    def sampled(self) -> int:
+        whole = (out / TOKENS_FILE).is_file()
+        self.sampled = len(captions) if whole else sum(self._parts().values())
         """How many captions have tokens, from the first on."""
-        if (self.out / TOKENS_FILE).is_file():
-            return len(self.captions)
-        return sum(self._parts().values())
 
     def add(self, tokens_KBND: Tensor) -> None:
         """Keep the samples of the next captions."""
         content = save({"tokens": tokens_KBND.cpu().contiguous()})
-        write_synced(self._part(sum(self._parts().values())), content)
+        write_synced(self._part(self.sampled), content)
+        self.sampled += tokens_KBND.shape[1]
 
     def finish(self) -> None:
         """Join the parts into one file beside the captions."""

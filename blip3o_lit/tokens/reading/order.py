@@ -16,6 +16,11 @@ import numpy as np
 WINDOWS_KEPT = 8
 
 
+def evenly(total: int, count: int) -> np.ndarray:
+    """Return `count` of `total` sample ids, evenly spaced from the first to the last, or all."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
+
+
 def random_permutation(seed: int, epoch: int, stream: int, count: int) -> np.ndarray:
     """Return a permutation of 0..count-1 that depends on the arguments alone.
 

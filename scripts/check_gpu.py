@@ -426,7 +426,9 @@ def main() -> int:
     os.environ.setdefault("BLIP3O_HOME", str(out / "home"))
     if "--rank" in sys.argv:
         one_rank(out, sys.argv[-1])
-        return 0
+        # Its figures are written. At exit, torch's threads of two shardings may abort a rank.
+        sys.stdout.flush()
+        os._exit(0)
     if "--part" in sys.argv:
         name = sys.argv[-1]
         folder = out / name

@@ -47,8 +47,9 @@ class ModelConfig:
     """aligned: each condition token is added to the target token at its place; cross: attention."""
     key_rope: bool = True
     """Cross-attention rotates its keys as well as its queries; the official BLIP3-o does not."""
-    positions: str = choice("rope", ("rope", "learned", "none"))
-    """rope: 2-D rotary embedding; learned: a vector added to each token; none."""
+    positions: str = choice("rope", ("rope", "learned", "both", "none"))
+    """rope: 2-D rotary embedding; learned: a vector added to each token; both, where the condition
+    is words alone, which have no place in the grid; none."""
     time: str = choice("adaln", ("adaln", "tokens"))
     """Where time and pooled condition enter: adaln modulates each block; tokens adds once."""
     time_scale: float = above_zero(1000.0)

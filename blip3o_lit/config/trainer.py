@@ -128,13 +128,22 @@ class EvaluationConfig:
     estimator_images: int = above_zero(16)
     """Images of those."""
     patience: int | None = above_zero(None)
-    """Stop after so many validations without a better cosine; null never stops."""
+    """Stop after so many validations without a better one; null never stops."""
+    best_by: str = choice("cosine", ("cosine", "timed_loss"))
+    """What makes a validation the best so far, for best.ckpt and patience: the highest cosine of
+    generated tokens, or the least mean of the losses at loss_times, where there are many right
+    answers and a cosine favours the blurred one."""
     overfit_at_least: float | None = None
     """Least cosine that generated tokens of the training images must reach at the end; the command
     exits with 1 below it."""
 
     def __post_init__(self) -> None:
         check_fields(self, "evaluation.")
+        if self.best_by == "timed_loss" and not self.loss_times:
+            raise UserError(
+                "evaluation.best_by=timed_loss needs losses, and evaluation.loss_times=0 takes "
+                "none: give a number of times"
+            )
 
 
 @dataclass

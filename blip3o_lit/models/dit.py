@@ -56,7 +56,7 @@ class DiT(Network):
         if self.aligned and target.cls and source is not None and not source.cls:
             self.cls_condition = nn.Parameter(torch.empty(width))
         self.positions = self.positions_condition = None
-        if config.positions == "learned":
+        if config.positions in ("learned", "both"):
             self.positions = nn.Parameter(torch.empty(target.tokens, width))
             if not self.aligned and source is not None:
                 self.positions_condition = nn.Parameter(torch.empty(source.tokens, width))

@@ -84,7 +84,7 @@ class Network(nn.Module):
         """Compute the tables by buffer name; the condition's grid is laid over the target's."""
         config, source, target = self.config, self.shape.condition, self.shape.target
         head_width = config.width // config.heads
-        rotary = config.positions == "rope"
+        rotary = config.positions in ("rope", "both")
         tables: dict[str, Tensor | None] = {"rope": None, "rope_condition": None}
         if rotary:
             tables["rope"] = rope_table(target, head_width, target.grid, self.rope_base)

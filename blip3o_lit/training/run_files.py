@@ -158,7 +158,7 @@ def say_how_to_resume(run_dir: Path, step: int) -> None:
 
 def say_stopped_early(plan: Plan, step: int) -> None:
     patience = plan.config.evaluation.patience
-    why = f"no better held-out cosine in {patience} validations" if patience else "by a callback"
+    why = f"no better one in {patience} validations" if patience else "by a callback"
     say(f"stopped early at step {step} of {plan.steps}: {why}")
 
 

@@ -32,7 +32,7 @@ from blip3o_lit.models.precision import AUTO, bf16_is_faster
 from blip3o_lit.tokens.datamodule import TokenDataModule
 from blip3o_lit.training.callbacks.averages import Snapshots
 from blip3o_lit.training.callbacks.bad_steps import BadSteps
-from blip3o_lit.training.callbacks.checkpoints import MONITOR, Checkpoints
+from blip3o_lit.training.callbacks.checkpoints import DIRECTIONS, Checkpoints
 from blip3o_lit.training.callbacks.garbage import Garbage
 from blip3o_lit.training.callbacks.profile import Profile
 from blip3o_lit.training.callbacks.ranks import OneConfig
@@ -87,6 +87,7 @@ class Callbacks:
             config.checkpoint.every,
             config.checkpoint.keep,
             config.evaluation.every,
+            config.evaluation.best_by,
             Background(config.checkpoint.asynchronous),
             self.mirror.changed if self.mirror else None,
         )
@@ -104,7 +105,9 @@ class Callbacks:
             self.in_order.append(Profile(run_dir / "profile", *config.trainer.profile))
         if config.evaluation.patience and data.validation:
             patience = config.evaluation.patience
-            self.in_order.append(EarlyStopping(MONITOR, mode="max", patience=patience))
+            best_by = config.evaluation.best_by
+            stopping = EarlyStopping(f"val/{best_by}", mode=DIRECTIONS[best_by], patience=patience)
+            self.in_order.append(stopping)
         self.in_order += own_callbacks(config.callbacks)
         widths, count = config.optimizer.ema_profiles, config.optimizer.ema_snapshots
         if widths:

@@ -85,7 +85,7 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean():
 def test_positions_none_makes_the_network_equivariant_to_the_order_of_tokens(conditioning):
     x, t, c = inputs()
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
-    for positions in ("none", "rope", "learned"):
+    for positions in ("none", "rope", "learned", "both"):
         network = build(positions=positions, conditioning=conditioning)
         moved = network(x[:, order], t, c[:, order])
         same = torch.allclose(moved, network(x, t, c)[:, order], atol=1e-5)
@@ -101,13 +101,14 @@ def test_key_rope_decides_whether_cross_attention_knows_where_the_condition_is()
         assert same == (not key_rope)
 
 
-def test_learned_positions_reach_each_token_and_are_not_decayed():
-    network = build(positions="learned", conditioning="cross")
+@pytest.mark.parametrize("positions", ["learned", "both"])
+def test_learned_positions_reach_each_token_and_are_not_decayed(positions):
+    network = build(positions=positions, conditioning="cross")
     rest = make_optimizer(network, OptimizerConfig()).param_groups[1]["params"]
     for vectors in (network.positions, network.positions_condition):
         assert any(vectors is p for p in rest)
     assert network.positions.shape == (9, 32)
-    assert network.rope is None
+    assert (network.rope is None) == (positions == "learned")
 
 
 def test_time_on_tokens_has_no_modulation_and_still_reads_time_and_pooled_condition():
@@ -142,6 +143,7 @@ def test_adapter_is_deep_and_starts_near_its_linear_map():
 
 SWITCHES = [
     {"positions": "learned"},
+    {"positions": "both"},
     {"time": "tokens"},
     {"mlp": "gelu"},
     {"norm": "layer"},

@@ -190,3 +190,15 @@ def test_aligned_conditioning_is_refused_with_the_override():
     with pytest.raises(UserError, match="use model.conditioning=cross") as caught:
         build_network(dataclasses.replace(DIT, conditioning="aligned"), shape)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("positions", ["rope", "both"])
+@torch.no_grad()
+def test_without_noise_an_empty_caption_says_nothing_of_places(positions):
+    """One key has one value: a rotation alone leaves every position the same token."""
+    network = awake(dataclasses.replace(DIT, positions=positions))
+    x_BND, t_B, condition = inputs()
+    out_BND = network(torch.zeros_like(x_BND), 0 * t_B, condition)
+    spread_B = (out_BND - out_BND[:, :1]).abs().amax((1, 2))
+    assert (spread_B[0] > 1e-3) == (positions == "both")
+    assert spread_B[1:].min() > 1e-4  # several keys are weighed by where the query is

@@ -141,6 +141,42 @@ def test_early_stopping_ends_a_run_that_no_longer_improves(
     assert [value is not None for value in history["val/cosine"]] == [False, True] * 3
 
 
+@pytest.mark.parametrize("asked", ["cosine", "timed_loss"])
+def test_the_best_step_is_the_one_that_its_score_says(
+    straight: Path, tmp_path: Path, asked: str
+) -> None:
+    """Where the rate is far too high, the two scores name different steps."""
+    wild = OptimizerConfig(lr=0.5, warmup_steps=1)
+    scored = EvaluationConfig(every=2, images=8, best_by=asked)
+    run_training(config(optimizer=wild, evaluation=scored), tmp_path, [])
+    rows = [row for row in read_rows(tmp_path / "metrics.csv") if row["val/cosine"]]
+    by = {
+        "cosine": max(rows, key=lambda row: float(row["val/cosine"])),
+        "timed_loss": min(rows, key=lambda row: float(row["val/timed_loss"])),
+    }
+    assert by["cosine"]["step"] != by["timed_loss"]["step"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["best"]["step"] == int(by[asked]["step"])
+    cosine = pytest.approx(float(by[asked]["val/cosine"]), abs=1e-6)
+    assert result["best"]["cosine"] == cosine
+    best = checkpointing.about(tmp_path / "checkpoints" / "best.ckpt")
+    assert best["step"] == int(by[asked]["step"])
+
+
+def test_a_run_that_goes_on_by_another_score_starts_its_best_anew(
+    straight: Path, tmp_path: Path
+) -> None:
+    half = str(straight / "checkpoints" / "step-00000008.ckpt")
+    scored = EvaluationConfig(every=4, images=8, best_by="timed_loss")
+    run_training(config(resume=half, evaluation=scored), tmp_path, [])
+    assert json.loads((tmp_path / "result.json").read_text())["best"]["step"] == 12
+
+
+def test_a_best_by_a_loss_that_is_not_taken_is_refused() -> None:
+    with pytest.raises(UserError, match=r"best_by=timed_loss needs losses"):
+        EvaluationConfig(best_by="timed_loss", loss_times=0)
+
+
 def test_resume_into_another_network_is_refused(straight: Path, tmp_path: Path) -> None:
     last = straight / "checkpoints" / "last.ckpt"
     other = ModelConfig(width=24, depth=2, heads=2, kv_heads=1, mlp_width=16)

@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps: every N steps, the best by held-out cosine, and the last."""
+"""Which checkpoints a run keeps: every N steps, the best held-out one, and the last."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from blip3o_lit.checkpoints.background import Background
 from blip3o_lit.checkpoints.in_place import remove, second_name, tidy
 
 STEP_NAME = "step-{:08d}.ckpt"
-MONITOR = "val/cosine"
+DIRECTIONS = {"cosine": "max", "timed_loss": "min"}
+"""Of the scores by which a validation can be the best."""
 
 
 class Checkpoints(Callback):
@@ -34,11 +35,13 @@ class Checkpoints(Callback):
         every: int,
         keep: int,
         validate_every: int,
+        best_by: str,
         saves: Background,
         saved: Callable[[], None] | None = None,
     ) -> None:
         """Plan the files: `keep` step files stay beside best and last, all with -1.
 
+        `best_by` is one of DIRECTIONS; `best_score` is the cosine of the best step all the same.
         `saved` is called when a save is done and what it replaces is removed.
         """
         self.folder = folder
@@ -46,18 +49,30 @@ class Checkpoints(Callback):
         self.keep = keep
         self.validate_every = validate_every
         self.saves, self.saved = saves, saved
+        self.best_by = best_by
         self.best_score: float | None = None
+        self._best_value = math.inf
         self.best_step: int | None = None
         self._saved_step = -1
         self._own: list[int] = []
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score, "best_step": self.best_step, "own": self._own[:]}
+        return {
+            "best_score": self.best_score,
+            "best_step": self.best_step,
+            "best_by": self.best_by,
+            "best_value": self._best_value,
+            "own": self._own[:],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score = state_dict["best_score"]
         self.best_step = state_dict["best_step"]
-        self._own = list(state_dict.get("own", []))  # none in checkpoints of earlier versions
+        # The rest is not in checkpoints of earlier versions, whose best had the highest cosine.
+        if state_dict.get("best_by", "cosine") == self.best_by:  # else what comes next is the best
+            earlier = math.inf if self.best_score is None else -self.best_score
+            self._best_value = state_dict.get("best_value", earlier)
+        self._own = list(state_dict.get("own", []))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
@@ -82,9 +97,14 @@ class Checkpoints(Callback):
         self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        score = float(trainer.callback_metrics.get(MONITOR, math.nan))
-        if math.isfinite(score) and (self.best_score is None or score > self.best_score):
+        score, value = (
+            float(trainer.callback_metrics.get(f"val/{name}", math.nan))
+            for name in ("cosine", self.best_by)
+        )
+        value = value if DIRECTIONS[self.best_by] == "min" else -value
+        if math.isfinite(value) and value < self._best_value:
             self.best_score, self.best_step = score, trainer.global_step
+            self._best_value = value
             if not self._due(trainer):
                 trainer.save_checkpoint(self.folder / "best.ckpt")
         if trainer.global_step != self._saved_step:

@@ -266,12 +266,8 @@ class Scorer:
         return scores
 
     def _examples(self, cosine_B: np.ndarray) -> dict[str, Any]:
-        # Without CLS the tower's own read-out is a mean of patches, which it was not trained for.
-        recall = self.image_text.recall
-        read_out = "tower" if self.shape.cls or "fitted" not in recall else "fitted"
-        sources = {
-            name: recall[read_out][name] for name in (GENERATED, "true") if name in recall[read_out]
-        }
+        recall = self.image_text.recall[self.image_text.nearest]
+        sources = {name: recall[name] for name in (GENERATED, "true") if name in recall}
         return examples(self.reader, cosine_B, sources, self.config.pictures)
 
     def _picture_rows(self, tallies: Tallies, cosine_B: np.ndarray) -> dict[str, Any]:

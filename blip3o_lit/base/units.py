@@ -2,7 +2,9 @@
 
 
 def human_time(seconds: float) -> str:
-    """Return a duration in two units at most, for example `2h10m`."""
+    """Return a duration in two units at most, for example `2h10m` or `42ms`."""
+    if 0.0005 <= seconds < 0.0995:
+        return f"{1000 * seconds:.0f}ms"
     minutes, second = divmod(int(round(seconds)), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)

@@ -19,6 +19,7 @@ from made_run import small_config
 from quick_run import config
 
 from blip3o_lit.base.shape import PairShape, TokenShape
+from blip3o_lit.base.units import human_time
 from blip3o_lit.budget.out_of_memory import advice, batch_limit, savings
 from blip3o_lit.budget.placement import Placement
 from blip3o_lit.budget.plan import Plan
@@ -162,3 +163,11 @@ def test_a_clean_run_prints_no_warning(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         assert not re.search(r"warn|deprecat|Traceback", done.stdout, re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0.0s"), (0.0423, "42ms"), (0.0995, "0.1s"), (59.4, "59.4s"), (60.4, "1m00s")],
+)
+def test_a_duration_is_never_said_to_be_nothing(seconds: float, said: str) -> None:
+    assert human_time(seconds) == said

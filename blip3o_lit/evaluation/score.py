@@ -20,15 +20,15 @@ from blip3o_lit.evaluation.estimators import (
     Batch,
     Estimator,
     exact_estimators,
-    generated,
     known_problem,
 )
-from blip3o_lit.evaluation.examples import examples, ranked, worst
+from blip3o_lit.evaluation.examples import examples, worst
 from blip3o_lit.evaluation.guidance import guidance_curve
 from blip3o_lit.evaluation.held_out import HeldOut
 from blip3o_lit.evaluation.hidden_half import shows_scenes
 from blip3o_lit.evaluation.image_text import ImageText
 from blip3o_lit.evaluation.main_pass import Group, MainPass, Tallies
+from blip3o_lit.evaluation.picture_rows import caption_rows, ranked_rows
 from blip3o_lit.evaluation.probes import Coverage, swapped, time_bins
 from blip3o_lit.evaluation.solver_fits import fit_solvers, missing_budgets
 from blip3o_lit.evaluation.tally import Reference
@@ -37,17 +37,12 @@ from blip3o_lit.evaluation.verdict import check_finite, standing, verdict, verdi
 from blip3o_lit.flow.memo import Memo
 from blip3o_lit.report.record import FORMAT
 from blip3o_lit.tokens.reading.mixture import MixedReader
-from blip3o_lit.tokens.reading.order import evenly
 from blip3o_lit.tokens.reading.reader import TokenReader
 
 CURVE = ("cosine", "cosine_centred", "mse", "frechet", "norm_ratio", "seconds_per_image")
 GENERATED = "generated"
 HALVES = ("demo_masked", "demo_half_text")
 """Data whose condition tower sees the left half alone."""
-PICTURE_ROWS = 2
-"""Drawn rows of the best, the median and the worst images."""
-CAPTION_ROWS, CAPTION_SAMPLES = 6, 3
-"""Drawn captions of a run on words, evenly over the split, and samples of each."""
 
 
 class Scorer:
@@ -271,38 +266,12 @@ class Scorer:
         return examples(self.reader, cosine_B, sources, self.config.pictures)
 
     def _picture_rows(self, tallies: Tallies, cosine_B: np.ndarray) -> dict[str, Any]:
-        """Return pictures of the best, median and worst images, with two samples of each."""
         if self.drawings.drawer is None:
             return {}
+        common = self.drawings, self.held_out, self.loaded, self.config, tallies
         if self.has_words:
-            return {"rows": self._caption_rows(tallies)}
-        by_kind = ranked(cosine_B, PICTURE_ROWS)
-        ids = np.concatenate(list(by_kind.values()))
-        kinds = [kind for kind, numbers in by_kind.items() for _ in numbers]
-        titles = [f"{kind}: {key}" for kind, key in zip(kinds, self.reader.keys(ids))]
-        headline, config = next(iter(tallies)), self.config
-        columns = {headline: tallies[headline].predict}
-        for label in config.solvers[:1]:
-            for number, sample in enumerate(self._sampled(label, 2), 1):
-                columns[f"sample {number}"] = sample
-        return {"rows": self.drawings.rows(self.held_out.read(ids), titles, columns)}
-
-    def _caption_rows(self, tallies: Tallies) -> list[dict[str, object]]:
-        """Return pictures of captions: the true tokens, the regression's, and samples.
-
-        Samples are of the headline's solver, or of the first solver where that draws none.
-        """
-        ids, headline = evenly(self.images, CAPTION_ROWS), next(iter(tallies))
-        columns = {name: tallies[name].predict for name in ("regression",) if name in tallies}
-        for label in [headline] if headline != "mean" else self.config.solvers[:1]:
-            for number, sample in enumerate(self._sampled(label, CAPTION_SAMPLES), 1):
-                columns[f"{label}, sample {number}"] = sample
-        return self.drawings.rows(self.held_out.read(ids), self.reader.captions(ids), columns)
-
-    def _sampled(self, label: str, count: int) -> list[Estimator]:
-        """Return samples of a solver, each with noise of its own."""
-        solver, seed = solver_from_label(label), self.config.seed
-        return [generated(self.loaded, solver, seed + number) for number in range(count)]
+            return {"rows": caption_rows(*common, self.images)}
+        return {"rows": ranked_rows(*common, cosine_B)}
 
     def _curve_points(self, curve: Group) -> list[dict[str, Any]]:
         points = []

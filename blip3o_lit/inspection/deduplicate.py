@@ -37,10 +37,11 @@ class Deduplicated:
     def __str__(self) -> str:
         if not self.left:
             return f"all {self.index.samples:,} samples differ: nothing left"
+        shards = "shard" if self.rewritten == 1 else "shards"
         counts = ", ".join(f"{count:,} of {split}" for split, count in sorted(self.left.items()))
         return (
             f"{sum(self.left.values()):,} samples left ({counts}), {self.index.samples:,} stay; "
-            f"{self.rewritten} shards written again, rejects.jsonl names them"
+            f"{self.rewritten} {shards} written again, rejects.jsonl names them"
         )
 
 

@@ -77,7 +77,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         save_readout(readout, folder)
     fitted = loaded.translator.fitted
     if fitted is not stored and folder == loaded.folder and result["trained_on_these"]:
-        save_solvers(fitted, loaded.content, folder)
+        save_solvers(fitted, scorer.content, folder)
     page = write_report(folder)
     show(result)
     show_averages(result)

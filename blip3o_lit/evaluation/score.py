@@ -70,6 +70,11 @@ class Scorer:
         self.solver_images = min(config.solver_images or self.images, self.images)
         self.curve_images = min(config.curve_images, self.images)
         labels = [*config.estimators, *config.curve]
+        # Taken now: a run that goes on removes and replaces its files.
+        self.checkpoint, self.content = loaded.hash, ""
+        self.rival_checkpoint = rival.hash if rival is not None else ""
+        if missing_budgets(loaded, labels):
+            self.content = loaded.content
         for one in (loaded, rival) if rival is not None else (loaded,):
             fit_solvers(one, train, missing_budgets(one, labels), config.seed, report)
         self.device = loaded.device
@@ -181,7 +186,7 @@ class Scorer:
         if self.rival:
             both = {name: rivals[name] for name in estimators if name in rivals}
             result["paired"] = {
-                "checkpoint": self.rival.hash,
+                "checkpoint": self.rival_checkpoint,
                 "run": self.rival.folder.name,
                 "cosine": {name: estimators[name].compared_with(both[name]) for name in both},
             }
@@ -223,7 +228,7 @@ class Scorer:
             "trained_on_these": (
                 self.train is not None and self.train.content_hash == facts["tokens"]["hash"]
             ),
-            "checkpoint": self.loaded.hash,
+            "checkpoint": self.checkpoint,
             "step": facts["step"],
             "seed": self.config.seed,
             "metrics": list(self.config.metrics),

@@ -10,6 +10,7 @@ import torch
 from made_run import make_run, small_config
 from safetensors.torch import save_file
 
+from blip3o_lit.base.files import sha256_of
 from blip3o_lit.checkpoints.load import load
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.evaluate import EvaluateConfig
@@ -232,6 +233,23 @@ def test_a_checkpoint_is_as_good_as_itself_and_tokens_of_another_seed_are_not_it
     other = Scorer(loaded, *readers, config, home / "fits", lambda *_: None, rival).run()
     assert other["paired"]["cosine"]["mean"]["difference"] < 0
     assert other["paired"]["cosine"]["mean"]["p_value"] < 0.01
+
+
+def test_a_checkpoint_that_its_run_replaces_meanwhile_is_the_one_that_was_scored(
+    run, home, tmp_path
+):
+    copy = shutil.copytree(run, tmp_path / "run")
+    asked = {"solvers": ["fitted-2"], "curve": [], "images": 8, "curve_images": 2}
+    config = EvaluateConfig(ckpt=str(copy), device="cpu", baselines="none", **asked)
+    loaded, rival = load(copy), load(copy)
+    expected, content = sha256_of(loaded.file), load(copy).content
+    scorer = Scorer(
+        loaded, *open_readers(loaded, config), config, home / "fits", lambda *_: None, rival
+    )
+    loaded.file.unlink()
+    result = scorer.run()
+    assert (result["checkpoint"], result["paired"]["checkpoint"]) == (expected, expected)
+    assert scorer.content == content
 
 
 def test_weights_that_are_not_finite_name_their_estimator(run, home):

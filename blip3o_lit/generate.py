@@ -118,6 +118,7 @@ def from_prompts(config: GenerateConfig, line_seconds: float = 10.0) -> Path:
     if config.graphs:
         model.translator.graphs = Graphs(model.device)
     tower = text_tower_of(model.loaded, config.towers.text)
+    tower.check(captions)
     solver = sampling_solver(config.solver, model.config.solver)
     drawer = drawer_of(model.loaded, config.decoder) if config.draw else None
     settings = {

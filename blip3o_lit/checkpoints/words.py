@@ -84,7 +84,11 @@ def caption_condition(
         tower: Gives their states.
         dtype: A key of `TORCH_TYPES`, as float16.
         grid_BMC: Raw grid tokens beside them, where the translator reads both.
+
+    Raises:
+        UserError: If the tower does not know a word.
     """
+    tower.check(list(captions))
     states = [words_LE.to(TORCH_TYPES[dtype]) for words_LE in tower.states(list(captions))]
     length_B = torch.tensor([len(words_LE) for words_LE in states], device=tower.device)
     grid = None if grid_BMC is None else grid_BMC.to(tower.device)

@@ -44,6 +44,11 @@ _NUMBER = {word: number for number, word in enumerate(WORDS, start=1)}
 _END = len(WORDS) + 1
 
 
+def words_of(caption: str) -> list[str]:
+    """Split a caption into words; a comma is one."""
+    return caption.lower().replace(",", " ,").split()
+
+
 def tokenize(captions: list[str]) -> Tensor:
     """Turn captions into word numbers `[B, L]` int64, closed by the end word, padded with 0.
 
@@ -51,8 +56,7 @@ def tokenize(captions: list[str]) -> Tensor:
     """
     numbers_BL = torch.zeros(len(captions), TEXT.context_length, dtype=torch.long)
     for row, caption in enumerate(captions):
-        words = caption.lower().replace(",", " ,").split()
-        numbers = [_NUMBER[word] for word in words if word in _NUMBER]
+        numbers = [_NUMBER[word] for word in words_of(caption) if word in _NUMBER]
         numbers = numbers[: TEXT.context_length - 1] + [_END]
         numbers_BL[row, : len(numbers)] = torch.tensor(numbers)
     return numbers_BL

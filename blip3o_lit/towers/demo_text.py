@@ -2,9 +2,11 @@
 
 from torch import Tensor
 
+from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.towers import TowerConfig
 from blip3o_lit.towers import demo
 from blip3o_lit.towers.open_clip_text import normed_states
+from blip3o_lit.towers.scenes import WORDS
 from blip3o_lit.towers.text_tower import TextInfo, TextTower
 
 
@@ -18,6 +20,15 @@ class DemoText(TextTower):
         self.info = TextInfo(
             f"{tower.info.name}, text", demo.TEXT.width, int(demo.TEXT.context_length or 0)
         )
+
+    def check(self, captions: list[str]) -> None:
+        for caption in captions:
+            unknown = [word for word in demo.words_of(caption) if word not in WORDS]
+            if unknown:
+                raise UserError(
+                    f"{caption!r}: the demo's text tower has no word for {', '.join(unknown)}; it "
+                    f"knows {' '.join(WORDS)}, as in: a red seven at the top left"
+                )
 
     def padded(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         numbers_BL = demo.tokenize(captions).to(self.device)

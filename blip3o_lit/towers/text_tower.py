@@ -38,6 +38,9 @@ class TextTower(nn.Module, ABC):
     def padded(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Return all states `[B, L, E]`, and how many of each row are no padding `[B]` int64."""
 
+    def check(self, captions: list[str]) -> None:
+        """Raise UserError at a word that says nothing to the tower; most read any text."""
+
     @torch.inference_mode()
     def states(self, captions: list[str]) -> list[Tensor]:
         """Return each caption's states `[L, E]`, up to and with its end word, without padding."""

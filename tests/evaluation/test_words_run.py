@@ -23,7 +23,7 @@ from blip3o_lit.config.evaluate import EvaluateConfig
 from blip3o_lit.config.extract import EngineConfig, ExtractConfig
 from blip3o_lit.config.flow import FlowConfig
 from blip3o_lit.config.solver import SolverConfig
-from blip3o_lit.config.towers import TextTowerConfig
+from blip3o_lit.config.towers import TextTowerConfig, TowersConfig
 from blip3o_lit.evaluate import evaluate
 from blip3o_lit.extraction.demo import demo_source
 from blip3o_lit.extraction.engine import extract
@@ -199,6 +199,13 @@ def test_what_gives_no_words_is_refused_by_name(run: Path, tmp_path: Path) -> No
     config.towers.text = TextTowerConfig("open_clip", "ViT-B-32")
     with pytest.raises(UserError, match=r"reads words of demo:clip, text; towers\.text gives"):
         from_prompts(config)
+    (tmp_path / "captions.txt").write_text("a red seven at the top\nA white seven in the middle, ")
+    config = replace(config, towers=TowersConfig())
+    with pytest.raises(UserError, match=r"'A white.*no word for white, in, middle; it knows , a"):
+        from_prompts(config)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="no word for white"):
+        BLIP3oInference(run, "cpu").from_text("a white seven")
     grids = make_run(tmp_path / "grids")
     with pytest.raises(UserError, match="no words"):
         BLIP3oInference(grids, "cpu").from_text(CAPTIONS)

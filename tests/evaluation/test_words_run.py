@@ -119,7 +119,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_prompts_killed_anywhere_go_on_to_the_same_bytes(run: Path, tmp_path: Path) -> None:
-    lines = [f"a red seven, {CAPTIONS[0]}"[: 11 + 13 * n] for n in range(5)]
+    words = f"a red seven, {CAPTIONS[0]}".split()
+    lines = [" ".join(words[: 2 + 2 * n]) for n in range(5)]
     (tmp_path / "captions.txt").write_text("\n".join(lines))
     config = GenerateConfig(
         ckpt=str(run),

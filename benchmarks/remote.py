@@ -184,7 +184,11 @@ def run() -> list[dict[str, Any]]:
                 download(url, folder / "bare")
 
             seconds |= interleaved({"bare download": bare, "cold epoch": cold}, rounds=ROUNDS)
-            warm, plain, again = open_store(url, data), *(TokenStore.open(local) for _ in "12")
+            warm, plain, again = (
+                open_store(url, data),
+                TokenStore.open(local),
+                TokenStore.open(local),
+            )
             seconds |= interleaved(
                 {
                     "warm epoch": lambda: epoch(warm, 1),

@@ -39,8 +39,7 @@ def ranked_rows(
     headline = next(iter(tallies))
     columns = {headline: tallies[headline].predict}
     for label in config.solvers[:1]:
-        for number, sample in enumerate(_samples(loaded, label, RANKED_SAMPLES, config.seed), 1):
-            columns[f"sample {number}"] = sample
+        columns |= _samples(loaded, label, RANKED_SAMPLES, config.seed, "sample")
     return drawings.rows(held.read(ids), titles, columns)
 
 
@@ -59,12 +58,13 @@ def caption_rows(
     ids, headline = evenly(images, CAPTIONS), next(iter(tallies))
     columns = {name: tallies[name].predict for name in ("regression",) if name in tallies}
     for label in [headline] if headline != "mean" else config.solvers[:1]:
-        for number, sample in enumerate(_samples(loaded, label, CAPTION_SAMPLES, config.seed), 1):
-            columns[f"{label}, sample {number}"] = sample
+        columns |= _samples(loaded, label, CAPTION_SAMPLES, config.seed, f"{label}, sample")
     return drawings.rows(held.read(ids), held.reader.captions(ids), columns)
 
 
-def _samples(loaded: Loaded, label: str, count: int, seed: int) -> list[Estimator]:
-    """Return samples of a solver, each with noise of its own."""
+def _samples(loaded: Loaded, label: str, count: int, seed: int, title: str) -> dict[str, Estimator]:
+    """Return samples of a solver by title and number from 1, each with noise of its own."""
     solver = solver_from_label(label)
-    return [generated(loaded, solver, seed + number) for number in range(count)]
+    return {
+        f"{title} {number + 1}": generated(loaded, solver, seed + number) for number in range(count)
+    }

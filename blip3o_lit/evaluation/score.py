@@ -71,12 +71,13 @@ class Scorer:
         self.curve_images = min(config.curve_images, self.images)
         labels = [*config.estimators, *config.curve]
         # Taken now: a run that goes on removes and replaces its files.
-        self.checkpoint, self.content = loaded.hash, ""
+        self.checkpoint = loaded.hash
         self.rival_checkpoint = rival.hash if rival is not None else ""
-        if missing_budgets(loaded, labels):
-            self.content = loaded.content
-        for one in (loaded, rival) if rival is not None else (loaded,):
-            fit_solvers(one, train, missing_budgets(one, labels), config.seed, report)
+        budgets = missing_budgets(loaded, labels)
+        self.content = loaded.content if budgets else ""
+        fit_solvers(loaded, train, budgets, config.seed, report)
+        if rival is not None:
+            fit_solvers(rival, train, missing_budgets(rival, labels), config.seed, report)
         self.device = loaded.device
         self.held_out = HeldOut(held, self.device, config.batch_size, report)
         self.baselines = [*BASELINE_SETS[config.baselines], *config.own_baselines]

@@ -157,8 +157,10 @@ def say_how_to_resume(run_dir: Path, step: int) -> None:
 
 
 def say_stopped_early(plan: Plan, step: int) -> None:
-    patience = plan.config.evaluation.patience
-    why = f"no better one in {patience} validations" if patience else "by a callback"
+    checks = plan.config.evaluation
+    why = "by a callback"
+    if checks.patience:
+        why = f"no better held-out {checks.best_by} in {checks.patience} validations"
     say(f"stopped early at step {step} of {plan.steps}: {why}")
 
 

@@ -23,7 +23,8 @@ UNIFORMS = 3
 """Uniform numbers of one sample: whether it is a pair, of which length, and where."""
 LEVELS = 7
 """Lengths of a pair's way: 1, 1/2, ... 1/64, each as often. Its place is one of a grid of such
-ways, so that the halves of most are pairs themselves."""
+ways, so that the halves of all but the shortest are pairs themselves."""
+SHORTEST = 2.0 ** (1 - LEVELS)
 
 MapOutput = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Points x_t, their times t and the ends s to the output X."""
@@ -64,10 +65,15 @@ def pair_times(uniforms_B3: Tensor, t_B: Tensor, config: FlowConfig) -> tuple[Te
 
 @torch.no_grad()
 def half_steps(output: MapOutput, path: Path, x_BND: Tensor, t_B: Tensor, s_B: Tensor) -> Tensor:
-    """Return the output whose map from t to s ends where two maps over the halves do."""
+    """Return the output whose map from t to s ends where two maps over the halves do.
+
+    Halves of the shortest ways are steps of the flow itself: that is what all longer ones rest on.
+    """
     middle_B = (t_B + s_B) / 2
-    first_BND = output(x_BND, t_B, middle_B)
-    second_BND = output(path.step(x_BND, first_BND, t_B, middle_B), middle_B, s_B)
+    flows_B = s_B - t_B <= SHORTEST
+    first_BND = output(x_BND, t_B, torch.where(flows_B, t_B, middle_B))
+    middle_BND = path.step(x_BND, first_BND, t_B, middle_B)
+    second_BND = output(middle_BND, middle_B, torch.where(flows_B, middle_B, s_B))
     share_B = first_share(path, t_B, middle_B, s_B)
     return torch.lerp(second_BND, first_BND, over(share_B, x_BND))
 

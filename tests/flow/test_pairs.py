@@ -10,7 +10,7 @@ from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.flow import PATHS, FlowConfig
 from blip3o_lit.config.solver import SolverConfig, check_solver
 from blip3o_lit.flow.objective import FlowObjective
-from blip3o_lit.flow.pairs import LEVELS, Pairs, half_steps, pair_times
+from blip3o_lit.flow.pairs import LEVELS, SHORTEST, Pairs, half_steps, pair_times
 from blip3o_lit.flow.path import over, path_named
 from blip3o_lit.flow.solvers import sample
 from blip3o_lit.flow.times import training_times
@@ -44,10 +44,30 @@ def test_two_exact_half_maps_are_one_map(name):
     generator = torch.Generator().manual_seed(0)
     x_BND = torch.randn(4, 3, 9, generator=generator, dtype=torch.float64)
     t_B = torch.tensor([0.0, 0.0, 0.3, 0.9], dtype=torch.float64)
-    s_B = torch.tensor([1.0, 0.2, 0.31, 1.0], dtype=torch.float64)
+    s_B = torch.tensor([1.0, 0.2, 0.35, 1.0], dtype=torch.float64)
     output = exact_output(path)
     target_BND = half_steps(output, path, x_BND, t_B, s_B)
     torch.testing.assert_close(target_BND, output(x_BND, t_B, s_B))
+
+
+def test_the_shortest_ways_rest_on_two_steps_of_the_flow():
+    path = path_named("linear")
+    x_BND = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
+    t_B = torch.tensor([0.5, 0.5])
+    s_B = t_B + torch.tensor([SHORTEST, 2 * SHORTEST])
+    ends = []
+
+    def output(x_BND, t_B, s_B):
+        ends.append((s_B - t_B).tolist())
+        return 2 * x_BND + over(t_B, x_BND)
+
+    target_BND = half_steps(output, path, x_BND, t_B, s_B)
+    assert ends == [[0, SHORTEST]] * 2
+    half = SHORTEST / 2
+    first_ND = x_BND[0] + half * (2 * x_BND[0] + 0.5 - x_BND[0]) / 0.5
+    second_ND = first_ND + half * (2 * first_ND + 0.5 + half - first_ND) / (0.5 - half)
+    end_BND = path.step(x_BND, target_BND, t_B, s_B)
+    torch.testing.assert_close(end_BND[0], second_ND)
 
 
 def test_the_exact_map_draws_in_one_step_what_it_draws_in_four():

@@ -10,6 +10,7 @@ import torch
 
 from blip3o_lit.budget.plan import Plan
 from blip3o_lit.extraction.direct.store import PictureReader
+from blip3o_lit.flow.pairs import UNIFORMS, pair_times
 from blip3o_lit.tokens.reading.reader import TokenReader
 from blip3o_lit.training.module import TranslationModule
 
@@ -34,14 +35,17 @@ def step_seconds(plan: Plan, module: TranslationModule, train: TokenReader) -> f
     objective, best = copy.deepcopy(module.objective), float("inf")
     end = time.perf_counter() + SECONDS
     with torch.random.fork_rng(devices=[]):
-        z_BND, t_B = torch.randn_like(x1_BND), torch.rand(count)
+        z_BND, (t_B, pairs) = torch.randn_like(x1_BND), (torch.rand(count), None)
+        if objective.config.pairs > 0:
+            evenly_BU = ((torch.arange(count) + 0.5) / count)[:, None].expand(-1, UNIFORMS)
+            t_B, pairs = pair_times(evenly_BU, t_B, objective.config)
         for number in range(PASSES):
             start = time.perf_counter()
             if number > 1 and start > end:
                 break
             autocast = place.precision.autocast
             with torch.autocast("cpu", autocast, enabled=autocast is not None):
-                terms = objective.loss(module.network, condition, x1_BND, z_BND, t_B)
+                terms = objective.loss(module.network, condition, x1_BND, z_BND, t_B, pairs=pairs)
             terms.total.backward()
             best = min(best, time.perf_counter() - start)
     module.network.zero_grad(set_to_none=True)

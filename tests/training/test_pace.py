@@ -30,3 +30,19 @@ def test_a_measured_step_leaves_weights_random_numbers_and_scales_alone() -> Non
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert torch.equal(torch.get_rng_state(), numbers)
     assert all(weight.grad is None for weight in module.parameters())
+
+
+def test_a_measured_step_trains_as_many_pairs_as_the_run() -> None:
+    run = config()
+    run = replace(run, flow=FlowConfig(pairs=0.5), model=replace(run.model, second_time=True))
+    data, steps = open_data(run)
+    plan = make_plan(run, data, steps, this_machine("cpu"))
+    module = TranslationModule(plan, data)
+    rows: list[tuple[bool, int]] = []
+    module.network.register_forward_pre_hook(
+        lambda network, given: rows.append((torch.is_grad_enabled(), len(given[0])))
+    )
+    assert isinstance(data.train, TokenReader)
+    step_seconds(plan, module, data.train)
+    whole = rows[2][1]
+    assert rows[:3] == [(False, whole // 2), (False, whole // 2), (True, whole)]

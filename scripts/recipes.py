@@ -7,7 +7,7 @@ were settled before are in docs/parts.md.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 SEEDS = (0, 1, 2)
@@ -29,7 +29,7 @@ FULL += "curve_images=128 sample_images=32 images=256"
 """How the default is scored: beside the baselines, with the curve over network evaluations."""
 LARGE = "baselines=none solvers=[heun-10,heun-50,ab2-4,fitted-4] curve=[] samples=4 images=256"
 """How the larger network's samples are scored."""
-MAPPED = "baselines=none solvers=[map-1,map-2,map-4,ab2-8,heun-10,heun-50] curve=[] samples=0 "
+MAPPED = "baselines=none solvers=[map-1,map-2,map-4,ab2-8,heun-10] curve=[] samples=0 "
 MAPPED += "images=256"
 """How a recipe with maps is scored."""
 JUDGED = {
@@ -52,6 +52,8 @@ class Recipe:
     testbeds: tuple[str, ...] = ("demo", "demo_masked")
     seeds: tuple[int, ...] = SEEDS
     scored: str = PARTLY
+    begins_from: Recipe | None = None
+    """Whose weights it begins from: `init_from` a run of the same testbed and seed."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,12 @@ class Run:
         ]
 
     @property
+    def first(self) -> Run | None:
+        """The run whose weights it begins from."""
+        begin = self.recipe.begins_from
+        return begin and replace(self, recipe=begin)
+
+    @property
     def evaluation(self) -> list[str]:
         """The words after `python -m blip3o_lit.evaluate ckpt=RUN`."""
         return [*self.recipe.scored.split(), *JUDGED.get(self.testbed, "").split()]
@@ -92,7 +100,7 @@ class Run:
             "evaluate": asdict(
                 composed("evaluate", EvaluateConfig, ["ckpt=RUN", *self.evaluation])
             ),
-        }
+        } | ({"first": self.first.settings()["train"]} if self.first else {})
 
 
 GUESSING = ("demo", "demo_masked")
@@ -108,20 +116,35 @@ BASE = Recipe(
 ON = {testbed: DEFAULT if testbed in GUESSING else BASE for testbed in SHORT}
 """The default on each testbed: experiments with closed forms leave the cosine term out."""
 LARGER = Recipe("default", "the default", "", ("demo_masked_large",), SEEDS, LARGE)
-MAPS = Recipe(
-    "maps",
-    "maps: half of the draws are pairs of times",
-    f"{PLAIN} flow.pairs=0.5 model.time_scale=10",
-    ("linear_gaussian", "ambiguous", "demo_masked"),
-    SEEDS,
-    MAPPED,
-)
+SLOW = f"{PLAIN} model.time_scale=10"
+MAPS = {
+    testbed: Recipe(
+        "maps",
+        "maps: half of the draws are pairs of times, from a plain run's weights",
+        f"{SLOW} flow.pairs=0.5 {shorter}",
+        (testbed,),
+        SEEDS,
+        MAPPED,
+        Recipe("slow", "time embedding of 10 t", SLOW),
+    )
+    for testbed, shorter in {
+        "linear_gaussian": "trainer.max_steps=400",
+        "ambiguous": "trainer.max_steps=750",
+        "demo_masked": "trainer.max_steps=440 optimizer.lr=4e-3",
+    }.items()
+}
+"""By testbed."""
 PARTS = tuple(
     Recipe(key, what, f"{PLAIN} {overrides}")
     for key, what, overrides in (
         ("share_67", "two thirds at t = 0", "flow.time_zero_share=0.67"),
         ("shift", "times shifted by sqrt(tokens x channels / 4096)", "flow.time_shift=2.83"),
         ("time_10", "time embedding of 10 t", "model.time_scale=10"),
+        (
+            "early",
+            "both: times shifted by 4, embedding of 10 t",
+            "flow.time_shift=4 model.time_scale=10",
+        ),
         ("batch_16", "half the steps, of 16 images", "batch_size=16 trainer.max_steps=220"),
     )
 )
@@ -167,7 +190,7 @@ RATES = {
     for rate in rates
 }
 """The learning rate over widths, by optimizer, width and rate."""
-CLAIMED = (DEFAULT, BASE, MAPS, LARGER, *SEED_RECIPES)
+CLAIMED = (DEFAULT, BASE, *MAPS.values(), LARGER, *SEED_RECIPES)
 RECIPES = (*CLAIMED, *RATES.values(), *PARTS)
 RUNS = tuple(
     sorted(

@@ -78,10 +78,14 @@ def measure(run: Run) -> dict[str, Any]:
     folder = folder_of(run)
     shutil.rmtree(folder)
     folder.mkdir()
-    train = composed("train", TrainConfig, run.overrides)
+    words = run.overrides
     with (folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         began = time.process_time()  # the same on a busy machine
-        run_training(train, folder, list(run.overrides))
+        if run.first:
+            first = run.first.overrides
+            run_training(composed("train", TrainConfig, first), folder / "first", first)
+            words = [*words, f"init_from={folder / 'first'}"]
+        run_training(composed("train", TrainConfig, words), folder, words)
         seconds = time.process_time() - began
         settings = [f"ckpt={folder}", *run.evaluation]
         config = composed("evaluate", EvaluateConfig, settings)
@@ -90,7 +94,8 @@ def measure(run: Run) -> dict[str, Any]:
         scorer = Scorer(loaded, *readers, config, fits(), lambda *_: None)
         scores = scorer.run()
     write_json(folder / "evaluation.json", scores)
-    shutil.rmtree(folder / "checkpoints")  # 100 runs of them would fill a small disk
+    for run_folder in (folder, folder / "first"):  # 100 runs of them would fill a small disk
+        shutil.rmtree(run_folder / "checkpoints", ignore_errors=True)
     weights = sum(p.numel() for p in loaded.translator.network.parameters())
     write_record(run, scores, {"training_seconds": round(seconds), "parameters": weights})
     return scores
@@ -105,7 +110,12 @@ def main(words: list[str]) -> int:
         return 2
     if "list" in plain:
         for run in RUNS:
-            print(f"{run.name}\n  python -m blip3o_lit.train {' '.join(run.overrides)}")
+            steps = [run.overrides]
+            if run.first:
+                begun = [*run.first.overrides, "hydra.run.dir=first"]
+                steps = [begun, [*run.overrides, "init_from=first"]]
+            lines = [f"  python -m blip3o_lit.train {' '.join(words)}" for words in steps]
+            print(run.name, *lines, sep="\n")
         return 0
     os.chdir(ROOT)
     deadline = time.monotonic() + 60 * float(given.get("minutes", "inf"))

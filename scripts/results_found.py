@@ -16,9 +16,16 @@ T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 def scores_of(found: Found, recipe: Recipe, testbed: str) -> list[dict[str, Any]]:
     """Return the evaluations of a recipe on a testbed, a seed each."""
-    return [
-        scores for run, scores in found.items() if (run.recipe, run.testbed) == (recipe, testbed)
-    ]
+    return list(by_seed(found, recipe, testbed).values())
+
+
+def by_seed(found: Found, recipe: Recipe, testbed: str) -> dict[int, dict[str, Any]]:
+    """Return the evaluations of a recipe on a testbed by seed."""
+    return {
+        run.seed: scores
+        for run, scores in found.items()
+        if (run.recipe, run.testbed) == (recipe, testbed)
+    }
 
 
 def estimator(scores: dict[str, Any], name: str, key: str = "cosine") -> float | None:
@@ -51,13 +58,11 @@ def gains(found: Found, recipe: Recipe, base: Recipe, testbed: str, name: str) -
     The mean is compared in cosine, samples in the logarithm of their token Frechet distance: a
     sample whose cosine is higher than a true sample's is not better.
     """
-    of_base = {r.seed: s for r, s in found.items() if (r.recipe, r.testbed) == (base, testbed)}
+    of_base = by_seed(found, base, testbed)
     pairs = [
-        (scores["estimators"][name], of_base[run.seed]["estimators"][name])
-        for run, scores in found.items()
-        if (run.recipe, run.testbed) == (recipe, testbed)
-        and run.seed in of_base
-        and name in scores["estimators"]
+        (scores["estimators"][name], of_base[seed]["estimators"][name])
+        for seed, scores in by_seed(found, recipe, testbed).items()
+        if seed in of_base and name in scores["estimators"]
     ]
     if name == "mean":
         return [ours["cosine"] - theirs["cosine"] for ours, theirs in pairs]

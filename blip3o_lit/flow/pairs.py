@@ -67,14 +67,15 @@ def pair_times(uniforms_B3: Tensor, t_B: Tensor, config: FlowConfig) -> tuple[Te
 def half_steps(output: MapOutput, path: Path, x_BND: Tensor, t_B: Tensor, s_B: Tensor) -> Tensor:
     """Return the output whose map from t to s ends where two maps over the halves do.
 
-    Halves of the shortest ways are steps of the flow itself: that is what all longer ones rest on.
+    The shortest ways are midpoint steps of the flow itself, which all longer ones rest on: two of
+    Euler's would lose variance in each.
     """
     middle_B = (t_B + s_B) / 2
     flows_B = s_B - t_B <= SHORTEST
     first_BND = output(x_BND, t_B, torch.where(flows_B, t_B, middle_B))
     middle_BND = path.step(x_BND, first_BND, t_B, middle_B)
     second_BND = output(middle_BND, middle_B, torch.where(flows_B, middle_B, s_B))
-    share_B = first_share(path, t_B, middle_B, s_B)
+    share_B = first_share(path, t_B, middle_B, s_B).masked_fill(flows_B, 0)
     return torch.lerp(second_BND, first_BND, over(share_B, x_BND))
 
 

@@ -70,17 +70,22 @@ class Peer(Network):
         self.blocks = nn.ModuleList(parts.blocks)
         self.input, self.condition = nn.Linear(target, width), nn.Linear(source, width)
         self.pool = nn.Linear(source, width)
+        if hasattr(self.time, "W"):  # RAE's torch.normal takes no notice of torch.device("meta")
+            place = self.pool.weight.device
+            self.time.W = nn.Parameter(self.time.W.to(place), requires_grad=False)
         self.head, self.head_width = parts.head, parts.head_width
         if self.head:
             self.head_input = nn.Linear(target, self.head_width)
             self.project = nn.Linear(width, self.head_width)
-        # Outside of the module tree: fixed tables are neither weights nor to be emptied.
-        self.fixed = [self.tables()]
 
-    def tables(self) -> tuple[Any, ...]:
-        with torch.device("cpu"):
-            parts = self.parts()
-        return parts.ropes, parts.positions_NW
+    def tables(self, device: torch.device) -> tuple[Any, Tensor]:
+        """Return the fixed tables on a device: no weights, so they are not part of the module."""
+        if device not in (kept := self.__dict__.setdefault("kept", {})):
+            with torch.device("cpu"):  # a network on `meta` would leave them empty
+                parts = self.parts()
+            ropes = tuple(rope.to(device) for rope in parts.ropes)  # type: ignore[attr-defined]
+            kept[device] = ropes, parts.positions_NW.to(device)
+        return kept[device]
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:
@@ -112,7 +117,7 @@ class Peer(Network):
         self, x_BND: Tensor, t_B: Tensor, condition: Any, s_B: Tensor | None = None
     ) -> Tensor:
         encoded = self.encoded(condition)
-        ropes, positions_NW = self.fixed[0]
+        ropes, positions_NW = self.tables(x_BND.device)
         time_BW = self.time(t_B)
         signal_BW = time_BW + encoded.pooled
         x_BNW = self.input(x_BND) + encoded.tokens + positions_NW

@@ -116,16 +116,16 @@ BASE = Recipe(
 ON = {testbed: DEFAULT if testbed in GUESSING else BASE for testbed in SHORT}
 """The default on each testbed: experiments with closed forms leave the cosine term out."""
 LARGER = Recipe("default", "the default", "", ("demo_masked_large",), SEEDS, LARGE)
-SLOW = f"{PLAIN} model.time_scale=10"
+TIME_10 = Recipe("time_10", "time embedding of 10 t", f"{PLAIN} model.time_scale=10")
 MAPS = {
     testbed: Recipe(
         "maps",
         "maps: half of the draws are pairs of times, from a plain run's weights",
-        f"{SLOW} flow.pairs=0.5 {shorter}",
+        f"{TIME_10.overrides} flow.pairs=0.5 {shorter}",
         (testbed,),
         SEEDS,
         MAPPED,
-        Recipe("slow", "time embedding of 10 t", SLOW),
+        TIME_10,
     )
     for testbed, shorter in {
         "linear_gaussian": "trainer.max_steps=400",
@@ -134,19 +134,16 @@ MAPS = {
     }.items()
 }
 """By testbed."""
-PARTS = tuple(
-    Recipe(key, what, f"{PLAIN} {overrides}")
-    for key, what, overrides in (
-        ("share_67", "two thirds at t = 0", "flow.time_zero_share=0.67"),
-        ("shift", "times shifted by sqrt(tokens x channels / 4096)", "flow.time_shift=2.83"),
-        ("time_10", "time embedding of 10 t", "model.time_scale=10"),
-        (
-            "early",
-            "both: times shifted by 4, embedding of 10 t",
-            "flow.time_shift=4 model.time_scale=10",
-        ),
-        ("batch_16", "half the steps, of 16 images", "batch_size=16 trainer.max_steps=220"),
-    )
+PARTS = (
+    Recipe("share_67", "two thirds at t = 0", f"{PLAIN} flow.time_zero_share=0.67"),
+    Recipe(
+        "shift", "times shifted by sqrt(tokens x channels / 4096)", f"{PLAIN} flow.time_shift=2.83"
+    ),
+    TIME_10,
+    Recipe("early", "the same, and times shifted by 4", f"{TIME_10.overrides} flow.time_shift=4"),
+    Recipe(
+        "batch_16", "half the steps, of 16 images", f"{PLAIN} batch_size=16 trainer.max_steps=220"
+    ),
 )
 _SEED_PATCH = (
     f"experiment=seed_patch {QUIET} data=demo data.demo.images=1024 model.width=128 model.depth=2 "

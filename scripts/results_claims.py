@@ -31,6 +31,10 @@ REASONS = {
     "demo_masked: change": "Where the condition leaves several answers open, a sample chooses "
     "among them early, and four steps of a fixed grid are too few to choose well; fitted-4 and "
     "heun-10 choose.",
+    "demo_masked_large": "480 steps are too few for hidden halves at this size, too: what more "
+    "steps and a map reach is in [Few evaluations](solvers.md#half-a-picture).",
+    "ambiguous: token Frechet of map-1": "750 steps with pairs leave more than the 2,000 of "
+    "[Few evaluations](solvers.md#measured_1), which meet it.",
     "ambiguous: change": "The same, as hard as it gets: three answers far apart, and a "
     "Frechet distance of 50 steps that is nearly 0, so that its multiples are large.",
 }

@@ -40,7 +40,7 @@ SCHEMAS = {
     "train": TrainConfig,
 }
 # Pages that scripts write from runs; the site leads to them, a checkout may be without them.
-GENERATED = {"objective.md", "results.md"}
+GENERATED = {"objective.md", "peers.md", "results.md"}
 # Python blocks that are compiled and whose names are looked up, but not run here.
 NOT_RUN = {
     "extending.md": "tests/cli/test_plugins.py installs them as a package",

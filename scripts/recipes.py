@@ -140,7 +140,9 @@ PARTS = (
         "shift", "times shifted by sqrt(tokens x channels / 4096)", f"{PLAIN} flow.time_shift=2.83"
     ),
     TIME_10,
-    Recipe("early", "the same, and times shifted by 4", f"{TIME_10.overrides} flow.time_shift=4"),
+    Recipe(
+        "early", "embedding of 10 t, times shifted by 4", f"{TIME_10.overrides} flow.time_shift=4"
+    ),
     Recipe(
         "batch_16", "half the steps, of 16 images", f"{PLAIN} batch_size=16 trainer.max_steps=220"
     ),

@@ -88,6 +88,7 @@ REASONS = {
     "train experiment=text data=tokens": "wants that store; test_words_run.py has such a run",
     "scripts/from_seed.py": "test_from_seed.py runs every block of that page",
     "scripts/objective_table.py": "takes hours",
+    "scripts/peers.py": "wants three checkouts, and half an hour",
     "scripts/simulate_cluster.py": "a minute; its smaller line is run",
     **FOREIGN,
 }

@@ -21,6 +21,8 @@ from blip3o_lit.config.train import TrainConfig
 
 STORE = "BLIP3O_STORE"
 """Name of the run and place of its store, as the rank 0 that started this rank left it."""
+TOLD = (PARENT, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What rank 0 sets for the ranks that it starts."""
 PATIENCE = 3600.0
 """Seconds at least for what the first rank does: it may read some thousand images."""
 _stores: dict[int, TCPStore] = {}
@@ -35,6 +37,7 @@ class Ranks(lightning_environment.LightningEnvironment):
         self.this = this
         self.rank = this.node * devices + this.local if this.rank is None else this.rank
         self.address, self.port = "127.0.0.1", 0
+        self.found: dict[str, str | None] = {}
         if this.by != "plain" or nodes > 1:
             self.address, self.port = given_place(this)
         rank_zero_only.rank = self.rank
@@ -67,16 +70,29 @@ class Ranks(lightning_environment.LightningEnvironment):
     def node_rank(self) -> int:
         return self.this.node
 
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Mark the environment, which the ranks about to be started inherit, with who starts them.
+
+        Lightning's last call before it starts them; it sets the other variables itself.
+        """
+        if not self.creates_processes_externally and num_devices * num_nodes > 1:
+            self.found = {name: os.environ.get(name) for name in TOLD}
+            os.environ[PARENT] = str(os.getpid())
+
     def teardown(self) -> None:
-        if self.this.by in ("plain", "parent"):
+        if self.this.by == "parent":
             super().teardown()  # takes WORLD_SIZE away, which a launcher needs to have set
+        for name, value in self.found.items():  # no later child of this process is a rank
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self.found = {}
 
 
 def ranks(this: Launch, devices: int, nodes: int) -> Ranks:
     """Return the ranks of a run of `nodes` times `devices` processes, for Lightning's Trainer."""
     this.check(devices, nodes)
-    if this.by == "plain" and devices * nodes > 1:
-        os.environ[PARENT] = str(os.getpid())
     return Ranks(this, devices, nodes)
 
 

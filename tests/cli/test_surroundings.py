@@ -23,7 +23,7 @@ from blip3o_lit.base.home import home, refusal
 from blip3o_lit.base.launcher import Launch, launch
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.extraction.engine import worker_of
-from blip3o_lit.training.cluster import ranks
+from blip3o_lit.training.cluster import TOLD, ranks
 from blip3o_lit.training.loggers import loggers
 
 OWN, PARENT = 1000, 999
@@ -173,6 +173,24 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ranks(Launch(), 2, 1).main_port > 0
         with pytest.raises(UserError, match=f"MASTER_PORT={wrong}"):
             ranks(Launch("hand", 1, 1, 0, 2), 2, 1)
+
+
+def test_ranks_leave_the_environment_as_they_found_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in TOLD:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_PORT", "29111")
+    before = dict(os.environ)
+    planned = ranks(Launch(), 2, 1)
+    assert dict(os.environ) == before, "a run that is planned alone leaves a mark"
+    planned.validate_settings(2, 1)
+    os.environ.update(dict.fromkeys(TOLD[1:], "0"))  # as Lightning, before it starts the others
+    assert launch() == Launch(), "rank 0 takes itself for one that was started"
+    planned.teardown()
+    assert dict(os.environ) == before
+    alone = ranks(Launch(), 1, 1)
+    alone.validate_settings(1, 1)
+    alone.teardown()
+    assert dict(os.environ) == before
 
 
 def test_extraction_takes_its_share_from_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:

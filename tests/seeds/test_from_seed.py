@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -441,6 +442,7 @@ def test_the_other_training_lines_really_train_when_shrunk(name: str, here: Path
     script = [sys.executable, str(ROOT / "scripts" / "from_seed.py"), "--shrink", "--"]
     # Sixteen images: two epochs of the large batches are enough.
     line = TRAINING[name] + (" --num_epochs 2" if "--num_epochs" not in TRAINING[name] else "")
+    shutil.rmtree(here / "checkpoints", ignore_errors=True)  # two lines write to one folder
     done = subprocess.run([*script, *words(line)], cwd=here, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     config = config_of(steps_of(line)[-1])

@@ -90,7 +90,7 @@ def _optimizers(device: torch.device) -> None:
             network = build_network(sized("base", device), SHAPE)
         for parameter in network.parameters():
             parameter.grad = torch.randn_like(parameter)
-        optimizer = make_optimizer(network, OptimizerConfig(name))
+        optimizer = make_optimizer(network, OptimizerConfig(name, muon_layers="tokens"))
         optimizer.found_inf = torch.zeros((), device=device)  # type: ignore[attr-defined]
         seconds = seconds_a_call(lambda step=optimizer.step: step() and None, device, 9)
         print(f"  gpu/base optimizer {name}: {1e3 * seconds:.2f} ms a step")

@@ -14,7 +14,7 @@ from benchmarks.timing import interleaved, result
 from benchmarks.training import SHAPE, model_config
 from blip3o_lit.config.optimizer import OptimizerConfig
 from blip3o_lit.models.network_of import build_network
-from blip3o_lit.models.optimizer import make_optimizer
+from blip3o_lit.models.optimizer import make_optimizer, muon_matrices
 
 SIZES = ("demo", "base")
 
@@ -27,8 +27,8 @@ def with_gradients(network: nn.Module) -> nn.Module:
 
 
 def apart(network: nn.Module) -> Callable[[], None]:
-    """Return a step of torch's two optimizers, the matrices of the blocks with Muon."""
-    hidden = [p for n, p in network.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
+    """Return a step of torch's two optimizers, Muon with the matrices that tokens go through."""
+    hidden = list(muon_matrices(network, "tokens").values())
     own = {id(parameter) for parameter in hidden}
     rest = [p for p in network.parameters() if id(p) not in own]
     optimizers = (Muon(hidden, adjust_lr_fn="match_rms_adamw"), AdamW(rest, fused=True))
@@ -37,13 +37,13 @@ def apart(network: nn.Module) -> Callable[[], None]:
 
 def run() -> list[dict[str, Any]]:
     """Time a step for two sizes."""
-    found = []
+    found, config = [], OptimizerConfig("muon", muon_layers="tokens")
     for name in SIZES:
         network = build_network(model_config(name), SHAPE)
         nets = [with_gradients(copy.deepcopy(network)) for _ in range(3)]
         seconds = interleaved(
             {
-                "muon": make_optimizer(nets[0], OptimizerConfig("muon")).step,
+                "muon": make_optimizer(nets[0], config).step,
                 "torch's, apart": apart(nets[1]),
                 "adamw": make_optimizer(nets[2], OptimizerConfig("adamw")).step,
             },

@@ -100,7 +100,9 @@ def ten_steps(
 ) -> torch.Tensor:
     """Return the losses of ten steps on what `batch` returns, or on a part of it."""
     objective = FlowObjective(FlowConfig())
-    optimizer = make_optimizer(network, OptimizerConfig(optimizer_name, lr=1e-2))
+    optimizer = make_optimizer(
+        network, OptimizerConfig(optimizer_name, muon_layers="tokens", lr=1e-2)
+    )
     found = []
     for _ in range(10):
         with torch.autocast(tensors[0].device.type, torch.bfloat16, enabled=low):

@@ -29,7 +29,8 @@ SAMPLER = "heun-5"
 BASE = (
     "experiment=demo_large mode=grid_64 model.width=64 model.depth=2 model.heads=4 "
     "model.kv_heads=4 model.mlp_width=128 trainer.max_steps=100 trainer.log_every=50 batch_size=16 "
-    "evaluation.every=1000 evaluation.images=16 precision=fp32 logger=csv flow.cosine_weight=0"
+    "evaluation.every=1000 evaluation.images=16 precision=fp32 logger=csv flow.cosine_weight=0 "
+    "model.positions=rope optimizer.muon_layers=blocks"
 )
 COMMAND = "python -m blip3o_lit.train " + BASE
 

@@ -34,7 +34,7 @@ from blip3o_lit.models.network import EncodedCondition, Network
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, PAGE = ROOT / "outputs" / "peers", ROOT / "docs" / "peers.md"
-RATES = {"muon": ("1e-2",), "adamw": ("1e-3", "3e-3", "6e-3", "1e-2")}
+RATES = {"muon": ("1e-2",), "adamw": ("5e-3", "1e-2", "2e-2")}
 MLP = 3.0
 """Their feed-forward takes two thirds of this times the width: twice the width, as ours."""
 

@@ -8,6 +8,8 @@ were settled before are in docs/parts.md.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 SEEDS = (0, 1, 2)
@@ -84,6 +86,13 @@ class Run:
         begin = self.recipe.begins_from
         return begin and replace(self, recipe=begin)
 
+    def trainings(self, folder: Path) -> dict[Path, list[str]]:
+        """Return the words of its runs by run directory, in their order: `folder` is its own."""
+        if self.first is None:
+            return {folder: self.overrides}
+        begun = folder / "first"
+        return {begun: self.first.overrides, folder: [*self.overrides, f"init_from={begun}"]}
+
     @property
     def evaluation(self) -> list[str]:
         """The words after `python -m blip3o_lit.evaluate ckpt=RUN`."""
@@ -91,16 +100,21 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """Return every key and value that the run is made with."""
-        from blip3o_lit.cli.command import composed
-        from blip3o_lit.config.evaluate import EvaluateConfig
-        from blip3o_lit.config.train import TrainConfig
+        made = {
+            "train": _settings("train", tuple(self.overrides)),
+            "evaluate": _settings("evaluate", ("ckpt=RUN", *self.evaluation)),
+        }
+        return made | ({"first": self.first.settings()["train"]} if self.first else {})
 
-        return {
-            "train": asdict(composed("train", TrainConfig, self.overrides)),
-            "evaluate": asdict(
-                composed("evaluate", EvaluateConfig, ["ckpt=RUN", *self.evaluation])
-            ),
-        } | ({"first": self.first.settings()["train"]} if self.first else {})
+
+@cache
+def _settings(command: str, words: tuple[str, ...]) -> dict[str, Any]:
+    from blip3o_lit.cli.command import composed
+    from blip3o_lit.config.evaluate import EvaluateConfig
+    from blip3o_lit.config.train import TrainConfig
+
+    kind = TrainConfig if command == "train" else EvaluateConfig
+    return asdict(composed(command, kind, list(words)))
 
 
 GUESSING = ("demo", "demo_masked")
@@ -128,8 +142,8 @@ MAPS = {
         TIME_10,
     )
     for testbed, shorter in {
-        "linear_gaussian": "trainer.max_steps=400",
-        "ambiguous": "trainer.max_steps=750",
+        "linear_gaussian": "",
+        "ambiguous": "trainer.max_steps=2000",
         "demo_masked": "trainer.max_steps=440 optimizer.lr=4e-3",
     }.items()
 }
@@ -167,10 +181,11 @@ SEED_RECIPES = (
            ("demo",), (0,), _SEED_SCORED),
 )  # fmt: skip
 GRID = ("1.8e-3", "2.5e-3", "3.5e-3", "5e-3", "7e-3", "1e-2", "1.4e-2", "2e-2", "2.8e-2", "4e-2")
+GRID += ("5.6e-2",)
 """Learning rates, a factor of about 1.4 apart."""
 RATES_TRIED = {
-    "muon": {64: GRID[3:9], 128: GRID[3:8], 256: GRID[2:8], 512: GRID[1:6]},
-    "adamw": {64: GRID[3:], 128: GRID[3:8], 256: GRID[1:6], 512: GRID[:4]},
+    "muon": {64: GRID[3:], 128: GRID[3:9], 256: GRID[2:8], 512: GRID[1:7]},
+    "adamw": {64: GRID[3:10], 128: GRID[3:8], 256: GRID[1:6], 512: GRID[:4]},
 }
 """By optimizer and width: each reaches past its best on both sides."""
 RATES = {

@@ -78,14 +78,11 @@ def measure(run: Run) -> dict[str, Any]:
     folder = folder_of(run)
     shutil.rmtree(folder)
     folder.mkdir()
-    words = run.overrides
+    trainings = run.trainings(folder)
     with (folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         began = time.process_time()  # the same on a busy machine
-        if run.first:
-            first = run.first.overrides
-            run_training(composed("train", TrainConfig, first), folder / "first", first)
-            words = [*words, f"init_from={folder / 'first'}"]
-        run_training(composed("train", TrainConfig, words), folder, words)
+        for place, words in trainings.items():
+            run_training(composed("train", TrainConfig, words), place, words)
         seconds = time.process_time() - began
         settings = [f"ckpt={folder}", *run.evaluation]
         config = composed("evaluate", EvaluateConfig, settings)
@@ -94,8 +91,8 @@ def measure(run: Run) -> dict[str, Any]:
         scorer = Scorer(loaded, *readers, config, fits(), lambda *_: None)
         scores = scorer.run()
     write_json(folder / "evaluation.json", scores)
-    for run_folder in (folder, folder / "first"):  # 100 runs of them would fill a small disk
-        shutil.rmtree(run_folder / "checkpoints", ignore_errors=True)
+    for place in trainings:  # 100 runs of them would fill a small disk
+        shutil.rmtree(place / "checkpoints")
     weights = sum(p.numel() for p in loaded.translator.network.parameters())
     write_record(run, scores, {"training_seconds": round(seconds), "parameters": weights})
     return scores
@@ -110,12 +107,10 @@ def main(words: list[str]) -> int:
         return 2
     if "list" in plain:
         for run in RUNS:
-            steps = [run.overrides]
-            if run.first:
-                begun = [*run.first.overrides, "hydra.run.dir=first"]
-                steps = [begun, [*run.overrides, "init_from=first"]]
-            lines = [f"  python -m blip3o_lit.train {' '.join(words)}" for words in steps]
-            print(run.name, *lines, sep="\n")
+            print(run.name)
+            for place, words in run.trainings(Path("RUN")).items():
+                line = " ".join([*words, f"hydra.run.dir={place}"])
+                print(f"  python -m blip3o_lit.train {line}")
         return 0
     os.chdir(ROOT)
     deadline = time.monotonic() + 60 * float(given.get("minutes", "inf"))

@@ -7,10 +7,14 @@ the page grows run by run, on whatever machine.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from recipes import RUNS, Run
+
+from blip3o_lit.config.evaluate import EvaluateConfig
+from blip3o_lit.config.train import TrainConfig
 
 RECORDS = Path(__file__).resolve().parent.parent / "docs" / "results"
 SCORES = (
@@ -21,6 +25,9 @@ SCORES = (
 """Of each estimator and baseline."""
 WHOLE = ("nfe_curve", "samples", "swapped", "coverage", "frechet_floor", "images")
 DIGITS = 6
+DEFAULTS = {"train": asdict(TrainConfig()), "evaluate": asdict(EvaluateConfig(ckpt="RUN"))}
+DEFAULTS["first"] = DEFAULTS["train"]
+"""By part of the settings."""
 
 
 def record_of(scores: dict[str, Any]) -> dict[str, Any]:
@@ -69,16 +76,25 @@ def read_record(run: Run) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     record = json.loads(file.read_text("utf-8"))
-    if not agree(record["settings"], json.loads(json.dumps(run.settings()))):
+    then = {
+        part: with_defaults(values, DEFAULTS[part]) for part, values in record["settings"].items()
+    }
+    if plain(then) != plain(run.settings()):
         return None
     return {**record["scores"], "training_seconds": record["training_seconds"]}
 
 
-def agree(then: Any, now: Any) -> bool:
-    """Whether settings are the same, but for keys that did not exist then."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        return all(key in now and agree(value, now[key]) for key, value in then.items())
-    return then == now
+def with_defaults(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with the defaults of the keys that they are older than."""
+    return defaults | {
+        key: with_defaults(value, inner) if isinstance(inner := defaults.get(key), dict) else value
+        for key, value in settings.items()
+    }
+
+
+def plain(settings: dict[str, Any]) -> Any:
+    """Return settings as they are read from a file."""
+    return json.loads(json.dumps(settings))
 
 
 def finished() -> dict[Run, dict[str, Any]]:

@@ -104,7 +104,7 @@ def run_job(folder: Path, job: dict[str, Any]) -> None:
     changes["model"] = MODELS[job.get("model", "cross")]
     changes["precision"] = PrecisionConfig(job.get("precision", "fp32"))
     changes["optimizer"] = OptimizerConfig(
-        job.get("optimizer", "adamw"), ema_profiles=job.get("profiles", [])
+        job.get("optimizer", "adamw"), muon_layers="tokens", ema_profiles=job.get("profiles", [])
     )
     if "words" in job:
         changes["data"] = DataConfig(tokens=str(folder / WORDS), condition=job["words"])

@@ -1,5 +1,6 @@
 """Bytes of what lasts from step to step: weights, gradients, optimizer, average; by strategy."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -8,8 +9,9 @@ from torch import nn
 
 from blip3o_lit.base.shape import PairShape
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.config.optimizer import OptimizerConfig
+from blip3o_lit.config.optimizer import MUON_LAYERS, OptimizerConfig
 from blip3o_lit.models.network_of import build_network
+from blip3o_lit.models.optimizer import muon_matrices
 from blip3o_lit.models.precision import Precision
 
 
@@ -22,8 +24,8 @@ class Units:
     """Of the largest part that is gathered at once: a block, or the modulation matrix."""
     rest: int
     """Outside those parts; gathered during the whole pass."""
-    hidden: int
-    """In the weights of the blocks' linear layers, which Muon steps."""
+    muon: Mapping[str, int]
+    """In the matrices that Muon steps, by optimizer.muon_layers."""
     forward_flops: int
     """Of one image."""
 
@@ -37,10 +39,12 @@ def units(model: ModelConfig, shape: PairShape) -> Units:
         return 0 if module is None else sum(p.numel() for p in module.parameters())
 
     parts = [count(part) for part in (*network.blocks, getattr(network, "modulation", None))]
-    linear = (m for m in network.blocks.modules() if isinstance(m, nn.Linear))
-    hidden = sum(layer.weight.numel() for layer in linear)
+    muon = {
+        layers: sum(matrix.numel() for matrix in muon_matrices(network, layers).values())
+        for layers in MUON_LAYERS
+    }
     total, flops = count(network), network.forward_flops()
-    return Units(total, max(parts), total - sum(parts), hidden, flops)
+    return Units(total, max(parts), total - sum(parts), muon, flops)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ def states(counts: Units, precision: Precision, optimizer: OptimizerConfig) -> S
     AdamW's two moments, and Muon's one, have the weights' format; the averages are fp32.
     """
     size = precision.weights.itemsize
-    moments = 2 * counts.total - (counts.hidden if optimizer.name == "muon" else 0)
+    once = counts.muon[optimizer.muon_layers] if optimizer.name == "muon" else 0
+    moments = 2 * counts.total - once
     averages = 4 * counts.total * (1 + len(optimizer.ema_profiles))
     return States(size * counts.total, size * counts.total, size * moments, averages)
 

@@ -35,6 +35,8 @@ PICTURE_KEYS = ("towers", "pixels", "split")
 """Count where a run encodes pictures itself; before it could, a run had none of them."""
 FREE_TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "log_every", "deterministic", "profile")
 FREE_TRAINER_KEYS += ("memory_history", "extra")
+OLDER_DEFAULTS = {"model.positions": "rope", "optimizer.muon_layers": "blocks"}
+"""What stood in the sizes of `model=` and in `optimizer=muon` once: who goes on keeps it."""
 FREE_DATA_KEYS = ("threads", "verify", "tower_batch", "cache", "cache_gb", "keep")
 
 
@@ -158,10 +160,16 @@ def _origin(run_dir: Path) -> str | None:
 
 
 def _reconcile(config: TrainConfig, path: Path) -> None:
-    """Refuse a config that can't go on with a checkpoint; lr=auto keeps the number it had there."""
+    """Refuse a config that can't go on with a checkpoint; keep what stays as it was there.
+
+    That is the number of lr=auto, and defaults that have changed since.
+    """
     saved = checkpointing.about(path)["config"]
     _keep_rate(config.optimizer, saved["optimizer"], path)
+    _keep_defaults(config, saved)
     whole = ("batch_size", "optimizer.name", "optimizer.ema_profiles", "seed")
+    if config.optimizer.name == "muon":
+        whole += ("optimizer.muon_layers",)
     free = ("model.compile", "model.activation_checkpointing", "model.activation_budget")
     for key, then, now in changed(config, saved):
         if (key.startswith(("model.", "mode.")) and key not in free) or key in whole:
@@ -180,6 +188,14 @@ def _keep_rate(optimizer: OptimizerConfig, saved: dict[str, Any], path: Path) ->
             f"optimizer.lr={saved['lr']:g}, or start afresh"
         )
     optimizer.auto_lr = saved["auto_lr"]
+
+
+def _keep_defaults(config: TrainConfig, saved: dict[str, Any]) -> None:
+    for key, then, now in changed(config, saved):
+        if then == OLDER_DEFAULTS.get(key):
+            print(f"resume: it goes on with {key}={then}, which it was begun with, not {now}")
+            group, name = key.split(".")
+            setattr(getattr(config, group), name, then)
 
 
 def differences(config: TrainConfig, path: Path) -> list[tuple[str, Any, Any]]:

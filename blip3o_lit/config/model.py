@@ -48,8 +48,8 @@ class ModelConfig:
     key_rope: bool = True
     """Cross-attention rotates its keys as well as its queries; the official BLIP3-o does not."""
     positions: str = choice("rope", ("rope", "learned", "both", "none"))
-    """rope: 2-D rotary embedding; learned: a vector added to each token; both, where the condition
-    is words alone, which have no place in the grid; none."""
+    """rope: 2-D rotary embedding; learned: a vector added to each token; both, as every size of
+    `model=` but nextdit has it; none."""
     time: str = choice("adaln", ("adaln", "tokens"))
     """Where time and pooled condition enter: adaln modulates each block; tokens adds once."""
     time_scale: float = above_zero(1000.0)
@@ -125,6 +125,6 @@ class ModelConfig:
             value = getattr(self, item.name)
             if item.name in DIT_SWITCHES and value != item.default:
                 raise UserError(
-                    f"model.{item.name}={value} is a switch of model.architecture=dit; "
-                    "remove it for nextdit"
+                    f"model.{item.name}={value} is a switch of model.architecture=dit: take "
+                    f"model=nextdit, which leaves it at {item.default}"
                 )

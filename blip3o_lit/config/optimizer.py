@@ -6,6 +6,7 @@ from blip3o_lit.config.checks import above_zero, between, check_fields, choice, 
 from blip3o_lit.config.errors import UserError
 from blip3o_lit.config.rate import AUTO, peak_rate
 
+MUON_LAYERS = ("blocks", "tokens")
 WIDTHS = (0.005, 0.28)
 """Of power-function averages: the standard deviation of the steps over the run's length."""
 
@@ -15,7 +16,7 @@ class OptimizerConfig:
     """The optimizer, its learning-rate schedule, gradient clipping and EMA."""
 
     name: str = choice("adamw", ("adamw", "muon"))
-    """adamw, or muon: Muon on the matrices of the blocks, AdamW on the rest."""
+    """adamw, or muon: Muon on matrices, by muon_layers, AdamW on the rest."""
     lr: int | float | str = 1e-3
     """Peak learning rate; auto: what short runs of a network of this width were best at."""
     auto_lr: float | None = above_zero(None)
@@ -26,6 +27,9 @@ class OptimizerConfig:
     """Decay of the second moment."""
     momentum: float = between(0.95, 0.0, 1.0)
     """Muon's momentum."""
+    muon_layers: str = choice("blocks", MUON_LAYERS)
+    """Linear layers whose matrices Muon steps: blocks, those of the blocks; tokens, all but those
+    of the time embedding and the modulation, as optimizer=muon has it."""
     weight_decay: float = not_negative(0.01)
     """Decoupled weight decay, on matrices only."""
     schedule: str = choice("cosine", ("cosine", "linear", "constant"))

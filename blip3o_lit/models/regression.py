@@ -79,7 +79,7 @@ class Regressor(nn.Module):
         self.eval()
 
     def optimised(self) -> nn.Module:
-        """Return the module whose `blocks` Muon reads."""
+        """Return the module that is optimised: Muon tells its layers by their names."""
         return self
 
     @torch.no_grad()

@@ -64,13 +64,16 @@ def test_older_stores_hold_what_was_written(store: str, tolerance: float) -> Non
 
 @pytest.mark.parametrize("kind", ["run", "sharded"])
 def test_an_older_run_is_gone_on_with(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = shutil.copytree(OLDER / kind, tmp_path / "earlier") / STEP
     new = tmp_path / "new"
     words = [f"resume={checkpoint}", f"data.tokens={OLDER / 'store'}", f"hydra.run.dir={new}"]
     monkeypatch.setattr(sys, "argv", ["train", *RUN, *words])
     assert train.main() in (0, None)
+    said = capsys.readouterr().out
+    for then, now in (("model.positions=rope", "both"), ("optimizer.muon_layers=blocks", "tokens")):
+        assert f"goes on with {then}, which it was begun with, not {now}" in said
     rows, before = (
         list(csv.DictReader(path.open()))
         for path in (new / "metrics.csv", OLDER / "run/metrics.csv")

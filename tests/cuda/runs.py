@@ -75,7 +75,7 @@ def run(folder, layout, precision, optimizer, micro):
         tokens,
         model=model,
         precision=PrecisionConfig(precision),
-        optimizer=OptimizerConfig(optimizer),
+        optimizer=OptimizerConfig(optimizer, muon_layers="tokens"),
         strategy=StrategyConfig(layout if layout in ("ddp", "fsdp2") else "single"),
         trainer=TrainerConfig(
             max_steps=8, log_every=4, accelerator="cuda", devices=str(WORLD), max_bad_steps=10**6

@@ -17,7 +17,7 @@ from recipes import BASE, DEFAULT, PARTS, RECIPES, RUNS, SEED_RECIPES, Recipe, R
 from results_claims import REASONS, claims
 from results_found import Found, interval
 from results_page import verdict, write_page
-from results_records import RECORDS, agree, read_record, rounded
+from results_records import RECORDS, read_record, rounded, with_defaults
 
 
 def scores(cosine: float, sample: float = 0.9) -> dict[str, Any]:
@@ -50,11 +50,14 @@ def test_every_run_is_a_valid_command_line(run: Run) -> None:
     assert scored.images
 
 
-def test_settings_agree_but_for_keys_that_came_later() -> None:
-    then = {"train": {"lr": 0.1, "model": {"width": 64}}}
-    assert agree(then, {"train": {"lr": 0.1, "model": {"width": 64, "new": 0}, "other": 1}})
-    assert not agree(then, {"train": {"lr": 0.1, "model": {"width": 65}}})
-    assert not agree(then, {"train": {"lr": 0.1, "model": {}}})
+def test_a_key_that_a_record_is_older_than_stood_at_its_default() -> None:
+    defaults = {"lr": 1.0, "model": {"width": 8, "new": 0}, "other": 1}
+    then = {"lr": 0.1, "model": {"width": 64, "gone": 2}}
+    assert with_defaults(then, defaults) == {
+        "lr": 0.1,
+        "model": {"width": 64, "new": 0, "gone": 2},
+        "other": 1,
+    }
 
 
 def test_every_record_is_a_run_of_today_s_and_is_on_the_page() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from tracked import allocator_peak
 
 from blip3o_lit.base.shape import PairShape, TokenShape
 from blip3o_lit.config.model import ModelConfig
-from blip3o_lit.config.optimizer import OptimizerConfig
+from blip3o_lit.config.optimizer import MUON_LAYERS, OptimizerConfig
 from blip3o_lit.models import muon
 from blip3o_lit.models.muon import orthogonalised
 from blip3o_lit.models.network import Network
@@ -22,7 +23,7 @@ from blip3o_lit.models.optimizer import make_optimizer
 from blip3o_lit.models.precision import bf16_is_faster
 
 SHAPE = PairShape(TokenShape((2, 2), False, 6), TokenShape((2, 2), False, 4))
-CONFIG = OptimizerConfig("muon", lr=1e-2, weight_decay=0.1)
+CONFIG = OptimizerConfig("muon", muon_layers="tokens", lr=1e-2, weight_decay=0.1)
 
 
 @pytest.fixture
@@ -45,11 +46,14 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def test_it_steps_as_torchs_two_optimizers_apart(network: Network) -> None:
+@pytest.mark.parametrize("layers", MUON_LAYERS)
+def test_it_steps_as_torchs_two_optimizers_apart(network: Network, layers: str) -> None:
     other = copy.deepcopy(network)
-    joined = make_optimizer(network, CONFIG)
+    joined = make_optimizer(network, replace(CONFIG, muon_layers=layers))
     linear = [layer.weight for layer in other.modules() if isinstance(layer, nn.Linear)]
+    ends = (other.input, other.condition, other.pool, other.output)
     hidden = [p for name, p in other.named_parameters() if "blocks." in name and p.ndim == 2]
+    hidden += [layer.weight for layer in ends if layers == "tokens"]
     own = {id(p) for p in hidden}
     decayed = {id(p) for p in linear} - own
     reference = Muon(hidden, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")

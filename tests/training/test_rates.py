@@ -77,7 +77,10 @@ def test_a_rate_is_a_number_however_it_is_written(word: str) -> None:
         (["optimizer.lr=fast"], "optimizer.lr=fast: give a number above 0, or auto"),
         (["optimizer.lr=0"], "optimizer.lr=0: give a number above 0, or auto"),
         (["optimizer.lr=nan"], "optimizer.lr=nan: give a number above 0, or auto"),
-        (["optimizer.lr=auto", "optimizer=adamw"], "this is adamw with dit: give a number"),
+        (
+            ["optimizer.lr=auto", "optimizer=adamw", "model=nextdit"],
+            "this is adamw with nextdit: give",
+        ),
         (["optimizer.auto_lr=0.1"], "optimizer.lr is 0.001: give optimizer.lr alone"),
     ],
 )

@@ -34,13 +34,16 @@ LARGE = "baselines=none solvers=[heun-10,heun-50,ab2-4,fitted-4] curve=[] sample
 MAPPED = "baselines=none solvers=[map-1,map-2,map-4,ab2-8,heun-10] curve=[] samples=0 "
 MAPPED += "images=256"
 """How a recipe with maps is scored."""
+_CHOICES = "images=2048 curve_images=512"
 JUDGED = {
-    "ambiguous": "images=2048 curve_images=512",
-    "linear_gaussian": "images=1024",
+    ("ambiguous", FULL): f"{_CHOICES} solvers=[heun-10,heun-50,ab2-4,ab2-8,fitted-4,fitted-8]",
+    ("ambiguous", MAPPED): _CHOICES,
+    ("linear_gaussian", FULL): "images=1024",
+    ("linear_gaussian", MAPPED): "images=1024",
 }
-"""What scoring needs beside that on a testbed: images are cheap there, and in `ambiguous` an image
-is one choice, so that the shares of a few hundred are further from their weights than a good
-sampler's."""
+"""What scoring of a kind needs beside that on a testbed: images are cheap there, and in `ambiguous`
+an image is one choice, so that the shares of a few hundred are further from their weights than a
+good sampler's."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ class Run:
     @property
     def evaluation(self) -> list[str]:
         """The words after `python -m blip3o_lit.evaluate ckpt=RUN`."""
-        return [*self.recipe.scored.split(), *JUDGED.get(self.testbed, "").split()]
+        beside = JUDGED.get((self.testbed, self.recipe.scored), "")
+        return [*self.recipe.scored.split(), *beside.split()]
 
     def settings(self) -> dict[str, Any]:
         """Return every key and value that the run is made with."""
@@ -142,7 +146,7 @@ MAPS = {
         TIME_10,
     )
     for testbed, shorter in {
-        "linear_gaussian": "",
+        "linear_gaussian": "trainer.max_steps=1600 optimizer.lr=1.2e-2",
         "ambiguous": "trainer.max_steps=2000",
         "demo_masked": "trainer.max_steps=440 optimizer.lr=4e-3",
     }.items()
@@ -184,7 +188,7 @@ GRID = ("1.8e-3", "2.5e-3", "3.5e-3", "5e-3", "7e-3", "1e-2", "1.4e-2", "2e-2", 
 GRID += ("5.6e-2",)
 """Learning rates, a factor of about 1.4 apart."""
 RATES_TRIED = {
-    "muon": {64: GRID[3:], 128: GRID[3:9], 256: GRID[2:8], 512: GRID[1:7]},
+    "muon": {64: GRID[3:], 128: GRID[3:9], 256: GRID[2:8], 512: GRID[1:9]},
     "adamw": {64: GRID[3:10], 128: GRID[3:8], 256: GRID[1:6], 512: GRID[:4]},
 }
 """By optimizer and width: each reaches past its best on both sides."""

@@ -232,7 +232,22 @@ def _fitted(found: Found) -> list[Row]:
     rows.append((what, "<= 1.5", apart, lambda v: v <= 1.5))
     errors = [s["coverage"]["fitted-4"]["weight_error"] for s in several]
     what = "ambiguous: largest weight error of fitted-4"
-    return [*rows, (what, "<= 0.05", errors, lambda v: v <= 0.05)]
+    rows.append((what, "<= 0.05", errors, lambda v: v <= 0.05))
+    return [*rows, *_fitted_8(several)]
+
+
+def _fitted_8(scored: list[dict[str, Any]]) -> list[Row]:
+    """Hold eight fitted evaluations against fifty steps, by how far the latter's seeds differ."""
+    few, many = (
+        [s["estimators"][name]["frechet_token"] for s in scored if name in s["estimators"]]
+        for name in ("fitted-8", "heun-50")
+    )
+    if len(many) < 2:
+        return []
+    width = max(many) - min(many)
+    values = [(mine - other) / width for mine, other in zip(few, many, strict=True)]
+    what = "ambiguous: token Frechet of fitted-8 less that of heun-50, in its range over seeds"
+    return [(what, "<= 1", values, lambda v: v <= 1)]
 
 
 def _maps(found: Found) -> list[Row]:

@@ -147,7 +147,7 @@ MAPS = {
     )
     for testbed, shorter in {
         "linear_gaussian": "trainer.max_steps=1600 optimizer.lr=1.2e-2",
-        "ambiguous": "trainer.max_steps=2000",
+        "ambiguous": "trainer.max_steps=2000 flow.time_zero_share=0.1",
         "demo_masked": "trainer.max_steps=440 optimizer.lr=4e-3",
     }.items()
 }

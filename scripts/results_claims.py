@@ -27,8 +27,6 @@ REASONS = {
     "open at t = 0.9 and so drops its variance; ab2's steps are shorter there. A shorter last "
     "step of heun mends it here and harms demo_masked at the demo's size ([tried](tried.md)).",
     "linear_gaussian: change": "On linear_gaussian both are about the distance of two true halves.",
-    "linear_gaussian: variance of map-1": "On linear_gaussian a long step of the map averages a "
-    "little of what its halves have: a twentieth of the variance is lost.",
     "demo_masked: token Frechet": "The small network's samples of what the condition does not "
     "show are still too smooth after 440 steps.",
     "demo_masked: change": "Where the condition leaves several answers open, a sample chooses "
@@ -36,6 +34,12 @@ REASONS = {
     "heun-10 choose.",
     "demo_masked_large": "480 steps are too few for hidden halves at this size, too: what more "
     "steps and a map reach is in [Few evaluations](solvers.md#half-a-picture).",
+    "demo_masked: token Frechet of map-1": "440 steps of pairs are too few to draw hidden halves in "
+    "one evaluation in every seed; a longer recipe, with a map of four "
+    "evaluations, is in [Few evaluations](solvers.md#half-a-picture).",
+    "muon, widths": "One seed: at 512 the curve is not smooth (1e-2 is below both of its "
+    "neighbours), so that its highest point is a loose guide. `lr=auto` keeps to the power of the "
+    "spectral condition, which is below it there.",
     "ambiguous: token Frechet of map-1": "One step of the map leaves a little of each answer in "
     "the others.",
     "ambiguous: change": "The same, as hard as it gets: three answers far apart, and a "

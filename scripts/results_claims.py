@@ -34,9 +34,9 @@ REASONS = {
     "heun-10 choose.",
     "demo_masked_large": "480 steps are too few for hidden halves at this size, too: what more "
     "steps and a map reach is in [Few evaluations](solvers.md#half-a-picture).",
-    "demo_masked: token Frechet of map-1": "440 steps of pairs are too few to draw hidden halves in "
-    "one evaluation in every seed; a longer recipe, with a map of four "
-    "evaluations, is in [Few evaluations](solvers.md#half-a-picture).",
+    "demo_masked: token Frechet of map-1": "440 steps of pairs are too few to draw hidden halves "
+    "in one evaluation in every seed; a longer recipe, with a map of four evaluations, is in "
+    "[Few evaluations](solvers.md#half-a-picture).",
     "muon, widths": "One seed: at 512 the curve is not smooth (1e-2 is below both of its "
     "neighbours), so that its highest point is a loose guide. `lr=auto` keeps to the power of the "
     "spectral condition, which is below it there.",
